@@ -1,0 +1,446 @@
+"""The settings of a run: one frozen dataclass whose fields are the challenge's own variables.
+
+A field ``ttt_lora_rank`` is set by ``--set ttt_lora_rank=96``, by the environment variable ``TTT_LORA_RANK`` or by
+``config.replace(ttt_lora_rank=96)``. Unknown names, wrong types and values out of range are errors that say what to
+do; every field is read somewhere. The defaults are the record values of parameter-golf PR #1874 with the defects of
+its code mended; where mending changes numbers, a field gives the original back (preset ``public_1874`` sets them all).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ALIASES = {"lqer_group_size": "lqer_asym_group"}  # PR #1874's command line says the former; its code read the latter
+CONTROL_TENSORS = (
+    "attn_scale,mlp_scale,resid_mix,q_gain,attn_gate_proj,skip_weights,skip_gates,parallel_post_lambdas,"
+    "parallel_resid_lambdas,smear_gate,smear_lambda"
+)
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or cannot be what it was set to."""
+
+
+def _field(default: Any, help: str, *, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+class _FromEnv:
+    """``RunConfig.from_env()`` starts from the defaults, ``config.from_env()`` from that configuration."""
+
+    def __get__(self, instance: RunConfig | None, owner: type[RunConfig]):
+        start = owner() if instance is None else instance
+
+        def from_env(environ: Mapping[str, str] | None = None) -> RunConfig:
+            """Apply every environment variable that names a field (upper case) or an alias.
+
+            Raises ConfigError for a bad value, and for a variable that looks like one of ours but is none.
+            """
+            return _apply_environment(start, os.environ if environ is None else environ)
+
+        return from_env
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run; see the module's docstring for the three ways to set one."""
+
+    # The run
+    run_id: str = _field("", "name of the run's folder; empty: preset and time of day")
+    preset_name: str = _field("record", "preset this configuration started from (recorded, not set by hand)")
+    seed: int = _field(1337, "seed of python, numpy and torch", low=0)
+    artifact_dir: str = _field("", "where the artifact is written; empty: the run's folder")
+    device: str = _field("auto", "auto takes CUDA when there is one", choices=("auto", "cpu", "cuda"))
+    compute_dtype: str = _field(
+        "auto", "dtype of activations; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
+    )
+    compile: str = _field("auto", "torch.compile of blocks and head; auto: on CUDA", choices=("auto", "on", "off"))
+    kernels: str = _field(
+        "auto",
+        "which code computes the kernel families (PGOLF_KERNELS overrides); auto: Triton where it exists, on CUDA",
+        choices=("auto", "reference", "triton"),
+    )
+    attention_backend: str = _field(
+        "auto", "auto: varlen FlashAttention on CUDA, SDPA per segment elsewhere", choices=("auto", "varlen", "sdpa")
+    )
+
+    # Data
+    data_dir: str = _field("./data/", "folder with datasets/ and tokenizers/")
+    data_source: str = _field(
+        "shards",
+        "shards: what lies in data_dir; embedded: build shards from the text every Python carries when there are none",
+        choices=("shards", "embedded"),
+    )
+    vocab_size: int = _field(8192, "tokens in the vocabulary; names the dataset and tokenizer files", low=260)
+    train_batch_tokens: int = _field(786_432, "tokens of one optimizer step, over all ranks", low=1)
+    micro_batch_tokens: int = _field(98_304, "tokens of one forward and backward pass on one rank", low=1)
+    train_seq_len: int = _field(2048, "longest attention segment in training, tokens", low=2)
+    eval_seq_len: int = _field(2048, "window of the evaluation, tokens", low=2)
+    val_batch_tokens: int = _field(
+        524_288, "tokens of one evaluation batch over 8 ranks; a rank takes an eighth", low=1
+    )
+    val_doc_fraction: float = _field(
+        1.0, "fraction of validation documents to score, the first ones", low=0.0, high=1.0
+    )
+    eval_public_truncation: bool = _field(
+        False, "drop the validation tail that the public evaluation drops (whole windows, then whole batches)"
+    )
+
+    # Model
+    num_layers: int = _field(11, "physical layers", low=1)
+    model_dim: int = _field(512, "width of the residual stream", low=1)
+    num_heads: int = _field(8, "query heads", low=1)
+    num_kv_heads: int = _field(4, "key and value heads", low=1)
+    mlp_mult: float = _field(4.0, "hidden width of the MLP over model_dim", low=0.0)
+    xsa_last_n: int = _field(11, "layers, counted from the last, that remove the own value from attention (XSA)", low=0)
+    skip_gates_enabled: bool = _field(True, "skips join by a gated lerp; off: they are added")
+    tie_embeddings: bool = _field(True, "the head is the embedding; off: its own matrix, started at zero")
+    logit_softcap: float = _field(30.0, "logits = c tanh(z / c)", low=1e-6)
+    rope_base: float = _field(10_000.0, "rotary base", low=1.0)
+    rope_dims: int = _field(16, "leading head dimensions that rotate", low=0)
+    rope_train_seq_len: int = _field(2048, "with rope_yarn: positions beyond it stretch the rotary base", low=1)
+    rope_yarn: bool = _field(False, "stretch the rotary base for streams longer than rope_train_seq_len")
+    rope_reset_per_segment: bool = _field(False, "rotary positions start at 0 in every segment, not once a stream")
+    ln_scale: bool = _field(True, "scale block inputs by 1/sqrt(layer + 1)")
+    qk_gain_init: float = _field(5.25, "start of the gain on every query head")
+    num_loops: int = _field(2, "extra passes through layers loop_start..loop_end once looping is on", low=0)
+    loop_start: int = _field(3, "first looped layer", low=0)
+    loop_end: int = _field(5, "last looped layer", low=0)
+    enable_looping_at: float = _field(0.35, "fraction of training at which looping starts", low=0.0)
+    parallel_start_layer: int = _field(8, "first layer with attention and MLP in two parallel lanes", low=0)
+    parallel_final_lane: str = _field("mean", "what the two lanes end as", choices=("mean", "mlp", "attn"))
+    smear_gate: bool = _field(True, "add the gated previous embedding to each embedding")
+    smear_gate_width: int = _field(12, "embedding dimensions the smear gate reads", low=1)
+    smear_gate_bos_mask: bool = _field(True, "a document's first token gets nothing from the document before it")
+    gate_attn_out: bool = _field(True, "gate every attention head's output")
+    gate_attn_width: int = _field(24, "input dimensions the attention output gate reads", low=1)
+    tied_embed_init_std: float = _field(0.005, "standard deviation of the embedding's start", low=0.0)
+    embed_fp32_master: bool = _field(
+        True, "keep the embedding and its moments in fp32; off: bfloat16, as the public code"
+    )
+
+    # Optimizer
+    matrix_lr: float = _field(0.026, "learning rate of the matrix banks (Muon)", low=0.0)
+    scalar_lr: float = _field(0.02, "learning rate of gains, scales and gates (AdamW)", low=0.0)
+    tied_embed_lr: float = _field(0.03, "learning rate of the tied embedding, or of the untied head (AdamW)", low=0.0)
+    embed_lr: float = _field(0.6, "learning rate of an untied embedding (AdamW)", low=0.0)
+    muon_momentum: float = _field(0.97, "Muon's momentum after its warm-up", low=0.0, high=1.0)
+    muon_momentum_warmup_start: float = _field(0.92, "Muon's momentum at step 0", low=0.0, high=1.0)
+    muon_momentum_warmup_steps: int = _field(1500, "steps over which the momentum rises", low=0)
+    muon_backend_steps: int = _field(5, "Newton-Schulz steps", low=1)
+    polar_express_ns: bool = _field(True, "Polar Express coefficients; off: (3.4445, -4.775, 2.0315) every step")
+    muon_row_normalize: bool = _field(True, "normalise rows before Newton-Schulz (MuonEq-R)")
+    muon_wd: float = _field(0.095, "weight decay of the banks", low=0.0)
+    beta1: float = _field(0.9, "AdamW's first moment", low=0.0, high=1.0)
+    beta2: float = _field(0.95, "AdamW's second moment", low=0.0, high=1.0)
+    adam_eps: float = _field(1e-8, "AdamW's epsilon", low=0.0)
+    adam_wd: float = _field(0.02, "weight decay of gains, scales and gates", low=0.0)
+    embed_wd: float = _field(0.085, "weight decay of the embedding", low=0.0)
+    grad_clip_norm: float = _field(0.3, "clip the norm of the reduced gradient; 0: off", low=0.0)
+    ema_decay: float = _field(0.9965, "decay of the weights' moving average", low=0.0, high=1.0)
+
+    # Schedule
+    iterations: int = _field(20_000, "most optimizer steps", low=1)
+    max_wallclock_seconds: float = _field(600.0, "training's clock; 0: schedule by step", low=0.0)
+    gptq_reserve_seconds: float = _field(4.0, "taken off the clock for the calibration passes", low=0.0)
+    warmdown_frac: float = _field(0.75, "fraction of training over which the rate falls", low=0.0, high=1.0)
+    min_lr: float = _field(0.10, "floor of the learning-rate scale", low=0.0, high=1.0)
+    warmup_steps: int = _field(20, "untimed steps in each loop state, undone before the clock starts", low=0)
+    train_log_every: int = _field(500, "steps between printed lines; metrics.jsonl has every step", low=1)
+    val_loss_every: int = _field(4000, "steps between validations in training; 0: only the last", low=0)
+    checkpoint_minutes: float = _field(0.0, "minutes between training checkpoints; 0: only on SIGTERM", low=0.0)
+
+    # Evaluation
+    sliding_window_enabled: bool = _field(False, "also score with a window that slides by eval_stride")
+    eval_stride: int = _field(64, "tokens the sliding window moves", low=1)
+
+    # Quantisation and artifact
+    matrix_bits: int = _field(6, "bits of matrices", low=2, high=8)
+    embed_bits: int = _field(7, "bits of the embedding", low=2, high=8)
+    matrix_clip_sigmas: float = _field(12.85, "clip of matrices that are neither attention nor MLP", low=0.0)
+    embed_clip_sigmas: float = _field(15.0, "clip of the embedding, in row standard deviations", low=0.0)
+    mlp_clip_sigmas: float = _field(12.0, "clip of MLP matrices", low=0.0)
+    attn_clip_sigmas: float = _field(13.0, "clip of attention matrices", low=0.0)
+    gptq_calibration_batches: int = _field(16, "calibration batches of a rank", low=1)
+    gptq_calibration_tokens: int = _field(98_304, "tokens of one calibration batch", low=1)
+    gptq_calibration_documents: bool = _field(True, "calibrate on packed documents; off: rows cut anywhere, as public")
+    lqer_enabled: bool = _field(True, "low-rank correction of the worst quantised tensors")
+    lqer_rank: int = _field(4, "rank of the correction", low=1)
+    lqer_top_k: int = _field(3, "tensors that get one", low=0)
+    lqer_factor_bits: int = _field(4, "bits of symmetric factors", low=2, high=8)
+    lqer_asym_enabled: bool = _field(True, "int2 and int4 factors with group scales; off: symmetric, scale a row")
+    lqer_asym_group: int = _field(64, "group size of the second factor's scales", low=1)
+    compressor: str = _field("brotli", "entropy coder of the artifact", choices=("brotli", "lzma"))
+    control_tensor_name_patterns: str = _field(
+        CONTROL_TENSORS, "comma-separated parts of names: tensors kept in fp16 whatever their size"
+    )
+
+    # Test-time training
+    ttt_enabled: bool = _field(True, "score with test-time training")
+    ttt_lora_rank: int = _field(128, "rank of the adapters", low=1)
+    ttt_lora_alpha: float = _field(144.0, "adapters are scaled by alpha / rank", low=0.0)
+    ttt_warm_start_a: bool = _field(True, "keep the adapters' A from one batch of documents to the next")
+    ttt_lora_lr: float = _field(1e-4, "learning rate of the adapters", low=0.0)
+    ttt_chunk_size: int = _field(48, "tokens scored between two updates", low=1)
+    ttt_eval_seq_len: int = _field(2048, "longest context of a scored chunk", low=2)
+    ttt_batch_size: int = _field(64, "documents adapted side by side", low=1)
+    ttt_grad_steps: int = _field(1, "updates on each scored chunk", low=1)
+    ttt_weight_decay: float = _field(1.0, "weight decay of the adapters", low=0.0)
+    ttt_beta1: float = _field(0.0, "AdamW's first moment for the adapters", low=0.0, high=1.0)
+    ttt_beta2: float = _field(0.999, "AdamW's second moment for the adapters", low=0.0, high=1.0)
+    ttt_k_lora: bool = _field(True, "adapt the keys")
+    ttt_mlp_lora: bool = _field(True, "adapt the MLP")
+    ttt_o_lora: bool = _field(True, "adapt the attention output")
+    ttt_optimizer: str = _field("adam", "optimizer of the adapters", choices=("adam", "sgd"))
+    ttt_eval_batches: str = _field("", "comma-separated batch numbers to score, 0 the shortest documents; empty: all")
+    ttt_logits_fp32: bool = _field(True, "softcap and cross-entropy of test-time training in fp32; off: as public")
+    phased_ttt_enabled: bool = _field(True, "also train the base weights on scored documents, in phases")
+    phased_ttt_prefix_docs: int = _field(2000, "scored documents trained on by the last phase", low=0)
+    phased_ttt_num_phases: int = _field(3, "pauses for that training", low=1)
+    phased_ttt_documents: str = _field(
+        "shortest",
+        "which scored documents a phase takes when more are scored than it needs; shortest is the public set",
+        choices=("shortest", "longest", "stream"),
+    )
+    phased_ttt_drop_next_bos: bool = _field(True, "leave out the next document's BOS when documents are joined")
+    global_ttt_lr: float = _field(1e-3, "learning rate of the base weights' training, cosine to 0", low=0.0)
+    global_ttt_momentum: float = _field(0.9, "its momentum", low=0.0, high=1.0)
+    global_ttt_epochs: int = _field(1, "its passes over each chunk", low=0)
+    global_ttt_chunk_tokens: int = _field(32_768, "its chunk, tokens", low=2)
+    global_ttt_batch_seqs: int = _field(32, "most sequences of a rank in one of its steps", low=1)
+    global_ttt_warmup_start_lr: float = _field(0.0, "rate its warm-up starts from", low=0.0)
+    global_ttt_warmup_chunks: int = _field(0, "chunks of its warm-up", low=0)
+    global_ttt_grad_clip: float = _field(1.0, "its gradient clip; 0: off", low=0.0)
+    global_ttt_respect_doc_boundaries: bool = _field(True, "its attention stops at document boundaries")
+
+    from_env = _FromEnv()
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = _coerce(spec, getattr(self, spec.name))
+            object.__setattr__(self, spec.name, value)
+            _check_range(spec, value)
+        self._check_consistency()
+
+    def _check_consistency(self) -> None:
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ConfigError(message)
+
+        need(
+            self.model_dim % self.num_heads == 0,
+            f"model_dim {self.model_dim} must be a multiple of num_heads {self.num_heads}",
+        )
+        need(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        need(
+            self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
+            f"rope_dims {self.rope_dims} must be even and at most the head dimension {self.head_dim}",
+        )
+        need(
+            self.loop_start <= self.loop_end < self.num_layers or self.num_loops == 0,
+            f"loop_start {self.loop_start} <= loop_end {self.loop_end} < num_layers {self.num_layers} must hold",
+        )
+        need(
+            max(self.smear_gate_width, self.gate_attn_width) <= self.model_dim,
+            f"smear_gate_width {self.smear_gate_width} and gate_attn_width {self.gate_attn_width} "
+            f"must not exceed model_dim {self.model_dim}",
+        )
+        need(
+            self.train_batch_tokens % self.micro_batch_tokens == 0,
+            f"train_batch_tokens {self.train_batch_tokens} must be a multiple of "
+            f"micro_batch_tokens {self.micro_batch_tokens}",
+        )
+        need(
+            self.max_wallclock_seconds == 0 or self.max_wallclock_seconds > self.gptq_reserve_seconds,
+            f"gptq_reserve_seconds {self.gptq_reserve_seconds} leaves nothing of "
+            f"max_wallclock_seconds {self.max_wallclock_seconds}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_mult * self.model_dim)
+
+    def gradient_accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank in one optimizer step. Raises ConfigError where they cannot be dealt evenly."""
+        micro_batches = self.train_batch_tokens // self.micro_batch_tokens
+        if micro_batches % world_size:
+            raise ConfigError(
+                f"{micro_batches} micro-batches a step (train_batch_tokens {self.train_batch_tokens} / "
+                f"micro_batch_tokens {self.micro_batch_tokens}) cannot be dealt evenly to {world_size} processes: "
+                f"choose micro_batch_tokens so that their number is a multiple of {world_size}"
+            )
+        return micro_batches // world_size
+
+    @classmethod
+    def preset(cls, name: str) -> RunConfig:
+        """A complete configuration by name: ``record``, ``public_1874`` or ``demo``."""
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset {name!r}; presets: {', '.join(PRESETS)}")
+        return cls(**PRESETS[name], preset_name=name)
+
+    def replace(self, **fields: Any) -> RunConfig:
+        """A copy with ``fields`` changed. Strings are read as the field's type. Raises ConfigError."""
+        resolved: dict[str, Any] = {}
+        for name, value in fields.items():
+            target = ALIASES.get(name, name)
+            if target not in FIELDS:
+                raise ConfigError(f"there is no setting {name!r}; {nearest_field(name)}")
+            if target in resolved and resolved[target] != value:
+                raise ConfigError(f"{name} is another name of {target}, and they are set to different values")
+            resolved[target] = value
+        return dataclasses.replace(self, **resolved)
+
+    def to_json(self) -> str:
+        """The configuration as JSON, fields in their order."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """Read what `to_json` wrote; unknown fields raise ConfigError."""
+        return cls().replace(**json.loads(text))
+
+
+FIELDS = {spec.name: spec for spec in dataclasses.fields(RunConfig)}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "record": {},
+    "public_1874": dict(
+        smear_gate_bos_mask=False,
+        eval_public_truncation=True,
+        gptq_calibration_documents=False,
+        embed_fp32_master=False,
+        ttt_logits_fp32=False,
+        phased_ttt_drop_next_bos=False,
+    ),
+    "demo": dict(
+        data_dir="./data/demo/",
+        data_source="embedded",
+        vocab_size=1024,
+        model_dim=128,
+        num_heads=4,
+        num_kv_heads=2,
+        rope_dims=8,
+        mlp_mult=3.0,
+        train_batch_tokens=8192,
+        micro_batch_tokens=8192,
+        train_seq_len=256,
+        eval_seq_len=256,
+        val_batch_tokens=131_072,
+        max_wallclock_seconds=100.0,
+        gptq_reserve_seconds=1.0,
+        muon_momentum_warmup_steps=100,
+        ema_decay=0.97,
+        warmup_steps=0,
+        train_log_every=25,
+        val_loss_every=0,
+        gptq_calibration_batches=8,
+        gptq_calibration_tokens=8192,
+        ttt_lora_rank=16,
+        ttt_lora_alpha=18.0,
+        ttt_lora_lr=1e-3,
+        ttt_chunk_size=32,
+        ttt_eval_seq_len=256,
+        ttt_batch_size=16,
+        phased_ttt_prefix_docs=8,
+        phased_ttt_num_phases=1,
+        global_ttt_chunk_tokens=2048,
+    ),
+}
+
+
+def nearest_field(name: str) -> str:
+    """A phrase that names the settings closest to ``name``."""
+    close = difflib.get_close_matches(name.lower(), [*FIELDS, *ALIASES], n=3, cutoff=0.5)
+    if not close:
+        return "`pgolf config` lists them all"
+    return "nearest: " + ", ".join(close)
+
+
+def _coerce(spec: dataclasses.Field, value: Any) -> Any:
+    """``value`` as the field's type; text is read as a person would write it."""
+    kind = str(spec.type)
+    shown = f"{spec.name} must be {kind}, and {value!r} is none"
+    if kind == "str":
+        if not isinstance(value, str):
+            raise ConfigError(shown)
+        return value
+    if kind == "bool":
+        words = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
+        found = words.get(str(value).strip().lower())
+        if found is None:
+            raise ConfigError(shown + " (write 0 or 1)")
+        return found
+    if isinstance(value, bool):
+        raise ConfigError(shown)
+    try:
+        number = float(str(value).strip().replace("_", ""))
+    except ValueError:
+        raise ConfigError(shown) from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ConfigError(shown)
+    if kind == "int":
+        if number != int(number):
+            raise ConfigError(shown)
+        return int(number)
+    return number
+
+
+def _check_range(spec: dataclasses.Field, value: Any) -> None:
+    choices, low, high = (spec.metadata[key] for key in ("choices", "low", "high"))
+    if choices and value not in choices:
+        raise ConfigError(f"{spec.name} must be one of {', '.join(choices)}, and {value!r} is none of them")
+    if low is not None and value < low:
+        raise ConfigError(f"{spec.name} must be at least {low:g}, and {value!r} is less")
+    if high is not None and value > high:
+        raise ConfigError(f"{spec.name} must be at most {high:g}, and {value!r} is more")
+
+
+# Beginnings of names that only our variables have; what starts so and is no field is a slip of the pen.
+_FAMILIES = (
+    "TTT_", "GLOBAL_TTT", "PHASED_TTT", "LQER", "GPTQ", "MUON_", "POLAR_EXPRESS", "SMEAR_GATE", "GATE_ATTN",
+    "QK_GAIN", "XSA_", "ROPE_", "WARMDOWN", "PARALLEL_START", "PARALLEL_FINAL", "EMA_DECAY", "TIED_EMBED",
+    "ENABLE_LOOPING", "NUM_LOOPS", "LOOP_", "MATRIX_", "SCALAR_LR", "EMBED_", "VAL_LOSS", "VAL_BATCH", "VAL_DOC",
+    "MAX_WALLCLOCK", "TRAIN_BATCH", "TRAIN_SEQ", "TRAIN_LOG", "EVAL_SEQ", "EVAL_STRIDE", "LOGIT_SOFTCAP",
+)  # fmt: skip
+
+
+def _apply_environment(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
+    fields: dict[str, str] = {}
+    known = [name.upper() for name in (*FIELDS, *ALIASES)]
+    for variable, value in sorted(environ.items()):
+        if variable in known:
+            if variable not in ("PRESET_NAME", "DEVICE", "COMPILE", "KERNELS"):
+                fields[variable.lower()] = value
+        elif variable == variable.upper() and (
+            variable.startswith(_FAMILIES)
+            or (len(variable) >= 7 and difflib.get_close_matches(variable, known, n=1, cutoff=0.88))
+        ):
+            raise ConfigError(
+                f"the environment variable {variable} looks like a setting but is none; "
+                f"{nearest_field(variable)}. Correct it, or unset {variable}"
+            )
+    return config.replace(**fields)

@@ -1,0 +1,270 @@
+"""Optimizers: Muon for the matrix banks, sharded over ranks, and AdamW for the rest.
+
+A step is: reduce gradients over ranks, clip their norm, update. Banks are reduce-scattered, so a rank orthogonalises
+only its share of the matrices, and all-gathered while the next bank is being worked on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pgolf.config import RunConfig
+from pgolf.kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, Coefficients, newton_schulz
+
+# torch 2.13 renamed the two collectives; 2.11 knows the old names only.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz (Jordan 2024), on banks of matrices [N, rows, columns] or on matrices.
+
+        buf = μ buf + g;   u = g + μ buf (Nesterov) or buf;   u /= max(‖u_row‖₂, 1e-7) if row_normalize (MuonEq-R)
+        p ← p (1 - lr weight_decay) - lr max(1, rows / columns)^½ newton_schulz(u)
+
+    Args:
+        params: 2-D or 3-D parameters, float32 or lower.
+        lr, momentum, weight_decay: as above; weight decay is decoupled.
+        steps: Newton-Schulz iterations.
+        nesterov: look ahead by one momentum step.
+        row_normalize: normalise each row of u first.
+        coefficients: of Newton-Schulz, one tuple a step or one for all.
+        dtype: of gradients, momentum and the iteration.
+        process_group: ranks to shard over; by default all, where torch.distributed is initialised.
+
+    With several ranks every rank must call `step` (and `state_dict`) together; gradients are averaged here.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        steps: int = 5,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        row_normalize: bool = False,
+        *,
+        coefficients: Coefficients = POLAR_EXPRESS,
+        dtype: torch.dtype = torch.bfloat16,
+        process_group: Any = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            steps=steps,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            row_normalize=row_normalize,
+        )
+        super().__init__(params, defaults)
+        for parameter in self._ordered():
+            if parameter.ndim not in (2, 3):
+                raise ValueError(f"Muon takes matrices or banks of them, got shape {tuple(parameter.shape)}")
+        self.coefficients, self.dtype, self.process_group = coefficients, dtype, process_group
+        distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size(process_group) if distributed else 1
+        self.rank = dist.get_rank(process_group) if distributed else 0
+        self._reduced: dict[Tensor, tuple[Any, Tensor]] = {}
+
+    def _ordered(self) -> list[Tensor]:
+        """Parameters, the largest first: their communication hides behind more work."""
+        return sorted((p for g in self.param_groups for p in g["params"]), key=Tensor.numel, reverse=True)
+
+    def _share(self, bank: Tensor) -> int:
+        """Matrices of a rank's shard, the last ranks' filled up with zeros."""
+        return -(-bank.size(0) // self.world_size)
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Start averaging the gradients over ranks, each rank receiving its shard."""
+        for parameter in self._ordered():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = _as_bank(gradient.to(self.dtype))
+            if self.world_size == 1:
+                self._reduced[parameter] = (None, gradient)
+                continue
+            share = self._share(gradient)
+            padded = gradient.new_zeros(share * self.world_size, *gradient.shape[1:])
+            padded[: gradient.size(0)] = gradient
+            shard = torch.empty_like(padded[:share])
+            work = _reduce_scatter(shard, padded, group=self.process_group, async_op=True)
+            self._reduced[parameter] = (work, shard)
+
+    def _shard(self, parameter: Tensor) -> Tensor:
+        work, shard = self._reduced[parameter]
+        if work is not None:
+            work.wait()
+            shard /= self.world_size
+            self._reduced[parameter] = (None, shard)
+        return shard
+
+    @torch.no_grad()
+    def squared_norm(self) -> Tensor:
+        """Squared norm of this rank's share of the reduced gradients, float32 scalar."""
+        return sum(self._shard(p).float().square().sum() for p in self._ordered())
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, gradient_scale: Tensor | float = 1.0) -> None:
+        """Update the parameters; gradients are reduced first where `reduce_gradients` has not been called."""
+        if not self._reduced:
+            self.reduce_gradients()
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        pending = None
+        for parameter in self._ordered():
+            update = self._orthogonal_update(parameter, groups[parameter], gradient_scale)
+            work = None
+            if self.world_size > 1:
+                shard, update = update, update.new_empty(update.size(0) * self.world_size, *update.shape[1:])
+                work = _all_gather(update, shard, group=self.process_group, async_op=True)
+            if pending is not None:
+                self._apply(*pending)
+            pending = (parameter, groups[parameter], update, work)
+        if pending is not None:
+            self._apply(*pending)
+        self._reduced.clear()
+
+    def _orthogonal_update(self, parameter: Tensor, group: dict, gradient_scale: Tensor | float) -> Tensor:
+        gradient = self._shard(parameter) * gradient_scale
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer = state["momentum_buffer"]
+        buffer.mul_(group["momentum"]).add_(gradient)
+        update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+        if group["row_normalize"]:
+            norms = update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            update = update / norms.to(update.dtype)
+        return newton_schulz(update, group["steps"], self.coefficients, dtype=self.dtype)
+
+    def _apply(self, parameter: Tensor, group: dict, update: Tensor, work: Any) -> None:
+        if work is not None:
+            work.wait()
+        rows, columns = parameter.shape[-2:]
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        bank = _as_bank(parameter)
+        bank.add_(update[: bank.size(0)].to(bank.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim, with whole momentum banks gathered from all ranks (call it on every rank)."""
+        state = super().state_dict()
+        if self.world_size == 1:
+            return state
+        indexed = [p for g in self.param_groups for p in g["params"]]
+        whole = {}
+        for index, entry in sorted(state["state"].items()):
+            shard = entry["momentum_buffer"]
+            bank = shard.new_empty(shard.size(0) * self.world_size, *shard.shape[1:])
+            _all_gather(bank, shard, group=self.process_group)
+            whole[index] = {"momentum_buffer": bank[: _as_bank(indexed[index]).size(0)].clone()}
+        return {**state, "state": whole}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take whole banks, as `state_dict` gives them from any number of ranks, and keep this rank's shard."""
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.clear()
+        indexed = [p for g in self.param_groups for p in g["params"]]
+        for index, entry in state_dict["state"].items():
+            bank, parameter = entry["momentum_buffer"], indexed[index]
+            share = self._share(bank)
+            shard = torch.zeros(share, *bank.shape[1:], dtype=self.dtype, device=parameter.device)
+            mine = bank[self.rank * share : (self.rank + 1) * share]
+            shard[: mine.size(0)] = mine
+            self.state[parameter]["momentum_buffer"] = shard
+
+
+def _as_bank(matrices: Tensor) -> Tensor:
+    return matrices if matrices.ndim == 3 else matrices[None]
+
+
+class ModelOptimizer:
+    """The optimizer of a whole model: Muon on the banks, AdamW on the embedding and on gains, scales and gates."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, world_size: int = 1) -> None:
+        self.config, self.world_size = config, world_size
+        parameters = dict(model.named_parameters())
+        banks = [p for name, p in parameters.items() if name.endswith("_bank")]
+        embedding, head = parameters["tok_emb.weight"], parameters.get("lm_head.weight")
+        rest = [p for n, p in parameters.items() if not n.endswith(("_bank", "tok_emb.weight", "lm_head.weight"))]
+        embed_lr = config.tied_embed_lr if config.tie_embeddings else config.embed_lr
+        groups = [
+            dict(params=[embedding], lr=embed_lr, weight_decay=config.embed_wd),
+            dict(params=rest, lr=config.scalar_lr, weight_decay=config.adam_wd),
+        ]
+        if head is not None:
+            groups.append(dict(params=[head], lr=config.tied_embed_lr, weight_decay=config.embed_wd))
+        self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+        self.muon = Muon(
+            banks,
+            lr=config.matrix_lr,
+            momentum=config.muon_momentum,
+            steps=config.muon_backend_steps,
+            weight_decay=config.muon_wd,
+            row_normalize=config.muon_row_normalize,
+            coefficients=POLAR_EXPRESS if config.polar_express_ns else (QUINTIC,),
+            dtype=model.compute_dtype,
+        )
+        self.replicated = [p for group in self.adamw.param_groups for p in group["params"]]
+        for group in (*self.adamw.param_groups, *self.muon.param_groups):
+            group["base_lr"] = group["lr"]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.muon.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> Tensor:
+        """Reduce, clip and update; returns the norm of the reduced gradient before clipping, float32 scalar."""
+        for group in (*self.adamw.param_groups, *self.muon.param_groups):
+            group["lr"] = group["base_lr"] * lr_scale
+        for group in self.muon.param_groups:
+            group["momentum"] = momentum
+        self.muon.reduce_gradients()
+        self._reduce_replicated()
+        norm = self._global_norm()
+        scale = 1.0
+        if self.config.grad_clip_norm > 0:
+            scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for p in self.replicated], scale)
+        self.adamw.step()
+        self.muon.step(gradient_scale=scale)
+        return norm
+
+    def _reduce_replicated(self) -> None:
+        """Average the replicated parameters' gradients: small ones in one message, large ones each in its own."""
+        for parameter in self.replicated:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in self.replicated]
+        small = [g for g in gradients if g.numel() <= 32_768]
+        large = [g for g in gradients if g.numel() > 32_768]
+        flat = torch.cat([g.flatten().float() for g in small])
+        for message in (flat, *large):
+            dist.all_reduce(message)
+            message /= self.world_size
+        for gradient, part in zip(small, flat.split([g.numel() for g in small]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _global_norm(self) -> Tensor:
+        squares = self.muon.squared_norm()
+        if self.world_size > 1:
+            dist.all_reduce(squares)
+        norms = torch._foreach_norm([p.grad for p in self.replicated])
+        return (squares + torch.stack([n.float() for n in norms]).square().sum()).sqrt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of both optimizers, the same from any number of ranks (call it on every rank)."""
+        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave, on any number of ranks."""
+        self.adamw.load_state_dict(state["adamw"])
+        self.muon.load_state_dict(state["muon"])

@@ -1,0 +1,179 @@
+"""Where a run runs: processes, device, seeds, what is logged, and the record of the environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pgolf import __version__
+from pgolf.config import RunConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. ``control`` is a CPU group for numbers that must not wait for the device."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes files and prints."""
+        return self.rank == 0
+
+    def log(self, message: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(message, flush=True)
+
+    def agree(self, value: float, flag: bool = False) -> tuple[float, bool]:
+        """Rank 0's ``value`` and whether ``flag`` is set on any rank, the same on all ranks."""
+        if self.size == 1:
+            return value, flag
+        packed = torch.tensor([value if self.is_main else float("-inf"), float(flag)], dtype=torch.float64)
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.control)
+        return float(packed[0]), bool(packed[1])
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's Python object on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks, on the CPU group."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+def start_world(config: RunConfig) -> World:
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one; seed everything.
+
+    Raises RuntimeError when CUDA is asked for and absent.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    on_cuda = torch.cuda.is_available() and config.device != "cpu"
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
+    control = None
+    if on_cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if size > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+        control = dist.new_group(backend="gloo")
+    seed_everything(config.seed)
+    return World(rank, size, device, control)
+
+
+def stop_world(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1 and dist.is_initialized():
+        world.barrier()
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (CPU and CUDA)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """State of all random generators, as tensors and plain numbers (loadable with weights_only)."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, list(internal), gauss),
+        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of peak memory (CUDA only; a CPU process cannot forget its peak)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most device memory allocated since `reset_peak_memory`; on a CPU the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Versions, chip and commit of this run."""
+    versions = {"pgolf": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "numpy", "sentencepiece", "brotli"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    chip = platform.processor() or platform.machine()
+    if world.device.type == "cuda":
+        chip = torch.cuda.get_device_name(world.device)
+        versions["cuda"] = str(torch.version.cuda)
+    return {
+        "versions": versions,
+        "chip": chip,
+        "devices": world.size,
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _git_commit() -> str:
+    """Commit of the source checkout, with + when it has local changes; empty when there is none."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

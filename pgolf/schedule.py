@@ -1,0 +1,60 @@
+"""How far training is, and what follows from it: learning rate, momentum, and when the loop starts."""
+
+from __future__ import annotations
+
+import time
+
+from pgolf.config import RunConfig
+
+
+class Clock:
+    """Seconds of training, stopped for what does not count (validation, checkpoints)."""
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self._before = elapsed
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Start, or go on."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop counting."""
+        self._before, self._started = self.elapsed(), None
+
+    def elapsed(self) -> float:
+        """Seconds counted so far."""
+        return self._before + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+
+def training_fraction(config: RunConfig, step: int, elapsed: float) -> float:
+    """Share of training done before ``step``: of the clock less the GPTQ reserve, or of the steps without a clock."""
+    if config.max_wallclock_seconds > 0:
+        return elapsed / (config.max_wallclock_seconds - config.gptq_reserve_seconds)
+    return step / config.iterations
+
+
+def is_over(config: RunConfig, step: int, elapsed: float) -> bool:
+    """True when no step ``step`` is to be made: the steps or the clock have run out."""
+    out_of_time = config.max_wallclock_seconds > 0 and training_fraction(config, step, elapsed) >= 1
+    return step >= config.iterations or out_of_time
+
+
+def learning_rate_scale(config: RunConfig, fraction: float) -> float:
+    """1, then over the last ``warmdown_frac`` linearly towards 0, but never below ``min_lr``."""
+    if fraction < 1 - config.warmdown_frac or config.warmdown_frac == 0:
+        return 1.0
+    return max((1 - fraction) / config.warmdown_frac, config.min_lr)
+
+
+def muon_momentum(config: RunConfig, step: int) -> float:
+    """Muon's momentum at a step: linear from its start over ``muon_momentum_warmup_steps``."""
+    if config.muon_momentum_warmup_steps == 0:
+        return config.muon_momentum
+    done = min(step / config.muon_momentum_warmup_steps, 1.0)
+    return config.muon_momentum_warmup_start + done * (config.muon_momentum - config.muon_momentum_warmup_start)
+
+
+def looping_starts(config: RunConfig, fraction: float) -> bool:
+    """True from the point of training on at which the loop runs."""
+    return config.num_loops > 0 and fraction >= config.enable_looping_at
