@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from pgolf.kernels._launch import select
+from ._launch import select
 
 Coefficients = tuple[tuple[float, float, float], ...]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from pgolf.kernels._launch import select
+from ._launch import select
 
 RMS_EPS = torch.finfo(torch.float32).eps
 

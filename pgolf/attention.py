@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from pgolf.config import ConfigError
+
 # torch 2.11 takes fewer key heads without being told; later versions want to be told.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -19,11 +21,11 @@ _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn
 def resolve_backend(choice: str, device: torch.device | str) -> str:
     """``auto`` made definite for a device: ``varlen`` on CUDA, ``sdpa`` elsewhere.
 
-    Raises ValueError where ``varlen`` is asked for without CUDA.
+    Raises ConfigError where ``varlen`` is asked for without CUDA.
     """
     on_cuda = torch.device(device).type == "cuda"
     if choice == "varlen" and not on_cuda:
-        raise ValueError(f"attention_backend varlen needs CUDA, and the device is {device}; use auto or sdpa")
+        raise ConfigError(f"attention_backend varlen needs CUDA, and the device is {device}; use auto or sdpa")
     return ("varlen" if on_cuda else "sdpa") if choice == "auto" else choice
 
 

@@ -1,9 +1,10 @@
 """The settings of a run: one frozen dataclass whose fields are the challenge's own variables.
 
 A field ``ttt_lora_rank`` is set by ``--set ttt_lora_rank=96``, by the environment variable ``TTT_LORA_RANK`` or by
-``config.replace(ttt_lora_rank=96)``. Unknown names, wrong types and values out of range are errors that say what to
-do; every field is read somewhere. The defaults are the record values of parameter-golf PR #1874 with the defects of
-its code mended; where mending changes numbers, a field gives the original back (preset ``public_1874`` sets them all).
+``config.replace(ttt_lora_rank=96)``; fields whose names other programs use (``NOT_FROM_ENVIRONMENT``) have no variable.
+Unknown names, wrong types and values out of range are errors that say what to do; every field is read somewhere. The
+defaults are the record values of parameter-golf PR #1874 with the defects of its code mended; where mending changes
+numbers, a field gives the original back (preset ``public_1874`` sets them all).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ALIASES = {"lqer_group_size": "lqer_asym_group"}  # PR #1874's command line says the former; its code read the latter
+NOT_FROM_ENVIRONMENT = ("device", "compile", "kernels", "preset_name")  # common names; PGOLF_KERNELS is the kernels'
 CONTROL_TENSORS = (
     "attn_scale,mlp_scale,resid_mix,q_gain,attn_gate_proj,skip_weights,skip_gates,parallel_post_lambdas,"
     "parallel_resid_lambdas,smear_gate,smear_lambda"
@@ -254,6 +256,11 @@ class RunConfig:
             f"smear_gate_width {self.smear_gate_width} and gate_attn_width {self.gate_attn_width} "
             f"must not exceed model_dim {self.model_dim}",
         )
+        need(self.mlp_dim >= 1, f"mlp_mult {self.mlp_mult} leaves the MLP no hidden dimension")
+        need(
+            self.eval_stride <= self.eval_seq_len or not self.sliding_window_enabled,
+            f"eval_stride {self.eval_stride} exceeds eval_seq_len {self.eval_seq_len}: tokens would be left out",
+        )
         need(
             self.train_batch_tokens % self.micro_batch_tokens == 0,
             f"train_batch_tokens {self.train_batch_tokens} must be a multiple of "
@@ -311,8 +318,14 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        """Read what `to_json` wrote; unknown fields raise ConfigError."""
-        return cls().replace(**json.loads(text))
+        """Read what `to_json` wrote. Raises ConfigError for anything else."""
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the settings are no JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"the settings must be a JSON object, got {type(fields).__name__}")
+        return cls().replace(**fields)
 
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(RunConfig)}
@@ -423,21 +436,21 @@ def _check_range(spec: dataclasses.Field, value: Any) -> None:
 _FAMILIES = (
     "TTT_", "GLOBAL_TTT", "PHASED_TTT", "LQER", "GPTQ", "MUON_", "POLAR_EXPRESS", "SMEAR_GATE", "GATE_ATTN",
     "QK_GAIN", "XSA_", "ROPE_", "WARMDOWN", "PARALLEL_START", "PARALLEL_FINAL", "EMA_DECAY", "TIED_EMBED",
-    "ENABLE_LOOPING", "NUM_LOOPS", "LOOP_", "MATRIX_", "SCALAR_LR", "EMBED_", "VAL_LOSS", "VAL_BATCH", "VAL_DOC",
-    "MAX_WALLCLOCK", "TRAIN_BATCH", "TRAIN_SEQ", "TRAIN_LOG", "EVAL_SEQ", "EVAL_STRIDE", "LOGIT_SOFTCAP",
+    "ENABLE_LOOPING", "NUM_LOOPS", "MATRIX_LR", "MATRIX_BITS", "MATRIX_CLIP", "SCALAR_LR", "EMBED_LR", "EMBED_BITS",
+    "EMBED_CLIP", "VAL_LOSS", "VAL_BATCH", "VAL_DOC", "MAX_WALLCLOCK", "TRAIN_BATCH", "TRAIN_SEQ", "TRAIN_LOG",
+    "EVAL_SEQ", "EVAL_STRIDE", "LOGIT_SOFTCAP",
 )  # fmt: skip
 
 
 def _apply_environment(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
     fields: dict[str, str] = {}
-    known = [name.upper() for name in (*FIELDS, *ALIASES)]
+    known = [name.upper() for name in (*FIELDS, *ALIASES) if name not in NOT_FROM_ENVIRONMENT]
     for variable, value in sorted(environ.items()):
         if variable in known:
-            if variable not in ("PRESET_NAME", "DEVICE", "COMPILE", "KERNELS"):
-                fields[variable.lower()] = value
+            fields[variable.lower()] = value
         elif variable == variable.upper() and (
             variable.startswith(_FAMILIES)
-            or (len(variable) >= 7 and difflib.get_close_matches(variable, known, n=1, cutoff=0.88))
+            or (len(variable) >= 8 and difflib.get_close_matches(variable, known, n=1, cutoff=0.92))
         ):
             raise ConfigError(
                 f"the environment variable {variable} looks like a setting but is none; "

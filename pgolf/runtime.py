@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pgolf import __version__
-from pgolf.config import RunConfig
+from pgolf.config import ConfigError, RunConfig
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class World:
 def start_world(config: RunConfig) -> World:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one; seed everything.
 
-    Raises RuntimeError when CUDA is asked for and absent.
+    Raises ConfigError when CUDA is asked for and absent.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+        raise ConfigError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")

@@ -1,0 +1,261 @@
+"""The artifact: the quantised model as one compressed file, and the bytes it and the code take of the cap.
+
+The container is that of parameter-golf PR #1874, which both read alike:
+
+    torch.save of {"w": tensors by entry name, "m": how each was made}
+    → byte shuffle: b"BSHF", one byte with the stride 2, then the bytes at even places, then those at odd ones
+    → brotli (quality 11) or xz (preset 6)
+
+Codes take a byte each; the entropy coder does the packing. The same tensors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf.quantize import CODES, SCALE, QuantizedModel
+
+CAP_BYTES = 16_000_000  # of the challenge: code and compressed weights together, decimal
+SHUFFLE_MAGIC = b"BSHF"
+SHUFFLE_STRIDE = 2
+BROTLI_QUALITY, BROTLI_WINDOW = 11, 24
+XZ_MAGIC, XZ_PRESET = b"\xfd7zXZ\x00", 6
+ZIP_MAGIC = b"PK"  # torch.save writes a zip archive
+SHRINK_FIELDS = "raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower embed_bits or lqer_top_k"
+
+
+class ArtifactError(ValueError):
+    """A file that is no artifact, or an artifact that is too large."""
+
+
+# --- Reading and writing ----------------------------------------------------------------------------------------------
+
+
+def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "brotli") -> int:
+    """Write the artifact, aside first and then renamed, and return its bytes.
+
+    Brotli takes about a minute for the record model. Raises ArtifactError for another compressor than ``brotli`` and
+    ``lzma``, ImportError when brotli is not installed.
+    """
+    blob = _compress(byte_shuffle(_serialize(quantized)), compressor)
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_bytes(blob)
+    os.replace(aside, path)
+    return len(blob)
+
+
+def load(path: str | os.PathLike) -> QuantizedModel:
+    """Read an artifact, whichever compressor wrote it. No code in it is run.
+
+    Raises ArtifactError naming the file when it is cut short or no artifact, FileNotFoundError when there is none,
+    ImportError when it needs brotli and that is not installed.
+    """
+    path = Path(path)
+    blob = path.read_bytes()
+    try:
+        archive = byte_unshuffle(_decompress(blob))
+        if not archive.startswith(ZIP_MAGIC):
+            raise ArtifactError("what it holds was not written by torch.save")
+        content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+        return _checked(content)
+    except (ArtifactError, lzma.LZMAError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ArtifactError(
+            f"{path} ({len(blob):,} bytes) is no artifact, or is cut short or damaged: {error}. "
+            "Copy it again, or write it again with `pgolf quantize`"
+        ) from error
+
+
+def _serialize(quantized: QuantizedModel) -> bytes:
+    # Pickle writes a string that it has seen before as a reference to that object: equal strings must be one object,
+    # and every tensor its own storage, or the bytes would depend on how the model came about.
+    tensors = {sys.intern(name): tensor.detach().cpu().clone() for name, tensor in quantized.tensors.items()}
+    meta = {sys.intern(name): sys.intern(how) for name, how in quantized.meta.items()}
+    buffer = io.BytesIO()
+    torch.save({"w": tensors, "m": meta}, buffer)
+    return buffer.getvalue()
+
+
+def _checked(content: object) -> QuantizedModel:
+    parts = [content.get(key) for key in ("w", "m")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ArtifactError('it lacks the dictionaries "w" and "m"')
+    quantized = QuantizedModel(*parts)
+    for name, how in quantized.meta.items():
+        needed = (name,) if how.startswith("passthrough") else (name + CODES, name + SCALE)
+        for key in needed:
+            if not isinstance(quantized.tensors.get(key), Tensor):
+                raise ArtifactError(f"it lists {name} as {how!r} and lacks the tensor {key}")
+    return quantized
+
+
+def byte_shuffle(data: bytes) -> bytes:
+    """``data`` with the bytes at even places first, then those at odd ones, behind a header of five bytes.
+
+    The two halves of 16-bit numbers are each more alike than the numbers, so an entropy coder does better on them.
+    """
+    array = np.frombuffer(data, np.uint8)
+    planes = [array[plane::SHUFFLE_STRIDE] for plane in range(SHUFFLE_STRIDE)]
+    return SHUFFLE_MAGIC + bytes([SHUFFLE_STRIDE]) + np.concatenate(planes).tobytes()
+
+
+def byte_unshuffle(data: bytes) -> bytes:
+    """The inverse of `byte_shuffle` for any stride; data without its header is returned as it is.
+
+    Raises ArtifactError for a stride of 0 or a header without one.
+    """
+    if not data.startswith(SHUFFLE_MAGIC):
+        return data
+    stride = data[len(SHUFFLE_MAGIC)] if len(data) > len(SHUFFLE_MAGIC) else 0
+    if stride == 0:
+        raise ArtifactError("its byte shuffle has no stride")
+    shuffled = np.frombuffer(data, np.uint8, offset=len(SHUFFLE_MAGIC) + 1)
+    restored, start = np.empty_like(shuffled), 0
+    for plane in range(stride):
+        places = restored[plane::stride]
+        places[:] = shuffled[start : start + places.size]
+        start += places.size
+    return restored.tobytes()
+
+
+def _compress(data: bytes, compressor: str) -> bytes:
+    if compressor == "brotli":
+        return _brotli().compress(data, quality=BROTLI_QUALITY, lgwin=BROTLI_WINDOW)
+    if compressor == "lzma":
+        return lzma.compress(data, preset=XZ_PRESET)
+    raise ArtifactError(f"compressor must be brotli or lzma, got {compressor!r}")
+
+
+def _decompress(blob: bytes) -> bytes:
+    if blob.startswith(XZ_MAGIC):
+        return lzma.decompress(blob)
+    brotli = _brotli()  # brotli data has no magic: what is not xz is taken for it
+    try:
+        return brotli.decompress(blob)
+    except brotli.error as error:
+        raise ArtifactError(f"it is neither xz nor brotli data ({error})") from error
+
+
+def _brotli():
+    try:
+        import brotli
+    except ImportError as error:
+        raise ImportError(
+            "the artifact needs the package brotli: `pip install brotli`, or set compressor=lzma to write without it"
+        ) from error
+    return brotli
+
+
+# --- Sizes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArtifactSize:
+    """Bytes that count for the challenge: the weights' file, the program's file, and the cap on their sum."""
+
+    weight_bytes: int
+    code_bytes: int
+    cap_bytes: int = CAP_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and code."""
+        return self.weight_bytes + self.code_bytes
+
+    @property
+    def share(self) -> float:
+        """The total over the cap."""
+        return self.total_bytes / self.cap_bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        """Bytes left under the cap; negative over it."""
+        return self.cap_bytes - self.total_bytes
+
+    def check(self) -> None:
+        """Raise ArtifactError, saying by how much and which settings shrink the weights, when the total is over."""
+        if self.margin_bytes < 0:
+            raise ArtifactError(
+                f"the artifact is {-self.margin_bytes:,} bytes over the cap: weights {self.weight_bytes:,} + code "
+                f"{self.code_bytes:,} = {self.total_bytes:,} of {self.cap_bytes:,}. To shrink it, {SHRINK_FIELDS}"
+            )
+
+
+class ClassSize(NamedTuple):
+    """One row of an artifact's table: a class of tensors.
+
+    name: ``embedding``, ``attention``, ``mlp fc``, ``mlp proj``, ``other matrices``; ``scales``,
+        ``low-rank factors``, ``small tensors``.
+    stored: what they are kept as, ``int6`` or ``float16``. tensors, numbers: how many.
+    bits_per_number: codes: order-0 entropy of each matrix, averaged over numbers; the rest: bits before compression.
+    bytes: numbers · bits_per_number / 8, rounded.
+    """
+
+    name: str
+    stored: str
+    tensors: int
+    numbers: int
+    bits_per_number: float
+    bytes: int
+
+
+def code_entropy(codes: Tensor) -> float:
+    """Order-0 entropy of int8 codes in bits a code: what an ideal coder without context needs."""
+    counts = torch.bincount(codes.reshape(-1).int() + 128).double()
+    shares = counts[counts > 0] / codes.numel()
+    return float(-(shares * shares.log2()).sum())
+
+
+def class_sizes(quantized: QuantizedModel) -> list[ClassSize]:
+    """An artifact's table by class of tensors, codes first, without what compression gains on the rest."""
+    members: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for name, stored, numbers, bits in _entries(quantized):
+        members.setdefault((name, stored), []).append((numbers, bits))
+    rows = []
+    for (name, stored), entries in members.items():
+        numbers, bits = sum(count for count, _ in entries), sum(bits for _, bits in entries)
+        rows.append(ClassSize(name, stored, len(entries), numbers, bits / max(numbers, 1), round(bits / 8)))
+    return sorted(rows, key=lambda row: (_CLASS_ORDER.index(row.name), row.stored))
+
+
+def bytes_by_class(quantized: QuantizedModel) -> dict[str, int]:
+    """Bytes of every class of tensors, estimated as `ClassSize` says."""
+    sizes: dict[str, int] = {}
+    for row in class_sizes(quantized):
+        sizes[row.name] = sizes.get(row.name, 0) + row.bytes
+    return sizes
+
+
+def describe(path: str | os.PathLike) -> list[ClassSize]:
+    """The table of an artifact's file. Raises ArtifactError as `load` does."""
+    return class_sizes(load(path))
+
+
+_CODE_CLASSES = {"tok_emb": "embedding", ".attn.": "attention", ".mlp.fc": "mlp fc", ".mlp.proj": "mlp proj"}
+_CLASS_ORDER = [*_CODE_CLASSES.values(), "other matrices", "scales", "low-rank factors", "small tensors"]
+
+
+def _entries(quantized: QuantizedModel) -> Iterator[tuple[str, str, int, float]]:
+    """Class, what it is stored as, numbers, and bits in all of every stored tensor."""
+    for key, tensor in quantized.tensors.items():
+        stored, raw = str(tensor.dtype).removeprefix("torch."), 8.0 * tensor.numel() * tensor.element_size()
+        if key in quantized.meta:
+            yield "small tensors", stored, tensor.numel(), raw
+        elif key.endswith(CODES):
+            kind = next((kind for part, kind in _CODE_CLASSES.items() if part in key), "other matrices")
+            width = quantized.meta[key.removesuffix(CODES)].partition("(")[2].partition(")")[0]
+            yield kind, width, tensor.numel(), code_entropy(tensor) * tensor.numel()
+        else:
+            yield "scales" if key.endswith(SCALE) else "low-rank factors", stored, tensor.numel(), raw

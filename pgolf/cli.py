@@ -1,0 +1,286 @@
+"""The command line: ``pgolf STAGE``, the same as ``python -m pgolf STAGE``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pgolf import __version__
+from pgolf.config import FIELDS, PRESETS, ConfigError, RunConfig
+from pgolf.folder import RunFolder, RunFolderError
+from pgolf.progress import format_table, progress
+
+DESCRIPTION = """\
+Train, quantise and score the best language model that fits in 16,000,000 bytes.
+
+A run goes through the stages in this order, in one folder:
+  data      check the shards and the tokenizer, or get them (fineweb, build, tokenizer)
+  train     train against the clock; leave the moving average of the weights
+  quantize  GPTQ and low-rank correction; write the artifact and hold it against the cap
+  eval      bits per byte before and after quantisation
+  ttt       bits per byte with test-time training
+  report    one HTML page
+`pgolf run` does them all. On several GPUs: torchrun --standalone --nproc_per_node=8 -m pgolf run"""
+
+SETTINGS_HELP = """\
+Settings come from the preset, then from environment variables with the settings' names in upper case (SEED=42), then
+from --set name=value. `pgolf config` lists them all."""
+
+STAGE_HELP = {
+    "run": "all stages, one after another",
+    "train": "train and leave the moving average of the weights",
+    "quantize": "quantise, write the artifact, hold it against the cap",
+    "eval": "score before and after quantisation",
+    "ttt": "score with test-time training",
+    "report": "write the report of a run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for an error with a message, 143 after SIGTERM."""
+    arguments = _parser().parse_args(argv)
+    from pgolf.train import Interrupted  # here, so that --help does not wait for torch
+
+    try:
+        return arguments.action(arguments)
+    except Interrupted as stop:
+        print(f"pgolf: {stop}", file=sys.stderr)
+        return 143
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if not type(error).__module__.startswith("pgolf") and not isinstance(error, FileNotFoundError | ImportError):
+            raise  # a defect, not a mistake of the user's: show where
+        print(f"pgolf: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("pgolf", description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"pgolf {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_stage(commands, "run")
+    _add_data(commands)
+    for name in ("train", "quantize", "eval", "ttt", "report"):
+        _add_stage(commands, name)
+    show = commands.add_parser("config", help="list the settings and their values", epilog=SETTINGS_HELP)
+    _add_settings(show)
+    show.set_defaults(action=_config)
+    inspect = commands.add_parser("inspect", help="what an artifact holds, class by class")
+    inspect.add_argument("artifact", type=Path, help="an artifact's file")
+    inspect.set_defaults(action=_inspect)
+    environment = commands.add_parser("env", help="versions and chip, for a bug report")
+    environment.set_defaults(action=_environment)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: record)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="change a setting; repeatable"
+    )
+
+
+def _add_stage(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help=STAGE_HELP[name], description=STAGE_HELP[name], epilog=SETTINGS_HELP)
+    _add_settings(parser)
+    where = "the run's folder (default: a new one in runs/)" if name in ("run", "train") else "the run's folder"
+    parser.add_argument("--run-dir", type=Path, required=name not in ("run", "train"), help=where)
+    if name in ("run", "train"):
+        parser.add_argument("--resume", action="store_true", help="go on where the run in --run-dir stopped")
+        parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in --run-dir")
+    parser.set_defaults(action=_stage, stage=name, resume=False, fresh=False)
+
+
+def _add_data(commands: Any) -> None:
+    parser = commands.add_parser("data", help="check, download or build shards", description="Shards and tokenizers.")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    fineweb = actions.add_parser("fineweb", help="download the published FineWeb shards and tokenizer")
+    fineweb.add_argument("--variant", default="sp8192", help="tokenizer variant (default: sp8192)")
+    fineweb.add_argument("--train-shards", type=int, default=80, help="training shards of 100M tokens (default: 80)")
+    fineweb.add_argument("--out", type=Path, default=Path("data"), help="data folder (default: data)")
+    fineweb.set_defaults(action=_fineweb)
+
+    build = actions.add_parser("build", help="make shards of documents (.jsonl, .jsonl.xz, .jsonl.zst)")
+    build.add_argument("--docs", type=Path, required=True, help='documents, one {"text": …} a line')
+    build.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model")
+    build.add_argument("--out", type=Path, required=True, help="data folder to make")
+    split = build.add_mutually_exclusive_group(required=True)
+    split.add_argument("--val-docs", type=int, default=0, help="the first so many documents are for validation")
+    split.add_argument("--val-file", type=Path, help="documents for validation, in a file of their own")
+    build.add_argument("--workers", type=int, help="threads (default: all cores)")
+    build.set_defaults(action=_build)
+
+    tokenizer = actions.add_parser("tokenizer", help="train a tokenizer with the challenge's settings")
+    tokenizer.add_argument("--docs", type=Path, required=True, help='documents, one {"text": …} a line')
+    tokenizer.add_argument("--vocab-size", type=int, default=8192, help="tokens (default: 8192)")
+    tokenizer.add_argument("--out", type=Path, required=True, help="file of the model to write")
+    tokenizer.add_argument("--max-docs", type=int, help="use only the first so many documents")
+    tokenizer.set_defaults(action=_tokenizer)
+
+    check = actions.add_parser("check", help="read every shard strictly", epilog=SETTINGS_HELP)
+    _add_settings(check)
+    check.set_defaults(action=_check)
+
+
+def _config_from(arguments: argparse.Namespace, start: RunConfig) -> RunConfig:
+    """``start`` with the environment's and the command line's settings."""
+    settings: dict[str, str] = {}
+    for text in arguments.settings:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes name=value, got {text!r}")
+        settings[name.strip().lower()] = value
+    return start.from_env().replace(**settings)
+
+
+def _stage(arguments: argparse.Namespace) -> int:
+    from pgolf import run
+    from pgolf.runtime import describe_environment, start_world, stop_world
+
+    name = arguments.stage
+    started = arguments.run_dir is not None and RunFolder(arguments.run_dir).config_file.exists()
+    if name in ("run", "train") and not (started and arguments.resume):
+        config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
+        begin = True
+    else:
+        if arguments.preset:
+            raise RunFolderError("--preset starts a run; this one has its settings: change single ones with --set")
+        config, begin = _config_from(arguments, RunFolder(arguments.run_dir).config()), False
+    world = start_world(config)
+    try:
+        folder = RunFolder(arguments.run_dir or Path("runs") / world.share(_run_name(config)))
+        if begin:
+            _begin(arguments, config, folder, world, describe_environment(world))
+        world.barrier()
+        world.log(f"{folder.path}: preset {config.preset_name}, {world.size} process(es) on {world.device.type}")
+        _log_choices(config, world)
+        if name == "run":
+            run.run_stages(config, folder, world, arguments.resume)
+        else:
+            if name == "train" and begin:
+                run.run_stage("data", run.STAGES["data"], config, folder, world, False)
+            run.run_stage(name, run.STAGES[name], config, folder, world, arguments.resume)
+    finally:
+        stop_world(world)
+    return 0
+
+
+def _begin(arguments: argparse.Namespace, config: RunConfig, folder: RunFolder, world: Any, environment: dict) -> None:
+    """Make the folder of a new run; an earlier run in it is an error unless it is to be deleted."""
+    from pgolf.model import GPT
+    from pgolf.run import clear
+
+    exists = world.share(folder.config_file.exists())
+    if exists and not arguments.fresh:
+        raise RunFolderError(f"{folder.path} holds a run: --resume goes on with it, --fresh deletes it")
+    if not world.is_main:
+        return
+    if exists:
+        clear(folder.path)
+    folder.create(config, environment)
+    parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
+    about = {"run_id": folder.path.name, "preset": config.preset_name, "world_size": world.size}
+    folder.record("run", {**about, "device": environment["chip"], "parameters": parameters})
+
+
+def _log_choices(config: RunConfig, world: Any) -> None:
+    """Which settings differ from the preset, and which code will run."""
+    from pgolf.attention import resolve_backend
+    from pgolf.kernels._launch import backend, set_backend
+
+    set_backend(config.kernels)
+    preset = dataclasses.asdict(RunConfig.preset(config.preset_name))
+    for name, value in dataclasses.asdict(config).items():
+        if value != preset[name]:
+            world.log(f"  {name} = {value!r} (preset: {preset[name]!r})")
+    world.log(f"  attention: {resolve_backend(config.attention_backend, world.device)}, kernels: {backend()}")
+
+
+def _run_name(config: RunConfig) -> str:
+    return config.run_id or f"{config.preset_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
+    rows = [(name, getattr(config, name), spec.metadata["help"]) for name, spec in FIELDS.items()]
+    print(format_table(rows, ("setting", "value", "what it is")))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from pgolf.run import check_data
+
+    config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
+    print(format_table([(name.replace("_", " "), f"{count:,}") for name, count in check_data(config).items()]))
+    return 0
+
+
+def _fineweb(arguments: argparse.Namespace) -> int:
+    try:
+        from pgolf.fineweb import download
+    except ModuleNotFoundError:
+        raise RunFolderError("this program was exported without the download; install pgolf for it") from None
+
+    entry = download(arguments.out, arguments.variant, arguments.train_shards, progress=progress)
+    print(json.dumps(entry, indent=1))
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from pgolf.shards import build_dataset
+
+    entry = build_dataset(
+        arguments.docs,
+        arguments.tokenizer,
+        arguments.out,
+        val_docs=arguments.val_docs,
+        val_documents=arguments.val_file,
+        workers=arguments.workers,
+        progress=progress,
+    )
+    for name, split in entry["splits"].items():
+        print(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes")
+    both = entry["disjoint"]
+    print(
+        f"documents in both splits: {both['documents_in_both_splits']} "
+        f"({both['train_documents_left_out']} training documents left out for it)"
+    )
+    return 0
+
+
+def _tokenizer(arguments: argparse.Namespace) -> int:
+    from itertools import islice
+
+    from pgolf.corpus import read_documents
+    from pgolf.tokenizer import train_tokenizer
+
+    train_tokenizer(islice(read_documents(arguments.docs), arguments.max_docs), arguments.vocab_size, arguments.out)
+    print(f"{arguments.out}: {arguments.vocab_size} tokens")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from pgolf.artifact import CAP_BYTES, describe
+
+    rows = describe(arguments.artifact)
+    table = [(r.name, r.stored, r.tensors, f"{r.numbers:,}", f"{r.bits_per_number:.3f}", f"{r.bytes:,}") for r in rows]
+    print(format_table(table, ("class", "stored as", "tensors", "numbers", "bits/number", "bytes")))
+    size = arguments.artifact.stat().st_size
+    print(f"\nfile: {size:,} bytes, {size / CAP_BYTES:.2%} of the cap without code")
+    return 0
+
+
+def _environment(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from pgolf.runtime import World, describe_environment
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(describe_environment(World(0, 1, device)), indent=1))
+    return 0

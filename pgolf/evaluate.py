@@ -1,0 +1,218 @@
+"""Loss and bits per byte of a split by a fixed model: in packed rows, or with a sliding window.
+
+Every target is scored exactly once, with the context that training gave it: the document's own past, at most
+eval_seq_len tokens. Sums are fp64 on the device and read once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pgolf.bpb import ByteTable, bits_per_byte
+from pgolf.config import RunConfig
+from pgolf.loader import segment_boundaries
+from pgolf.model import BOS_ID, GPT
+
+ROWS_OF_A_BATCH = 8  # val_batch_tokens is what eight ranks take at once, one row each
+Progress = Callable[..., Iterable[Any]]
+
+
+class Row(NamedTuple):
+    """One packed row of the evaluation."""
+
+    inputs: Tensor  # int64 [1, T]
+    targets: Tensor  # int64 [1, T]
+    counted: Tensor  # bool [1, T], targets to add up
+    cu_seqlens: Tensor  # int32, a multiple of 64 entries
+
+
+@torch.no_grad()
+def evaluate_packed(
+    model: GPT,
+    config: RunConfig,
+    tokens: Tensor,
+    byte_table: ByteTable,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+) -> tuple[float, float]:
+    """Mean loss in nats and bits per byte of a whole split, in rows [1, val_batch_tokens / 8].
+
+    A row is cut into attention segments at every BOS and, within a document, every eval_seq_len tokens counted from
+    the document's start: the same helper and the same cuts as in training, which the public ``eval_val`` shares.
+    Rows are dealt to the ranks in contiguous runs; the last row is padded to the common length, uncounted.
+    ``eval_public_truncation`` drops what the public evaluation drops: the tail after the last whole window, and of
+    each rank's share of windows what does not fill a row.
+
+    Args:
+        model: in the loop state to score with (`looping_active`); its training flag is put back.
+        tokens: 1-D token ids, any integer dtype, on the CPU. byte_table: of the tokenizer they were made with.
+        progress: wraps the iterable of rows, as `pgolf.progress.progress` does; None shows nothing.
+
+    Raises ValueError for a stream without targets, rows shorter than a window, and world_size without a process group.
+    """
+    tokens = check_stream(tokens, config, byte_table, world_size)
+    width = config.val_batch_tokens // ROWS_OF_A_BATCH // config.eval_seq_len * config.eval_seq_len
+    if width == 0:
+        raise ValueError(
+            f"an evaluation row (val_batch_tokens / {ROWS_OF_A_BATCH} = {config.val_batch_tokens // ROWS_OF_A_BATCH}) "
+            f"must hold a window of eval_seq_len {config.eval_seq_len} tokens: raise val_batch_tokens"
+        )
+    spans = _row_spans(tokens.numel() - 1, width, config, rank, world_size)
+    width = min(width, tokens.numel() - 1)  # a split shorter than a row needs no padding
+    rows = (_packed_row(tokens, start, stop, width, config.eval_seq_len) for start, stop in spans)
+    return _score(model, config, rows, len(spans), byte_table, world_size, progress)
+
+
+@torch.no_grad()
+def evaluate_sliding(
+    model: GPT,
+    config: RunConfig,
+    tokens: Tensor,
+    byte_table: ByteTable,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+) -> tuple[float, float]:
+    """Mean loss in nats and bits per byte with a window of eval_seq_len tokens that moves by eval_stride.
+
+    The first window scores all its targets, each later one its last eval_stride, so that a target's context is as
+    long as its document and the window allow. Windows are packed into rows like those of `evaluate_packed`, and
+    attention within a window stops at document boundaries, as in training. Arguments and errors as there.
+    """
+    tokens = check_stream(tokens, config, byte_table, world_size)
+    if config.eval_stride > config.eval_seq_len:
+        raise ValueError(
+            f"eval_stride {config.eval_stride} is longer than the window, eval_seq_len {config.eval_seq_len}: "
+            "targets between windows would not be scored"
+        )
+    targets = tokens.numel() - 1
+    window = min(config.eval_seq_len, targets)
+    steps = -(-(targets - window) // config.eval_stride)
+    ends = (window + config.eval_stride * torch.arange(steps + 1)).clamp(max=targets)
+    fresh = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))  # targets that only this window scores
+    per_row = max(1, min(config.val_batch_tokens // ROWS_OF_A_BATCH // window, ends.numel()))
+    spans = _deal([(low, low + per_row) for low in range(0, ends.numel(), per_row)], rank, world_size)
+    width = per_row * window
+    rows = (_sliding_row(tokens, ends[low:high], fresh[low:high], window, width) for low, high in spans)
+    return _score(model, config, rows, len(spans), byte_table, world_size, progress)
+
+
+def check_stream(tokens: Tensor, config: RunConfig, byte_table: ByteTable, world_size: int) -> Tensor:
+    """``tokens`` as an int32 vector on the CPU.
+
+    Raises ValueError where they are no vector of at least two ids below vocab_size, where the byte table has another
+    vocabulary, and where several processes are spoken of but not joined.
+    """
+    if tokens.ndim != 1 or tokens.numel() < 2:
+        raise ValueError(f"scoring needs one stream of at least two tokens, got a tensor {tuple(tokens.shape)}")
+    tokens = tokens.to(device="cpu", dtype=torch.int32)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"token ids run from {low} to {high}, and vocab_size is {config.vocab_size}")
+    if byte_table.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the byte table has {byte_table.vocab_size} tokens and the model {config.vocab_size}: "
+            "use the tokenizer that the data were made with"
+        )
+    if world_size > 1 and not dist.is_initialized():
+        raise ValueError(f"world_size is {world_size}, but this process has joined no group: start it with torchrun")
+    return tokens
+
+
+@contextmanager
+def evaluation_mode(model: GPT) -> Iterator[None]:
+    """The model in eval mode, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, without waiting for the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _deal(items: Sequence[tuple[int, int]], rank: int, world_size: int) -> Sequence[tuple[int, int]]:
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
+
+
+def _row_spans(targets: int, width: int, config: RunConfig, rank: int, world_size: int) -> Sequence[tuple[int, int]]:
+    """[start, stop) of this rank's rows, in targets."""
+    if not config.eval_public_truncation:
+        spans = [(start, min(start + width, targets)) for start in range(0, targets, width)]
+        return _deal(spans, rank, world_size)
+    windows = targets // config.eval_seq_len
+    low, high = windows * rank // world_size, windows * (rank + 1) // world_size
+    first, rows = low * config.eval_seq_len, (high - low) * config.eval_seq_len // width
+    if rows == 0:
+        raise ValueError(
+            f"eval_public_truncation keeps whole rows of {width} tokens, and rank {rank} of {world_size} has only "
+            f"{(high - low) * config.eval_seq_len}: turn it off, or lower val_batch_tokens"
+        )
+    return [(first + row * width, first + (row + 1) * width) for row in range(rows)]
+
+
+def _padded(row: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(row, (0, width - row.numel()))
+
+
+def _packed_row(tokens: Tensor, start: int, stop: int, width: int, max_segment: int) -> Row:
+    span = tokens[start : stop + 1].long()
+    inputs, targets = _padded(span[:-1], width), _padded(span[1:], width)
+    counted = torch.arange(width) < stop - start
+    return Row(inputs[None], targets[None], counted[None], segment_boundaries(inputs, max_segment))
+
+
+def _sliding_row(tokens: Tensor, ends: Tensor, fresh: Tensor, window: int, width: int) -> Row:
+    starts = ends - window
+    span = tokens[starts[:, None] + torch.arange(window + 1)].long()
+    counted = torch.arange(window) >= window - fresh[:, None]
+    inputs, targets, counted = (_padded(part.flatten(), width) for part in (span[:, :-1], span[:, 1:], counted))
+    cu_seqlens = window_boundaries(inputs, window)
+    return Row(inputs[None], targets[None], counted[None], cu_seqlens)
+
+
+def window_boundaries(input_ids: Tensor, window: int) -> Tensor:
+    """`segment_boundaries` of a row of whole windows that share no context: cut every ``window`` and at every BOS."""
+    marked = input_ids.clone()
+    marked[::window] = BOS_ID
+    return segment_boundaries(marked, window)
+
+
+def _score(
+    model: GPT,
+    config: RunConfig,
+    rows: Iterable[Row],
+    total: int,
+    byte_table: ByteTable,
+    world_size: int,
+    progress: Progress | None,
+) -> tuple[float, float]:
+    device = model.qo_bank.device
+    byte_table = byte_table.to(device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, targets
+    if progress is not None:
+        rows = progress(rows, total=total, description="evaluation", unit="rows")
+    with evaluation_mode(model):
+        for row in rows:
+            inputs, targets, counted, cu_seqlens = (to_device(part, device) for part in row)
+            losses = model.token_losses(inputs, targets, cu_seqlens, config.eval_seq_len)
+            sums[0] += (losses.double() * counted).sum()
+            sums[1] += (byte_table.count(inputs, targets) * counted).sum()
+            sums[2] += counted.sum()
+    if world_size > 1:
+        dist.all_reduce(sums)
+    nats, total_bytes, targets_scored = sums.tolist()
+    return nats / targets_scored, bits_per_byte(nats, total_bytes)

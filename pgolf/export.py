@@ -1,0 +1,160 @@
+"""The program that is shipped and counted: the whole package as one text file, ``train_gpt.py``.
+
+The file carries the sources of ``pgolf`` and its kernels, without comments and docstrings, as xz in base85. When it is
+run it writes them to a folder under the temporary folder (Triton reads a kernel's source from its file, so they cannot
+be run from memory) and calls the command line. The same sources give the same bytes, and the program exports itself
+unchanged.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import dataclasses
+import importlib
+import json
+import lzma
+import os
+from pathlib import Path
+
+import pgolf
+from pgolf.config import RunConfig
+
+EXCLUDED = {"fineweb.py": "downloads the published shards, which the shipped program must not do"}
+# Settings of one machine or one run folder, which the program does not take along.
+LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "compile", "kernels")
+XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME, "pb": 0}]  # pb 0 suits text
+
+PROGRAM = '''#!/usr/bin/env python3
+"""pgolf @VERSION@ in one file: train, quantise and score a language model of at most 16,000,000 bytes.
+
+Without arguments, or with options only, this is `pgolf run`; `python train_gpt.py run --help` shows the options.
+PACKAGE holds the sources (JSON, xz, base85); running the file writes them to the folder that `unpack` names.
+"""
+import base64
+import hashlib
+import json
+import lzma
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+SETTINGS = @SETTINGS@
+PACKAGE = "@PACKAGE@"
+
+
+def unpack():
+    content = hashlib.sha256(PACKAGE.encode()).hexdigest()[:16]
+    root = Path(tempfile.gettempdir(), f"pgolf-{os.getuid()}-{content}")
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.lstat().st_uid != os.getuid():
+        sys.exit(f"{root} belongs to another user: delete it, or set TMPDIR to a folder of your own")
+    for name, text in json.loads(lzma.decompress(base64.b85decode(PACKAGE))).items():
+        target, source = root / name, text.encode()
+        if not target.is_file() or target.read_bytes() != source:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f"{target.name}.{os.getpid()}")  # other processes may be at it
+            aside.write_bytes(source)
+            os.replace(aside, target)
+    return root
+
+
+def main():
+    if sys.version_info < (3, 11):
+        sys.exit("this program needs Python 3.11 or newer")
+    sys.path.insert(0, str(unpack()))
+    arguments = sys.argv[1:]
+    if not any(argument.split("=")[0] == "--preset" for argument in arguments):
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+    if not arguments or arguments[0].startswith("-"):
+        arguments = ["run", *arguments]
+    from pgolf.cli import main
+
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+
+
+class ExportError(ValueError):
+    """A source file that cannot be exported."""
+
+
+def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> int:
+    """Write the package as one program and return its bytes, which count against the cap.
+
+    Args:
+        path: the file, usually ``train_gpt.py``; written aside and renamed.
+        config: settings the program runs with unless its own environment, ``--set`` or ``--preset`` says otherwise;
+            None: the defaults.
+
+    Raises ExportError naming a source file that cannot be exported.
+    """
+    files = json.dumps(package_sources(), ensure_ascii=False, separators=(",", ":"))
+    packed = lzma.compress(files.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=XZ_FILTERS)
+    program = (
+        PROGRAM.replace("@VERSION@", pgolf.__version__)
+        .replace("@SETTINGS@", repr(_settings(config)))
+        .replace("@PACKAGE@", base64.b85encode(packed).decode())
+        .encode()
+    )
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_bytes(program)
+    os.replace(aside, path)
+    return len(program)
+
+
+def package_sources() -> dict[str, str]:
+    """The files of the exported package by their path in it, Python without comments and docstrings, sorted."""
+    package = Path(pgolf.__file__).parent
+    # A checkout has the kernels beside the package, a wheel inside it.
+    kernels = Path(importlib.import_module("pgolf.kernels").__path__[0])
+    sources = {f"pgolf/{file.name}": file for file in package.glob("*.py") if file.name not in EXCLUDED}
+    for pattern in ("*.py", "tuned/*.json"):
+        sources |= {f"pgolf/kernels/{file.relative_to(kernels)}": file for file in kernels.glob(pattern)}
+    return {name: _exported(sources[name]) for name in sorted(sources)}
+
+
+def strip_source(source: str) -> str:
+    """Python ``source`` without comments and docstrings, laid out afresh; it does the same.
+
+    Raises ExportError when Python cannot write the program out so that it reads the same again.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+            if not node.body and not isinstance(node, ast.Module):
+                node.body.append(ast.Pass())
+    stripped = ast.unparse(tree)
+    if ast.dump(ast.parse(stripped)) != ast.dump(tree):
+        raise ExportError("the program reads differently when it is written out again")
+    return stripped
+
+
+def _exported(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".py":
+        return text
+    try:
+        return strip_source(text)
+    except (SyntaxError, ExportError) as error:
+        raise ExportError(f"{file} cannot be exported: {error}") from error
+
+
+def _settings(config: RunConfig | None) -> dict[str, str]:
+    """The settings that differ from the defaults, as environment variables."""
+    if config is None:
+        return {}
+    defaults, chosen = (dataclasses.asdict(settings) for settings in (RunConfig(), config))
+    return {
+        name.upper(): str(value)
+        for name, value in chosen.items()
+        if value != defaults[name] and name not in LOCAL_SETTINGS
+    }

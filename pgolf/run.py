@@ -1,0 +1,242 @@
+"""The run, stage by stage: data, train, quantize, eval, ttt, report.
+
+Every stage reads what the ones before it left in the run's folder, leaves its own, and puts its results into the
+summary; `run_stages` does them in order and can skip what is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf import artifact, evaluate, ttt
+from pgolf.bpb import ByteTable
+from pgolf.config import RunConfig
+from pgolf.corpus import embedded_documents
+from pgolf.export import export_program
+from pgolf.folder import RunFolder
+from pgolf.loader import calibration_batches
+from pgolf.model import GPT, rebank, unbank
+from pgolf.progress import format_bytes, format_duration, progress
+from pgolf.quantize import collect_hessians, dequantize_model, quantize_model
+from pgolf.report import summary_table, write_report
+from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory
+from pgolf.shards import build_dataset, dataset_dir, read_shard, shard_files, tokenizer_path
+from pgolf.tokenizer import load_tokenizer, train_tokenizer
+from pgolf.train import build_model, load_weights, train, validation_data
+
+EMBEDDED_VALIDATION_SHARE = 0.1  # of the embedded corpus's documents
+
+
+def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+    """Check every shard and the tokenizer; build them first from the embedded corpus where the settings say so."""
+    begun = time.perf_counter()
+    if world.is_main:
+        if config.data_source == "embedded" and not dataset_dir(config.data_dir, config.vocab_size).is_dir():
+            build_embedded(config.data_dir, config.vocab_size)
+        results = check_data(config)
+        shutil.copyfile(tokenizer_path(config.data_dir, config.vocab_size), folder.tokenizer)
+        folder.record("data", {**results, "seconds": time.perf_counter() - begun})
+        world.log(f"{results['train_tokens']:,} training and {results['val_tokens']:,} validation tokens")
+    world.barrier()
+
+
+def build_embedded(data_dir: str, vocab_size: int) -> dict[str, Any]:
+    """Train a tokenizer on the text every Python carries and build shards of it; returns the manifest entry."""
+    documents = embedded_documents()
+    validation = round(len(documents) * EMBEDDED_VALIDATION_SHARE)
+    model = tokenizer_path(data_dir, vocab_size)
+    train_tokenizer(documents[validation:], vocab_size, model)
+    return build_dataset(documents, model, data_dir, val_docs=validation)
+
+
+def check_data(config: RunConfig) -> dict[str, Any]:
+    """Read every shard strictly; counts of tokens, and the bytes of the validation text."""
+    load_tokenizer(tokenizer_path(config.data_dir, config.vocab_size), config.vocab_size)
+    files = shard_files(config.data_dir, config.vocab_size, "train")
+    train_tokens = sum(len(read_shard(path, config.vocab_size)) for path in progress(files, description="checking"))
+    tokens, table = validation_data(config)
+    counted = table.count(tokens[:-1].long(), tokens[1:].long()).sum()
+    return {
+        "train_shards": len(files),
+        "train_tokens": train_tokens,
+        "val_tokens": tokens.numel(),
+        "val_bytes": int(counted),
+    }
+
+
+def run_train(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+    """Train; see `pgolf.train.train`."""
+    train(config, folder, world, resume)
+
+
+def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+    """Calibrate, quantise on rank 0, write the artifact and the program, and hold them against the cap."""
+    begun = time.perf_counter()
+    reset_peak_memory(world.device)
+    weights = load_weights(folder.need(folder.ema, "train"))
+    hessians = calibrate(config, world, weights)
+    results: dict[str, Any] = {"hessian_seconds": time.perf_counter() - begun}
+    if world.is_main:
+        results |= _quantize_and_save(config, folder, world, weights, hessians)
+        results |= {"peak_memory_bytes": peak_memory_bytes(world.device), "seconds": time.perf_counter() - begun}
+        folder.record("quantize", results)
+        size = artifact.ArtifactSize(results["weight_bytes"], results["code_bytes"])
+        world.log(f"artifact: {size.total_bytes:,} of {size.cap_bytes:,} bytes ({size.share:.2%})")
+        size.check()
+    world.barrier()
+
+
+def calibrate(config: RunConfig, world: World, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Hessians of the products' inputs, averaged over all ranks' calibration batches."""
+    model = _model_with(config, world, weights)
+    batches = calibration_batches(
+        shard_files(config.data_dir, config.vocab_size, "train"),
+        tokens=config.gptq_calibration_tokens,
+        max_segment=config.train_seq_len,
+        count=config.gptq_calibration_batches,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        seed=config.seed,
+        documents=config.gptq_calibration_documents,
+    )
+    return collect_hessians(model, batches)
+
+
+def _quantize_and_save(
+    config: RunConfig, folder: RunFolder, world: World, weights: dict, hessians: dict
+) -> dict[str, Any]:
+    begun = time.perf_counter()
+    quantized = quantize_model(unbank(weights, config.num_layers), hessians, config, world.device)
+    solved = time.perf_counter()
+    path = folder.artifact(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    world.log(f"compressing with {config.compressor}")
+    weight_bytes = artifact.save(path, quantized, config.compressor)
+    compressed = time.perf_counter()
+    code_bytes = export_program(folder.program, config)
+    return {
+        "gptq_seconds": solved - begun,
+        "compress_seconds": compressed - solved,
+        "weight_bytes": weight_bytes,
+        "code_bytes": code_bytes,
+        "total_bytes": weight_bytes + code_bytes,
+        "cap_bytes": artifact.CAP_BYTES,
+        "bytes_by_class": artifact.bytes_by_class(quantized),
+        "lqer_tensors": [name for name, mark in quantized.meta.items() if "+lqer" in mark],
+    }
+
+
+def run_eval(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+    """Score the weights before quantisation and the artifact, every validation token once."""
+    begun = time.perf_counter()
+    reset_peak_memory(world.device)
+    tokens, table = validation_data(config)
+    before = load_weights(folder.need(folder.ema, "train"))
+    quantized = load_artifact(config, folder)
+    results: dict[str, Any] = {}
+    for name, weights in (("before", before), ("quantized", quantized)):
+        started = time.perf_counter()
+        model = _model_with(config, world, weights)
+        results[name] = _score(evaluate.evaluate_packed, model, config, tokens, table, world)
+        results[name]["seconds"] = time.perf_counter() - started
+        world.log(f"{name}: {results[name]['bits_per_byte']:.5f} bits per byte")
+    if config.sliding_window_enabled:
+        results["sliding"] = _score(evaluate.evaluate_sliding, model, config, tokens, table, world)
+    results |= {"peak_memory_bytes": peak_memory_bytes(world.device), "seconds": time.perf_counter() - begun}
+    if world.is_main:
+        folder.record("eval", results)
+    world.barrier()
+
+
+def _score(
+    function: Callable, model: GPT, config: RunConfig, tokens: torch.Tensor, table: ByteTable, world: World
+) -> dict[str, float]:
+    loss, bits = function(model, config, tokens, table, rank=world.rank, world_size=world.size)
+    return {"loss": loss, "bits_per_byte": bits}
+
+
+def run_ttt(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+    """Score the artifact with test-time training."""
+    if not config.ttt_enabled:
+        world.log("test-time training is off (ttt_enabled)")
+        return
+    begun = time.perf_counter()
+    reset_peak_memory(world.device)
+    tokens, table = validation_data(config)
+    model = _model_with(config, world, load_artifact(config, folder))
+    scored = ttt.test_time_training(model, config, tokens, table, rank=world.rank, world_size=world.size)
+    if world.is_main:
+        results = {key: value for key, value in scored._asdict().items() if key != "token_nats"}
+        results |= {"peak_memory_bytes": peak_memory_bytes(world.device), "seconds": time.perf_counter() - begun}
+        folder.record("ttt", results)
+        world.log(f"after test-time training: {scored.bits_per_byte:.5f} bits per byte")
+    world.barrier()
+
+
+def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+    """Write the report and print the table of results."""
+    if world.is_main:
+        path = write_report(folder.path)
+        world.log(f"\n{summary_table(folder.summary())}\n\nreport: {path}")
+    world.barrier()
+
+
+def load_artifact(config: RunConfig, folder: RunFolder) -> dict[str, torch.Tensor]:
+    """The artifact's weights, float32, by state-dict name."""
+    template = {name: torch.empty_like(value) for name, value in GPT(config).state_dict().items()}
+    quantized = artifact.load(folder.need(folder.artifact(config), "quantize"))
+    return rebank(dequantize_model(quantized, unbank(template, config.num_layers)), template)
+
+
+def _model_with(config: RunConfig, world: World, weights: dict[str, torch.Tensor]) -> GPT:
+    """A model with the given weights, as it is after training: looping, in eval mode."""
+    model = build_model(config, world)
+    model.load_state_dict(weights)
+    model.looping_active = config.num_loops > 0
+    return model.eval()
+
+
+STAGES: dict[str, Callable[[RunConfig, RunFolder, World, bool], None]] = {
+    "data": run_data,
+    "train": run_train,
+    "quantize": run_quantize,
+    "eval": run_eval,
+    "ttt": run_ttt,
+    "report": run_report,
+}
+
+
+def run_stages(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:
+    """All stages in order. With ``resume``, those whose results are in the summary are skipped."""
+    for name, stage in STAGES.items():
+        if world.share(resume and name in folder.summary() and name != "report"):
+            world.log(f"[{name}] done before")
+            continue
+        run_stage(name, stage, config, folder, world, resume)
+
+
+def run_stage(name: str, stage: Callable, config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+    """One stage, with a line before and after it, and the device's memory given back."""
+    world.log(f"[{name}]")
+    begun = time.perf_counter()
+    stage(config, folder, world, resume)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    peak = folder.summary().get(name, {}).get("peak_memory_bytes")
+    memory = f", peak memory {format_bytes(peak)}" if peak else ""
+    world.log(f"[{name}] {format_duration(time.perf_counter() - begun)}{memory}")
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier run left in its folder, and nothing else."""
+    run = RunFolder(folder)
+    files = [run.config_file, run.environment, run.metrics, run.summary_file, run.checkpoint, run.ema, run.program]
+    for path in (*files, run.tokenizer, run.report, run.path / "model.int6.ptz"):
+        path.unlink(missing_ok=True)

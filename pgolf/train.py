@@ -1,0 +1,317 @@
+"""Training: warm up, start the clock, step until it runs out, leave the moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf.bpb import ByteTable
+from pgolf.checkpoint import TrainingState, load_checkpoint, load_tensors, save_aside, save_checkpoint
+from pgolf.config import RunConfig
+from pgolf.evaluate import evaluate_packed
+from pgolf.folder import RunFolder
+from pgolf.kernels._launch import set_backend
+from pgolf.loader import Batch, DocumentPackingLoader, load_validation_tokens
+from pgolf.model import GPT
+from pgolf.optim import ModelOptimizer
+from pgolf.progress import TrainingProgress
+from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory
+from pgolf.schedule import Clock, is_over, learning_rate_scale, looping_starts, muon_momentum, training_fraction
+from pgolf.shards import shard_files, tokenizer_path
+
+
+class Interrupted(RuntimeError):
+    """Training was asked to stop (SIGTERM) and has written a checkpoint."""
+
+
+def build_model(config: RunConfig, world: World) -> GPT:
+    """A fresh model on the run's device, with the kernels and the compilation the settings ask for."""
+    set_backend(config.kernels)
+    model = GPT(config).to(world.device)
+    if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
+        # Training, evaluation and test-time training each compile the same regions for their own shapes.
+        torch._dynamo.config.recompile_limit = 64
+        model.compile_regions()
+    return model
+
+
+def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:
+    """Train from the settings (or go on from the folder's checkpoint) and write ``ema.pt``.
+
+    Raises Interrupted after SIGTERM, once a checkpoint is written.
+    """
+    begun = time.perf_counter()
+    reset_peak_memory(world.device)
+    state = _start(config, world)
+    trainer = _Trainer(config, folder, world, state)
+    if resume and folder.checkpoint.exists():
+        load_checkpoint(folder.checkpoint, state, config, world)
+        world.log(f"going on from step {state.step}")
+    if world.is_main:
+        folder.cut_metrics(state.step)
+    if config.warmup_steps > 0 and not training_is_over(config, state):
+        trainer.warm_up()
+    startup = time.perf_counter() - begun
+    try:
+        with _terminate_flag() as terminated:
+            trainer.run(terminated)
+    finally:
+        state.loader.close()
+    _use_average(state)
+    if world.is_main:
+        save_aside(folder.ema, {"step": state.step, "weights": final_weights(state)})
+        folder.record("train", trainer.results(startup, time.perf_counter() - begun))
+    world.barrier()
+
+
+def training_is_over(config: RunConfig, state: TrainingState) -> bool:
+    """True when the checkpoint was already at the end."""
+    return is_over(config, state.step, state.clock.elapsed())
+
+
+def final_weights(state: TrainingState) -> dict[str, torch.Tensor]:
+    """The averaged weights in float32 on the CPU, rounded where the master weights are (embed_fp32_master off)."""
+    return {name: value.float().cpu() for name, value in state.model.state_dict().items()}
+
+
+def _start(config: RunConfig, world: World) -> TrainingState:
+    model = build_model(config, world)
+    optimizer = ModelOptimizer(model, config, world.size)
+    ema = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
+    return TrainingState(model, optimizer, ema, _training_loader(config, world), Clock())
+
+
+def _training_loader(config: RunConfig, world: World) -> DocumentPackingLoader:
+    return DocumentPackingLoader(
+        shard_files(config.data_dir, config.vocab_size, "train"),
+        micro_batch_tokens=config.micro_batch_tokens,
+        max_segment=config.train_seq_len,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        vocab_size=config.vocab_size,
+    )
+
+
+@torch.no_grad()
+def _use_average(state: TrainingState) -> None:
+    """Replace the weights by their moving average."""
+    for name, value in state.model.state_dict().items():
+        value.copy_(state.ema[name])
+
+
+@contextmanager
+def _terminate_flag() -> Iterator[list[bool]]:
+    """A list that becomes [True] on SIGTERM."""
+    flag = [False]
+
+    def on_signal(*_: Any) -> None:
+        flag[0] = True
+
+    try:
+        previous = signal.signal(signal.SIGTERM, on_signal)
+    except ValueError:  # not the main thread: nobody can send us signals
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Trainer:
+    """The loop and what it measures."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, world: World, state: TrainingState) -> None:
+        self.config, self.folder, self.world, self.state = config, folder, world, state
+        self.accumulation = config.gradient_accumulation(world.size)
+        self.progress = TrainingProgress(config.train_log_every) if world.is_main else None
+        self.weights = state.model.state_dict()
+        self.step_seconds: dict[bool, list[float]] = {False: [], True: []}
+        self.waiting: list[tuple[dict[str, Any], torch.Tensor, Any]] = []  # steps handed to the device, not logged yet
+        self.logged_at = 0.0
+        # A step behind, the GPU never waits for Python; a CPU computes a step before it returns.
+        self.steps_behind = 1 if world.device.type == "cuda" else 0
+        self.validation: dict[str, float] = {}
+        self.last_loss = float("nan")
+
+    def run(self, terminated: list[bool]) -> None:
+        """Step until the schedule ends; validate and checkpoint on the way, off the clock."""
+        config, state, world = self.config, self.state, self.world
+        saved_at = time.monotonic()
+        state.model.train()
+        self.logged_at = state.clock.elapsed()
+        state.clock.start()
+        while True:
+            self._wait(self.steps_behind)
+            elapsed, stop = world.agree(state.clock.elapsed(), terminated[0])
+            self._log_finished(elapsed, self.steps_behind)
+            over = is_over(config, state.step, elapsed)
+            if over or (config.val_loss_every and state.step and state.step % config.val_loss_every == 0):
+                self._off_the_clock(self._validate)
+            if over:
+                break
+            due = config.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+            _, due = world.agree(0.0, due) if config.checkpoint_minutes > 0 else (0.0, False)
+            if due or stop:
+                self._off_the_clock(self._save)
+                saved_at = time.monotonic()
+            if stop:
+                raise Interrupted(f"stopped by SIGTERM after step {state.step}; go on with --resume")
+            self._scheduled_step(elapsed)
+        if config.checkpoint_minutes > 0:
+            self._save()
+
+    def _scheduled_step(self, elapsed: float) -> None:
+        config, state = self.config, self.state
+        fraction = training_fraction(config, state.step, elapsed)
+        if looping_starts(config, fraction) and not state.model.looping_active:
+            state.model.looping_active = True
+            if self.progress:
+                self.progress.message(f"the loop starts at step {state.step + 1}")
+        scale, momentum = learning_rate_scale(config, fraction), muon_momentum(config, state.step)
+        measured = self._step(scale, momentum)
+        self._average()
+        state.step += 1
+        entry = {
+            "kind": "train",
+            "step": state.step,
+            "lr_scale": scale,
+            "muon_momentum": momentum,
+            "tokens": state.step * config.train_batch_tokens,
+            "looping": state.model.looping_active,
+        }
+        event = None
+        if self.world.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self.waiting.append((entry, measured, event))
+
+    def _step(self, lr_scale: float, momentum: float) -> torch.Tensor:
+        """One optimizer step; returns (mean loss over all ranks, gradient norm) on the device."""
+        state = self.state
+        state.optimizer.zero_grad()
+        total = torch.zeros((), device=self.world.device)
+        for _ in range(self.accumulation):
+            batch: Batch = state.loader.next_batch()
+            loss = state.model(batch.input_ids, batch.target_ids, batch.cu_seqlens, self.config.train_seq_len)
+            (loss / self.accumulation).backward()
+            total += loss.detach() / self.accumulation
+        norm = state.optimizer.step(lr_scale, momentum)
+        return torch.stack([self.world.mean(total), norm])
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        averages = [self.state.ema[name] for name in self.weights]
+        torch._foreach_lerp_(averages, [value.float() for value in self.weights.values()], 1 - self.config.ema_decay)
+
+    def _wait(self, steps_behind: int) -> None:
+        """Wait until the device is at most so many steps behind, so that the clock tells what was really done."""
+        for _, _, event in self.waiting[: len(self.waiting) - steps_behind]:
+            if event is not None:
+                event.synchronize()
+
+    def _log_finished(self, elapsed: float, steps_behind: int) -> None:
+        """Log all but the last ``steps_behind`` steps; the device has finished them."""
+        entries = []
+        while len(self.waiting) > steps_behind:
+            entry, measured, _ = self.waiting.pop(0)
+            self.last_loss, norm = measured.tolist()
+            seconds, self.logged_at = max(elapsed - self.logged_at, 1e-9), elapsed
+            self.step_seconds[entry["looping"]].append(seconds)
+            speed = self.config.train_batch_tokens / seconds
+            entry |= {"loss": self.last_loss, "grad_norm": norm, "elapsed_seconds": elapsed, "tokens_per_second": speed}
+            entries.append(entry)
+        if self.world.is_main and entries:
+            self.folder.log_metrics(entries)
+            self.progress.step(entries[-1]["step"], self.last_loss, speed, *self._time_left(elapsed))
+
+    def _time_left(self, elapsed: float) -> tuple[float, int | None]:
+        config, step = self.config, self.state.step
+        if config.max_wallclock_seconds > 0:
+            return config.max_wallclock_seconds - config.gptq_reserve_seconds - elapsed, None
+        recent = [*self.step_seconds[False], *self.step_seconds[True]][-20:]
+        return statistics.median(recent) * (config.iterations - step), config.iterations
+
+    def _off_the_clock(self, action: Any) -> None:
+        self._wait(steps_behind=0)
+        self.state.clock.stop()
+        self._log_finished(self.state.clock.elapsed(), steps_behind=0)
+        action()
+        self.state.clock.start()
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder.checkpoint, self.state, self.config, self.world)
+        self._say(f"checkpoint at step {self.state.step}")
+
+    def _validate(self) -> None:
+        config, world = self.config, self.world
+        tokens, table = validation_data(config)
+        loss, bits = evaluate_packed(self.state.model, config, tokens, table, rank=world.rank, world_size=world.size)
+        self.state.model.train()
+        self.validation = {"val_loss": loss, "bits_per_byte": bits}
+        if world.is_main:
+            step = self.state.step
+            self.folder.log_metrics([{"kind": "val", "step": step, "loss": loss, "bits_per_byte": bits}])
+            self._say(f"validation at step {step}: loss {loss:.4f}, {bits:.5f} bits per byte")
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            self.progress.message(text)
+
+    def warm_up(self) -> None:
+        """Run steps in both loop states on the run's own data, then put everything back as it was."""
+        state, world = self.state, self.world
+        weights = {name: value.cpu().clone() for name, value in state.model.state_dict().items()}
+        optimizer, loop_state = copy.deepcopy(state.optimizer.state_dict()), state.model.looping_active
+        loader, state.loader = state.loader, _training_loader(self.config, world)
+        for looping in (False, True) if self.config.num_loops > 0 else (False,):
+            state.model.looping_active = looping
+            for step in range(self.config.warmup_steps):
+                self._step(1.0, muon_momentum(self.config, step))
+        state.loader.close()
+        state.loader, state.model.looping_active = loader, loop_state
+        state.model.load_state_dict(weights)
+        state.optimizer.zero_grad()
+        state.optimizer.load_state_dict(optimizer)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        self._say(f"warmed up with {self.config.warmup_steps} steps in each loop state, and undid them")
+
+    def results(self, startup: float, seconds: float) -> dict[str, Any]:
+        """What the summary keeps of training."""
+        speeds = {
+            name: self.config.train_batch_tokens / statistics.median(self.step_seconds[looping])
+            for name, looping in (("tokens_per_second_before_loop", False), ("tokens_per_second_after_loop", True))
+            if self.step_seconds[looping]
+        }
+        return {
+            "steps": self.state.step,
+            "seconds": seconds,
+            "clock_seconds": self.state.clock.elapsed(),
+            "startup_seconds": startup,
+            "final_loss": self.last_loss,
+            "peak_memory_bytes": peak_memory_bytes(self.world.device),
+            **speeds,
+            **self.validation,
+        }
+
+
+def validation_data(config: RunConfig) -> tuple[torch.Tensor, ByteTable]:
+    """The validation tokens of the configuration and the bytes of every token."""
+    files = shard_files(config.data_dir, config.vocab_size, "val")
+    tokens = load_validation_tokens(files, vocab_size=config.vocab_size, doc_fraction=config.val_doc_fraction)
+    return tokens, ByteTable.from_sentencepiece(tokenizer_path(config.data_dir, config.vocab_size))
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The final weights that `train` left: float32, by state-dict name."""
+    return load_tensors(path)["weights"]

@@ -1,0 +1,160 @@
+"""The shape of the source: which module may import which, sizes, docstrings, and that every setting is used."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pgolf.config import FIELDS
+
+ROOT = Path(__file__).resolve().parent.parent
+# A module may import those before it, in the order in which a run uses them.
+ORDER = """
+    config progress folder runtime bpb corpus tokenizer shards fineweb loader attention model optim schedule checkpoint
+    evaluate train quantize artifact export lora ttt report_plots report run cli __main__
+""".split()  # noqa: SIM905
+EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard"}  # not installed everywhere
+KERNEL_IMPORTS = {"torch", "triton", "numpy", "pgolf.kernels._launch"}
+LONGEST_FILE = 600
+
+MODULES = sorted((ROOT / "pgolf").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+LIBRARY = [*MODULES, *KERNELS]
+SOURCES = [*LIBRARY, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench").glob("*.py")), ROOT / "setup.py"]
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=[str(path.relative_to(ROOT)) for path in paths])
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path, tree: ast.AST | None = None) -> Iterator[str]:
+    """Dotted names of the modules that ``path`` imports; ``from pgolf import x`` gives ``pgolf.x``."""
+    package = "pgolf.kernels" if path.parent.name == "kernels" else "pgolf"
+    for node in ast.walk(tree or parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = f"{package}.{node.module}" if node.level and node.module else node.module or package
+            bare = base in ("pgolf", "pgolf.kernels")
+            yield from (f"{base}.{alias.name}" for alias in node.names) if bare else (base,)
+
+
+def standard(name: str) -> bool:
+    return name.split(".")[0] in sys.stdlib_module_names
+
+
+def test_order_lists_every_module() -> None:
+    assert {path.stem for path in MODULES} - {"__init__"} == set(ORDER)
+
+
+@each([path for path in MODULES if path.stem != "__init__"])
+def test_modules_import_earlier_ones_only(path: Path) -> None:
+    ours = [name for name in imports(path) if name.split(".")[0] == "pgolf" and not name.startswith("pgolf.kernels.")]
+    assert not {"tests", "bench", "kernels"} & {name.split(".")[0] for name in imports(path)}
+    earlier = {f"pgolf.{name}" for name in ORDER[: ORDER.index(path.stem)]} | {
+        "pgolf",
+        "pgolf.__version__",
+        "pgolf.kernels",
+    }
+    assert [name for name in ours if name not in earlier] == []
+
+
+def test_config_needs_the_standard_library_only() -> None:
+    assert [name for name in imports(ROOT / "pgolf" / "config.py") if not standard(name)] == []
+
+
+@each(KERNELS)
+def test_kernels_know_nothing_of_the_driver(path: Path) -> None:
+    foreign = [name for name in imports(path) if not standard(name)]
+    allowed = {name for name in foreign if name in KERNEL_IMPORTS or name.split(".")[0] in KERNEL_IMPORTS}
+    assert set(foreign) - allowed == set()
+    if not path.stem.startswith("_"):
+        relative = {node.module for node in ast.walk(parse(path)) if isinstance(node, ast.ImportFrom) and node.level}
+        assert relative == {"_launch"}, "`from ._launch import ...`: its guard then sees a second copy of this module"
+
+
+@each(LIBRARY)
+def test_extras_are_imported_where_they_are_used(path: Path) -> None:
+    if path.stem == "report_plots":
+        pytest.skip("imported only where matplotlib is installed")
+    guarded = {id(node) for outer in ast.walk(parse(path)) if isinstance(outer, ast.FunctionDef | ast.Try)
+               for node in ast.walk(outer)}  # fmt: skip
+    at_top = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Import | ast.ImportFrom)
+              and id(node) not in guarded]  # fmt: skip
+    names = {name.split(".")[0] for node in at_top for name in imports(path, node)}
+    assert not names & EXTRAS
+
+
+@each(SOURCES)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+
+
+def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Public functions of a module and public methods of its public classes; Triton kernels are no Python."""
+    bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
+    for node in (node for body in bodies for node in body):
+        compiled = any("jit" in ast.unparse(mark) for mark in getattr(node, "decorator_list", ()))
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not compiled:
+            yield node
+
+
+@each(LIBRARY)
+def test_public_functions_are_documented_and_annotated(path: Path) -> None:
+    tree = parse(path)
+    wanting = [] if ast.get_docstring(tree) else ["module docstring"]
+    wanting += [f"class {node.name}: docstring" for node in tree.body
+                if isinstance(node, ast.ClassDef) and node.name[0] != "_" and not ast.get_docstring(node)]  # fmt: skip
+    for function in public_functions(tree):
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        bare = [item.arg for item in arguments if item.annotation is None and item.arg not in ("self", "cls")]
+        wanting += [f"{function.name}: type of {name}" for name in bare]
+        if function.returns is None:
+            wanting.append(f"{function.name}: type of the result")
+        if not ast.get_docstring(function):
+            wanting.append(f"{function.name}: docstring")
+    assert wanting == []
+
+
+def last_name(node: ast.AST | None) -> str:
+    """``config`` of ``config`` and of ``self.config``."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def config_reads(tree: ast.AST, owner: str = "config") -> set[str]:
+    """Attributes read from what is called ``owner``, from its aliases and from parameters of type RunConfig."""
+    owners = {owner}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and last_name(node.value) == owner:
+            owners |= {last_name(target) for target in node.targets}
+        elif isinstance(node, ast.arg) and last_name(node.annotation) == "RunConfig":
+            owners.add(node.arg)
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
+    return {node.attr for node in attributes if last_name(node.value).lstrip("_") in owners}
+
+
+def test_every_setting_is_read() -> None:
+    others = [path for path in LIBRARY if path.name != "config.py"]
+    used = set().union(*(config_reads(parse(path)) for path in others))
+    (settings,) = (node for node in parse(ROOT / "pgolf" / "config.py").body
+                   if isinstance(node, ast.ClassDef) and node.name == "RunConfig")  # fmt: skip
+    for method in (node for node in settings.body if isinstance(node, ast.FunctionDef)):
+        if method.name in used:  # a property or method stands for the fields it reads
+            used |= config_reads(method, "self")
+    unread = sorted(set(FIELDS) - used)
+    assert not unread, f"no code reads the settings {', '.join(unread)}"
+
+
+def test_readme_shows_every_file() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in LIBRARY if path.stem != "__init__" and path.name not in text] == []

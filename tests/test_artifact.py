@@ -1,0 +1,214 @@
+"""The artifact: exact public weights, the same bytes every time, damaged files, and its sizes."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import lzma
+import math
+from pathlib import Path
+
+import brotli
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgolf.artifact import (
+    ArtifactError,
+    ArtifactSize,
+    byte_shuffle,
+    byte_unshuffle,
+    bytes_by_class,
+    class_sizes,
+    code_entropy,
+    describe,
+    load,
+    save,
+)
+from pgolf.quantize import QuantizedModel, dequantize_model
+
+PUBLIC = Path(__file__).parent / "golden" / "pr1874_tiny.int6.ptz"
+
+
+@pytest.fixture(scope="module")
+def public() -> QuantizedModel:
+    return load(PUBLIC)
+
+
+def test_the_public_file_gives_its_exact_weights(public, golden):
+    weights = {
+        name.removeprefix("ptz/"): torch.from_numpy(array)
+        for name, array in golden("quantize").items()
+        if name.startswith("ptz/")
+    }
+    restored = dequantize_model(public, weights)
+    assert restored.keys() == weights.keys() and len(weights) == 4
+    for name, expected in weights.items():
+        assert torch.equal(restored[name], expected), name
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_saved_and_loaded_it_is_the_same(public, tmp_path, compressor):
+    path = tmp_path / "model.int6.ptz"
+    written = save(path, public, compressor)
+    assert path.stat().st_size == written
+    again = load(path)
+    assert again.meta == public.meta and list(again.tensors) == list(public.tensors)
+    assert all(torch.equal(again.tensors[key], public.tensors[key]) for key in public.tensors)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name], "nothing is left aside"
+    assert not again.low_rank("blocks.0.attn_scale") and again.low_rank("tok_emb.weight").qA.shape == (1024, 4)
+
+
+def test_our_file_reads_by_the_public_rule_and_is_no_larger(public, tmp_path):
+    path = tmp_path / "model.int6.ptz"
+    assert save(path, public) <= PUBLIC.stat().st_size
+    data = brotli.decompress(path.read_bytes())
+    assert data[:5] == b"BSHF\x02"
+    half = (len(data) - 5 + 1) // 2
+    plain = bytearray(len(data) - 5)
+    plain[0::2], plain[1::2] = data[5 : 5 + half], data[5 + half :]
+    content = torch.load(io.BytesIO(plain), weights_only=True)
+    assert content["m"] == public.meta and content["w"].keys() == public.tensors.keys()
+
+
+def test_equal_models_give_equal_bytes(public, tmp_path):
+    """Also when tensors are views of one storage and strings are other objects of the same value."""
+    together = torch.cat([value.reshape(-1).float() for value in public.tensors.values()])
+    parts = together.split([value.numel() for value in public.tensors.values()])
+    copied = QuantizedModel(
+        {
+            "".join(list(key)): part.reshape(value.shape).to(value.dtype)
+            for (key, value), part in zip(public.tensors.items(), parts, strict=True)
+        },
+        {"".join(list(name)): "".join(list(how)) for name, how in public.meta.items()},
+    )
+    views = QuantizedModel(
+        {
+            key: torch.cat([value, value])[: value.size(0)] if value.ndim else value
+            for key, value in public.tensors.items()
+        },
+        public.meta,
+    )
+    files = []
+    for index, model in enumerate((public, copied, views, load(PUBLIC))):
+        save(tmp_path / f"{index}.ptz", model, "lzma")
+        files.append((tmp_path / f"{index}.ptz").read_bytes())
+    assert len(set(files)) == 1
+
+
+@pytest.fixture(scope="module")
+def blobs(public, tmp_path_factory) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("xz") / "model"
+    save(path, public, "lzma")
+    return {"brotli": PUBLIC.read_bytes(), "lzma": path.read_bytes()}
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99, "one byte"])
+def test_a_file_cut_short_is_an_error_that_names_it(blobs, tmp_path, compressor, share):
+    path, blob = tmp_path / "model.int6.ptz", blobs[compressor]
+    path.write_bytes(blob[: len(blob) - 1 if share == "one byte" else int(len(blob) * share)])
+    with pytest.raises(ArtifactError, match=r"model\.int6\.ptz.*is no artifact, or is cut short.*pgolf quantize"):
+        load(path)
+
+
+def pickled(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return byte_shuffle(buffer.getvalue())
+
+
+class Foreign:
+    """What weights_only must not load."""
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"BSHF", "no stride"),
+        (byte_shuffle(b"some text"), "not written by torch.save"),
+        (byte_shuffle(b"PK but no archive"), "is no artifact"),
+        (pickled([1, 2]), 'lacks the dictionaries "w" and "m"'),
+        (pickled({"w": {}, "m": {"a": "gptq (int6)"}}), "lacks the tensor a.q"),
+        (pickled({"w": {"a": torch.ones(1), "m": {}}}), 'lacks the dictionaries "w" and "m"'),
+        (pickled(Foreign()), "is no artifact"),
+    ],
+)
+def test_a_foreign_file_is_an_error(tmp_path, data, words):
+    path = tmp_path / "other.ptz"
+    path.write_bytes(lzma.compress(data))
+    with pytest.raises(ArtifactError, match=words):
+        load(path)
+
+
+def test_other_compressors_and_a_missing_brotli(public, tmp_path, monkeypatch):
+    with pytest.raises(ArtifactError, match="must be brotli or lzma, got 'zip'"):
+        save(tmp_path / "x", public, "zip")
+    imported = builtins.__import__
+
+    def without_brotli(name, *rest):
+        if name == "brotli":
+            raise ImportError(name)
+        return imported(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_brotli)
+    with pytest.raises(ImportError, match="pip install brotli"):
+        load(PUBLIC)
+    save(tmp_path / "x", public, "lzma")
+    assert load(tmp_path / "x").meta == public.meta
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none")
+
+
+@given(st.binary(max_size=300))
+def test_the_byte_shuffle_is_undone(data):
+    shuffled = byte_shuffle(data)
+    assert shuffled[5:] == data[0::2] + data[1::2]
+    assert byte_unshuffle(shuffled) == data
+
+
+@given(st.binary(max_size=100).filter(lambda data: not data.startswith(b"BSHF")), st.integers(1, 7))
+def test_other_strides_and_plain_data(data, stride):
+    assert byte_unshuffle(data) == data
+    shuffled = b"BSHF" + bytes([stride]) + b"".join(data[plane::stride] for plane in range(stride))
+    assert byte_unshuffle(shuffled) == data
+
+
+def test_the_cap():
+    size = ArtifactSize(15_900_000, 100_000)
+    assert (size.total_bytes, size.share, size.margin_bytes) == (16_000_000, 1.0, 0)
+    size.check()
+    over = ArtifactSize(15_950_000, 51_234)
+    assert over.margin_bytes == -1_234
+    with pytest.raises(ArtifactError, match=r"1,234 bytes over the cap.*raise embed_clip_sigmas.*lower embed_bits"):
+        over.check()
+
+
+def test_entropy_of_codes():
+    assert code_entropy(torch.full((10,), -31, dtype=torch.int8)) == 0
+    assert code_entropy(torch.arange(-128, 128).to(torch.int8)) == pytest.approx(8)
+    quarter = torch.tensor([0, 0, 0, 1], dtype=torch.int8)
+    assert code_entropy(quarter) == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
+
+
+def test_the_table_counts_every_byte(public):
+    rows = {row.name: row for row in class_sizes(public) if row.name != "low-rank factors"}
+    assert list(rows) == ["embedding", "attention", "mlp fc", "scales", "small tensors"]
+    assert (rows["embedding"].stored, rows["attention"].stored) == ("int7", "int6")
+    assert rows["attention"].numbers == 288 * 256 and 2 < rows["attention"].bits_per_number < 6
+    assert rows["scales"].bytes == 2 * (1024 + 512 + 288)
+    assert rows["small tensors"].bytes == 2 * 128
+    raw = sum(row.numbers for row in class_sizes(public))
+    assert raw == sum(value.numel() for value in public.tensors.values())
+    assert sum(bytes_by_class(public).values()) == sum(row.bytes for row in describe(PUBLIC))
+
+
+def test_a_full_size_public_file_reads_with_its_known_entropies(shared):
+    rows = class_sizes(load(shared / "golden" / "public_160steps.int6.ptz"))
+    codes = {row.name: row for row in rows if row.stored in ("int6", "int7")}
+    bits = {name: round(row.bits_per_number, 3) for name, row in codes.items()}
+    assert bits == {"embedding": 4.121, "attention": 3.317, "mlp fc": 3.43, "mlp proj": 3.427}
+    assert sum(row.bytes for row in codes.values()) == 15_634_027
+    assert sum(row.bytes for row in rows if row.name not in codes) == 227_988
+    assert sum(row.numbers for row in codes.values()) + 32_999 == 35_946_727

@@ -1,0 +1,121 @@
+"""The download against a made-up hub: paths, resuming, broken files, and clear errors. No network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from pgolf.fineweb import REPOSITORY, DownloadError, download
+from pgolf.shards import read_shard, shard_files, tokenizer_path, write_shard
+from pgolf.tokenizer import load_tokenizer, train_tokenizer
+
+VOCAB = 300
+WORDS = ["cat", "river", "mountain", "telescope", "fountain", "winter", "umbrella", "garden"]
+
+
+class Hub:
+    """Stands in for huggingface_hub: serves a folder, remembers what was asked, breaks what it is told to."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.asked, self.broken = root, [], {}
+
+    def hf_hub_download(self, *, repo_id: str, filename: str, repo_type: str, local_dir: Path, force_download: bool):
+        assert (repo_id, repo_type) == (REPOSITORY, "dataset")
+        self.asked.append(filename)
+        content = (self.root / filename).read_bytes()
+        if self.broken.get(Path(filename).name, 0) > 0:
+            self.broken[Path(filename).name] -= 1
+            content = content[:-1]
+        target = Path(local_dir) / filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return str(target)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    folder = root / "datasets" / "datasets" / f"fineweb10B_sp{VOCAB}"
+    folder.mkdir(parents=True)
+    for index, name in enumerate(("val_000000", "train_000000", "train_000001", "train_000002")):
+        write_shard(folder / f"fineweb_{name}.bin", np.arange(1, 200 + index))
+    train_tokenizer(
+        [" ".join(f"{name}s and other {name}" for name in WORDS * 9)],
+        VOCAB,
+        root / f"datasets/tokenizers/fineweb_{VOCAB}_bpe.model",
+    )
+    entry = {"name": f"fineweb10B_sp{VOCAB}", "stats": {"files_train": 3, "files_val": 1}}
+    (root / "datasets" / "manifest.json").write_text(json.dumps({"datasets": [{"name": "other"}, entry]}))
+    return root
+
+
+@pytest.fixture
+def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub, module = Hub(published), ModuleType("huggingface_hub")
+    module.hf_hub_download = hub.hf_hub_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return hub
+
+
+def names(hub: Hub) -> list[str]:
+    return [Path(asked).name for asked in hub.asked if not asked.endswith("manifest.json")]
+
+
+def test_download(hub: Hub, tmp_path: Path) -> None:
+    entry = download(tmp_path, f"sp{VOCAB}", train_shards=2)
+    assert entry["stats"]["files_train"] == 3
+    assert [file.name for file in shard_files(tmp_path, VOCAB, "val")] == ["fineweb_val_000000.bin"]
+    assert [read_shard(file, VOCAB).size for file in shard_files(tmp_path, VOCAB, "train")] == [200, 201]
+    load_tokenizer(tokenizer_path(tmp_path, VOCAB), VOCAB)
+    assert json.loads((tmp_path / "manifest.json").read_text())["datasets"] == [entry]
+    assert not (tmp_path / ".download").exists()
+
+
+def test_a_second_call_fetches_only_what_is_missing_or_broken(hub: Hub, tmp_path: Path) -> None:
+    download(tmp_path, f"sp{VOCAB}", train_shards=2)
+    shard = shard_files(tmp_path, VOCAB, "train")[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2])
+    hub.asked.clear()
+    download(tmp_path, f"sp{VOCAB}", train_shards=None)
+    assert names(hub) == ["fineweb_train_000000.bin", "fineweb_train_000002.bin"]
+    assert shard.read_bytes() == whole
+
+
+def test_a_file_broken_on_the_way_is_fetched_once_more(hub: Hub, tmp_path: Path) -> None:
+    hub.broken = {"fineweb_train_000000.bin": 1}
+    download(tmp_path, f"sp{VOCAB}", train_shards=1)
+    assert names(hub).count("fineweb_train_000000.bin") == 2
+    hub.broken = {"fineweb_train_000001.bin": 2}
+    with pytest.raises(DownloadError, match="fineweb_train_000001.bin arrived broken twice: .*bytes"):
+        download(tmp_path, f"sp{VOCAB}", train_shards=2)
+    assert len(shard_files(tmp_path, VOCAB, "train")) == 1  # what is in place has passed its check
+
+
+def test_what_the_hub_has_not(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="has no dataset fineweb10B_sp512; it has other, fineweb10B_sp300"):
+        download(tmp_path, "sp512")
+    with pytest.raises(DownloadError, match="sp300 has 3 training shards, 80 cannot"):
+        download(tmp_path, f"sp{VOCAB}")
+    with pytest.raises(ValueError, match="'byte260'"):
+        download(tmp_path, "byte260")
+
+
+def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise ConnectionError("name resolution failed")
+
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", fail)
+    with pytest.raises(DownloadError, match="manifest.json .*name resolution failed.*Is there a network"):
+        download(tmp_path)
+
+
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(DownloadError, match=r"pip install 'pgolf\[data\]'"):
+        download(tmp_path)

@@ -1,0 +1,234 @@
+"""The model against numbers that the public code of parameter-golf PR #1874 computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.attention import causal_attention, resolve_backend
+from pgolf.config import RunConfig
+from pgolf.model import GPT, Adapters, LayerAdapters, rebank, unbank
+
+SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())
+TINY = RunConfig.preset("record").replace(**SCALARS["config"])
+CASES = [(mask, loop) for mask in (0, 1) for loop in (0, 1)]
+
+
+def tiny_model(golden, mask: int = 1, loop: int = 1, **fields) -> GPT:
+    model = GPT(TINY.replace(smear_gate_bos_mask=mask, **fields))
+    weights = {k.removeprefix("param/"): torch.from_numpy(v) for k, v in golden("model").items() if "param/" in k}
+    model.load_state_dict(weights)
+    model.looping_active = bool(loop)
+    return model
+
+
+def stream(golden) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    arrays = golden("model")
+    tokens = torch.from_numpy(arrays["tokens"])
+    return tokens[None, :-1], tokens[None, 1:], torch.from_numpy(arrays["cu_seqlens"])
+
+
+@pytest.mark.parametrize(("mask", "loop"), CASES)
+def test_logits_and_losses_are_golden(golden, mask: int, loop: int) -> None:
+    model = tiny_model(golden, mask, loop)
+    inputs, targets, cu_seqlens = stream(golden)
+    logits = model.forward_logits(inputs, cu_seqlens, 48)[0]
+    expected = torch.from_numpy(golden("model")[f"logits/mask{mask}_loop{loop}"])
+    assert (logits - expected).abs().max() < 1e-4
+    assert model(inputs, targets, cu_seqlens, 48).item() == pytest.approx(
+        SCALARS[f"loss/mask{mask}_loop{loop}"], abs=1e-4
+    )
+    plain = model(inputs, targets).item()
+    assert plain == pytest.approx(SCALARS[f"loss_nocu/mask{mask}_loop{loop}"], abs=1e-4)
+
+
+def test_gradients_are_golden(golden) -> None:
+    model = tiny_model(golden)
+    inputs, targets, cu_seqlens = stream(golden)
+    model(inputs, targets, cu_seqlens, 48).backward()
+    for name, parameter in model.named_parameters():
+        expected = torch.from_numpy(golden("model")[f"grad_mask1_loop1/{name}"])
+        error = (parameter.grad - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert error < 1e-3, f"{name}: {error}"
+
+
+def test_record_model_has_the_published_parameters() -> None:
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in GPT(RunConfig.preset("record")).named_parameters()}
+    assert sum(shape.numel() for shape in shapes.values()) == 35_946_727
+    assert shapes["qo_bank"] == (22, 512, 512) and shapes["mlp_down_bank"] == (11, 512, 2048)
+
+
+def test_initial_weights_are_rounded_to_bfloat16_and_predict_nothing() -> None:
+    model = GPT(TINY)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, parameter.bfloat16().float()), name
+    ids = torch.randint(4, 320, (1, 64))
+    assert model(ids, ids.roll(1)).item() == pytest.approx(torch.tensor(320.0).log().item(), abs=0.01)
+
+
+def test_public_embedding_is_bfloat16() -> None:
+    model = GPT(TINY.replace(embed_fp32_master=False))
+    assert model.tok_emb.weight.dtype == torch.bfloat16
+    assert {p.dtype for n, p in model.named_parameters() if n != "tok_emb.weight"} == {torch.float32}
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_execution_lists(looping: bool) -> None:
+    model = GPT(RunConfig.preset("demo"))
+    model.looping_active = looping
+    plain = ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+    looped = ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
+    assert model.execution_lists() == (looped if looping else plain)
+
+
+def test_documents_do_not_see_each_other(golden) -> None:
+    """With the BOS mask and positions that restart, a packed stream is its documents one by one."""
+    model = tiny_model(golden, rope_reset_per_segment=True)
+    inputs, _, _ = stream(golden)
+    bounds = torch.tensor([0, 40, 77, 96], dtype=torch.int32)
+    packed = model.forward_logits(inputs, bounds, 48)
+    for low, high in [(0, 40), (40, 77), (77, 96)]:
+        assert (packed[:, low:high] - model.forward_logits(inputs[:, low:high])).abs().max() < 1e-4
+
+
+def test_without_mask_the_previous_document_leaks(golden) -> None:
+    model = tiny_model(golden, mask=0)
+    inputs, _, cu_seqlens = stream(golden)
+    changed = inputs.clone()
+    changed[0, 39] = 7
+    differs = (model.forward_logits(inputs, cu_seqlens, 48) - model.forward_logits(changed, cu_seqlens, 48)).abs()
+    assert differs[0, 40].max() > 0
+    masked = tiny_model(golden, mask=1)
+    same = masked.forward_logits(inputs, cu_seqlens, 48) - masked.forward_logits(changed, cu_seqlens, 48)
+    assert same[0, 40:].abs().max() == 0
+
+
+def test_future_tokens_change_nothing(golden) -> None:
+    model = tiny_model(golden)
+    inputs, _, cu_seqlens = stream(golden)
+    changed = inputs.clone()
+    changed[0, 60:76] = 9
+    difference = model.forward_logits(inputs, cu_seqlens, 48) - model.forward_logits(changed, cu_seqlens, 48)
+    assert difference[0, :60].abs().max() == 0 and difference[0, 60:].abs().max() > 0
+
+
+def test_observe_sees_every_quantised_product(golden) -> None:
+    model = tiny_model(golden)
+    seen: dict[str, int] = {}
+    inputs, _, cu_seqlens = stream(golden)
+
+    def observe(name: str, x: torch.Tensor) -> None:
+        seen[name] = seen.get(name, 0) + 1
+
+    plain = model.hidden(inputs, cu_seqlens, 48)
+    assert torch.equal(plain, model.hidden(inputs, cu_seqlens, 48, observe=observe))
+    kinds = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
+    expected = {f"blocks.{i}.{kind}": 3 if i in (3, 4, 5) else 1 for i in range(11) for kind in kinds}
+    assert seen == {**expected, "tok_emb": 1}
+
+
+def test_zero_adapters_change_nothing(golden) -> None:
+    model = tiny_model(golden)
+    inputs, targets, _ = stream(golden)
+    d, kv = 64, 32
+
+    def pair(out: int, inner: int = d) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(1, 4, inner), torch.zeros(1, out, 4)
+
+    layer = LayerAdapters(pair(d), pair(kv), pair(kv), pair(d), pair(d))
+    adapters = Adapters([layer] * 17, pair(320), 1.125)
+    losses = model.token_losses(inputs, targets, adapters=adapters)
+    assert torch.equal(losses, model.token_losses(inputs, targets))
+    layer.mlp[1].fill_(0.01)
+    assert not torch.equal(losses, model.token_losses(inputs, targets, adapters=adapters))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(tie_embeddings=False),
+        dict(skip_gates_enabled=False),
+        dict(smear_gate=False),
+        dict(gate_attn_out=False),
+        dict(xsa_last_n=4),
+        dict(ln_scale=False),
+        dict(num_loops=0),
+        dict(parallel_start_layer=9),
+        dict(parallel_final_lane="mlp"),
+        dict(rope_yarn=True, rope_train_seq_len=16),
+        dict(rope_dims=0),
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_every_option_changes_the_model_and_trains(golden, fields: dict) -> None:
+    config = TINY.replace(**fields)
+    model, reference = GPT(config), GPT(TINY)
+    for each in (model, reference):
+        with torch.no_grad():
+            for parameter in each.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.looping_active, reference.looping_active = config.num_loops > 0, True
+    weights = reference.state_dict()
+    common = {name: value for name, value in model.state_dict().items() if name in weights}
+    reference.load_state_dict(weights | {n: v for n, v in common.items() if v.shape == weights[n].shape})
+    inputs, targets, cu_seqlens = stream(golden)
+    loss = model(inputs, targets, cu_seqlens, 48)
+    loss.backward()
+    assert torch.isfinite(loss) and all(parameter.grad is not None for parameter in model.parameters())
+    difference = reference.forward_logits(inputs, cu_seqlens, 48) - model.forward_logits(inputs, cu_seqlens, 48)
+    assert difference.abs().max() > 1e-3
+
+
+def test_unbank_and_rebank_are_inverse(golden) -> None:
+    state = tiny_model(golden).state_dict()
+    tensors = unbank(state, 11)
+    assert list(tensors)[:2] == ["blocks.0.attn.c_q.weight", "blocks.0.attn.proj.weight"]
+    back = rebank(tensors, state)
+    assert all(torch.equal(back[name], value) for name, value in state.items()) and list(back) == list(state)
+    del tensors["blocks.2.mlp.fc.weight"]
+    with pytest.raises(ValueError, match="lack blocks.2.mlp.fc.weight"):
+        rebank(tensors, state)
+
+
+def test_attention_backends() -> None:
+    assert resolve_backend("auto", "cpu") == "sdpa" and resolve_backend("auto", "cuda") == "varlen"
+    with pytest.raises(ValueError, match="needs CUDA"):
+        resolve_backend("varlen", "cpu")
+    with pytest.raises(ValueError, match="one row"):
+        causal_attention(*torch.zeros(3, 2, 8, 2, 4), torch.tensor([0, 8], dtype=torch.int32))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_varlen_attention_equals_segments() -> None:
+    """FlashAttention's error against float64 is at most twice that of bfloat16 SDPA, forward and backward."""
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, 3, 130, 700, 1024, 1024], dtype=torch.int32, device="cuda")
+    shapes = [(1, 1024, 8, 64), (1, 1024, 4, 64), (1, 1024, 4, 64)]
+    exact = [torch.randn(shape, device="cuda", dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weight = torch.randn(shapes[0], device="cuda", dtype=torch.float64)
+
+    def outputs(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        qkv = [x.detach().to(dtype).requires_grad_() for x in exact]
+        y = causal_attention(*qkv, cu_seqlens, 1024, backend)
+        return [y, *torch.autograd.grad((y * weight.to(dtype)).sum(), qkv)]
+
+    reference = outputs(torch.float64, "sdpa")
+    for flash, plain, true in zip(
+        outputs(torch.bfloat16, "varlen"), outputs(torch.bfloat16, "sdpa"), reference, strict=True
+    ):
+        assert (flash.double() - true).norm() <= 2 * (plain.double() - true).norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_bfloat16_model_on_the_gpu_is_near_golden(golden) -> None:
+    model = tiny_model(golden).cuda()
+    inputs, targets, cu_seqlens = (x.cuda() for x in stream(golden))
+    assert model.compute_dtype == torch.bfloat16
+    loss = model(inputs, targets, cu_seqlens, 48)
+    assert loss.item() == pytest.approx(SCALARS["loss/mask1_loop1"], abs=0.05)
+    exact = tiny_model(golden, compute_dtype="float32", attention_backend="sdpa").cuda()
+    assert exact(inputs, targets, cu_seqlens, 48).item() == pytest.approx(SCALARS["loss/mask1_loop1"], abs=1e-3)

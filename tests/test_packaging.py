@@ -1,0 +1,111 @@
+"""The package as others meet it: fresh processes, other folders, the wheel, and the name ``kernels``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pgolf
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = [f"pgolf.{path.stem}" for path in sorted((ROOT / "pgolf").glob("*.py")) if path.stem[0] != "_"]
+KERNELS = [f"pgolf.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py"))]
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import torch
+assert not torch.cuda.is_initialized(), "importing must not start CUDA"
+assert "triton.runtime.driver" not in sys.modules or not torch.cuda.is_available()
+import pgolf, pgolf.kernels
+print(pgolf.__file__, *pgolf.kernels.__path__, sep="\\n")
+"""
+
+
+def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
+    """What a fresh Python that sees no GPU prints; ``path`` is its PYTHONPATH."""
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path or "")}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def importable(names: list[str]) -> list[str]:
+    """``names`` without the module that needs matplotlib, where that is not installed."""
+    missing = importlib.util.find_spec("matplotlib") is None
+    return [name for name in names if not (missing and name == "pgolf.report_plots")]
+
+
+def test_every_module_imports_from_the_root() -> None:
+    file, kernels = python("-c", IMPORT_ALL, *importable(MODULES + KERNELS), cwd=ROOT).splitlines()
+    assert Path(file) == ROOT / "pgolf" / "__init__.py" and Path(kernels) == ROOT / "kernels"
+
+
+def test_every_module_imports_from_elsewhere(tmp_path: Path) -> None:
+    file, kernels = python("-c", IMPORT_ALL, *importable(MODULES + KERNELS), cwd=tmp_path, path=ROOT).splitlines()
+    assert Path(file).parent == ROOT / "pgolf" and Path(kernels) == ROOT / "kernels"
+
+
+def test_spawned_processes_find_kernels(tmp_path: Path) -> None:
+    script = tmp_path / "spawn.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from pgolf.kernels._launch import backend\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply(backend))\n"
+    )
+    assert python(str(script), cwd=tmp_path, path=ROOT) == "auto"
+
+
+def test_the_folder_is_no_package_named_kernels(tmp_path: Path) -> None:
+    """Another project owns that name, and a regular package further down the path must win over our folder."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'another project'\n")
+    assert python("-c", "import kernels; print(kernels.owner)", cwd=ROOT, path=tmp_path) == "another project"
+
+
+SECOND_COPIES = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        continue
+    print(name)
+"""
+
+
+def test_second_copies_of_kernel_modules_are_refused() -> None:
+    """From the root, ``import kernels.x`` would register the operators of ``pgolf.kernels.x`` twice."""
+    assert python("-c", SECOND_COPIES, *(name.removeprefix("pgolf.") for name in KERNELS), cwd=ROOT) == ""
+
+
+def test_wheel_carries_kernels(tmp_path: Path) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 64:
+        pytest.skip("needs setuptools 64")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "pgolf", "kernels"):  # a copy: the build leaves things behind
+        subprocess.run(["cp", "-R", str(ROOT / name), str(source)], check=True)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    wheel = source / python("-c", build, cwd=source).splitlines()[-1]
+    with zipfile.ZipFile(wheel) as archive:
+        files = set(archive.namelist())
+        (entry_points,) = (archive.read(name).decode() for name in files if name.endswith("entry_points.txt"))
+        (metadata,) = (archive.read(name).decode() for name in files if name.endswith("METADATA"))
+    expected = {f"pgolf/{path.name}" for path in (ROOT / "pgolf").glob("*.py")}
+    expected |= {f"pgolf/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} | {"pgolf/py.typed"}
+    assert {name for name in files if ".dist-info/" not in name} == expected
+    assert "pgolf = pgolf.cli:main" in entry_points
+    assert f"Version: {pgolf.__version__}" in metadata and "Requires-Python: >=3.11" in metadata

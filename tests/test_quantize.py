@@ -1,0 +1,431 @@
+"""Quantisation: golden codes and packings, GPTQ's properties, Hessians of a model, and a model there and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import pgolf.quantize as quantize
+from pgolf.config import RunConfig
+from pgolf.model import GPT, unbank
+from pgolf.quantize import (
+    collect_hessians,
+    dequantize_model,
+    gptq,
+    hessian_group,
+    largest_code,
+    low_rank_factors,
+    lqer_pack,
+    lqer_pack_symmetric,
+    quantize_model,
+    rule_for,
+)
+
+
+@pytest.fixture
+def arrays(golden) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in golden("quantize").items()}
+
+
+def correlated_hessian(columns: int, tokens: int = 400) -> torch.Tensor:
+    x = torch.randn(tokens, columns) @ (torch.eye(columns) + 0.3 * torch.randn(columns, columns))
+    return x.T @ x / 16
+
+
+# --- GPTQ
+
+
+@pytest.mark.parametrize(("bits", "clip_sigmas"), [(4, 4.0), (6, 12.85), (7, 15.0)])
+def test_gptq_meets_golden_codes(arrays, device, bits, clip_sigmas):
+    weight, hessian = arrays["gptq/W"].to(device), arrays["gptq/H"].to(device)
+    codes, scales = gptq(weight, hessian, clip_sigmas, largest_code(bits))
+    difference = (codes.cpu().int() - arrays[f"gptq/int{bits}_q"].int()).abs()
+    assert codes.dtype == torch.int8 and scales.dtype == torch.float16
+    assert (difference == 0).float().mean() >= 0.999
+    assert difference.max() <= 1
+    assert torch.equal(scales.cpu(), arrays[f"gptq/int{bits}_s"])
+    assert not codes[:, 7].any(), "column 7 had no input"
+
+
+def one_column_at_a_time(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, R: int) -> torch.Tensor:
+    """GPTQ from its definition in float64: round a column, then solve anew for all columns not yet rounded."""
+    weight, hessian, scale = weight.double(), hessian.double(), scale.double()
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(hessian.size(0))
+    left = torch.argsort(hessian.diagonal(), descending=True).tolist()
+    codes = torch.zeros_like(weight)
+    for _ in range(weight.size(1)):
+        column, rest = left[0], left[1:]
+        codes[:, column] = torch.round(weight[:, column] / scale).clamp(-R, R)
+        error = weight[:, column] - codes[:, column] * scale
+        if rest:  # minimise (e, d) H (e, d)ᵀ over the change d of the columns not rounded yet
+            change = torch.linalg.solve(hessian[rest][:, rest], hessian[rest, column])
+            weight[:, rest] += error[:, None] * change
+        left = rest
+    return codes.to(torch.int8)
+
+
+def test_gptq_is_its_definition_in_float64():
+    weight, hessian = torch.randn(20, 48), correlated_hessian(48)
+    codes, scales = gptq(weight, hessian, 4.0, 7)
+    expected = one_column_at_a_time(weight, hessian, scales, 7)
+    assert (codes == expected).float().mean() > 0.995
+    assert (codes.int() - expected.int()).abs().max() <= 1
+
+
+def test_blocks_give_what_one_block_gives(monkeypatch):
+    weight, hessian = torch.randn(32, 100), correlated_hessian(100)
+    blocked = {}
+    for size in (1, 16, 33, 128):
+        monkeypatch.setattr(quantize, "BLOCK_COLUMNS", size)
+        blocked[size] = gptq(weight, hessian, 6.0, 15)[0]
+    for codes in blocked.values():
+        assert (codes == blocked[128]).float().mean() > 0.998
+
+
+def test_gptq_beats_rounding_to_the_nearest_on_the_calibration_inputs():
+    weight, hessian = torch.randn(64, 96), correlated_hessian(96)
+    codes, scales = gptq(weight, hessian, 4.0, 7)
+    nearest = torch.round(weight / scales.float()[:, None]).clamp(-7, 7)
+
+    def loss(rounded: torch.Tensor) -> float:
+        error = weight - rounded.float() * scales.float()[:, None]
+        return float(((error @ hessian) * error).sum())
+
+    assert loss(codes) < 0.6 * loss(nearest)
+
+
+def test_uncorrelated_inputs_are_rounded_to_the_nearest():
+    weight = torch.randn(16, 40)
+    codes, scales = gptq(weight, torch.eye(40), 12.0, 31)
+    assert torch.equal(codes, torch.round(weight / scales.float()[:, None]).to(torch.int8))
+
+
+def test_codes_use_the_whole_range_and_stay_in_it():
+    weight = torch.randn(64, 64)
+    for bits in (2, 4, 8):
+        codes, _ = gptq(weight, correlated_hessian(64), 2.0, largest_code(bits))
+        assert codes.abs().max() == largest_code(bits)
+
+
+def test_a_row_of_zeros_gets_codes_zero():
+    """A fresh output projection is zero: its scale must not become 0, nor its codes undefined."""
+    weight = torch.randn(8, 32)
+    weight[3] = 0
+    codes, scales = gptq(weight, correlated_hessian(32), 12.0, 31)
+    assert not codes[3].any() and (scales > 0).all()
+
+
+def test_more_damping_is_tried_and_reported_before_giving_up():
+    weight = torch.randn(8, 32)
+    indefinite = torch.eye(32)
+    indefinite[0, 1] = indefinite[1, 0] = 1.05  # eigenvalue -0.05: damping 0.01 is not enough, 0.1 is
+    with pytest.warns(UserWarning, match=r"damping 0\.1 instead of 0\.01"):
+        codes, _ = gptq(weight, indefinite, 12.0, 31)
+    assert codes.any()
+    with pytest.raises(ValueError, match="not positive definite"):
+        gptq(weight, indefinite * 30 - 29 * torch.eye(32), 12.0, 31)
+
+
+@pytest.mark.parametrize(
+    ("weight", "hessian", "clip_range", "words"),
+    [
+        (torch.zeros(4), torch.eye(4), 31, "weight must be"),
+        (torch.zeros(4, 6), torch.eye(4), 31, r"hessian must be \[6, 6\]"),
+        (torch.zeros(4, 4), torch.eye(4), 128, "clip_range"),
+        (torch.full((4, 4), float("nan")), torch.eye(4), 31, "weight has numbers that are not finite"),
+        (torch.zeros(4, 4), torch.eye(4) / 0, 31, "hessian has numbers that are not finite"),
+        (1e8 * torch.randn(4, 4), torch.eye(4), 31, "does not fit float16"),
+    ],
+)
+def test_gptq_errors(weight, hessian, clip_range, words):
+    with pytest.raises(ValueError, match=words):
+        gptq(weight, hessian, 12.0, clip_range)
+
+
+# --- Low-rank corrections
+
+
+def test_packings_are_the_golden_ones(arrays):
+    A, B = arrays["lqer/A"], arrays["lqer/B"]
+    for packing, packed in (("lqer", lqer_pack(A, B, 64)), ("lqer_sym", lqer_pack_symmetric(A, B, 4))):
+        for name, value in packed._asdict().items():
+            expected = arrays[f"{packing}/{name}"]
+            assert value.dtype == expected.dtype and value.shape == expected.shape
+            assert torch.equal(value, expected), (packing, name)
+
+
+def test_factors_of_a_low_rank_matrix_give_it_back():
+    matrix = torch.randn(40, 3) @ torch.randn(3, 30)
+    A, B = low_rank_factors(matrix, 3)
+    assert A.shape == (40, 3) and B.shape == (3, 30)
+    torch.testing.assert_close(A @ B, matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_ranges_are_those_of_two_s_complement():
+    A = torch.tensor([[-3.0, 3.0], [2.0, 0.9]])  # scale 3 / 1.5: 1.5 rounds to 2, which the upper end clips to 1
+    B = torch.tensor([[7.5, -7.5, 1.0, 0.4], [0.75, -0.75, 0.1, 0.04]])  # groups of 4: scales 1 and 0.1
+    qA, sA, qB, sB = lqer_pack(A, B, 4)
+    assert sA == 2 and qA.tolist() == [[-2, 1], [1, 0]]
+    assert torch.equal(sB, torch.tensor([1, 0.1]).half()) and qB.tolist() == [[7, -8, 1, 0], [7, -8, 1, 0]]
+
+
+def test_a_residual_of_zeros_packs_to_zeros():
+    A, B = torch.zeros(50, 4), torch.zeros(4, 64)
+    for packed in (lqer_pack(A, B, 32), lqer_pack_symmetric(A, B)):
+        assert not packed.qA.any() and not packed.qB.any() and (packed.sB > 0).all()
+    with pytest.raises(ValueError, match="divide the 256 elements"):
+        lqer_pack(A, B, 100)
+
+
+# --- Which tensor is treated how
+
+
+def test_groups_of_hessians():
+    names = ["c_q", "c_k", "c_v"]
+    assert {hessian_group(f"blocks.3.attn.{name}.weight") for name in names} == {"blocks.3.attn.qkv"}
+    assert hessian_group("blocks.3.attn.proj.weight") == "blocks.3.attn.proj"
+    assert hessian_group("blocks.10.mlp.fc.weight") == "blocks.10.mlp.fc"
+    assert hessian_group("tok_emb.weight") == hessian_group("lm_head.weight", tied=False) == "tok_emb"
+    assert hessian_group("tok_emb.weight", tied=False) is None
+
+
+def test_rules_by_class():
+    config = RunConfig().replace(matrix_bits=5, embed_bits=8)
+    big = torch.zeros(300, 256)
+    assert rule_for("tok_emb.weight", big, config) == (8, 15.0)
+    assert rule_for("blocks.0.mlp.fc.weight", big, config) == (5, 12.0)
+    assert rule_for("blocks.0.attn.c_q.weight", big, config) == (5, 13.0)
+    assert rule_for("lm_head.weight", big, config) == (5, 12.85)
+
+
+def test_what_is_kept():
+    config = RunConfig()
+    assert rule_for("blocks.0.mlp.fc.weight", torch.zeros(256, 256), config) is None, "65,536 numbers"
+    assert rule_for("skip_weights", torch.zeros(300, 256), config) is None, "a control tensor"
+    assert rule_for("blocks.0.attn.attn_gate_proj.weight", torch.zeros(300, 256), config) is None
+    assert rule_for("table", torch.zeros(300, 256, dtype=torch.int64), config) is None
+    none = config.replace(control_tensor_name_patterns="")
+    assert rule_for("skip_weights", torch.zeros(300, 256), none) == (6, 12.85)
+
+
+# --- A whole model
+
+
+def small_model(vocabulary: int = 300, width: int = 256) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    shapes = {
+        "blocks.0.attn.c_q.weight": (width, width + 8),
+        "blocks.0.mlp.fc.weight": (2 * width, width),
+        "blocks.0.attn_scale": (width,),
+        "tok_emb.weight": (vocabulary, width),
+    }
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    hessians = {
+        "blocks.0.attn.qkv": correlated_hessian(width + 8),
+        "blocks.0.mlp.fc": correlated_hessian(width),
+        "tok_emb": correlated_hessian(width),
+    }
+    return tensors, hessians
+
+
+def test_a_model_there_and_back(device):
+    tensors, hessians = small_model()
+    config = RunConfig().replace(lqer_top_k=1, matrix_clip_sigmas=5)
+    quantized = quantize_model(tensors, hessians, config, device)
+    assert list(quantized.meta) == list(tensors), "the state dict's order"
+    assert quantized.meta == {
+        "blocks.0.attn.c_q.weight": "gptq (int6)",
+        "blocks.0.mlp.fc.weight": "gptq (int6)+lqer_asym",
+        "blocks.0.attn_scale": "passthrough (float16)",
+        "tok_emb.weight": "gptq (int7)",
+    }
+    assert all(value.device.type == "cpu" for value in quantized.tensors.values())
+    template = {name: value.to(device, torch.bfloat16) for name, value in tensors.items()}
+    restored = dequantize_model(quantized, template)
+    assert list(restored) == list(tensors)
+    for value in restored.values():
+        assert value.dtype == torch.bfloat16 and value.device.type == device.type
+    kept = restored["blocks.0.attn_scale"]
+    assert torch.equal(kept, tensors["blocks.0.attn_scale"].half().to(kept))
+
+
+def test_the_loss_of_every_class_is_within_rounding_to_the_nearest():
+    """On the calibration inputs GPTQ loses less than the variance step²/12 of plain rounding, step = k/R of the row."""
+    tensors, hessians = small_model()
+    config = RunConfig().replace(lqer_enabled=False)
+    restored = dequantize_model(quantize_model(tensors, hessians, config), tensors)
+    for name, group, step in (
+        ("tok_emb.weight", "tok_emb", 15.0 / 63),
+        ("blocks.0.attn.c_q.weight", "blocks.0.attn.qkv", 13.0 / 31),
+        ("blocks.0.mlp.fc.weight", "blocks.0.mlp.fc", 12.0 / 31),
+    ):
+        weight, hessian = tensors[name], hessians[group]
+        error = weight - restored[name]
+        lost = ((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum()
+        assert 0.1 * step**2 / 12 < lost < 0.9 * step**2 / 12, name
+
+
+def test_a_quantised_model_is_the_same_twice():
+    tensors, hessians = small_model()
+    first, second = (quantize_model(tensors, hessians, RunConfig()) for _ in range(2))
+    assert first.meta == second.meta and list(first.tensors) == list(second.tensors)
+    assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
+
+
+def test_corrections_go_to_the_largest_residuals_and_shrink_them():
+    tensors, hessians = small_model()
+    plain = quantize_model(tensors, hessians, RunConfig().replace(lqer_enabled=False))
+    corrected = quantize_model(tensors, hessians, RunConfig().replace(lqer_top_k=2))
+    lost = {
+        name: float((tensors[name] - dequantize_model(plain, tensors)[name]).norm())
+        for name, how in plain.meta.items()
+        if how.startswith("gptq")
+    }
+    worst = sorted(lost, key=lost.__getitem__)[-2:]
+    assert {name for name, how in corrected.meta.items() if "lqer" in how} == set(worst)
+    assert not any("lqA" in key for key in plain.tensors)
+    after = dequantize_model(corrected, tensors)
+    for name in worst:
+        assert float((tensors[name] - after[name]).norm()) < lost[name]
+
+
+def test_the_symmetric_packing_serves_where_groups_do_not_fit():
+    tensors, hessians = small_model()
+    for change in (dict(lqer_asym_enabled=False), dict(lqer_asym_group=7)):
+        quantized = quantize_model(tensors, hessians, RunConfig().replace(lqer_top_k=1, lqer_factor_bits=3, **change))
+        assert quantized.meta["blocks.0.mlp.fc.weight"] == "gptq (int6)+lqer"
+        factors = quantized.low_rank("blocks.0.mlp.fc.weight")
+        assert factors.qA.abs().max() == 3 and factors.sA.shape == (512,)
+        assert dequantize_model(quantized, tensors)["blocks.0.mlp.fc.weight"].isfinite().all()
+
+
+def test_an_untied_embedding_needs_no_hessian():
+    tensors, hessians = small_model()
+    tensors["lm_head.weight"] = torch.randn(300, 256)
+    config = RunConfig().replace(tie_embeddings=False, lqer_enabled=False)
+    quantized = quantize_model(tensors, hessians, config)
+    scale = quantized.tensors["tok_emb.weight.scale"].float()[:, None]
+    assert torch.equal(quantized.tensors["tok_emb.weight.q"], torch.round(tensors["tok_emb.weight"] / scale).char())
+    assert quantized.meta["lm_head.weight"] == "gptq (int6)"
+
+
+def test_model_errors():
+    tensors, hessians = small_model()
+    with pytest.raises(ValueError, match=r"tok_emb.weight: there is no Hessian of group 'tok_emb'"):
+        quantize_model(tensors, {name: h for name, h in hessians.items() if name != "tok_emb"}, RunConfig())
+    with pytest.raises(ValueError, match="blocks.0.attn_scale has numbers that do not fit float16"):
+        quantize_model(tensors | {"blocks.0.attn_scale": torch.full((4,), 1e5)}, hessians, RunConfig())
+    quantized = quantize_model(tensors, hessians, RunConfig().replace(lqer_enabled=False))
+    with pytest.raises(ValueError, match="lacks blocks.1.x and has blocks.0.attn_scale"):
+        dequantize_model(quantized, {n: t for n, t in tensors.items() if "scale" not in n} | {"blocks.1.x": tensors})
+    with pytest.raises(ValueError, match=r"blocks.0.attn_scale is \[256\] in the artifact and \[8\] in the model"):
+        dequantize_model(quantized, tensors | {"blocks.0.attn_scale": torch.zeros(8)})
+
+
+# --- Hessians
+
+
+class Rows(NamedTuple):
+    input_ids: torch.Tensor
+    target_ids: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+
+
+class TwoProducts(torch.nn.Module):
+    """The part of the model's interface that calibration uses: layer 0 runs twice when looping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(8, 8))
+        self.looping_active = False
+
+    def hidden(self, input_ids, cu_seqlens=None, max_seqlen=0, *, adapters=None, observe=None):
+        assert not torch.is_grad_enabled() and not self.training
+        x = torch.nn.functional.one_hot(input_ids, 8).to(self.weight.dtype)
+        for _ in range(1 + self.looping_active):
+            observe("blocks.0.attn.qkv", x)
+            x = x @ self.weight
+        observe("tok_emb", x)
+        return x
+
+
+def test_hessians_are_mean_products_over_batches_and_passes():
+    model = TwoProducts()
+    batches = [Rows(torch.randint(0, 8, (2, 5)), None, None, 5) for _ in range(3)]
+    hessians = collect_hessians(model, iter(batches))
+    x = torch.nn.functional.one_hot(torch.cat([b.input_ids.reshape(-1) for b in batches]), 8).float()
+    y = x @ model.weight.detach()
+    torch.testing.assert_close(hessians["blocks.0.attn.qkv"], (x.T @ x + y.T @ y) / 3)
+    z = y @ model.weight.detach()
+    torch.testing.assert_close(hessians["tok_emb"], z.T @ z / 3)
+    assert model.training and not model.looping_active, "the model is put back as it was"
+
+
+def test_calibration_needs_a_batch_and_restores_after_an_error():
+    model = TwoProducts().eval()
+    with pytest.raises(ValueError, match="at least one batch on every rank"):
+        collect_hessians(model, [])
+    with pytest.raises(RuntimeError):
+        collect_hessians(model, [Rows(torch.full((1, 4), 99), None, None, 4)])
+    assert not model.training and not model.looping_active
+
+
+def test_the_model_gives_a_hessian_to_every_matrix():
+    settings = dict(vocab_size=260, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, gate_attn_width=8)
+    config = RunConfig().replace(**settings, num_layers=6, loop_start=1, loop_end=2, parallel_start_layer=4)
+    model = GPT(config)
+    rows = Rows(torch.randint(2, 260, (1, 24)), None, torch.tensor([0, 10, 24], dtype=torch.int32), 14)
+    hessians = collect_hessians(model, [rows])
+    matrices = {
+        name: value
+        for name, value in unbank(model.state_dict(), config.num_layers).items()
+        if name == "tok_emb.weight" or (value.ndim == 2 and ".weight" in name and "gate" not in name)
+    }
+    assert len(matrices) == 6 * 6 + 1
+    assert hessians.keys() == {hessian_group(name) for name in matrices}
+    for name, matrix in matrices.items():
+        hessian = hessians[hessian_group(name)]
+        assert hessian.dtype == torch.float32 and hessian.shape == (matrix.size(1), matrix.size(1))
+        torch.testing.assert_close(hessian, hessian.T, rtol=1e-4, atol=1e-4)
+    passes = hessians["blocks.1.attn.qkv"].trace() / hessians["blocks.0.attn.qkv"].trace()
+    assert passes == pytest.approx(3 / 2, rel=0.01), "three passes, each scaled by 1/(layer + 1)"
+
+
+def _rank_of_calibration(rank: int, world_size: int, store: str, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = TwoProducts()
+    generator = torch.Generator().manual_seed(rank)
+    batches = [Rows(torch.randint(0, 8, (2, 5), generator=generator), None, None, 5) for _ in range(rank + 1)]
+    hessians = collect_hessians(model, batches)
+    results.put((rank, {name: hessian.numpy() for name, hessian in hessians.items()}))
+    with pytest.raises(ValueError, match="and 1 had none"):  # on both ranks, so that none waits for the other
+        collect_hessians(model, batches if rank == 0 else [])
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_average_over_all_their_batches(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    workers = [
+        context.Process(target=_rank_of_calibration, args=(rank, 2, str(tmp_path / "store"), results))
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    by_rank = dict(results.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    torch.manual_seed(0)
+    model = TwoProducts()
+    batches = []
+    for rank in range(2):
+        generator = torch.Generator().manual_seed(rank)
+        batches += [Rows(torch.randint(0, 8, (2, 5), generator=generator), None, None, 5) for _ in range(rank + 1)]
+    for name, expected in collect_hessians(model, batches).items():
+        for rank in range(2):
+            torch.testing.assert_close(torch.from_numpy(by_rank[rank][name]), expected)

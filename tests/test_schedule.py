@@ -1,0 +1,67 @@
+"""The schedule's formulas."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pgolf.config import ConfigError, RunConfig
+from pgolf.schedule import (
+    Clock,
+    is_over,
+    learning_rate_scale,
+    looping_starts,
+    muon_momentum,
+    training_fraction,
+)
+
+RECORD = RunConfig.preset("record")
+BY_STEP = RECORD.replace(max_wallclock_seconds=0, iterations=160)
+
+
+def test_fraction_is_of_the_clock_less_the_reserve_or_of_the_steps() -> None:
+    assert training_fraction(RECORD, 7, 298.0) == pytest.approx(0.5)
+    assert training_fraction(BY_STEP, 56, 1e9) == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "scale"), [(0, 1), (0.2499, 1), (0.25, 1), (0.625, 0.5), (0.925, 0.1), (0.97, 0.1), (1.2, 0.1)]
+)
+def test_learning_rate_falls_to_its_floor(fraction: float, scale: float) -> None:
+    assert learning_rate_scale(RECORD, fraction) == pytest.approx(scale)
+
+
+def test_learning_rate_without_floor_or_warmdown() -> None:
+    assert learning_rate_scale(RECORD.replace(min_lr=0), 1.0) == 0
+    assert learning_rate_scale(RECORD.replace(warmdown_frac=0), 1.0) == 1
+
+
+def test_momentum_rises() -> None:
+    assert [muon_momentum(RECORD, step) for step in (0, 750, 1500, 9000)] == pytest.approx([0.92, 0.945, 0.97, 0.97])
+    assert muon_momentum(RECORD.replace(muon_momentum_warmup_steps=0), 0) == 0.97
+
+
+def test_loop_starts_and_training_ends() -> None:
+    assert not looping_starts(BY_STEP, 55 / 160) and looping_starts(BY_STEP, 56 / 160)
+    assert not looping_starts(BY_STEP.replace(num_loops=0), 0.9)
+    assert is_over(RECORD, 5, 596.0) and not is_over(RECORD, 5, 595.9) and is_over(RECORD, 20_000, 1.0)
+    assert is_over(BY_STEP, 160, 0.0) and not is_over(BY_STEP, 159, 1e9)
+
+
+def test_clock_counts_only_while_it_runs() -> None:
+    clock = Clock(100.0)
+    assert clock.elapsed() == 100.0
+    clock.start()
+    time.sleep(0.01)
+    clock.stop()
+    stopped = clock.elapsed()
+    assert stopped > 100.0
+    time.sleep(0.01)
+    assert clock.elapsed() == stopped
+
+
+def test_micro_batches_are_dealt_evenly_or_not_at_all() -> None:
+    assert [RECORD.gradient_accumulation(size) for size in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ConfigError, match="cannot be dealt evenly to 3"):
+        RECORD.gradient_accumulation(3)

@@ -1,0 +1,129 @@
+"""Training: the same bytes twice and after an interruption, the same losses on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.checkpoint import CheckpointError
+from pgolf.config import RunConfig
+from pgolf.corpus import embedded_documents
+from pgolf.folder import RunFolder
+from pgolf.progress import TrainingProgress
+from pgolf.runtime import World, describe_environment, seed_everything, start_world
+from pgolf.shards import build_dataset, tokenizer_path
+from pgolf.tokenizer import train_tokenizer
+from pgolf.train import Interrupted, load_weights, train
+from tests.processes import run_processes
+
+CPU = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A tiny model on a little real text, scheduled by step so that nothing depends on the clock."""
+    folder = tmp_path_factory.mktemp("data")
+    documents = [document[:2000] for document in embedded_documents()[:60]]
+    train_tokenizer(documents, 400, tokenizer_path(folder, 400))
+    build_dataset(documents, tokenizer_path(folder, 400), folder, val_docs=8)
+    return RunConfig.preset("demo").replace(
+        data_dir=str(folder), device="cpu", vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4,
+        gate_attn_width=8, smear_gate_width=4, train_batch_tokens=1024, micro_batch_tokens=256, train_seq_len=64,
+        eval_seq_len=64, val_batch_tokens=4096, max_wallclock_seconds=0, iterations=6, ema_decay=0.5,
+    )  # fmt: skip
+
+
+def trained(config: RunConfig, path: Path, resume: bool = False, world: World = CPU) -> dict[str, torch.Tensor]:
+    folder = RunFolder(path)
+    if world.is_main and not resume:
+        folder.create(config, describe_environment(world))
+    world.barrier()
+    seed_everything(config.seed)
+    train(config, folder, world, resume)
+    return load_weights(folder.ema)
+
+
+def losses(path: Path) -> list[float]:
+    entries = [json.loads(line) for line in RunFolder(path).metrics.read_text().splitlines()]
+    assert [entry["step"] for entry in entries if entry["kind"] == "train"] == list(range(1, 7))
+    return [entry["loss"] for entry in entries if entry["kind"] == "train"]
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert list(left) == list(right)
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    path = tmp_path_factory.mktemp("uninterrupted")
+    return path, trained(config, path)
+
+
+def test_training_learns_and_records(uninterrupted, config: RunConfig) -> None:
+    path, weights = uninterrupted
+    curve = losses(path)
+    assert curve[0] == pytest.approx(5.9915, abs=0.01) and curve[-1] < curve[0]
+    summary = RunFolder(path).summary()["train"]
+    assert summary["steps"] == 6 and summary["tokens_per_second_after_loop"] > 0
+    assert summary["bits_per_byte"] > 0 and weights["qo_bank"].dtype == torch.float32
+
+
+def test_same_seed_same_bytes(uninterrupted, config: RunConfig, tmp_path: Path) -> None:
+    assert_same(trained(config, tmp_path), uninterrupted[1])
+
+
+def test_warm_up_leaves_no_trace(uninterrupted, config: RunConfig, tmp_path: Path) -> None:
+    assert_same(trained(config.replace(warmup_steps=2), tmp_path), uninterrupted[1])
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_resuming_gives_the_same_bytes(
+    uninterrupted, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    show = TrainingProgress.step
+
+    def step_then_terminate(self: TrainingProgress, step: int, *arguments) -> None:
+        show(self, step, *arguments)
+        if step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingProgress, "step", step_then_terminate)
+    with pytest.raises(Interrupted, match="--resume"):
+        trained(config, tmp_path)
+    monkeypatch.undo()
+    assert not RunFolder(tmp_path).ema.exists()
+    assert_same(trained(config, tmp_path, resume=True), uninterrupted[1])
+    assert losses(tmp_path) == losses(uninterrupted[0])
+
+
+def test_checkpoints_of_other_settings_or_cut_short_are_errors(config: RunConfig, tmp_path: Path) -> None:
+    trained(config.replace(checkpoint_minutes=1000), tmp_path)
+    with pytest.raises(CheckpointError, match="matrix_lr 0.026 → 0.5"):
+        trained(config.replace(matrix_lr=0.5), tmp_path, resume=True)
+    checkpoint = RunFolder(tmp_path).checkpoint
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        trained(config, tmp_path, resume=True)
+
+
+def _train_in_group(config: RunConfig, path: Path, rank: int, size: int) -> dict[str, torch.Tensor]:
+    return trained(config, path, world=start_world(config))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_processes_gives_the_same_losses(
+    uninterrupted, config: RunConfig, tmp_path: Path, size: int
+) -> None:
+    """Up to the order of float32 sums: losses within 1e-4 over six steps at full learning rate."""
+    weights = run_processes(partial(_train_in_group, config, tmp_path), size, tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted[0]), abs=1e-4)
+    for other in weights[1:]:
+        assert_same(other, weights[0])
