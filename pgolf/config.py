@@ -171,6 +171,7 @@ class RunConfig:
     attn_clip_sigmas: float = _field(13.0, "clip of attention matrices", low=0.0)
     gptq_calibration_batches: int = _field(16, "calibration batches of a rank", low=1)
     gptq_calibration_tokens: int = _field(98_304, "tokens of one calibration batch", low=1)
+    gptq_passthrough_numel: int = _field(65_536, "tensors up to this many numbers are kept in fp16", low=0)
     gptq_calibration_documents: bool = _field(True, "calibrate on packed documents; off: rows cut anywhere, as public")
     lqer_enabled: bool = _field(True, "low-rank correction of the worst quantised tensors")
     lqer_rank: int = _field(4, "rank of the correction", low=1)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,16 +21,17 @@ from pgolf.loader import segment_boundaries
 from pgolf.model import BOS_ID, GPT
 
 ROWS_OF_A_BATCH = 8  # val_batch_tokens is what eight ranks take at once, one row each
+WIDTH_MULTIPLE = 64  # dense rows are as wide as their longest window, rounded up
 Progress = Callable[..., Iterable[Any]]
 
 
 class Row(NamedTuple):
-    """One packed row of the evaluation."""
+    """What the model takes at once: one packed row, or dense rows."""
 
-    inputs: Tensor  # int64 [1, T]
-    targets: Tensor  # int64 [1, T]
-    counted: Tensor  # bool [1, T], targets to add up
-    cu_seqlens: Tensor  # int32, a multiple of 64 entries
+    inputs: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T]
+    counted: Tensor  # bool [B, T], targets to add up
+    cu_seqlens: Tensor | None  # int32, a multiple of 64 entries; None: dense rows
 
 
 @torch.no_grad()
@@ -46,7 +48,7 @@ def evaluate_packed(
     """Mean loss in nats and bits per byte of a whole split, in rows [1, val_batch_tokens / 8].
 
     A row is cut into attention segments at every BOS and, within a document, every eval_seq_len tokens counted from
-    the document's start: the same helper and the same cuts as in training, which the public ``eval_val`` shares.
+    the document's start: the helper and the cuts of training, so that a context is what the model was trained with.
     Rows are dealt to the ranks in contiguous runs; the last row is padded to the common length, uncounted.
     ``eval_public_truncation`` drops what the public evaluation drops: the tail after the last whole window, and of
     each rank's share of windows what does not fill a row.
@@ -84,9 +86,12 @@ def evaluate_sliding(
 ) -> tuple[float, float]:
     """Mean loss in nats and bits per byte with a window of eval_seq_len tokens that moves by eval_stride.
 
-    The first window scores all its targets, each later one its last eval_stride, so that a target's context is as
-    long as its document and the window allow. Windows are packed into rows like those of `evaluate_packed`, and
-    attention within a window stops at document boundaries, as in training. Arguments and errors as there.
+    Windows stay within a document, as training's contexts do: the first scores all its targets, each later one those
+    that it alone reaches. So a document that fits into one window costs one window, and in a longer one every target
+    but those of the first window sees more than eval_seq_len - eval_stride tokens. Windows of like length are batched
+    as dense rows, as many as fit into a row of `evaluate_packed`, and dealt to the ranks in turn.
+
+    Arguments and errors as for `evaluate_packed`.
     """
     tokens = check_stream(tokens, config, byte_table, world_size)
     if config.eval_stride > config.eval_seq_len:
@@ -94,16 +99,22 @@ def evaluate_sliding(
             f"eval_stride {config.eval_stride} is longer than the window, eval_seq_len {config.eval_seq_len}: "
             "targets between windows would not be scored"
         )
-    targets = tokens.numel() - 1
-    window = min(config.eval_seq_len, targets)
-    steps = -(-(targets - window) // config.eval_stride)
-    ends = (window + config.eval_stride * torch.arange(steps + 1)).clamp(max=targets)
-    fresh = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))  # targets that only this window scores
-    per_row = max(1, min(config.val_batch_tokens // ROWS_OF_A_BATCH // window, ends.numel()))
-    spans = _deal([(low, low + per_row) for low in range(0, ends.numel(), per_row)], rank, world_size)
-    width = per_row * window
-    rows = (_sliding_row(tokens, ends[low:high], fresh[low:high], window, width) for low, high in spans)
-    return _score(model, config, rows, len(spans), byte_table, world_size, progress)
+    windows = _sliding_windows(tokens, config.eval_seq_len, config.eval_stride)
+    size = max(1, config.val_batch_tokens // ROWS_OF_A_BATCH // config.eval_seq_len)
+    mine = range(rank * size, windows.shape[1], size * world_size)
+    batches = (_sliding_batch(tokens, windows[:, low : low + size], config.eval_seq_len) for low in mine)
+    return _score(model, config, batches, len(mine), byte_table, world_size, progress)
+
+
+def find_documents(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of every document of a CPU stream, int64.
+
+    A length counts the next document's BOS, which is the document's last target. A document without targets (a BOS
+    that ends the stream) is none; what precedes the first BOS is one.
+    """
+    starts = np.union1d([0], np.flatnonzero(tokens.numpy() == BOS_ID))
+    lengths = np.append(starts[1:] + 1, tokens.numel()) - starts
+    return starts[lengths > 1], lengths[lengths > 1]
 
 
 def check_stream(tokens: Tensor, config: RunConfig, byte_table: ByteTable, world_size: int) -> Tensor:
@@ -175,20 +186,26 @@ def _packed_row(tokens: Tensor, start: int, stop: int, width: int, max_segment: 
     return Row(inputs[None], targets[None], counted[None], segment_boundaries(inputs, max_segment))
 
 
-def _sliding_row(tokens: Tensor, ends: Tensor, fresh: Tensor, window: int, width: int) -> Row:
-    starts = ends - window
-    span = tokens[starts[:, None] + torch.arange(window + 1)].long()
-    counted = torch.arange(window) >= window - fresh[:, None]
-    inputs, targets, counted = (_padded(part.flatten(), width) for part in (span[:, :-1], span[:, 1:], counted))
-    cu_seqlens = window_boundaries(inputs, window)
-    return Row(inputs[None], targets[None], counted[None], cu_seqlens)
+def _sliding_windows(tokens: Tensor, window: int, stride: int) -> Tensor:
+    """First input in the stream, inputs, and inputs before the scored ones: [3, windows], shortest windows first."""
+    starts, lengths = find_documents(tokens)
+    predictions = lengths - 1
+    counts = 1 + -(-np.maximum(predictions - window, 0) // stride)
+    start, last = np.repeat(starts, counts), np.repeat(predictions, counts)
+    number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # within the document
+    end = np.minimum(window + stride * number, last)
+    begin = np.maximum(end - window, 0)
+    scored_before = np.where(number > 0, window + stride * (number - 1), 0)
+    windows = np.stack([start + begin, end - begin, scored_before - begin])
+    return torch.from_numpy(windows[:, np.argsort(windows[1], kind="stable")])
 
 
-def window_boundaries(input_ids: Tensor, window: int) -> Tensor:
-    """`segment_boundaries` of a row of whole windows that share no context: cut every ``window`` and at every BOS."""
-    marked = input_ids.clone()
-    marked[::window] = BOS_ID
-    return segment_boundaries(marked, window)
+def _sliding_batch(tokens: Tensor, windows: Tensor, longest: int) -> Row:
+    start, length, context = windows[:, :, None]
+    width = min(-(-int(length.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, longest)
+    position = torch.arange(width)
+    span = tokens[(start + torch.arange(width + 1)).clamp(max=tokens.numel() - 1)].long()
+    return Row(span[:, :-1], span[:, 1:], (position >= context) & (position < length), None)
 
 
 def _score(
@@ -207,7 +224,8 @@ def _score(
         rows = progress(rows, total=total, description="evaluation", unit="rows")
     with evaluation_mode(model):
         for row in rows:
-            inputs, targets, counted, cu_seqlens = (to_device(part, device) for part in row)
+            inputs, targets, counted = (to_device(part, device) for part in row[:3])
+            cu_seqlens = None if row.cu_seqlens is None else to_device(row.cu_seqlens, device)
             losses = model.token_losses(inputs, targets, cu_seqlens, config.eval_seq_len)
             sums[0] += (losses.double() * counted).sum()
             sums[1] += (byte_table.count(inputs, targets) * counted).sum()

@@ -1,56 +1,61 @@
-"""The program that is shipped and counted: the whole package as one text file, ``train_gpt.py``.
+"""The program that is shipped and counted: the whole package as one executable file, ``train_gpt.py``.
 
-The file carries the sources of ``pgolf`` and its kernels, without comments and docstrings, as xz in base85. When it is
-run it writes them to a folder under the temporary folder (Triton reads a kernel's source from its file, so they cannot
-be run from memory) and calls the command line. The same sources give the same bytes, and the program exports itself
-unchanged.
+The file is a zip archive that Python runs (PEP 441, as the standard library's zipapp makes them): a small ``__main__``
+and the sources of ``pgolf`` and its kernels, without comments and docstrings, as xz. When it is run it writes them to a
+folder under the temporary folder (Triton reads a kernel's source from its file, so they cannot be run from memory) and
+calls the command line. The same sources give the same bytes, and the program exports itself unchanged.
 """
 
 from __future__ import annotations
 
 import ast
-import base64
 import dataclasses
 import importlib
+import io
 import json
 import lzma
 import os
+import zipfile
 from pathlib import Path
 
 import pgolf
 from pgolf.config import RunConfig
 
-EXCLUDED = {"fineweb.py": "downloads the published shards, which the shipped program must not do"}
+EXCLUDED = {
+    "corpus.py": "reads documents, from which data sets are built",
+    "fineweb.py": "downloads the published shards, which the shipped program must not do",
+    "report_plots.py": "draws the report's plots; the report has its tables without them",
+}
 # Settings of one machine or one run folder, which the program does not take along.
 LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "compile", "kernels")
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME, "pb": 0}]  # pb 0 suits text
 
-PROGRAM = '''#!/usr/bin/env python3
-"""pgolf @VERSION@ in one file: train, quantise and score a language model of at most 16,000,000 bytes.
+PROGRAM = '''"""pgolf @VERSION@ in one file: train, quantise and score a language model of at most 16,000,000 bytes.
 
-Without arguments, or with options only, this is `pgolf run`; `python train_gpt.py run --help` shows the options.
-PACKAGE holds the sources (JSON, xz, base85); running the file writes them to the folder that `unpack` names.
+Without arguments, or with options only, this is `pgolf run`; `python train_gpt.py run --help` shows them. The member
+package.xz holds the sources (JSON); running the file writes them to the folder that `unpack` names, to be read there.
 """
-import base64
 import hashlib
 import json
 import lzma
 import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 SETTINGS = @SETTINGS@
-PACKAGE = "@PACKAGE@"
 
 
 def unpack():
-    content = hashlib.sha256(PACKAGE.encode()).hexdigest()[:16]
+    with zipfile.ZipFile(Path(__file__).parent) as program:
+        package = program.read("package.xz")
+    content = hashlib.sha256(package).hexdigest()[:16]
     root = Path(tempfile.gettempdir(), f"pgolf-{os.getuid()}-{content}")
     root.mkdir(mode=0o700, exist_ok=True)
     if root.lstat().st_uid != os.getuid():
         sys.exit(f"{root} belongs to another user: delete it, or set TMPDIR to a folder of your own")
-    for name, text in json.loads(lzma.decompress(base64.b85decode(PACKAGE))).items():
+    for name, text in json.loads(lzma.decompress(package)).items():
         target, source = root / name, text.encode()
         if not target.is_file() or target.read_bytes() != source:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,17 +101,25 @@ def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> 
     """
     files = json.dumps(package_sources(), ensure_ascii=False, separators=(",", ":"))
     packed = lzma.compress(files.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=XZ_FILTERS)
-    program = (
-        PROGRAM.replace("@VERSION@", pgolf.__version__)
-        .replace("@SETTINGS@", repr(_settings(config)))
-        .replace("@PACKAGE@", base64.b85encode(packed).decode())
-        .encode()
-    )
+    main = PROGRAM.replace("@VERSION@", pgolf.__version__).replace("@SETTINGS@", repr(_settings(config)))
+    program = _executable_zip({"__main__.py": main.encode(), "package.xz": packed})
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
     aside.write_bytes(program)
     os.replace(aside, path)
     return len(program)
+
+
+def _executable_zip(members: dict[str, bytes]) -> bytes:
+    """A zip archive that `python FILE` runs, the same bytes for the same members."""
+    archive = io.BytesIO()
+    archive.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        for name, content in members.items():
+            kind = zipfile.ZIP_STORED if name.endswith(".xz") else zipfile.ZIP_DEFLATED
+            member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            file.writestr(member, content, compress_type=kind)
+    return archive.getvalue()
 
 
 def package_sources() -> dict[str, str]:

@@ -65,8 +65,8 @@ class LoraBank:
         """Make ready for a new batch of documents: B and the optimizer's state become 0.
 
         A is drawn at first, from the seed and the number of the batch; later it is kept when ttt_warm_start_a, else
-        drawn again. A slot whose document ended early gets the weight decay that its A has missed, as if it had gone
-        on with zero gradients: what the next batch starts from does not depend on when a finished slot was left out.
+        drawn again. A slot whose document ended early first gets the weight decay that its A has missed: so what the
+        next batch starts from is that of the public code, which goes on with gradients of zero (with ttt_beta1 0).
         """
         if self._begun and self.config.ttt_warm_start_a:
             missed = (self._updates.max() - self._updates).to(self._A[0].device)
@@ -98,15 +98,14 @@ class LoraBank:
     def adapters(self) -> Adapters:
         """The adapters of the slots in use, as the model takes them; gradients flow to whole tensors in one piece."""
         count = len(self._A)
-        *pairs, head = (
-            (a.unbind(1), b.unbind(1)) for a, b in zip(self._leaves[:count], self._leaves[count:], strict=True)
-        )
-        products = {name: list(zip(*pair, strict=True)) for name, pair in zip(self._products, pairs, strict=True)}
+        A, B = ([leaf.unbind(1) for leaf in part] for part in (self._leaves[:count], self._leaves[count:]))
+        *pairs, (head,) = (list(zip(a, b, strict=True)) for a, b in zip(A, B, strict=True))
+        products = dict(zip(self._products, pairs, strict=True))
         layers = [
             LayerAdapters(*(products[name][i] if name in products else None for name in LayerAdapters._fields))
             for i in range(self._A[0].size(1))
         ]
-        return Adapters(layers, (head[0][0], head[1][0]), self.config.ttt_lora_alpha / self.config.ttt_lora_rank)
+        return Adapters(layers, head, self.config.ttt_lora_alpha / self.config.ttt_lora_rank)
 
     def update(self, loss: Tensor, rows: int) -> None:
         """One optimizer step of the last ``rows`` slots on the gradient of ``loss``, which must not reach others."""
@@ -120,22 +119,11 @@ class LoraBank:
     def _step(self, factors: list[Tensor], gradients: list[Tensor], first: int) -> None:
         c = self.config
         moments = [moment[first:] for moment in self._first_moment]
+        squares = [moment[first:] for moment in self._second_moment]
         options = dict(lr=c.ttt_lora_lr, weight_decay=c.ttt_weight_decay, maximize=False)
         if c.ttt_optimizer == "sgd":
-            sgd(
-                factors,
-                gradients,
-                moments,
-                momentum=c.ttt_beta1,
-                dampening=0.0,
-                nesterov=False,
-                foreach=True,
-                **options,
-            )
-            return
-        squares = [moment[first:] for moment in self._second_moment]
-        betas = dict(beta1=c.ttt_beta1, beta2=c.ttt_beta2)
-        adamw(
-            factors, gradients, moments, squares, [], self._adam_steps,
-            fused=True, amsgrad=False, eps=ADAM_EPS, **betas, **options,
-        )  # fmt: skip
+            options |= dict(momentum=c.ttt_beta1, dampening=0.0, nesterov=False)
+            sgd(factors, gradients, moments, foreach=True, **options)
+        else:
+            options |= dict(beta1=c.ttt_beta1, beta2=c.ttt_beta2, eps=ADAM_EPS, amsgrad=False)
+            adamw(factors, gradients, moments, squares, [], self._adam_steps, fused=True, **options)

@@ -9,7 +9,7 @@ serves all layers and both loop states (`GPT.compile_regions`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -263,12 +263,17 @@ class GPT(nn.Module):
         if not config.embed_fp32_master:
             self.tok_emb.to(torch.bfloat16)
         self._serial, self._parallel, self._join, self._losses = serial_block, parallel_block, join_skip, head_losses
+        self._compiled = False
 
     def compile_regions(self) -> None:
         """Compile the blocks, the skips and the head; each compiles once and serves all layers and loop states."""
+        # SDPA takes packed segments one by one, in a Python loop over lengths that the compiler cannot know.
+        whole = resolve_backend(self.config.attention_backend, self.qo_bank.device) == "varlen"
+        regions = (serial_block, parallel_block, join_skip, head_losses)
         self._serial, self._parallel, self._join, self._losses = (
-            torch.compile(region, fullgraph=True) for region in (serial_block, parallel_block, join_skip, head_losses)
+            torch.compile(region, fullgraph=whole) for region in regions
         )
+        self._compiled = True
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -322,6 +327,8 @@ class GPT(nn.Module):
         if cu_seqlens is not None and max_seqlen <= 0:
             max_seqlen = int(cu_seqlens.diff().max())
         backend = resolve_backend(c.attention_backend, ids.device)
+        if self._compiled and cu_seqlens is not None:
+            torch._dynamo.mark_dynamic(cu_seqlens, 0)  # or every number of documents would compile anew
         return Segments(angles.cos().to(dtype), angles.sin().to(dtype), cu_seqlens, max_seqlen, backend)
 
     def _prologue(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -362,25 +369,32 @@ class GPT(nn.Module):
             lora = None if adapters is None else adapters.layers[virtual]
             return segments, i >= c.num_layers - c.xsa_last_n, lora, scale, tap
 
-        x0 = self._prologue(input_ids, dtype)
-        # A second tensor object over the same memory: the compiler would specialise on x being x0.
-        x, lanes, skips = x0.view_as(x0), None, []
+        def any_shape(x: Tensor) -> Tensor:
+            # Rows and lengths change all the time in test-time training: one compilation for all.
+            return _mark_dynamic(x, (0, 1)) if self._compiled and adapters is not None else x
+
+        if self._compiled and adapters is not None:
+            _mark_dynamic((segments.cos, segments.sin, adapters.layers, adapters.head), (0,))
+        x0 = any_shape(self._prologue(input_ids, dtype))
+        # view_as makes a second tensor object of the same memory: the compiler would specialise on x being x0.
+        x, lanes, skips = any_shape(x0.view_as(x0)), None, []
         for virtual, i in enumerate(encoder):
-            x = serial(x, x0, layers[i], *layer_arguments(virtual, i))
+            x = any_shape(serial(x, x0, layers[i], *layer_arguments(virtual, i)))
             skips.append(x)
         for position, i in enumerate(decoder):
             if i >= c.parallel_start_layer and lanes is None:
-                lanes = x
+                lanes = any_shape(x.view_as(x))
             if position < self.skip_weights.size(0) and skips:
                 gate = self.skip_gates[position].to(dtype) if c.skip_gates_enabled else None
-                x = join(x, skips.pop(), self.skip_weights[position].to(dtype), gate)
+                skip = skips.pop()
+                skip = any_shape(skip.view_as(skip))
+                x = any_shape(join(x, skip, self.skip_weights[position].to(dtype), gate))
             arguments = layer_arguments(len(encoder) + position, i)
             if lanes is None:
-                x = serial(x, x0, layers[i], *arguments)
+                x = any_shape(serial(x, x0, layers[i], *arguments))
             else:
                 post, resid = self.parallel_post_lambdas[i].to(dtype), self.parallel_resid_lambdas[i].to(dtype)
-                lanes_in = lanes.view_as(lanes)
-                x, lanes = parallel(x, lanes_in, x0, layers[i], post, resid, *arguments)
+                x, lanes = map(any_shape, parallel(x, lanes, x0, layers[i], post, resid, *arguments))
         if lanes is not None:
             x = {"mean": 0.5 * (x + lanes), "mlp": lanes, "attn": x}[c.parallel_final_lane]
         h = rms_norm(x)
@@ -417,6 +431,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats; arguments as in `hidden`."""
         return self.token_losses(input_ids, target_ids, cu_seqlens, max_seqlen).mean()
+
+
+def _mark_dynamic(tensors: Any, dims: tuple[int, ...]) -> Any:
+    """Tell the compiler that these dimensions of all tensors will change, before it takes them for constants."""
+    for tensor in torch.utils._pytree.tree_leaves(tensors):
+        if tensor is not None:
+            for dim in dims:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensors
 
 
 def unbank(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:

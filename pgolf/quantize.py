@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pgolf.loader import Batch
     from pgolf.model import GPT
 
-PASSTHROUGH_NUMEL = 65_536  # tensors up to this size stay float16
 BLOCK_COLUMNS = 128  # columns GPTQ rounds before it corrects the rest in one product
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the Hessian's mean diagonal; the first that gives a Cholesky factor counts
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number: a row of zeros must not divide by zero
@@ -317,7 +316,7 @@ def rule_for(name: str, tensor: Tensor, config: RunConfig) -> Rule | None:
     """How tensor ``name`` is quantised; None: it stays float16, being small, a control tensor or no matrix."""
     patterns = [pattern.strip() for pattern in config.control_tensor_name_patterns.split(",")]
     control = any(pattern and pattern in name for pattern in patterns)
-    if control or tensor.numel() <= PASSTHROUGH_NUMEL or tensor.ndim != 2 or not tensor.is_floating_point():
+    if control or tensor.numel() <= config.gptq_passthrough_numel or tensor.ndim != 2 or not tensor.is_floating_point():
         return None
     if "tok_emb" in name:
         return Rule(config.embed_bits, config.embed_clip_sigmas)

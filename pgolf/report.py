@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import importlib.util
 import json
 import logging
 import os
@@ -57,11 +56,11 @@ def write_report(run_dir: Path | str) -> Path:
     """
     record = read_run(run_dir)
     plots: dict[str, str] = {}
-    if importlib.util.find_spec("matplotlib") is None:
-        record.notes.append("The plots are missing because matplotlib is: pip install 'pgolf[report]'")
+    try:
+        from pgolf.report_plots import draw_plots  # here, as matplotlib is an extra and the exported program lacks both
+    except ModuleNotFoundError as missing:
+        record.notes.append(f"The plots are missing because {missing.name} is: pip install 'pgolf[report]'")
     else:
-        from pgolf.report_plots import draw_plots  # here, so that the module works without matplotlib
-
         plots = draw_plots(record.train, record.validation, record.summary)
     for note in record.notes:
         log.warning("report: %s", note)

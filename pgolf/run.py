@@ -17,7 +17,6 @@ import torch
 from pgolf import artifact, evaluate, ttt
 from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
-from pgolf.corpus import embedded_documents
 from pgolf.export import export_program
 from pgolf.folder import RunFolder
 from pgolf.loader import calibration_batches
@@ -48,6 +47,8 @@ def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
 
 def build_embedded(data_dir: str, vocab_size: int) -> dict[str, Any]:
     """Train a tokenizer on the text every Python carries and build shards of it; returns the manifest entry."""
+    from pgolf.corpus import embedded_documents  # here, as the exported program goes without it
+
     documents = embedded_documents()
     validation = round(len(documents) * EMBEDDED_VALIDATION_SHARE)
     model = tokenizer_path(data_dir, vocab_size)
@@ -158,7 +159,8 @@ def run_eval(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
 def _score(
     function: Callable, model: GPT, config: RunConfig, tokens: torch.Tensor, table: ByteTable, world: World
 ) -> dict[str, float]:
-    loss, bits = function(model, config, tokens, table, rank=world.rank, world_size=world.size)
+    show = progress if world.is_main else None
+    loss, bits = function(model, config, tokens, table, rank=world.rank, world_size=world.size, progress=show)
     return {"loss": loss, "bits_per_byte": bits}
 
 
@@ -171,7 +173,15 @@ def run_ttt(config: RunConfig, folder: RunFolder, world: World, resume: bool) ->
     reset_peak_memory(world.device)
     tokens, table = validation_data(config)
     model = _model_with(config, world, load_artifact(config, folder))
-    scored = ttt.test_time_training(model, config, tokens, table, rank=world.rank, world_size=world.size)
+    scored = ttt.test_time_training(
+        model,
+        config,
+        tokens,
+        table,
+        rank=world.rank,
+        world_size=world.size,
+        progress=progress if world.is_main else None,
+    )
     if world.is_main:
         results = {key: value for key, value in scored._asdict().items() if key != "token_nats"}
         results |= {"peak_memory_bytes": peak_memory_bytes(world.device), "seconds": time.perf_counter() - begun}

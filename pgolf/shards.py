@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from pgolf.bpb import ByteTable
-from pgolf.corpus import read_documents
 from pgolf.tokenizer import BOS_ID, load_tokenizer
 
 MAGIC = 20240520
@@ -284,7 +283,11 @@ def _manifest_entry(vocab_size: int, tokenizer: str | os.PathLike, val: _Split, 
 
 
 def _texts(documents: str | os.PathLike | Iterable[str]) -> Iterator[str]:
-    return read_documents(documents) if isinstance(documents, str | os.PathLike) else iter(documents)
+    if not isinstance(documents, str | os.PathLike):
+        return iter(documents)
+    from pgolf.corpus import read_documents  # here, as the exported program goes without it
+
+    return read_documents(documents)
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +23,8 @@ from torch import Tensor
 
 from pgolf.bpb import ByteTable, bits_per_byte
 from pgolf.config import RunConfig
-from pgolf.evaluate import Progress, check_stream, evaluation_mode, to_device, window_boundaries
+from pgolf.evaluate import ROWS_OF_A_BATCH, Progress, check_stream, evaluation_mode, find_documents, to_device
+from pgolf.loader import segment_boundaries
 from pgolf.lora import LoraBank, LoraInit
 from pgolf.model import BOS_ID, GPT, head_losses
 
@@ -136,9 +139,10 @@ def test_time_training(
     """
     tokens = check_stream(tokens, config, byte_table, world_size)
     _check_settings(config)
-    starts, lengths = find_documents(tokens)
-    phases = plan_phases(lengths - 1, config)
-    run = _Run(model, config, tokens, starts, lengths, lora_init, rank, world_size, keep_token_losses)
+    if int(tokens[0]) != BOS_ID:
+        raise ValueError(f"the stream must begin with a document's BOS ({BOS_ID}), and begins with {int(tokens[0])}")
+    run = _Run(model, config, tokens, lora_init, rank, world_size, keep_token_losses)
+    phases = plan_phases(run.predictions, config)
     steps = run.steps(phases)
     if progress is not None:
         steps = progress(steps, total=run.count_steps(phases), description="test-time training", unit="chunks")
@@ -148,26 +152,14 @@ def test_time_training(
     return run.result(phases, byte_table)
 
 
-def find_documents(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Start and length of every document, int64; a length counts the next document's BOS, which is its last target.
-
-    A BOS that ends the stream has no targets and is no document. Raises ValueError where the stream does not begin
-    with BOS.
-    """
-    if int(tokens[0]) != BOS_ID:
-        raise ValueError(f"the stream must begin with a document's BOS ({BOS_ID}), and begins with {int(tokens[0])}")
-    starts = torch.nonzero(tokens == BOS_ID).flatten().numpy()
-    lengths = np.append(starts[1:] + 1, tokens.numel()) - starts
-    return starts[lengths > 1], lengths[lengths > 1]
-
-
 def plan_phases(predictions: np.ndarray, config: RunConfig) -> list[Phase]:
     """The whole schedule, from the number of targets of every document.
 
     Documents sorted by (length, index) are cut into batches of ttt_batch_size, and the longest are scored first.
-    Phase k of phased_ttt_num_phases ends after the batch with which at least ⌊prefix k / phases⌋ documents are scored,
-    and that many of them are trained on: by phased_ttt_documents the shortest (the public rule), the longest, or the
-    first of the stream. Later batches make a last phase without training; a training nobody would use is left out.
+    Phase k of phased_ttt_num_phases ends after the batch with which at least ⌊prefix k / phases⌋ documents are scored
+    (prefix: phased_ttt_prefix_docs, at most all), and that many of them are trained on: by phased_ttt_documents the
+    shortest (the public rule), the longest, or the first of the stream. Later batches make a last phase without
+    training; a training nobody would use is left out.
     """
     order = np.argsort(predictions, kind="stable")
     size = config.ttt_batch_size
@@ -221,7 +213,7 @@ def chunk_windows(predictions: np.ndarray, chunk: int, context: int) -> ChunkWin
 def rows_in_use(documents: int, active: int) -> int:
     """Rows of a forward pass: the documents of the batch, halved while that leaves the active ones and two rows.
 
-    Halving keeps the number of shapes small; a single row would be one more for the compiler, which treats size 1 apart.
+    Halving keeps the number of shapes small; a single row would be one more, as compilers treat size 1 apart.
     """
     while documents // 2 >= max(active, 2):
         documents //= 2
@@ -246,8 +238,10 @@ def deal_batches(costs: list[int], world_size: int) -> list[int]:
 
 
 def global_learning_rate(chunk: int, chunks: int, config: RunConfig) -> float:
-    """Rate of the base weights' training at ``chunk`` of ``chunks`` (the last is never trained on): linear warm-up over
-    global_ttt_warmup_chunks from global_ttt_warmup_start_lr, then half a cosine from global_ttt_lr to 0."""
+    """Rate of the base weights' training at ``chunk`` of ``chunks``, of which the last is never trained on.
+
+    A linear warm-up over global_ttt_warmup_chunks, then half a cosine from global_ttt_lr to 0.
+    """
     warmup = min(config.global_ttt_warmup_chunks, chunks - 1)
     if chunk < warmup:
         start = config.global_ttt_warmup_start_lr
@@ -285,31 +279,27 @@ def _weights_restored(model: GPT) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
 
 
+@dataclass
 class _Run:
     """One pass over the documents."""
 
-    def __init__(
-        self,
-        model: GPT,
-        config: RunConfig,
-        tokens: Tensor,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        lora_init: LoraInit | None,
-        rank: int,
-        world_size: int,
-        keep_token_losses: bool,
-    ) -> None:
-        self.model, self.config, self.lora_init = model, config, lora_init
-        self.rank, self.world_size = rank, world_size
-        self.device = model.qo_bank.device
-        self.stream = tokens
-        self.tokens = tokens.to(self.device)
-        self.starts, self.lengths, self.predictions = starts, lengths, lengths - 1
+    model: GPT
+    config: RunConfig
+    stream: Tensor  # int32 on the CPU
+    lora_init: LoraInit | None
+    rank: int
+    world_size: int
+    keep_token_losses: bool
+
+    def __post_init__(self) -> None:
+        self.device = self.model.qo_bank.device
+        self.tokens = self.stream.to(self.device)
+        self.starts, self.lengths = find_documents(self.stream)
+        self.predictions = self.lengths - 1
         self.ledger = ScoredLedger(self.predictions)
-        self.nats = torch.zeros(starts.size, dtype=torch.float64, device=self.device)  # of each document
-        # one entry more than targets, for positions of a chunk beyond its document
-        self.token_nats = torch.full((tokens.numel(),), math.nan, device=self.device) if keep_token_losses else None
+        self.nats = torch.zeros(self.starts.size, dtype=torch.float64, device=self.device)  # of each document
+        entries = self.stream.numel()  # one more than targets: the last takes positions beyond a document's end
+        self.token_nats = torch.full((entries,), math.nan, device=self.device) if self.keep_token_losses else None
         self.bank: LoraBank | None = None
         self.phase_log: list[dict[str, Any]] = []
 
@@ -318,10 +308,9 @@ class _Run:
         scored = 0
         for phase in phases:
             began = time.perf_counter()
-            self.bank = None  # adapters of another base would be no warm start
             for batch in self._mine(phase):
                 yield from self._score_batch(batch)
-            self.bank = None
+            self.bank = None  # the next base begins with fresh adapters
             self.ledger.merge(self.world_size, self.device)
             self.ledger.train(phase.trained, self.predictions[phase.trained])
             sgd_steps = self._sgd_schedule(phase.trained)
@@ -352,10 +341,8 @@ class _Run:
         """Score the batch's documents chunk by chunk, and after each chunk train the adapters on it."""
         c, documents, size = self.config, batch.documents, batch.documents.size
         windows = chunk_windows(self.predictions[documents], c.ttt_chunk_size, c.ttt_eval_seq_len)
-        placed = np.stack(
-            [*windows, *(np.broadcast_to(x, windows[0].shape) for x in (self.starts[documents], documents))]
-        )
-        on_device = to_device(torch.from_numpy(placed), self.device)
+        places = np.stack(np.broadcast_arrays(*windows, self.starts[documents], documents))
+        on_device = to_device(torch.from_numpy(places), self.device)  # [7, chunks, documents]
         bank = self._bank_for(size)
         bank.begin(batch.number)
         for chunk in range(len(windows.start)):
@@ -381,9 +368,9 @@ class _Run:
             self.bank = LoraBank(self.config, slots, passes, self.device, self.lora_init)
         return self.bank
 
-    def _view(self, placed: Tensor, first: int) -> _View:
-        """Gather the tokens of a chunk that begins at target ``first`` of its documents; ``placed`` is [7, rows]."""
-        start, length, offset, scored, goes_on, begin, document = placed
+    def _view(self, places: Tensor, first: int) -> _View:
+        """Gather the tokens of a chunk that begins at target ``first`` of its documents; ``places`` is [7, rows]."""
+        start, length, offset, scored, goes_on, begin, document = places
         chunk, last = self.config.ttt_chunk_size, self.tokens.numel() - 1
         in_window = torch.arange(min(first + chunk, self.config.ttt_eval_seq_len), device=self.device)
         in_chunk = in_window[:chunk]
@@ -420,19 +407,26 @@ class _Run:
         return torch.cat([self.stream[start : start + length] for start, length in spans]).long()
 
     def _sgd_schedule(self, documents: np.ndarray) -> list[_SgdStep]:
-        """Steps over the joined documents: chunks of global_ttt_chunk_tokens without the last one, each dealt to the
-        ranks in sequences of eval_seq_len, of which a rank takes at most global_ttt_batch_seqs at once."""
+        """Steps over the joined documents: all chunks of global_ttt_chunk_tokens but the last.
+
+        A chunk is cut into sequences of eval_seq_len, and these into rows of an eighth of the chunk (what a rank of
+        the public run has), whatever the number of ranks. A rank takes global_ttt_batch_seqs sequences a step at most.
+        """
         c, ranks = self.config, range(self.world_size)
         chunks = -(-(int(self._kept_lengths(documents).sum()) - 1) // c.global_ttt_chunk_tokens)
         sequences = c.global_ttt_chunk_tokens // c.eval_seq_len
-        shares = [(sequences * r // self.world_size, sequences * (r + 1) // self.world_size) for r in ranks]
-        rounds = range(0, max(high - low for low, high in shares), c.global_ttt_batch_seqs)
+        size = min(-(-sequences // ROWS_OF_A_BATCH), c.global_ttt_batch_seqs)
+        cuts = [min(cut, sequences) * c.eval_seq_len for cut in range(0, sequences + size, size)]
+        rows = list(pairwise(cuts))
+        shares = [rows[len(rows) * r // self.world_size : len(rows) * (r + 1) // self.world_size] for r in ranks]
+        at_once = c.global_ttt_batch_seqs // size
+        rounds = range(0, max(map(len, shares)), at_once)
         steps = []
         for chunk in range(chunks - 1):
             rate, origin = global_learning_rate(chunk, chunks, c), chunk * c.global_ttt_chunk_tokens
-            for done in [done for _ in range(c.global_ttt_epochs) for done in rounds]:
-                cuts = [[min(low + n, high) for n in (done, done + c.global_ttt_batch_seqs)] for low, high in shares]
-                steps.append(_SgdStep(rate, [tuple(origin + cut * c.eval_seq_len for cut in pair) for pair in cuts]))
+            for first in [*rounds] * c.global_ttt_epochs:
+                taken = [share[first : first + at_once] for share in shares]
+                steps.append(_SgdStep(rate, [[(origin + low, origin + high) for low, high in part] for part in taken]))
         return steps
 
     def _train_base(self, text: Tensor, steps: list[_SgdStep]) -> Iterator[None]:
@@ -442,9 +436,8 @@ class _Run:
         for step in steps:
             optimizer.param_groups[0]["lr"] = step.rate
             optimizer.zero_grad()
-            start, stop = step.spans[self.rank]
-            if stop > start:  # every token of the step weighs the same, whichever rank has it
-                total = sum(high - low for low, high in step.spans)
+            total = sum(stop - start for rows in step.rows for start, stop in rows)
+            for start, stop in step.rows[self.rank]:  # every token of the step weighs the same
                 (self._base_loss(text[start : stop + 1]) / total).backward()
             if self.world_size > 1:
                 _sum_gradients(parameters)
@@ -456,18 +449,15 @@ class _Run:
         self.model.requires_grad_(False)
 
     def _base_loss(self, span: Tensor) -> Tensor:
-        """Summed nats of a span of sequences. No sequence sees the one before: then it does not matter how they are
-        dealt to ranks and steps."""
+        """Summed nats of one row: ``span`` is its inputs and one target more."""
         c = self.config
-        inputs, targets = (to_device(part, self.device) for part in (span[:-1].contiguous(), span[1:].contiguous()))
-        if not c.global_ttt_respect_doc_boundaries:
-            rows = (part.view(-1, c.eval_seq_len) for part in (inputs, targets))
-            return self.model.token_losses(*rows, logits_fp32=c.ttt_logits_fp32).sum()
-        cu_seqlens = to_device(window_boundaries(span[:-1], c.eval_seq_len), self.device)
-        losses = self.model.token_losses(
-            inputs[None], targets[None], cu_seqlens, c.eval_seq_len, logits_fp32=c.ttt_logits_fp32
-        )
-        return losses.sum()
+        inputs, targets = (to_device(part.contiguous(), self.device)[None] for part in (span[:-1], span[1:]))
+        if c.global_ttt_respect_doc_boundaries:
+            cu_seqlens = to_device(segment_boundaries(span[:-1], c.eval_seq_len), self.device)
+            rows = (inputs, targets, cu_seqlens, c.eval_seq_len)
+        else:
+            rows = (inputs.view(-1, c.eval_seq_len), targets.view(-1, c.eval_seq_len))
+        return self.model.token_losses(*rows, logits_fp32=c.ttt_logits_fp32).sum()
 
     def result(self, phases: list[Phase], byte_table: ByteTable) -> TTTResult:
         """Sums over all ranks. Raises RuntimeError unless every target of the chosen documents was scored once."""
@@ -511,7 +501,7 @@ class _SgdStep(NamedTuple):
     """One step of the base weights."""
 
     rate: float
-    spans: list[tuple[int, ...]]  # tokens [start, stop) of each rank
+    rows: list[list[tuple[int, int]]]  # tokens [start, stop) of each rank's rows
 
 
 def _sum_gradients(parameters: list[torch.nn.Parameter]) -> None:

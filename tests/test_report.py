@@ -128,7 +128,7 @@ def test_long_runs_stay_small(run_dir: Path) -> None:
 
 
 def test_without_matplotlib_the_page_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pgolf.report_plots", None)
     text = report_text(run_dir)
     assert "pip install &#x27;pgolf[report]&#x27;" in text and "<svg" not in text and "1.8765" in text
 
