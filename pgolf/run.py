@@ -29,7 +29,7 @@ from pgolf.shards import build_dataset, dataset_dir, read_shard, shard_files, to
 from pgolf.tokenizer import load_tokenizer, train_tokenizer
 from pgolf.train import build_model, load_weights, train, validation_data
 
-EMBEDDED_VALIDATION_SHARE = 0.1  # of the embedded corpus's documents
+EMBEDDED_VALIDATION_SHARE = 0.04  # of the embedded corpus's documents
 
 
 def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:

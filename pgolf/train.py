@@ -137,7 +137,7 @@ class _Trainer:
         self.weights = state.model.state_dict()
         self.step_seconds: dict[bool, list[float]] = {False: [], True: []}
         self.waiting: list[tuple[dict[str, Any], torch.Tensor, Any]] = []  # steps handed to the device, not logged yet
-        self.logged_at = 0.0
+        self.last_mark: Any = None  # where the step before the oldest waiting one ended
         # A step behind, the GPU never waits for Python; a CPU computes a step before it returns.
         self.steps_behind = 1 if world.device.type == "cuda" else 0
         self.validation: dict[str, float] = {}
@@ -148,8 +148,7 @@ class _Trainer:
         config, state, world = self.config, self.state, self.world
         saved_at = time.monotonic()
         state.model.train()
-        self.logged_at = state.clock.elapsed()
-        state.clock.start()
+        self._start_clock()
         while True:
             self._wait(self.steps_behind)
             elapsed, stop = world.agree(state.clock.elapsed(), terminated[0])
@@ -189,11 +188,7 @@ class _Trainer:
             "tokens": state.step * config.train_batch_tokens,
             "looping": state.model.looping_active,
         }
-        event = None
-        if self.world.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-        self.waiting.append((entry, measured, event))
+        self.waiting.append((entry, measured, self._mark()))
 
     def _step(self, lr_scale: float, momentum: float) -> torch.Tensor:
         """One optimizer step; returns (mean loss over all ranks, gradient norm) on the device."""
@@ -215,17 +210,17 @@ class _Trainer:
 
     def _wait(self, steps_behind: int) -> None:
         """Wait until the device is at most so many steps behind, so that the clock tells what was really done."""
-        for _, _, event in self.waiting[: len(self.waiting) - steps_behind]:
-            if event is not None:
-                event.synchronize()
+        for _, _, mark in self.waiting[: len(self.waiting) - steps_behind]:
+            if not isinstance(mark, float):
+                mark.synchronize()
 
     def _log_finished(self, elapsed: float, steps_behind: int) -> None:
         """Log all but the last ``steps_behind`` steps; the device has finished them."""
         entries = []
         while len(self.waiting) > steps_behind:
-            entry, measured, _ = self.waiting.pop(0)
+            entry, measured, mark = self.waiting.pop(0)
             self.last_loss, norm = measured.tolist()
-            seconds, self.logged_at = max(elapsed - self.logged_at, 1e-9), elapsed
+            seconds = max(self._seconds_since_last(mark), 1e-9)
             self.step_seconds[entry["looping"]].append(seconds)
             speed = self.config.train_batch_tokens / seconds
             entry |= {"loss": self.last_loss, "grad_norm": norm, "elapsed_seconds": elapsed, "tokens_per_second": speed}
@@ -246,7 +241,24 @@ class _Trainer:
         self.state.clock.stop()
         self._log_finished(self.state.clock.elapsed(), steps_behind=0)
         action()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
         self.state.clock.start()
+        self.last_mark = self._mark()
+
+    def _mark(self) -> Any:
+        """Now, on the device: an event on a GPU, else the time."""
+        if self.world.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds_since_last(self, mark: Any) -> float:
+        """Seconds of the device between the last mark and this one, which becomes the last."""
+        before, self.last_mark = self.last_mark, mark
+        return (mark - before) if isinstance(mark, float) else before.elapsed_time(mark) / 1000
 
     def _save(self) -> None:
         save_checkpoint(self.folder.checkpoint, self.state, self.config, self.world)
