@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ STAGE_HELP = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for an error with a message, 143 after SIGTERM."""
+    """Run the command line; returns the exit status: 0, 2 for an error with a message, 143 after SIGTERM.
+
+    PGOLF_TRACEBACK=1 in the environment shows where a message comes from.
+    """
     arguments = _parser().parse_args(argv)
     from pgolf.train import Interrupted  # here, so that --help does not wait for torch
 
@@ -51,11 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"pgolf: {stop}", file=sys.stderr)
         return 143
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        if not type(error).__module__.startswith("pgolf") and not isinstance(error, FileNotFoundError | ImportError):
-            raise  # a defect, not a mistake of the user's: show where
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if not _is_a_message(error) or os.environ.get("PGOLF_TRACEBACK"):
+            raise
         print(f"pgolf: {error}", file=sys.stderr)
         return 2
+
+
+def _is_a_message(error: Exception) -> bool:
+    """True for errors that this package raises to tell the user something; others are defects, and show where."""
+    if type(error).__module__.startswith("pgolf") or isinstance(error, FileNotFoundError | ImportError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_globals.get("__name__", "").startswith("pgolf")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -280,7 +280,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background:
   font: 16px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 h1 { margin: 0; font-size: 1.7rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; }
 .about { color: var(--soft); margin: .2rem 0 1.5rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: .75rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem;
   margin: 0 0 1.5rem; }
 .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem; }
 dt { color: var(--soft); font-size: .82rem; } dd { margin: 0; font-size: 1.6rem; font-weight: 600; line-height: 1.3; }

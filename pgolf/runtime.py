@@ -151,7 +151,7 @@ def describe_environment(world: World) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "absent"
-    chip = platform.processor() or platform.machine()
+    chip = _processor_name()
     if world.device.type == "cuda":
         chip = torch.cuda.get_device_name(world.device)
         versions["cuda"] = str(torch.version.cuda)
@@ -164,6 +164,16 @@ def describe_environment(world: World) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "command": " ".join(sys.argv),
     }
+
+
+def _processor_name() -> str:
+    """The CPU as the system names it, or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git_commit() -> str:
