@@ -33,8 +33,10 @@ SETTINGS_HELP = """\
 Settings come from the preset, then from environment variables with the settings' names in upper case (SEED=42), then
 from --set name=value. `pgolf config` lists them all."""
 
+STARTING = ("run", "data", "train")  # stages that can start a run
 STAGE_HELP = {
     "run": "all stages, one after another",
+    "data": "check the shards and the tokenizer of a run, or see the actions below",
     "train": "train and leave the moving average of the weights",
     "quantize": "quantise, write the artifact, hold it against the cap",
     "eval": "score before and after quantisation",
@@ -101,17 +103,26 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def _add_stage(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help=STAGE_HELP[name], description=STAGE_HELP[name], epilog=SETTINGS_HELP)
     _add_settings(parser)
-    where = "the run's folder (default: a new one in runs/)" if name in ("run", "train") else "the run's folder"
-    parser.add_argument("--run-dir", type=Path, required=name not in ("run", "train"), help=where)
-    if name in ("run", "train"):
+    _add_folder(parser, name)
+
+
+def _add_folder(parser: argparse.ArgumentParser, name: str) -> None:
+    starts = name in STARTING
+    where = "the run's folder (default: a new one in runs/)" if starts else "the run's folder"
+    parser.add_argument("--run-dir", type=Path, required=not starts, help=where)
+    if starts:
         parser.add_argument("--resume", action="store_true", help="go on where the run in --run-dir stopped")
         parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in --run-dir")
-    parser.set_defaults(action=_stage, stage=name, resume=False, fresh=False)
+    parser.set_defaults(action=_stage, stage=name)
 
 
 def _add_data(commands: Any) -> None:
-    parser = commands.add_parser("data", help="check, download or build shards", description="Shards and tokenizers.")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    parser = commands.add_parser(
+        "data", help="check, download or build shards", description=STAGE_HELP["data"], epilog=SETTINGS_HELP
+    )
+    _add_settings(parser)
+    _add_folder(parser, "data")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION")
 
     fineweb = actions.add_parser("fineweb", help="download the published FineWeb shards and tokenizer")
     fineweb.add_argument("--variant", default="sp8192", help="tokenizer variant (default: sp8192)")
@@ -158,44 +169,51 @@ def _stage(arguments: argparse.Namespace) -> int:
 
     name = arguments.stage
     started = arguments.run_dir is not None and RunFolder(arguments.run_dir).config_file.exists()
-    if name in ("run", "train") and not (started and arguments.resume):
+    fresh = name in STARTING and arguments.fresh
+    if started and not fresh:
+        config = _config_of(arguments, RunFolder(arguments.run_dir))
+    elif name in STARTING:
         config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
-        begin = True
     else:
-        if arguments.preset:
-            raise RunFolderError("--preset starts a run; this one has its settings: change single ones with --set")
-        config, begin = _config_from(arguments, RunFolder(arguments.run_dir).config()), False
+        raise RunFolderError(f"{arguments.run_dir} holds no run (no config.json); start one with `pgolf run`")
     world = start_world(config)
     try:
         folder = RunFolder(arguments.run_dir or Path("runs") / world.share(_run_name(config)))
-        if begin:
-            _begin(arguments, config, folder, world, describe_environment(world))
+        if fresh or not started:
+            _begin(config, folder, world, describe_environment(world))
         world.barrier()
         world.log(f"{folder.path}: preset {config.preset_name}, {world.size} process(es) on {world.device.type}")
         _log_choices(config, world)
+        resume = name in STARTING and arguments.resume
         if name == "run":
-            run.run_stages(config, folder, world, arguments.resume)
-        else:
-            if name == "train" and begin:
-                run.run_stage("data", run.STAGES["data"], config, folder, world, False)
-            run.run_stage(name, run.STAGES[name], config, folder, world, arguments.resume)
+            run.run_stages(config, folder, world, resume)
+            return 0
+        if name == "train" and world.share("data" not in folder.summary()):
+            run.run_stage("data", run.STAGES["data"], config, folder, world, False)
+        run.run_stage(name, run.STAGES[name], config, folder, world, resume)
     finally:
         stop_world(world)
     return 0
 
 
-def _begin(arguments: argparse.Namespace, config: RunConfig, folder: RunFolder, world: Any, environment: dict) -> None:
-    """Make the folder of a new run; an earlier run in it is an error unless it is to be deleted."""
+def _config_of(arguments: argparse.Namespace, folder: RunFolder) -> RunConfig:
+    """The settings of a run that was started, where the stage may go on from what is there."""
+    if arguments.preset:
+        raise RunFolderError("--preset starts a run; this one has its settings: change single ones with --set")
+    trained = folder.checkpoint.exists() or folder.ema.exists()
+    if (arguments.stage == "run" or (arguments.stage == "train" and trained)) and not arguments.resume:
+        raise RunFolderError(f"{folder.path} holds a run: --resume goes on with it, --fresh deletes it")
+    return _config_from(arguments, folder.config())
+
+
+def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) -> None:
+    """Make the folder of a new run, in place of an earlier one's files."""
     from pgolf.model import GPT
     from pgolf.run import clear
 
-    exists = world.share(folder.config_file.exists())
-    if exists and not arguments.fresh:
-        raise RunFolderError(f"{folder.path} holds a run: --resume goes on with it, --fresh deletes it")
     if not world.is_main:
         return
-    if exists:
-        clear(folder.path)
+    clear(folder.path)
     folder.create(config, environment)
     parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
     about = {"run_id": folder.path.name, "preset": config.preset_name, "world_size": world.size}

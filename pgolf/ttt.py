@@ -126,8 +126,8 @@ def test_time_training(
     """Score a stream of documents with adapters that learn from each, and a base that learns from all.
 
     Args:
-        model: in the loop state to score with. Its weights change on the way and are put back at the end, also after
-            an error, with their requires_grad flags and the training flag.
+        model: scored with looping on. Its weights change on the way and are put back at the end, also after an error,
+            with their requires_grad flags, the training flag and the loop state.
         tokens: 1-D token ids, any integer dtype, a stream of documents that each begin with BOS.
         byte_table: of the tokenizer they were made with.
         lora_init: lora_init(rank, in_features) gives the start of every adapter's A; None draws it from the seed.
@@ -141,15 +141,15 @@ def test_time_training(
     _check_settings(config)
     if int(tokens[0]) != BOS_ID:
         raise ValueError(f"the stream must begin with a document's BOS ({BOS_ID}), and begins with {int(tokens[0])}")
-    run = _Run(model, config, tokens, lora_init, rank, world_size, keep_token_losses)
-    phases = plan_phases(run.predictions, config)
-    steps = run.steps(phases)
-    if progress is not None:
-        steps = progress(steps, total=run.count_steps(phases), description="test-time training", unit="chunks")
-    with evaluation_mode(model), _weights_restored(model), torch.enable_grad():
+    with evaluation_mode(model), _looping(model), _weights_restored(model), torch.enable_grad():
+        run = _Run(model, config, tokens, lora_init, rank, world_size, keep_token_losses)
+        phases = plan_phases(run.predictions, config)
+        steps = run.steps(phases)
+        if progress is not None:
+            steps = progress(steps, total=run.count_steps(phases), description="test-time training", unit="chunks")
         for _ in steps:
             pass
-    return run.result(phases, byte_table)
+        return run.result(phases, byte_table)
 
 
 def plan_phases(predictions: np.ndarray, config: RunConfig) -> list[Phase]:
@@ -261,6 +261,17 @@ def _check_settings(config: RunConfig) -> None:
             f"global_ttt_chunk_tokens {config.global_ttt_chunk_tokens} must hold a sequence of eval_seq_len "
             f"{config.eval_seq_len} tokens, or nothing would be trained on"
         )
+
+
+@contextmanager
+def _looping(model: GPT) -> Iterator[None]:
+    """The loop as all scoring has it: on, where the model has one."""
+    was_looping = model.looping_active
+    model.looping_active = model.config.num_loops > 0
+    try:
+        yield
+    finally:
+        model.looping_active = was_looping
 
 
 @contextmanager

@@ -115,7 +115,9 @@ def test_errors_say_what_to_do(
     finished: RunFolder, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ["run", "--preset", "demo", "--run-dir"]
-    assert "--resume goes on with it, --fresh deletes it" in fails([*run, str(finished.path)], capsys)
+    for stage in ("run", "train"):
+        there = fails([stage, "--run-dir", str(finished.path)], capsys)
+        assert "--resume goes on with it, --fresh deletes it" in there
     assert "nearest: ttt_lora_rank" in fails([*run, str(tmp_path / "a"), "--set", "ttt_lora_rnk=3"], capsys)
     assert "--set takes name=value" in fails([*run, str(tmp_path / "a"), "--set", "seed"], capsys)
     assert "holds no run" in fails(["ttt", "--run-dir", str(tmp_path / "b")], capsys)
@@ -139,7 +141,9 @@ def test_a_stage_before_its_time_names_the_one_before(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    assert main(["train", "--preset", "demo", "--run-dir", str(folder), *settings(data, iterations=1)]) == 0
+    assert main(["data", "--preset", "demo", "--run-dir", str(folder), *settings(data, iterations=1)]) == 0
+    assert list(RunFolder(folder).summary()) == ["run", "data"]
+    assert main(["train", "--run-dir", str(folder)]) == 0
     assert "run `pgolf quantize" in fails(["eval", "--run-dir", str(folder)], capsys)
     monkeypatch.setattr("pgolf.artifact.ArtifactSize.__init__.__defaults__", (1000,))
     message = fails(["quantize", "--run-dir", str(folder)], capsys)

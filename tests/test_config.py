@@ -99,7 +99,7 @@ def test_environment_sets_fields_of_every_type() -> None:
     environ = {"TTT_LORA_RANK": "96", "MIN_LR": "5e-2", "SMEAR_GATE": "0", "COMPRESSOR": "lzma", "PATH": "/bin"}
     config = RunConfig.preset("demo").from_env(environ)
     assert (config.ttt_lora_rank, config.min_lr, config.smear_gate, config.compressor) == (96, 0.05, False, "lzma")
-    assert config.preset_name == "demo" and config.model_dim == 128
+    assert config.preset_name == "demo" and config.model_dim == 96
     assert RunConfig.from_env({"SEED": "7"}) == RunConfig(seed=7)
 
 
