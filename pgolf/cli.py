@@ -208,6 +208,8 @@ def _config_of(arguments: argparse.Namespace, folder: RunFolder) -> RunConfig:
 
 def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) -> None:
     """Make the folder of a new run, in place of an earlier one's files."""
+    import torch
+
     from pgolf.model import GPT
     from pgolf.run import clear
 
@@ -215,7 +217,8 @@ def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) 
         return
     clear(folder.path)
     folder.create(config, environment)
-    parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
     about = {"run_id": folder.path.name, "preset": config.preset_name, "world_size": world.size}
     folder.record("run", {**about, "device": environment["chip"], "parameters": parameters})
 

@@ -344,6 +344,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         data_dir="./data/demo/",
         data_source="embedded",
+        compile="off",
         vocab_size=1024,
         model_dim=96,
         num_heads=4,

@@ -114,8 +114,10 @@ def test_checkpoints_of_other_settings_or_cut_short_are_errors(config: RunConfig
         trained(config, tmp_path, resume=True)
 
 
-def _train_in_group(config: RunConfig, path: Path, rank: int, size: int) -> dict[str, torch.Tensor]:
-    return trained(config, path, world=start_world(config))
+def _train_in_group(
+    config: RunConfig, path: Path, rank: int, size: int, resume: bool = False
+) -> dict[str, torch.Tensor]:
+    return trained(config, path, resume, start_world(config))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -127,3 +129,14 @@ def test_any_number_of_processes_gives_the_same_losses(
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted[0]), abs=1e-4)
     for other in weights[1:]:
         assert_same(other, weights[0])
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_one(
+    uninterrupted, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingProgress, "step", lambda self, step, *_: step == 3 and os.kill(os.getpid(), 15))
+    with pytest.raises(Interrupted):
+        trained(config, tmp_path)
+    monkeypatch.undo()
+    run_processes(partial(_train_in_group, config, tmp_path, resume=True), 2, tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted[0]), abs=1e-4)
