@@ -164,6 +164,8 @@ class RunConfig:
 
     # Quantisation and artifact
     matrix_bits: int = _field(6, "bits of matrices", low=2, high=8)
+    attn_bits: int = _field(0, "bits of attention matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
+    mlp_bits: int = _field(0, "bits of MLP matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
     embed_bits: int = _field(7, "bits of the embedding", low=2, high=8)
     matrix_clip_sigmas: float = _field(12.85, "clip of matrices that are neither attention nor MLP", low=0.0)
     embed_clip_sigmas: float = _field(15.0, "clip of the embedding, in row standard deviations", low=0.0)
@@ -427,7 +429,7 @@ def _coerce(spec: dataclasses.Field, value: Any) -> Any:
 def _check_range(spec: dataclasses.Field, value: Any) -> None:
     choices, low, high = (spec.metadata[key] for key in ("choices", "low", "high"))
     if choices and value not in choices:
-        raise ConfigError(f"{spec.name} must be one of {', '.join(choices)}, and {value!r} is none of them")
+        raise ConfigError(f"{spec.name} must be one of {', '.join(map(str, choices))}, and {value!r} is none of them")
     if low is not None and value < low:
         raise ConfigError(f"{spec.name} must be at least {low:g}, and {value!r} is less")
     if high is not None and value > high:

@@ -94,11 +94,9 @@ def collect_hessians(model: GPT, batches: Iterable[Batch]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
 
     def observe(group: str, activation: Tensor) -> None:
-        x = activation.reshape(-1, activation.size(-1)).float()
-        if group not in sums:
-            sums[group] = x.new_zeros(x.size(1), x.size(1))
-        with exact_float32_products():
-            sums[group].addmm_(x.T, x)
+        x = activation.reshape(-1, activation.size(-1))
+        product = _gram(x)
+        sums[group] = sums[group].add_(product) if group in sums else product
 
     was_training, was_looping = model.training, model.looping_active
     model.eval()
@@ -113,6 +111,16 @@ def collect_hessians(model: GPT, batches: Iterable[Batch]) -> dict[str, Tensor]:
         model.train(was_training)
         model.looping_active = was_looping
     return _average_over_ranks(sums, count, next(model.parameters()).device)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """xᵀx in float32 without TF32, [in, in] of x [tokens, in]."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        # Products of 16-bit floats are exact in float32, so the fast matrix units lose nothing here.
+        return torch.mm(x.T, x, out_dtype=torch.float32)
+    x = x.float()
+    with exact_float32_products():
+        return x.T @ x
 
 
 def _average_over_ranks(sums: dict[str, Tensor], count: int, device: torch.device) -> dict[str, Tensor]:
@@ -321,9 +329,9 @@ def rule_for(name: str, tensor: Tensor, config: RunConfig) -> Rule | None:
     if "tok_emb" in name:
         return Rule(config.embed_bits, config.embed_clip_sigmas)
     if ".mlp." in name:
-        return Rule(config.matrix_bits, config.mlp_clip_sigmas)
+        return Rule(config.mlp_bits or config.matrix_bits, config.mlp_clip_sigmas)
     if ".attn." in name:
-        return Rule(config.matrix_bits, config.attn_clip_sigmas)
+        return Rule(config.attn_bits or config.matrix_bits, config.attn_clip_sigmas)
     return Rule(config.matrix_bits, config.matrix_clip_sigmas)
 
 
