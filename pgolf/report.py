@@ -134,7 +134,9 @@ def _results(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     train, evaluation = summary.get("train", {}), summary.get("eval", {})
     if "steps" in train:
-        rows.append(("Steps", f"{train['steps']:,}", f"in {format_duration(train['seconds'])}"))
+        rows.append(
+            ("Steps", f"{train['steps']:,}", f"in {format_duration(train.get('clock_seconds', train['seconds']))}")
+        )
     previous = None
     for label, block in (
         ("Before quantisation, bpb", evaluation.get("before", {})),
