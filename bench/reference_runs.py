@@ -38,7 +38,15 @@ RUNS = {
     ),
     "short": ReferenceRun(
         "record",
-        dict(max_wallclock_seconds=45, warmup_steps=1, ema_decay=0.9, train_log_every=10, phased_ttt_num_phases=1),
+        dict(
+            max_wallclock_seconds=30,
+            warmup_steps=1,
+            ema_decay=0.9,
+            train_log_every=10,
+            val_doc_fraction=0.25,
+            phased_ttt_prefix_docs=64,
+            phased_ttt_num_phases=1,
+        ),
         ("run",),
     ),
 }
