@@ -110,10 +110,11 @@ def _add_folder(parser: argparse.ArgumentParser, name: str) -> None:
     starts = name in STARTING
     where = "the run's folder (default: a new one in runs/)" if starts else "the run's folder"
     parser.add_argument("--run-dir", type=Path, required=not starts, help=where)
-    if starts:
+    parser.set_defaults(action=_stage, stage=name, resume=False, fresh=False)
+    if name in ("run", "train"):
         parser.add_argument("--resume", action="store_true", help="go on where the run in --run-dir stopped")
+    if starts:
         parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in --run-dir")
-    parser.set_defaults(action=_stage, stage=name)
 
 
 def _add_data(commands: Any) -> None:
@@ -169,8 +170,7 @@ def _stage(arguments: argparse.Namespace) -> int:
 
     name = arguments.stage
     started = arguments.run_dir is not None and RunFolder(arguments.run_dir).config_file.exists()
-    fresh = name in STARTING and arguments.fresh
-    if started and not fresh:
+    if started and not arguments.fresh:
         config = _config_of(arguments, RunFolder(arguments.run_dir))
     elif name in STARTING:
         config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
@@ -179,18 +179,17 @@ def _stage(arguments: argparse.Namespace) -> int:
     world = start_world(config)
     try:
         folder = RunFolder(arguments.run_dir or Path("runs") / world.share(_run_name(config)))
-        if fresh or not started:
+        if arguments.fresh or not started:
             _begin(config, folder, world, describe_environment(world))
         world.barrier()
         world.log(f"{folder.path}: preset {config.preset_name}, {world.size} process(es) on {world.device.type}")
         _log_choices(config, world)
-        resume = name in STARTING and arguments.resume
         if name == "run":
-            run.run_stages(config, folder, world, resume)
+            run.run_stages(config, folder, world, arguments.resume)
             return 0
         if name == "train" and world.share("data" not in folder.summary()):
             run.run_stage("data", run.STAGES["data"], config, folder, world, False)
-        run.run_stage(name, run.STAGES[name], config, folder, world, resume)
+        run.run_stage(name, run.STAGES[name], config, folder, world, arguments.resume)
     finally:
         stop_world(world)
     return 0
