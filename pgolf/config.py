@@ -178,6 +178,9 @@ class RunConfig:
     lqer_enabled: bool = _field(True, "low-rank correction of the worst quantised tensors")
     lqer_rank: int = _field(4, "rank of the correction", low=1)
     lqer_top_k: int = _field(3, "tensors that get one", low=0)
+    lqer_weighted: bool = _field(
+        True, "choose tensors and factors by the outputs' error; off: by the weights', as public"
+    )
     lqer_factor_bits: int = _field(4, "bits of symmetric factors", low=2, high=8)
     lqer_asym_enabled: bool = _field(True, "int2 and int4 factors with group scales; off: symmetric, scale a row")
     lqer_asym_group: int = _field(64, "group size of the second factor's scales", low=1)
@@ -339,6 +342,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         smear_gate_bos_mask=False,
         eval_public_truncation=True,
         gptq_calibration_documents=False,
+        lqer_weighted=False,
         embed_fp32_master=False,
         ttt_logits_fp32=False,
         phased_ttt_drop_next_bos=False,

@@ -9,17 +9,20 @@ import torch
 
 import pgolf.quantize as quantize
 from pgolf.config import RunConfig
+from pgolf.kernels.dequant import LowRankFactors, dequantize
 from pgolf.model import GPT, unbank
 from pgolf.quantize import (
     _gram,
     collect_hessians,
     dequantize_model,
+    fit_low_rank,
     gptq,
     hessian_group,
     largest_code,
     low_rank_factors,
     lqer_pack,
     lqer_pack_symmetric,
+    outputs_error,
     quantize_model,
     rule_for,
 )
@@ -178,6 +181,53 @@ def test_a_residual_of_zeros_packs_to_zeros():
         assert not packed.qA.any() and not packed.qB.any() and (packed.sB > 0).all()
     with pytest.raises(ValueError, match="divide the 256 elements"):
         lqer_pack(A, B, 100)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (48, 128)])
+@pytest.mark.parametrize("group", [64, None])
+def test_fitted_factors_keep_more_of_the_outputs(shape: tuple[int, int], group: int | None):
+    """Against the singular vectors of the residual itself, on inputs with a few strong directions."""
+    rows, columns = shape
+    hessian = correlated_hessian(columns)
+    weight = torch.randn(rows, columns)
+    codes, scales = gptq(weight, hessian, 12.0, 31)
+    residual = weight - dequantize(codes, scales)
+
+    def left(packed: LowRankFactors) -> float:
+        none = torch.zeros(rows, columns, dtype=torch.int8)
+        return outputs_error(residual - dequantize(none, torch.ones(rows), packed), hessian)
+
+    A, B = low_rank_factors(residual, 4)
+    plain = lqer_pack(A, B, group) if group else lqer_pack_symmetric(A, B, 4)
+    fitted = fit_low_rank(residual, hessian, 4, group)
+    assert [x.shape for x in fitted] == [x.shape for x in plain] and [x.dtype for x in fitted] == [
+        x.dtype for x in plain
+    ]
+    assert left(fitted) < left(plain) and left(fitted) < 0.97 * outputs_error(residual, hessian)
+    assert all(torch.equal(x, y) for x, y in zip(fitted, fit_low_rank(residual, hessian, 4, group), strict=True))
+
+
+def test_fitting_copes_with_less_rank_than_asked():
+    for residual in (torch.zeros(40, 64), torch.randn(40, 1) @ torch.randn(1, 64)):
+        fitted = fit_low_rank(residual, torch.eye(64), 4, 64)
+        assert all(factor.isfinite().all() for factor in fitted)
+        back = dequantize(torch.zeros(40, 64, dtype=torch.int8), torch.ones(40), fitted)
+        assert (residual - back).norm() <= residual.norm()
+
+
+def test_outputs_error_is_the_error_of_outputs():
+    x, residual = torch.randn(200, 16), torch.randn(8, 16)
+    assert outputs_error(residual, x.T @ x) == pytest.approx(float((x @ residual.T).square().sum()), rel=1e-4)
+
+
+def test_tensors_are_corrected_where_it_helps_the_outputs():
+    """By weights the larger residual wins; by outputs the one whose inputs are large."""
+    torch.manual_seed(2)
+    tensors = {"blocks.0.mlp.fc.weight": 2 * torch.randn(300, 256), "blocks.0.mlp.proj.weight": torch.randn(300, 256)}
+    hessians = {"blocks.0.mlp.fc": correlated_hessian(256), "blocks.0.mlp.proj": 100 * correlated_hessian(256)}
+    for weighted, chosen in ((False, "blocks.0.mlp.fc.weight"), (True, "blocks.0.mlp.proj.weight")):
+        quantized = quantize_model(tensors, hessians, RunConfig().replace(lqer_top_k=1, lqer_weighted=weighted))
+        assert [name for name, mark in quantized.meta.items() if "lqer" in mark] == [chosen]
 
 
 # --- Which tensor is treated how
