@@ -133,9 +133,11 @@ def package_sources() -> dict[str, str]:
     return {name: _exported(sources[name]) for name in sorted(sources)}
 
 
-def strip_source(source: str) -> str:
+def strip_source(source: str, annotations: bool = True) -> str:
     """Python ``source`` without comments and docstrings, laid out afresh; it does the same.
 
+    ``annotations=False`` also leaves out those of functions and their variables, which this package never looks at
+    when it runs (kernels do: Triton and torch.library read theirs).
     Raises ExportError when Python cannot write the program out so that it reads the same again.
     """
     tree = ast.parse(source)
@@ -145,10 +147,43 @@ def strip_source(source: str) -> str:
                 del node.body[0]
             if not node.body and not isinstance(node, ast.Module):
                 node.body.append(ast.Pass())
+    if not annotations:
+        tree = ast.fix_missing_locations(_WithoutAnnotations().visit(tree))
     stripped = ast.unparse(tree)
     if ast.dump(ast.parse(stripped)) != ast.dump(tree):
         raise ExportError("the program reads differently when it is written out again")
     return stripped
+
+
+class _WithoutAnnotations(ast.NodeTransformer):
+    """Drops annotations in functions; those of classes stay, as dataclasses and named tuples are made of them."""
+
+    in_function = False
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return self._inside(node, True)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return self._inside(node, False)
+
+    def _inside(self, node: ast.AST, in_function: bool) -> ast.AST:
+        outside, self.in_function = self.in_function, in_function
+        node = self.generic_visit(node)
+        self.in_function = outside
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        if not self.in_function:
+            return node
+        if node.value is None:
+            return ast.Pass()
+        return ast.Assign(targets=[node.target], value=node.value)
 
 
 def _exported(file: Path) -> str:
@@ -156,7 +191,7 @@ def _exported(file: Path) -> str:
     if file.suffix != ".py":
         return text
     try:
-        return strip_source(text)
+        return strip_source(text, annotations=file.parent.name == "kernels")
     except (SyntaxError, ExportError) as error:
         raise ExportError(f"{file} cannot be exported: {error}") from error
 

@@ -61,8 +61,8 @@ def test_nothing_that_is_left_out_is_imported_at_the_start(sources):
                 assert not left_out & set(imported), name
 
 
-def without_docstrings(source: str) -> str:
-    """The syntax tree as text after the docstrings' lines were blanked: another way than the exporter's."""
+def without_docstrings(source: str) -> ast.Module:
+    """The syntax tree after the docstrings' lines were blanked: another way than the exporter's."""
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
@@ -71,7 +71,22 @@ def without_docstrings(source: str) -> str:
             lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
             if len(node.body) == 1:
                 lines[text.lineno - 1] = " " * text.col_offset + "pass"
-    return ast.dump(ast.parse("\n".join(lines)))
+    return ast.parse("\n".join(lines))
+
+
+def without_function_annotations(tree: ast.Module) -> ast.Module:
+    """The same tree with plain arguments and assignments in functions (none of which holds a class here)."""
+    for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        function.returns = None
+        for node in ast.walk(function):
+            assert not isinstance(node, ast.ClassDef)
+            if isinstance(node, ast.arg):
+                node.annotation = None
+            for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+                for i, statement in enumerate(block if isinstance(block, list) else []):
+                    if isinstance(statement, ast.AnnAssign):
+                        block[i] = ast.Assign([statement.target], statement.value) if statement.value else ast.Pass()
+    return tree
 
 
 def test_sources_do_the_same_without_comments_and_docstrings(sources):
@@ -79,10 +94,29 @@ def test_sources_do_the_same_without_comments_and_docstrings(sources):
         for file in folder.glob("*.py"):
             if file.name in EXCLUDED:
                 continue
-            stripped = sources[prefix + file.name]
-            assert ast.dump(ast.parse(stripped)) == without_docstrings(file.read_text()), file
+            stripped, expected = sources[prefix + file.name], without_docstrings(file.read_text())
+            if folder.name == "pgolf":
+                expected = without_function_annotations(expected)
+            assert ast.dump(ast.parse(stripped)) == ast.dump(expected), file
             kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(stripped).readline)]
             assert tokenize.COMMENT not in kinds, file
+
+
+def test_annotations_go_from_functions_and_stay_in_classes():
+    source = """
+@dataclass
+class Point:
+    x: int = 0
+
+    def moved(self, by: int, *rest: int) -> "Point":
+        total: int = self.x + by
+        kind: type
+        return total
+"""
+    stripped = strip_source(source, annotations=False)
+    assert "x: int = 0" in stripped and "def moved(self, by, *rest):" in stripped
+    assert "total = self.x + by" in stripped and "kind" not in stripped
+    assert strip_source(source) == ast.unparse(ast.parse(source))
 
 
 def test_strip_source():
