@@ -177,21 +177,19 @@ def _stage(arguments: argparse.Namespace) -> int:
     else:
         raise RunFolderError(f"{arguments.run_dir} holds no run (no config.json); start one with `pgolf run`")
     world = start_world(config)
-    try:
-        folder = RunFolder(arguments.run_dir or Path("runs") / world.share(_run_name(config)))
-        if arguments.fresh or not started:
-            _begin(config, folder, world, describe_environment(world))
-        world.barrier()
-        world.log(f"{folder.path}: preset {config.preset_name}, {world.size} process(es) on {world.device.type}")
-        _log_choices(config, world)
-        if name == "run":
-            run.run_stages(config, folder, world, arguments.resume)
-            return 0
+    folder = RunFolder(arguments.run_dir or Path("runs") / world.share(_run_name(config)))
+    if arguments.fresh or not started:
+        _begin(config, folder, world, describe_environment(world))
+    world.barrier()
+    world.log(f"{folder.path}: preset {config.preset_name}, {world.size} process(es) on {world.device.type}")
+    _log_choices(config, world)
+    if name == "run":
+        run.run_stages(config, folder, world, arguments.resume)
+    else:
         if name == "train" and world.share("data" not in folder.summary()):
             run.run_stage("data", run.STAGES["data"], config, folder, world, False)
         run.run_stage(name, run.STAGES[name], config, folder, world, arguments.resume)
-    finally:
-        stop_world(world)
+    stop_world(world)  # not after an error: the other ranks may wait elsewhere, and torchrun ends them
     return 0
 
 

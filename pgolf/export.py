@@ -137,7 +137,7 @@ def strip_source(source: str, annotations: bool = True) -> str:
     """Python ``source`` without comments and docstrings, laid out afresh; it does the same.
 
     ``annotations=False`` also leaves out those of functions and their variables, which this package never looks at
-    when it runs (kernels do: Triton and torch.library read theirs).
+    when it runs (kernels do: Triton and custom operators read theirs).
     Raises ExportError when Python cannot write the program out so that it reads the same again.
     """
     tree = ast.parse(source)
