@@ -1,16 +1,28 @@
-"""Which code computes a kernel family: the PyTorch reference beside it, or a Triton kernel.
+"""What all kernel families share: the choice of code, the registration of operators, launch parameters by chip.
 
-Every op lists its implementations and asks `select` at each call. ``auto`` takes Triton for CUDA tensors where the
-family has a kernel, and the reference otherwise; ``triton`` insists and says so where there is none; the environment
-variable ``PGOLF_KERNELS`` overrides what the program chose with `set_backend`.
+Every op lists its implementations and asks `select` at each call. ``auto`` takes Triton for CUDA tensors where the op
+has a kernel that a GPU has tested, and the reference otherwise; ``triton`` insists and says so where there is none;
+the environment variable ``PGOLF_KERNELS`` overrides what the program chose with `set_backend`. Under
+``TRITON_INTERPRET=1`` kernels also take CPU tensors.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
 
 import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the references serve
+    triton = tl = None
+constexpr = int if tl is None else tl.constexpr  # of integers that kernels read from their module
 
 if not __name__.startswith("pgolf."):
     raise ImportError(
@@ -19,6 +31,10 @@ if not __name__.startswith("pgolf."):
     )
 
 BACKENDS = ("auto", "reference", "triton")
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+TUNED = Path(__file__).with_name("tuned")
+# Ops whose kernels have run in the interpreter only: `auto` leaves them alone until a GPU has tested and timed them.
+UNPROVEN = frozenset({"newton_schulz", "dequantize", "smear_gate", "embed_smear_norm"})
 _chosen = "auto"
 
 
@@ -36,17 +52,110 @@ def backend() -> str:
 def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> Callable:
     """The implementation of ``op`` to run on ``tensor``.
 
-    Raises RuntimeError when Triton is asked for and the family has no kernel, or the tensor is not on a GPU.
+    Raises RuntimeError when Triton is asked for and is not installed, the family has no kernel, or the tensor is not
+    on a GPU.
     """
     name = backend()
-    if name == "triton":
-        if "triton" not in implementations:
-            raise RuntimeError(f"{op} has no Triton kernel; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")
-        if not tensor.is_cuda:
-            raise RuntimeError(f"{op}: Triton kernels need CUDA tensors, got {tensor.device}; use PGOLF_KERNELS=auto")
+    if name == "reference":
+        return implementations[name]
     if name == "auto":
-        name = "triton" if tensor.is_cuda and "triton" in implementations else "reference"
+        usable = tensor.is_cuda and triton is not None and "triton" in implementations and op not in UNPROVEN
+        return implementations["triton" if usable else "reference"]
+    if triton is None:
+        raise RuntimeError(f"{op}: Triton is not installed; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")
+    if "triton" not in implementations:
+        raise RuntimeError(f"{op} has no Triton kernel; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")
+    if not tensor.is_cuda and not INTERPRETED:
+        raise RuntimeError(f"{op}: Triton kernels need CUDA tensors, got {tensor.device}; use PGOLF_KERNELS=auto")
     return implementations[name]
+
+
+def jit(function: Callable | None = None, **options: Any) -> Callable:
+    """`triton.jit`; where there is no Triton the function stays as it is and is never called."""
+    if function is None:
+        return partial(jit, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def operator(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    mutates: tuple[str, ...] = (),
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Register ``implementation`` as a `torch.library` op and return the function that calls it.
+
+    ``schema`` is ``name(arguments) -> results`` in the notation of `torch.library`; the op is ``pgolf::name``.
+    ``fake`` gives the results' shapes, ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *gradients)`` the
+    derivative. The function returned calls ``implementation`` directly in eager mode, through an autograd function
+    where a gradient is wanted, since the dispatcher costs more than a small kernel; compilers and tracers get the op.
+    """
+    name, parenthesis, arguments = schema.partition("(")
+    op = torch.library.custom_op(
+        f"pgolf::{name.strip()}", implementation, mutates_args=mutates, schema=parenthesis + arguments
+    )
+    op.register_fake(fake)
+    direct = implementation
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+        members = {"forward": implementation, "setup_context": setup_context, "backward": backward}
+        function = type(
+            f"{name.strip()}_function", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()}
+        )
+
+        def direct(*args: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return implementation(*args)
+            if any(isinstance(a, list) and a and getattr(a[0], "requires_grad", False) for a in args):
+                return op(*args)  # an autograd function does not look into lists
+            wanted = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+            return function.apply(*args) if wanted else implementation(*args)
+
+    def call(*args: Any) -> Any:
+        return (op if _traced(args) else direct)(*args)
+
+    return call
+
+
+def _traced(args: tuple) -> bool:
+    """Whether a compiler or tracer is looking on: its tensors are subclasses."""
+    if torch.compiler.is_compiling():
+        return True
+    plain = (torch.Tensor, torch.nn.Parameter)
+    first = [a[0] if isinstance(a, list | tuple) and a else a for a in args]
+    return any(isinstance(a, torch.Tensor) and type(a) not in plain for a in first)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 132, an H100's, for a CPU that stands in for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def chip(device: torch.device) -> str:
+    """Whose table of launch parameters a device takes: its own, the H100's on other Hopper chips, else the default."""
+    if device.type != "cuda":
+        return "h100"  # which a CPU stands in for where kernels are interpreted or only compiled
+    name = torch.cuda.get_device_name(device).lower()
+    own = [path.stem for path in TUNED.glob("*.json") if path.stem in name]
+    return own[0] if own else "h100" if torch.cuda.get_device_capability(device)[0] == 9 else "default"
+
+
+@lru_cache
+def launch_parameters(family: str, case: str, device: torch.device) -> dict[str, int]:
+    """Measured launch parameters of one case of a kernel family on this chip, from ``tuned/<chip>.json``.
+
+    Cases that a chip's table lacks come from the H100's; `bench.tune` writes the tables. Raises KeyError for a case
+    that is in neither.
+    """
+    tables = [json.loads((TUNED / f"{name}.json").read_text(encoding="utf-8")) for name in (chip(device), "h100")]
+    found = [table["cases"][family][case] for table in tables if case in table["cases"].get(family, {})]
+    if not found:
+        raise KeyError(f"no table in {TUNED} has launch parameters for {family}, {case}")
+    return found[0]
 
 
 def _checked(name: str, where: str) -> str:

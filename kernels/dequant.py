@@ -1,157 +1,401 @@
 """Dequantisation: integer codes and scales, with an optional low-rank correction, to weights.
 
-    W = q · scale + A B,    A = qA · sA  [rows, rank],    B = qB · sB  [rank, columns]
+    W = (q - zero) · scale + A B,    A = qA · sA  [rows, rank],    B = qB · sB  [rank, columns]
 
-A row of codes has one scale, or one for every group of columns. The correction (LQER, arXiv 2402.02446) is a rank-4
-approximation of what rounding lost; its factors are quantised themselves. Two packings of them occur in the artifact
-of parameter-golf PR #1874 and are told apart by the shapes of their scales:
+A row of codes has one scale (and zero), or one for every group of columns. The correction (LQER, arXiv 2402.02446)
+approximates what rounding lost; its factors are quantised themselves, in the artifact of parameter-golf PR #1874 in one
+of two ways, told apart by the shapes of their scales:
 
     asymmetric  qA in [-2, 1] with one sA; qB in [-8, 7] with one sB for every group of the flattened qB
     symmetric   qA and qB in [-7, 7] with one scale a row
 
-The arithmetic is float32 and fixed to the last bit: q · scale is rounded once; A B is accumulated over the rank in
-ascending order by fused multiply-adds that start at zero; the sum is rounded to float32 and then to the output's dtype.
+The arithmetic is float32 and fixed to the last bit: q - zero and its product with the scale are rounded one by one;
+A B is accumulated over the rank in ascending order by fused multiply-adds that start at zero; the sum is rounded to
+float32 and then to the output's dtype.
+
+Packed codes of 4, 6 and 7 bits are planes of 4, 4+2 and 4+2+1 bits, laid out by units of 8 rows and 8 columns so that
+a GPU's loads and stores take 16 bytes; codes of 8 bits are their own packing. `DequantizePlan` does all matrices of a
+model in one launch, each into its place in a bank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from ._launch import select
+from ._launch import operator, select
+
+try:
+    from . import _dequant_kernels as kernels
+except ImportError:  # the shipped program is without them
+    kernels = None
+
+PLANES = {4: (4,), 6: (4, 2), 7: (4, 2, 1), 8: ()}  # widths of the planes by bits of a code, the lowest first
+# A unit's codes are [2, 4, units, 8], row 4i + j and column b; a plane's fields lie in these orders, 32 bits to a word.
+ORDERS = {4: (0, 2, 1, 3), 2: (2, 1, 0, 3), 1: (2, 0, 1, 3)}
+MAX_RANK = 8
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LowRankFactors(NamedTuple):
-    """Quantised factors of a low-rank correction.
+    """Quantised factors of a low-rank correction. Scales are float16, bfloat16 or float32.
 
-    qA: int8 [rows, rank]. sA: float16 or float32, one element [] or one a row [rows].
-    qB: int8 [rank, columns]. sB: float16 or float32 [n], one for every rank · columns / n elements of the flattened qB.
+    qA: int8 [rows, rank]. sA: one element [] or one a row [rows].
+    qB: int8 [rank, columns]. sB: [n], one for every rank · columns / n elements of the flattened qB.
+    Packed: qA int32 [rows], 4 bits a code plus 8, the first lowest; sA float32 [rows]; qB int32 [columns / 8, rank],
+    8 columns of a row of B to a word; sB float32 [columns / 8, rank].
     """
 
-    qA: torch.Tensor
-    sA: torch.Tensor
-    qB: torch.Tensor
-    sB: torch.Tensor
+    qA: Tensor
+    sA: Tensor
+    qB: Tensor
+    sB: Tensor
 
 
-def dequantize_reference(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    low_rank: LowRankFactors | None = None,
-    *,
-    out: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Plain PyTorch; the contract of `dequantize`, whose arguments it shares."""
-    weight = _scaled(q, scale.reshape(-1))
+class QuantizedMatrix(NamedTuple):
+    """A matrix in memory; `pack` makes it.
+
+    planes: int32 words, one plane after the other; 8 bits: the codes themselves, int8 or uint8 [rows, columns].
+    signed: codes lie in [-2^(bits-1), 2^(bits-1)), else in [0, 2^bits).
+    whole: every product (q - zero) · scale is exact, because scales have 16 bits and zeros are whole codes.
+    The rest is as `pack` takes it, codes of the factors packed too.
+    """
+
+    planes: Tensor
+    bits: int
+    signed: bool
+    rows: int
+    columns: int
+    scale: Tensor
+    zero: Tensor | None = None
+    low_rank: LowRankFactors | tuple[Tensor, Tensor] | None = None
+    whole: bool = False
+
+
+def pack(
+    codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None = None,
+    low_rank: LowRankFactors | tuple[Tensor, Tensor] | None = None,
+) -> QuantizedMatrix:  # fmt: skip
+    """Pack codes into planes, and a correction's into words. Not for a hot path: it looks at the values.
+
+    Args:
+        codes: int8 in [-2^(bits-1), 2^(bits-1)) or uint8 in [0, 2^bits), [rows, columns].
+        bits: 4, 6, 7 or 8; 8 takes the codes as they are, without a copy where they are contiguous.
+        scale: float16, bfloat16 or float32, finite, [rows] or [rows, groups]: a group is ``columns / groups`` columns,
+            a multiple of 16 unless there is one.
+        zero: dtype and shape of scale; None is zero.
+        low_rank: factors of rank 1 to 8, quantised, or floats (A [rows, rank], B [rank, columns]) of one dtype. Codes
+            in [-8, 7] with 16-bit scales take 4 bits each; others are stored as float32 values.
+
+    Raises ValueError or TypeError naming the argument that is wrong.
+    """
+    _require(bits in PLANES, "bits", bits, "4, 6, 7 or 8")
+    q = _as_matrix(codes, scale, zero, low_rank)
+    if codes.numel() and bits < 8:
+        low, high = (int(end) for end in codes.aminmax())
+        least = -(1 << bits - 1) if q.signed else 0
+        fine = least <= low and high < least + (1 << bits)
+        _require(fine, "codes", f"{low} to {high}", f"in [{least}, {least + (1 << bits)}) for {bits} bits")
     if low_rank is not None:
-        qA, sA, qB, sB = low_rank
-        weight = weight + _fused_product(_scaled(qA, sA.reshape(-1)), _scaled(qB, sB))
-    if out is not None:
-        return out.copy_(weight)
-    return weight if dtype is None else weight.to(dtype)
+        q = q._replace(low_rank=_pack_factors(q))
+    whole = scale.dtype != torch.float32 and (zero is None or bool(((zero == zero.round()) & (zero.abs() < 256)).all()))
+    return q._replace(bits=bits, planes=_pack_planes(codes, bits), whole=whole)
 
 
-def _scaled(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Codes times scales in float32; every scale serves an equal run of the flattened codes."""
-    if q.numel() == 0:
-        return q.float()
-    return (q.reshape(scales.numel(), -1).float() * scales.float().unsqueeze(1)).reshape(q.shape)
+def unpack(q: QuantizedMatrix) -> Tensor:
+    """The codes of a packed matrix, int8 or uint8 [rows, columns]: the inverse of `pack`."""
+    if q.bits == 8:
+        return q.planes
+    down, across = -(-q.rows // 8), -(-q.columns // 8)
+    start, low, codes, sizes = 0, 0, 0, (2, 4, down * across, 8)
+    for width in PLANES[q.bits]:
+        words, order = q.planes[start : start + 2 * width * down * across], ORDERS[width]
+        plane = _split(words, width, 32 // width).view([sizes[dim] for dim in order])
+        codes = codes + (plane.permute([order.index(dim) for dim in range(4)]) << low)
+        start, low = start + words.numel(), low + width
+    codes = codes.reshape(8, down, across, 8).transpose(0, 1).reshape(8 * down, 8 * across)[: q.rows, : q.columns]
+    return (codes - (1 << q.bits - 1)).to(torch.int8) if q.signed else codes.to(torch.uint8)
 
 
-def _fused_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """A B by float32 fused multiply-adds. Float64 holds each product exactly, so no setting (TF32) can change them."""
-    product = torch.zeros(A.size(0), B.size(1), device=A.device)
-    for k in range(A.size(1)):
-        product = torch.addcmul(product.double(), A[:, k, None].double(), B[k].double()).float()
-    return product
+def _pack_planes(codes: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return codes.contiguous()
+    unsigned = codes.int() + (1 << bits - 1 if codes.dtype == torch.int8 else 0)
+    unsigned = F.pad(unsigned, (0, -codes.size(1) % 8, 0, -codes.size(0) % 8))
+    down, across = unsigned.size(0) // 8, unsigned.size(1) // 8
+    unsigned = unsigned.view(down, 8, across, 8).permute(1, 0, 2, 3).reshape(2, 4, down * across, 8)
+    planes, low = [], 0
+    for width in PLANES[bits]:
+        plane = (unsigned >> low) & (1 << width) - 1
+        planes.append(_join(plane.permute(ORDERS[width]).reshape(-1, 32 // width), width))
+        low += width
+    return torch.cat(planes)
 
 
-_DEQUANTIZE = {"reference": dequantize_reference}
+def _join(fields: Tensor, width: int) -> Tensor:
+    """int32 words of the last dimension's fields, each ``width`` bits, the first lowest."""
+    return (fields.long() << width * torch.arange(fields.size(-1), device=fields.device)).sum(-1).to(torch.int32)
+
+
+def _split(words: Tensor, width: int, fields: int) -> Tensor:
+    return (words[..., None] >> width * torch.arange(fields, device=words.device)) & (1 << width) - 1
+
+
+def _pack_factors(q: QuantizedMatrix) -> LowRankFactors | tuple[Tensor, Tensor]:
+    if len(q.low_rank) == 2:
+        return q.low_rank
+    qA, sA, qB, sB = q.low_rank
+    run = qB.numel() // sB.numel()  # elements of the flattened qB to one sB
+    narrow = torch.float32 not in (sA.dtype, sB.dtype) and all(((c + 8) & ~15 == 0).all() for c in (qA, qB))
+    if not (narrow and (run == q.columns or q.columns % 8 == run % 8 == 0)):
+        return _factor_values(q)
+    units = F.pad(qB + 8, (0, -q.columns % 8)).view(len(qB), -1, 8)
+    scales = sB.float().repeat_interleave(run).view(qB.shape)[:, ::8].T.contiguous()
+    words = _join(units, 4).T.contiguous()
+    return LowRankFactors(_join(qA + 8, 4), sA.float().expand(q.rows).contiguous(), words, scales)
+
+
+def _factor_values(q: QuantizedMatrix) -> tuple[Tensor, Tensor]:
+    """A and B, floats, from any form of the factors."""
+    if len(q.low_rank) == 2:
+        return q.low_rank
+    qA, sA, qB, sB = q.low_rank
+    if qA.dtype == torch.int8:
+        return _scaled(qA, sA.reshape(-1)), _scaled(qB, sB)
+    B = (_split(qB.T, 4, 8) - 8).float() * sB.T[:, :, None]
+    return (_split(qA, 4, qB.size(1)) - 8).float() * sA[:, None], B.flatten(1)[:, : q.columns]
+
+
+def dequantize_reference(q: QuantizedMatrix, out: Tensor) -> None:
+    """Plain PyTorch, from a packed matrix into ``out``; the contract of the kernels."""
+    weight = _scaled(unpack(q), q.scale, q.zero)
+    if q.low_rank is not None:
+        A, B = _factor_values(q)
+        product = torch.zeros_like(weight)
+        for k in range(A.size(1)):
+            product = _fma(A[:, k, None], B[k], product)
+        weight = weight + product
+    out.copy_(weight)
+
+
+def _scaled(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Codes less zero, times scale, in float32; every scale serves an equal run of the flattened codes."""
+    runs = q.float().reshape(scale.numel(), -1 if q.numel() else 0)
+    runs = runs if zero is None else runs - zero.reshape(-1, 1).float()
+    return (runs * scale.reshape(-1, 1).float()).reshape(q.shape)
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a · b + c of float32 numbers, rounded once: to odd in float64, which makes the second rounding right."""
+    product, c = a.double() * b.double(), c.double()
+    total, part = product + c, product + c - c
+    error = (c - (total - part)) + (product - part)
+    bits = total.view(torch.int64)
+    outwards = torch.where((error > 0) == (total > 0), 1, -1)
+    return torch.where((error != 0) & (bits & 1 == 0), bits + outwards, bits).view(torch.float64).float()
+
+
+def _item(q: QuantizedMatrix, out: Tensor) -> kernels.Item:
+    """The matrix as the kernels take it; ``out`` has its rows in one piece."""
+    factors, rank = (None, None, None, None), 0
+    if q.low_rank is not None and q.low_rank[0].dtype == torch.int32:
+        factors, rank = q.low_rank, q.low_rank.qB.size(1)
+    elif q.low_rank is not None:
+        A, B = (factor.contiguous() for factor in _factor_values(q))
+        factors, rank = (A, None, B, None), A.size(1)
+    scale, zero = q.scale.contiguous(), q.zero if q.zero is None else q.zero.contiguous()
+    vectors = [(q.planes, 16), *((t, 8 * t.element_size()) for t in (out, factors[2]) if t is not None)]
+    aligned = q.columns % 8 == out.stride(0) % 8 == 0 and all(t.data_ptr() % size == 0 for t, size in vectors)
+    least = 256 + (1 << q.bits - 1 if q.signed else 0)
+    sizes = (q.rows, q.columns, scale.numel() // q.rows, out.stride(0), q.bits, least, rank)
+    units = -(-q.rows // 8) * -(-q.columns // 8)
+    return kernels.Item((q.planes, scale, zero, *factors, out), sizes, units, aligned, q.whole)
+
+
+def _launch_one(q: QuantizedMatrix, out: Tensor) -> None:
+    """One matrix in one launch, into ``out`` with any strides."""
+    dense = out if out.stride(1) == 1 or q.columns == 1 else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    kernels.launch_one(_item(q, dense))
+    if dense is not out:
+        out.copy_(dense)
+
+
+_DEQUANTIZE = {"reference": dequantize_reference} | ({} if kernels is None else {"triton": _launch_one})
+
+
+def _dequantize_out(planes, bits, signed, rows, columns, scale, zero, factors, whole, out) -> None:
+    if out.numel():
+        low_rank = LowRankFactors(*factors) if len(factors) == 4 else tuple(factors) or None
+        q = QuantizedMatrix(planes, bits, signed, rows, columns, scale, zero, low_rank, whole)
+        with torch.cuda.device_of(planes):  # Triton launches on the current device
+            select("dequantize", _DEQUANTIZE, planes)(q, out)
+
+
+_write = operator(
+    "dequantize_out(Tensor planes, int bits, bool signed, int rows, int columns, Tensor scale, Tensor? zero, "
+    "Tensor[] factors, bool whole, Tensor(a!) out) -> ()", _dequantize_out, lambda *_: None, mutates=("out",),
+)  # fmt: skip
 
 
 def dequantize(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    low_rank: LowRankFactors | None = None,
-    *,
-    out: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Weights from codes: q · scale, plus the low-rank correction if there is one.
+    q: QuantizedMatrix | Tensor, scale: Tensor | None = None,
+    low_rank: LowRankFactors | tuple[Tensor, Tensor] | None = None,
+    *, out: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """Weights from a packed matrix or from plain codes: (q - zero) · scale, plus the low-rank correction if any.
 
     Args:
-        q: int8 [rows, columns].
-        scale: float16 or float32, [rows] or [rows, groups]; group g serves columns/groups columns from
-            g · columns/groups on.
-        low_rank: factors of the correction, in either packing.
-        out: [rows, columns] of any floating dtype, written in place of a new tensor.
+        q: a matrix from `pack`; or int8 or uint8 codes [rows, columns], which are their own packing.
+        scale, low_rank: with plain codes only; as `pack` takes them.
+        out: [rows, columns], float16, bfloat16, float32 or float64, with any strides, written in place of a new tensor.
         dtype: dtype of a new tensor; float32 unless given. With ``out`` it must be left out or be out's dtype.
 
-    Returns [rows, columns]. Raises ValueError or TypeError naming the argument with the wrong shape, dtype or device.
+    Returns [rows, columns]. There is no derivative: codes have none, and that by the scales is not implemented.
+    Raises ValueError or TypeError naming the argument with the wrong shape, dtype or device, or that wants a gradient.
     """
-    _check(q, scale, out, dtype)
-    if low_rank is not None:
-        _check_low_rank(q, low_rank)
-    return select("dequantize", _DEQUANTIZE, q)(q, scale, low_rank, out=out, dtype=dtype)
-
-
-def _check(q: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None, dtype: torch.dtype | None) -> None:
-    _check_codes("q", q)
-    _check_scales("scale", scale, q)
-    rows, columns = q.shape
-    groups = scale.size(1) if scale.ndim == 2 else 1
-    if scale.ndim not in (1, 2) or scale.size(0) != rows or groups == 0 or columns % groups:
-        raise ValueError(
-            f"scale must be [{rows}] or [{rows}, groups] with groups dividing {columns} columns, "
-            f"got {list(scale.shape)}"
-        )
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+    if isinstance(q, QuantizedMatrix):
+        fine = scale is None and low_rank is None
+        _require(fine, "scale and low_rank", "one", "left out where q is packed: it has them", TypeError)
+        _check_matrix(q, "q.")
+    else:
+        _require(scale is not None, "scale", None, "given with plain codes", TypeError)
+        q = _as_matrix(q, scale, None, low_rank, "q")
     if out is None:
-        return
-    if out.shape != q.shape or not out.is_floating_point() or out.device != q.device:
-        raise ValueError(
-            f"out must be a floating {[rows, columns]} tensor on {q.device}, got {out.dtype} {list(out.shape)} "
-            f"on {out.device}"
-        )
-    if dtype not in (None, out.dtype):
-        raise TypeError(f"dtype {dtype} contradicts out, which is {out.dtype}: give one of them")
+        _require(dtype in (None, *FLOATS), "dtype", dtype, "float16, bfloat16, float32 or float64", TypeError)
+        out = torch.empty(q.rows, q.columns, dtype=dtype or torch.float32, device=q.planes.device)
+    else:
+        _check_out("out", out, q)
+        _require(dtype in (None, out.dtype), "dtype", dtype, f"left out or {out.dtype} as out is", TypeError)
+    _write(*q[:7], list(q.low_rank or ()), q.whole, out)
+    return out
 
 
-def _check_low_rank(q: torch.Tensor, low_rank: LowRankFactors) -> None:
-    qA, sA, qB, sB = low_rank
-    rows, columns = q.shape
-    for name, codes in (("qA", qA), ("qB", qB)):
-        _check_codes(f"low_rank.{name}", codes)
-    for name, scales in (("sA", sA), ("sB", sB)):
-        _check_scales(f"low_rank.{name}", scales, q)
-    if qA.size(0) != rows or qB.size(1) != columns or qA.size(1) != qB.size(0):
-        raise ValueError(
-            f"low_rank.qA and low_rank.qB must be [{rows}, rank] and [rank, {columns}], got {list(qA.shape)} "
-            f"and {list(qB.shape)}"
-        )
-    if sA.shape not in ((), (rows,)):
-        raise ValueError(f"low_rank.sA must be one element [] or one a row [{rows}], got {list(sA.shape)}")
-    if sB.ndim != 1 or sB.numel() == 0 or qB.numel() % sB.numel():
-        raise ValueError(
-            f"low_rank.sB must be [n] with n dividing the {qB.numel()} elements of low_rank.qB, got {list(sB.shape)}"
-        )
+class DequantizePlan:
+    """All matrices of a model into their places in one launch.
+
+    Building it copies a table of addresses to the device; a call is the launch and nothing else, and a CUDA graph can
+    capture it. The tensors may change what they contain, but not be replaced. Not for torch.compile, which may do that.
+
+    Args:
+        matrices: from `pack`, on one device, with one dtype of scales and one form of factors; the rest may differ.
+        outs: a [rows, columns] tensor of each, as `dequantize` takes them, all of one dtype and with rows in one piece
+            (``stride(1) == 1``): matrices of banks, say. They must not overlap.
+
+    Raises ValueError or TypeError naming the matrix and the argument.
+    """
+
+    def __init__(self, matrices: Sequence[QuantizedMatrix], outs: Sequence[Tensor]) -> None:
+        _require(len(matrices) == len(outs), "outs", len(outs), f"as many as the matrices, {len(matrices)}")
+        self._pairs, self._items, self._launch = list(zip(matrices, outs, strict=True)), [], None
+        for number, (q, out) in enumerate(self._pairs):
+            _check_matrix(q, f"matrices[{number}].")
+            _check_out(f"outs[{number}]", out, q)
+            fine, got = q.columns <= 1 or out.stride(1) == 1, f"strides {out.stride()}"
+            _require(fine, f"outs[{number}]", got, "a matrix with rows in one piece")
+            self._items += [_item(q, out)] if out.numel() and kernels is not None else []
+        for tensors in zip(*(item.tensors[1:] for item in self._items), strict=True):
+            kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
+            wanted = "of one dtype of scales, factors and outs, on one device"
+            _require(len(kinds) < 2, "matrices and outs", kinds, wanted)
+        if self._items and select("dequantize", _DEQUANTIZE, self._items[0].tensors[0]) is _launch_one:
+            self._launch = kernels.launch_all(self._items)
+
+    @torch.compiler.disable
+    def __call__(self) -> None:
+        """Write all weights."""
+        if self._launch is not None:
+            with torch.cuda.device_of(self._pairs[0][1]):
+                return self._launch()
+        for q, out in self._pairs:
+            dequantize_reference(q, out)
 
 
-def _check_codes(name: str, codes: torch.Tensor) -> None:
-    if codes.dtype != torch.int8:
-        raise TypeError(f"{name} must be int8, got {codes.dtype}")
-    if codes.ndim != 2:
-        raise ValueError(f"{name} must be a matrix, got shape {list(codes.shape)}")
+def dequantize_all(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tensor]) -> None:
+    """One call of a `DequantizePlan` of these arguments; keep the plan to do it again."""
+    DequantizePlan(matrices, outs)()
 
 
-def _check_scales(name: str, scales: torch.Tensor, q: torch.Tensor) -> None:
-    if scales.dtype not in (torch.float16, torch.float32):
-        raise TypeError(f"{name} must be float16 or float32, got {scales.dtype}")
-    if scales.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}, got {scales.device}")
+def _require(fine: bool, name: str, value: object, wanted: str, error: type[Exception] = ValueError) -> None:
+    if not fine:
+        got = f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else value
+        raise error(f"{name} must be {wanted}, got {got}")
 
 
-__all__ = ["LowRankFactors", "dequantize", "dequantize_reference"]
+def _as_matrix(codes, scale, zero, low_rank, name: str = "codes") -> QuantizedMatrix:
+    """Plain codes as a matrix of 8 bits, checked."""
+    _require(codes.dtype in (torch.int8, torch.uint8), name, codes, "int8 or uint8", TypeError)
+    _require(codes.ndim == 2, name, codes, "a matrix")
+    signed, whole = codes.dtype == torch.int8, zero is None and scale.dtype != torch.float32
+    q = QuantizedMatrix(codes.contiguous(), 8, signed, *codes.shape, scale, zero, low_rank, whole)
+    _check_matrix(q, "")
+    return q
+
+
+def _check_matrix(q: QuantizedMatrix, prefix: str) -> None:
+    fine, got = isinstance(q, QuantizedMatrix), type(q).__name__
+    _require(fine, prefix.rstrip("."), got, "a QuantizedMatrix from pack", TypeError)
+    scale, rows, columns, planes = q.scale, q.rows, q.columns, q.planes
+    words = 2 * sum(PLANES[q.bits]) * -(-rows // 8) * -(-columns // 8)
+    kind = (torch.int32, (words,)) if q.bits < 8 else (torch.int8 if q.signed else torch.uint8, (rows, columns))
+    _require((planes.dtype, planes.shape) == kind, f"{prefix}planes", planes, f"{kind[0]} {list(kind[1])}")
+    _check_floats(f"{prefix}scale", scale, q)
+    groups = scale.size(1) if scale.ndim == 2 else 1
+    fine = (groups == 1 or groups > 1 and columns % (16 * groups) == 0) and scale.shape in ((rows,), (rows, groups))
+    wanted = f"[{rows}] or [{rows}, groups] with groups dividing {columns} columns into multiples of 16"
+    _require(fine, f"{prefix}scale", scale, wanted)
+    if q.zero is not None:
+        _check_floats(f"{prefix}zero", q.zero, q)
+        fine, wanted = (q.zero.shape, q.zero.dtype) == (scale.shape, scale.dtype), f"{scale.dtype} {list(scale.shape)}"
+        _require(fine, f"{prefix}zero", q.zero, f"as scale, {wanted}")
+    if q.low_rank is not None:
+        _check_low_rank(q, f"{prefix}low_rank", planes.device)
+
+
+def _check_low_rank(q: QuantizedMatrix, name: str, device: torch.device) -> None:
+    if len(q.low_rank) == 2:
+        (A, B), first, second = q.low_rank, f"{name}[0]", f"{name}[1]"
+        for part, factor in ((first, A), (second, B)):
+            _check_floats(part, factor, q)
+        _require(A.dtype == B.dtype, second, B, f"{A.dtype} as {first}", TypeError)
+    else:
+        (A, sA, B, sB), first, second = q.low_rank, f"{name}.qA", f"{name}.qB"
+        _check_floats(f"{name}.sA", sA, q)
+        _check_floats(f"{name}.sB", sB, q)
+        _require(A.device == B.device == device, f"{first} and {second}", A, f"on {device} as the codes")
+        if A.dtype == B.dtype == torch.int32:
+            fine = A.shape == sA.shape == (q.rows,) and B.shape == sB.shape == (-(-q.columns // 8), B.size(-1))
+            _require(fine, name, A, f"as pack made it for {q.rows} rows and {q.columns} columns")
+            return
+        _require(A.dtype == B.dtype == torch.int8, f"{first} and {second}", A, "int8", TypeError)
+    fine = A.ndim == B.ndim == 2 and (A.size(0), B.size(1), A.size(1)) == (q.rows, q.columns, B.size(0))
+    got = f"{list(A.shape)} and {list(B.shape)}"
+    _require(fine, f"{first} and {second}", got, f"[{q.rows}, rank] and [rank, {q.columns}]")
+    _require(1 <= A.size(1) <= MAX_RANK, first, A, f"of rank 1 to {MAX_RANK}")
+    if len(q.low_rank) == 4:
+        _require(sA.shape in ((), (q.rows,)), f"{name}.sA", sA, f"one element [] or one a row [{q.rows}]")
+        fine = sB.ndim == 1 and sB.numel() > 0 and B.numel() % sB.numel() == 0
+        _require(fine, f"{name}.sB", sB, f"[n] with n dividing the {B.numel()} elements of {second}")
+
+
+def _check_floats(name: str, floats: Tensor, q: QuantizedMatrix) -> None:
+    _require(floats.dtype in FLOATS[:3], name, floats, "float16, bfloat16 or float32", TypeError)
+    _require(floats.device == q.planes.device, name, floats, f"on {q.planes.device} as the codes")
+    wanted = "detached, for dequantize has no derivative"
+    _require(not (floats.requires_grad and torch.is_grad_enabled()), name, "requires_grad", wanted)
+
+
+def _check_out(name: str, out: Tensor, q: QuantizedMatrix) -> None:
+    wanted = f"{[q.rows, q.columns]} of float16, bfloat16, float32 or float64 on {q.planes.device}"
+    fine = (out.shape, out.device) == ((q.rows, q.columns), q.planes.device) and out.dtype in FLOATS
+    _require(fine, name, out, wanted)
+    _require(not (out.requires_grad and torch.is_grad_enabled()), name, "requires_grad", "written under no_grad")
+
+
+__all__ = [
+    "DequantizePlan", "LowRankFactors", "QuantizedMatrix", "dequantize", "dequantize_all", "dequantize_reference",
+    "pack", "unpack",
+]  # fmt: skip

@@ -7,6 +7,16 @@ The previous embedding enters un-smeared. Without the BOS mask (``bos_id=None``,
 PR #1874) the last token of one document leaks into the first of the next. `embed_smear_norm` is embedding lookup,
 SmearGate and RMSNorm in one call.
 
+Kernels: a program of one warp (at D = 512) walks a chunk of consecutive tokens, keeps the neighbour's vector in
+registers and has the next ones on their way, so each is read once: the forward is one pass over x and y, the
+prologue's writes its output and finds the table in the L2 cache. Nothing is saved for backward but the inputs: it
+walks from the last token to the first and recomputes gates and norms; with s_t = <dy_t, x_{t-1}>
+
+    dx_t = dy_t + g_{t+1} dy_{t+1} + λ σ'_t s_t w,   dw = Σ λ σ'_t s_t x_t[:W],   dλ = Σ σ_t s_t
+
+in one pass over x, dy and dx. The prologue's goes on into the table: tokens are sorted by id, chunks of the sorted
+list are summed, and segments that cross chunks are joined in a fixed order; or fp32 atomics do it.
+
 Shapes: x [B, T, D]; input_ids [B, T] int32 or int64; weight [1, W] or [W] with W <= D; lam [1] or scalar.
 """
 
@@ -14,10 +24,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from ._launch import select
+from ._launch import jit, launch_parameters, operator, select, tl, triton
 
 RMS_EPS = torch.finfo(torch.float32).eps
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def smear_gate_reference(
@@ -39,23 +51,354 @@ def embed_smear_norm_reference(
     lam: torch.Tensor,
     bos_id: int | None = 1,
     eps: float = RMS_EPS,
+    deterministic: bool = True,
 ) -> torch.Tensor:
     """Plain PyTorch; the contract of `embed_smear_norm`, whose arguments it shares."""
     x = smear_gate_reference(F.embedding(input_ids, table), input_ids, weight, lam, bos_id)
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
-_SMEAR_GATE = {"reference": smear_gate_reference}
-_EMBED_SMEAR_NORM = {"reference": embed_smear_norm_reference}
+@jit
+def _span(T, chunks, CHUNK: tl.constexpr):
+    """This program's chunk: index of its row's first token (int64), first and last + 1 token in the row."""
+    program = tl.program_id(0)
+    start = program % chunks * CHUNK
+    return (program // chunks).to(tl.int64) * T, start, tl.minimum(start + CHUNK, T)
 
 
-def _check(input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, width: int) -> None:
+@jit
+def _row(x, ids, token, columns, inside, V, D: tl.constexpr, EMBED: tl.constexpr):
+    """Row ``token`` of x, or with EMBED of the table x by the token's id, forced into the table."""
+    row = token
+    if EMBED:
+        row = tl.minimum(tl.maximum(tl.load(ids + token).to(tl.int64), 0), V - 1)
+    return tl.load(x + row * D + columns, mask=inside, other=0)
+
+
+@jit
+def _forward_kernel(
+    x, ids, weight, lam, out, T, chunks, V, bos_id, EPS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EMBED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    base, start, stop = _span(T, chunks, CHUNK)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    w = tl.load(weight + columns, mask=columns < W, other=0).to(ACC)
+    strength = tl.load(lam).to(ACC)
+    previous = _row(x, ids, base + tl.maximum(start - 1, 0), columns, inside, V, D, EMBED).to(ACC)
+    previous = tl.where(start > 0, previous, 0)
+    for t in tl.range(start, stop, num_stages=STAGES):
+        token = base + t
+        current = _row(x, ids, token, columns, inside, V, D, EMBED).to(ACC)
+        gate = strength * tl.sigmoid(tl.sum(current * w))
+        if bos_id is not None:
+            gate = tl.where(tl.load(ids + token) == bos_id, 0, gate)
+        y = current + gate * previous
+        if EMBED:
+            scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
+            identity = tl.load(ids + token)
+            y *= tl.where((identity < 0) | (identity >= V), float("nan"), scale)
+        tl.store(out + token * D + columns, y.to(out.dtype.element_ty), mask=inside)
+        previous = current
+
+
+@jit
+def _backward_kernel(
+    dout, x, ids, weight, lam, dx, partials, T, chunks, V, bos_id, EPS: tl.constexpr, D: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EMBED: tl.constexpr,
+    ATOMIC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    base, start, stop = _span(T, chunks, CHUNK)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    w = tl.load(weight + columns, mask=columns < W, other=0).to(ACC)
+    strength = tl.load(lam).to(ACC)
+    # The walk starts one token behind the chunk, whose gradient the chunk's last token needs and no one stores here.
+    last = tl.minimum(stop, T - 1)
+    current = _row(x, ids, base + last, columns, inside, V, D, EMBED).to(ACC)
+    carried = tl.zeros((BLOCK,), ACC)
+    dw = tl.zeros((BLOCK,), ACC)
+    dlam = tl.sum(carried)
+    for i in tl.range(last - start + 1, num_stages=STAGES):
+        t = last - i
+        token = base + t
+        previous = _row(x, ids, base + tl.maximum(t - 1, 0), columns, inside, V, D, EMBED).to(ACC)
+        dy = tl.load(dout + token * D + columns, mask=inside, other=0).to(ACC)
+        sigma = tl.sigmoid(tl.sum(current * w))
+        gated = t > 0
+        if bos_id is not None:
+            gated = gated & (tl.load(ids + token) != bos_id)
+        gate = tl.where(gated, strength * sigma, 0)
+        scale = 1.0  # of the gradient dy, left out of it
+        if EMBED:
+            y = current + gate * previous
+            scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
+            dy -= (scale * scale * tl.sum(dy * y) / D) * y
+        s = tl.where(gated & (t < stop), scale * tl.sum(dy * previous), 0)
+        dlam += sigma * s
+        slope = strength * sigma * (1 - sigma) * s
+        dw += slope * current
+        result = carried + scale * dy + slope * w
+        if ATOMIC:
+            identity = tl.load(ids + token).to(tl.int64)
+            mine = inside & (t < stop) & (identity >= 0) & (identity < V)
+            tl.atomic_add(dx + identity * D + columns, result, mask=mine, sem="relaxed")
+        else:
+            tl.store(dx + token * D + columns, result.to(dx.dtype.element_ty), mask=inside & (t < stop))
+        carried = (gate * scale) * dy
+        current = previous
+    programs = tl.num_programs(0).to(tl.int64)
+    partials += tl.program_id(0)
+    tl.store(partials + columns * programs, dw, mask=columns < W)
+    tl.store(partials + W * programs, dlam)
+
+
+@jit
+def _sum_segments_kernel(
+    dx, keys, order, table, pieces, N, V, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums of runs of equal keys in one chunk: whole segments into the table, pieces of longer ones into ``pieces``.
+
+    Piece [chunk, 0] ends a segment of earlier chunks or continues it, [chunk, 1] begins one.
+    """
+    chunk = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # two axes: see `flat`
+    inside = (columns < D) | (D % BLOCK == 0)
+    start = chunk * CHUNK
+    stop = tl.minimum(start + CHUNK, N)
+    key = tl.load(keys + start)
+    continued = (start > 0) & (tl.load(keys + tl.maximum(start - 1, 0)) == key)
+    total = tl.zeros((1, BLOCK), ACC)
+    # Two rows are under way while one is added.
+    first = tl.load(dx + tl.load(order + start) * D + columns, mask=inside, other=0)
+    second = tl.load(dx + tl.load(order + tl.minimum(start + 1, stop - 1)) * D + columns, mask=inside, other=0)
+    third = tl.load(order + tl.minimum(start + 2, stop - 1))
+    for p in range(start, stop):
+        total += first.to(ACC)
+        first = second
+        second = tl.load(dx + third * D + columns, mask=inside, other=0)
+        third = tl.load(order + tl.minimum(p + 3, stop - 1))
+        following = tl.load(keys + tl.minimum(p + 1, N - 1))
+        ends = (following != key) | (p + 1 == N)
+        if ends | (p + 1 == stop):
+            flat = tl.sum(total, 0)[None, :]  # keeps the layout of fp32 stores out of the loop
+            if ends & (not continued):
+                known = (key >= 0) & (key < V)
+                tl.store(table + key.to(tl.int64) * D + columns, flat.to(table.dtype.element_ty), mask=inside & known)
+            else:
+                piece = chunk.to(tl.int64) * 2 + tl.where(continued, 0, 1)
+                tl.store(pieces + piece * D + columns, flat, mask=inside)
+            total = tl.zeros((1, BLOCK), ACC)
+            continued = following != following
+        key = following
+
+
+@jit
+def _join_segments_kernel(
+    keys, table, pieces, N, V, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The segment that begins in this chunk and goes on in the next ones, into the table."""
+    chunk = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (columns < D) | (D % BLOCK == 0)
+    start, stop = chunk * CHUNK, (chunk + 1) * CHUNK
+    key = tl.load(keys + stop - 1, mask=stop < N, other=-1)
+    begins = (start == 0) | (tl.load(keys + tl.maximum(start - 1, 0)) != key)
+    if (key >= 0) & (key < V) & begins & (tl.load(keys + tl.minimum(stop, N - 1)) == key):
+        total = tl.load(pieces + (2 * chunk + 1) * D + columns, mask=inside, other=0)
+        more = chunk == chunk
+        while more:
+            later = chunk + 1 + tl.arange(0, ROWS)
+            same = tl.load(keys + later * CHUNK, mask=later * CHUNK < N, other=-1) == key
+            mask = same[:, None] & inside[None, :]
+            total += tl.sum(tl.load(pieces + later[:, None] * (2 * D) + columns[None, :], mask=mask, other=0), 0)
+            chunk += ROWS
+            more = tl.min(same.to(tl.int32)) == 1
+        tl.store(table + key.to(tl.int64) * D + columns, total.to(table.dtype.element_ty), mask=inside)
+
+
+def _accumulator(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _settings(case: str, source: torch.Tensor) -> tuple[dict[str, int], dict]:
+    """A case's measured parameters and what they and the width of ``source`` make of a launch's."""
+    tuned = launch_parameters("smear_gate", case, source.device)
+    block = triton.next_power_of_2(source.size(-1))
+    warps = min(32, max(1, block // tuned["columns_per_warp"]))
+    accumulate = tl.float64 if _accumulator(source) == torch.float64 else tl.float32
+    return tuned, dict(D=source.size(-1), BLOCK=block, ACC=accumulate, num_warps=warps)
+
+
+def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool) -> torch.Tensor:
+    """Both forward ops: ``source`` is x, or with ``embed`` the table."""
+    rows, tokens = input_ids.shape
+    out = source.new_empty(rows, tokens, source.size(-1))
+    if out.numel():
+        tuned, settings = _settings("prologue_forward" if embed else "forward", source)
+        chunks = triton.cdiv(tokens, tuned["chunk"])
+        with torch.cuda.device_of(source):  # Triton launches on the current device
+            _forward_kernel[(rows * chunks,)](
+                source.contiguous(), input_ids.contiguous(), weight.contiguous(), lam, out, tokens, chunks,
+                source.size(0) if embed else 1, bos_id, EPS=eps, W=weight.numel(), CHUNK=tuned["chunk"],
+                STAGES=tuned["stages"], EMBED=embed, **settings,
+            )  # fmt: skip
+    return out
+
+
+def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool, dx) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient by tokens, or with a fp32 ``dx`` of the table's shape added into that; and those of (w, λ)."""
+    atomic = dx is not None
+    rows, tokens = input_ids.shape
+    dx = source.new_empty(dout.shape) if dx is None else dx
+    if not dout.numel():
+        return dx, source.new_zeros(weight.numel() + 1, dtype=_accumulator(source))
+    tuned, settings = _settings("prologue_backward" if embed else "backward", source)
+    chunks = triton.cdiv(tokens, tuned["chunk"])
+    partials = source.new_empty(weight.numel() + 1, rows * chunks, dtype=_accumulator(source))
+    with torch.cuda.device_of(source):
+        _backward_kernel[(rows * chunks,)](
+            dout.contiguous(), source.contiguous(), input_ids.contiguous(), weight.contiguous(), lam, dx, partials,
+            tokens, chunks, source.size(0) if embed else 1, bos_id, EPS=eps, W=weight.numel(), CHUNK=tuned["chunk"],
+            STAGES=tuned["stages"], EMBED=embed, ATOMIC=atomic, **settings,
+        )  # fmt: skip
+    return dx, partials.sum(1)
+
+
+def _into_table(dx: torch.Tensor, input_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows of ``dx`` by id, in fp32 and a fixed order, as the table's gradient."""
+    gradient = torch.zeros_like(table, memory_format=torch.contiguous_format)
+    count, width = input_ids.numel(), table.size(1)
+    # A radix sort takes a pass for every 8 bits of its keys.
+    narrow = torch.int16 if table.size(0) < 2**15 else torch.int32
+    keys, order = torch.sort(input_ids.reshape(-1).to(narrow), stable=True)
+    tuned, settings = _settings("table_gradient", dx)
+    block, chunk = min(tuned["block"], settings["BLOCK"]), tuned["chunk"]
+    settings |= dict(BLOCK=block, CHUNK=chunk, num_warps=max(1, block // tuned["columns_per_warp"]))
+    grid = (triton.cdiv(count, chunk), triton.cdiv(width, block))
+    pieces = table.new_empty(grid[0], 2, width, dtype=_accumulator(table))
+    with torch.cuda.device_of(table):
+        _sum_segments_kernel[grid](dx, keys, order, gradient, pieces, count, table.size(0), **settings)
+        _join_segments_kernel[grid](keys, gradient, pieces, count, table.size(0), ROWS=tuned["rows"], **settings)
+    return gradient
+
+
+def _smear_gate_triton(
+    x: torch.Tensor, input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, bos_id: int | None
+) -> torch.Tensor:
+    return _forward(x, input_ids, weight, lam, bos_id, 0.0, False)
+
+
+def _smear_gate_backward_triton(
+    dout: torch.Tensor, x: torch.Tensor, input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor,
+    bos_id: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _backward(dout, x, input_ids, weight, lam, bos_id, 0.0, False, None)
+
+
+def _embed_smear_norm_triton(
+    input_ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, bos_id: int | None,
+    eps: float, deterministic: bool,
+) -> torch.Tensor:  # fmt: skip
+    return _forward(table, input_ids, weight, lam, bos_id, eps, True)
+
+
+def _embed_smear_norm_backward_triton(
+    dout: torch.Tensor, input_ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor,
+    bos_id: int | None, eps: float, deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    total = None if deterministic else torch.zeros(table.shape, dtype=_accumulator(table), device=table.device)
+    dx, sums = _backward(dout, table, input_ids, weight, lam, bos_id, eps, True, total)
+    if not dout.numel():
+        return torch.zeros_like(table, memory_format=torch.contiguous_format), sums
+    return _into_table(dx, input_ids, table) if deterministic else total.to(table.dtype), sums
+
+
+def _gate_gradients(sums: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return sums[:-1].reshape(weight.shape).to(weight.dtype), sums[-1].reshape(lam.shape).to(lam.dtype)
+
+
+def _fake_sums(source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return source.new_empty(weight.numel() + 1, dtype=_accumulator(source))
+
+
+_smear_gate_backward_op = operator(
+    "smear_gate_backward(Tensor dout, Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id) "
+    "-> (Tensor, Tensor)",
+    _smear_gate_backward_triton,
+    lambda dout, x, input_ids, weight, lam, bos_id: (x.new_empty(x.shape), _fake_sums(x, weight)),
+)
+_embed_smear_norm_backward_op = operator(
+    "embed_smear_norm_backward(Tensor dout, Tensor input_ids, Tensor table, Tensor weight, Tensor lam, int? bos_id, "
+    "float eps, bool deterministic) -> (Tensor, Tensor)",
+    _embed_smear_norm_backward_triton,
+    lambda dout, input_ids, table, weight, lam, bos_id, eps, deterministic: (
+        table.new_empty(table.shape), _fake_sums(table, weight)
+    ),
+)  # fmt: skip
+
+
+def _save(ctx, inputs, output) -> None:
+    """Both ops: four tensors, then plain values."""
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+@once_differentiable
+def _smear_gate_gradients(ctx, dout: torch.Tensor):
+    x, input_ids, weight, lam = ctx.saved_tensors
+    dx, sums = _smear_gate_backward_op(dout, x, input_ids, weight, lam, *ctx.rest)
+    return dx, None, *_gate_gradients(sums, weight, lam), None
+
+
+@once_differentiable
+def _embed_smear_norm_gradients(ctx, dout: torch.Tensor):
+    input_ids, table, weight, lam = ctx.saved_tensors
+    dtable, sums = _embed_smear_norm_backward_op(dout, input_ids, table, weight, lam, *ctx.rest)
+    return None, dtable, *_gate_gradients(sums, weight, lam), None, None, None
+
+
+_SMEAR_GATE = {
+    "reference": smear_gate_reference,
+    "triton": operator(
+        "smear_gate(Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id) -> Tensor",
+        _smear_gate_triton,
+        lambda x, input_ids, weight, lam, bos_id: x.new_empty(x.shape),
+        setup_context=_save,
+        backward=_smear_gate_gradients,
+    ),
+}
+_EMBED_SMEAR_NORM = {
+    "reference": embed_smear_norm_reference,
+    "triton": operator(
+        "embed_smear_norm(Tensor input_ids, Tensor table, Tensor weight, Tensor lam, int? bos_id, float eps, "
+        "bool deterministic) -> Tensor",
+        _embed_smear_norm_triton,
+        lambda input_ids, table, weight, lam, bos_id, eps, deterministic: table.new_empty(
+            *input_ids.shape, table.size(1)
+        ),
+        setup_context=_save,
+        backward=_embed_smear_norm_gradients,
+    ),
+}
+
+
+def _check(input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, name: str, source: torch.Tensor) -> None:
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
-    if weight.numel() > width:
-        raise ValueError(f"weight has {weight.numel()} elements and may have at most the width {width}")
+    for argument, tensor in ((name, source), ("weight", weight), ("lam", lam)):
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{argument} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
+    for argument, tensor in (("input_ids", input_ids), ("weight", weight), ("lam", lam)):
+        if tensor.device != source.device:
+            raise ValueError(f"{argument} must be on {name}'s device {source.device}, got {tensor.device}")
+    if weight.numel() > source.size(-1):
+        raise ValueError(f"weight has {weight.numel()} elements and may have at most the width {source.size(-1)}")
+    if tuple(weight.shape[:-1]) not in ((), (1,)) or not weight.ndim:
+        raise ValueError(f"weight must be [W] or [1, W], got shape {tuple(weight.shape)}")
     if lam.numel() != 1:
         raise ValueError(f"lam must be one element, got shape {tuple(lam.shape)}")
 
@@ -65,12 +408,14 @@ def smear_gate(
 ) -> torch.Tensor:
     """SmearGate of ``x``; see the module's docstring for the formula and shapes.
 
-    Differentiable in x, weight and lam. ``bos_id=None`` leaves the document mask out.
-    Returns [B, T, D] in x's dtype. Raises ValueError or TypeError for a wrong shape or dtype.
+    Differentiable once in x, weight and lam. ``bos_id=None`` leaves the document mask out. x, weight and lam are
+    bfloat16, float16, float32 or float64 each; kernels compute in fp32, or in fp64 for a float64 x.
+
+    Returns [B, T, D] in x's dtype. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
     if x.ndim != 3 or x.shape[:2] != input_ids.shape:
         raise ValueError(f"x must be [B, T, D] over input_ids {tuple(input_ids.shape)}, got {tuple(x.shape)}")
-    _check(input_ids, weight, lam, x.size(-1))
+    _check(input_ids, weight, lam, "x", x)
     return select("smear_gate", _SMEAR_GATE, x)(x, input_ids, weight, lam, bos_id)
 
 
@@ -81,13 +426,26 @@ def embed_smear_norm(
     lam: torch.Tensor,
     bos_id: int | None = 1,
     eps: float = RMS_EPS,
+    *,
+    deterministic: bool = True,
 ) -> torch.Tensor:
     """rms_norm(smear_gate(table[input_ids])) in one call: the model's prologue.
 
-    table is [V, D]; the rest as in `smear_gate`. Differentiable in table, weight and lam.
-    Returns [B, T, D] in the table's dtype. Raises ValueError or TypeError for a wrong shape or dtype.
+    table is [V, D]; the rest as in `smear_gate`. Differentiable once in table, weight and lam; the table's gradient is
+    summed in fp32 (fp64 for a float64 table) and has the table's dtype. ``deterministic=False`` lets GPU kernels sum
+    it with atomics, faster and in no fixed order.
+
+    Returns [B, T, D] in the table's dtype. Raises ValueError for a wrong shape or device and for ids outside [0, V),
+    TypeError for a wrong dtype. On a GPU reading the ids would wait for it: there a token with an id outside the table
+    becomes a row of NaN, and what it adds to the gradients means nothing.
     """
     if table.ndim != 2:
         raise ValueError(f"table must be [V, D], got shape {tuple(table.shape)}")
-    _check(input_ids, weight, lam, table.size(-1))
-    return select("embed_smear_norm", _EMBED_SMEAR_NORM, table)(input_ids, table, weight, lam, bos_id, eps)
+    _check(input_ids, weight, lam, "table", table)
+    readable = input_ids.device.type == "cpu" and type(input_ids) is torch.Tensor and not torch.compiler.is_compiling()
+    if readable and input_ids.numel():
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= table.size(0):
+            raise ValueError(f"input_ids must be in [0, {table.size(0)}), got {low if low < 0 else high}")
+    chosen = select("embed_smear_norm", _EMBED_SMEAR_NORM, table)
+    return chosen(input_ids, table, weight, lam, bos_id, eps, deterministic)

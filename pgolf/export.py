@@ -15,6 +15,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from pgolf.config import RunConfig
 EXCLUDED = {
     "corpus.py": "reads documents, from which data sets are built",
     "fineweb.py": "downloads the published shards, which the shipped program must not do",
-    "report_plots.py": "draws the report's plots; the report has its tables without them",
+    "report.py": "writes the report's page; the program prints the table of results",
+    "report_plots.py": "draws the report's plots",
+    "_dequant_kernels.py": "dequantises in microseconds what the program dequantises a few times",
 }
 # Settings of one machine or one run folder, which the program does not take along.
 LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "compile", "kernels")
@@ -129,15 +132,16 @@ def package_sources() -> dict[str, str]:
     kernels = Path(importlib.import_module("pgolf.kernels").__path__[0])
     sources = {f"pgolf/{file.name}": file for file in package.glob("*.py") if file.name not in EXCLUDED}
     for pattern in ("*.py", "tuned/*.json"):
-        sources |= {f"pgolf/kernels/{file.relative_to(kernels)}": file for file in kernels.glob(pattern)}
+        files = (file for file in kernels.glob(pattern) if file.name not in EXCLUDED)
+        sources |= {f"pgolf/kernels/{file.relative_to(kernels)}": file for file in files}
     return {name: _exported(sources[name]) for name in sorted(sources)}
 
 
 def strip_source(source: str, annotations: bool = True) -> str:
-    """Python ``source`` without comments and docstrings, laid out afresh; it does the same.
+    """Python ``source`` without comments, docstrings and the settings' help, laid out afresh; it does the same.
 
-    ``annotations=False`` also leaves out those of functions and their variables, which this package never looks at
-    when it runs (kernels do: Triton and custom operators read theirs).
+    ``annotations=False`` also leaves out those of functions and their variables, which nothing looks at when the
+    package runs, but for the constexpr of Triton's.
     Raises ExportError when Python cannot write the program out so that it reads the same again.
     """
     tree = ast.parse(source)
@@ -147,12 +151,23 @@ def strip_source(source: str, annotations: bool = True) -> str:
                 del node.body[0]
             if not node.body and not isinstance(node, ast.Module):
                 node.body.append(ast.Pass())
+    tree = _WithoutHelp().visit(tree)
     if not annotations:
         tree = ast.fix_missing_locations(_WithoutAnnotations().visit(tree))
-    stripped = ast.unparse(tree)
+    # One space a level instead of four; a line inside a string would change with it and is caught below.
+    stripped = re.sub(r"^(?: {4})+", lambda margin: " " * (len(margin[0]) // 4), ast.unparse(tree), flags=re.MULTILINE)
     if ast.dump(ast.parse(stripped)) != ast.dump(tree):
         raise ExportError("the program reads differently when it is written out again")
     return stripped
+
+
+class _WithoutHelp(ast.NodeTransformer):
+    """Empties the help text of settings, which is a docstring in all but name."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Name) and node.func.id == "_field":
+            node.args[1] = ast.Constant("")
+        return node
 
 
 class _WithoutAnnotations(ast.NodeTransformer):
@@ -166,6 +181,10 @@ class _WithoutAnnotations(ast.NodeTransformer):
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         return self._inside(node, False)
 
+    @staticmethod
+    def _constant(node: ast.arg | ast.AnnAssign) -> bool:
+        return isinstance(node.annotation, ast.Attribute) and node.annotation.attr == "constexpr"
+
     def _inside(self, node: ast.AST, in_function: bool) -> ast.AST:
         outside, self.in_function = self.in_function, in_function
         node = self.generic_visit(node)
@@ -175,11 +194,12 @@ class _WithoutAnnotations(ast.NodeTransformer):
         return node
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
-        node.annotation = None
+        if not self._constant(node):
+            node.annotation = None
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
-        if not self.in_function:
+        if not self.in_function or self._constant(node):
             return node
         if node.value is None:
             return ast.Pass()
@@ -191,7 +211,7 @@ def _exported(file: Path) -> str:
     if file.suffix != ".py":
         return text
     try:
-        return strip_source(text, annotations=file.parent.name == "kernels")
+        return strip_source(text, annotations=False)
     except (SyntaxError, ExportError) as error:
         raise ExportError(f"{file} cannot be exported: {error}") from error
 

@@ -1,12 +1,12 @@
 """Optimizers: Muon for the matrix banks, sharded over ranks, and AdamW for the rest.
 
 A step is: reduce gradients over ranks, clip their norm, update. Banks are reduce-scattered, so a rank orthogonalises
-only its share of the matrices, and all-gathered while the next bank is being worked on.
+only its share of the matrices, all banks at once, and all-gathered one after the other while the first are applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgolf.config import RunConfig
-from pgolf.kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, Coefficients, newton_schulz
+from pgolf.kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, Coefficients, newton_schulz_banks
 
 # torch 2.13 renamed the two collectives; 2.11 knows the old names only.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -114,33 +114,39 @@ class Muon(torch.optim.Optimizer):
         """Update the parameters; gradients are reduced first where `reduce_gradients` has not been called."""
         if not self._reduced:
             self.reduce_gradients()
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        pending = None
-        for parameter in self._ordered():
-            update = self._orthogonal_update(parameter, groups[parameter], gradient_scale)
+        pending = []
+        for group, parameter, shard in self._orthogonalized(gradient_scale):
             work = None
             if self.world_size > 1:
-                shard, update = update, update.new_empty(update.size(0) * self.world_size, *update.shape[1:])
+                update = shard.new_empty(shard.size(0) * self.world_size, *shard.shape[1:])
                 work = _all_gather(update, shard, group=self.process_group, async_op=True)
-            if pending is not None:
-                self._apply(*pending)
-            pending = (parameter, groups[parameter], update, work)
-        if pending is not None:
-            self._apply(*pending)
+                shard = update
+            pending.append((parameter, group, shard, work))
+        for gathered in pending:
+            self._apply(*gathered)
         self._reduced.clear()
 
-    def _orthogonal_update(self, parameter: Tensor, group: dict, gradient_scale: Tensor | float) -> Tensor:
+    def _orthogonalized(self, gradient_scale: Tensor | float) -> Iterator[tuple[dict, Tensor, Tensor]]:
+        """This rank's shard of every bank's update; the banks of a group go through Newton-Schulz together."""
+        for group in self.param_groups:
+            banks = sorted(group["params"], key=Tensor.numel, reverse=True)
+            updates = newton_schulz_banks(
+                [self._momentum_update(parameter, group, gradient_scale) for parameter in banks],
+                group["steps"],
+                self.coefficients,
+                dtype=self.dtype,
+                row_normalize=group["row_normalize"],
+            )
+            yield from ((group, *pair) for pair in zip(banks, updates, strict=True))
+
+    def _momentum_update(self, parameter: Tensor, group: dict, gradient_scale: Tensor | float) -> Tensor:
         gradient = self._shard(parameter) * gradient_scale
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"]
         buffer.mul_(group["momentum"]).add_(gradient)
-        update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-        if group["row_normalize"]:
-            norms = update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            update = update / norms.to(update.dtype)
-        return newton_schulz(update, group["steps"], self.coefficients, dtype=self.dtype)
+        return gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
 
     def _apply(self, parameter: Tensor, group: dict, update: Tensor, work: Any) -> None:
         if work is not None:

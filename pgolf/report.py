@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pgolf.config import FIELDS, PRESETS, RunConfig
-from pgolf.progress import format_bytes, format_duration, format_table
+from pgolf.progress import format_bytes, format_duration
+from pgolf.results import artifact_rows, score_rows
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -124,49 +125,6 @@ def _latest_by_step(rows: Iterable[Row]) -> list[Row]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def summary_table(summary: Mapping[str, Any]) -> str:
-    """The run's result as aligned text; lines of stages that have not run are left out."""
-    return format_table([(label, value, note) for label, value, note in _results(summary) + _artifact(summary)])
-
-
-def _results(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, note) of training's steps and of every score."""
-    rows: list[tuple[str, str, str]] = []
-    train, evaluation = summary.get("train", {}), summary.get("eval", {})
-    if "steps" in train:
-        rows.append(
-            ("Steps", f"{train['steps']:,}", f"in {format_duration(train.get('clock_seconds', train['seconds']))}")
-        )
-    previous = None
-    for label, block in (
-        ("Before quantisation, bpb", evaluation.get("before", {})),
-        ("Quantised, bpb", evaluation.get("quantized", {})),
-        ("Quantised, sliding window, bpb", evaluation.get("sliding", {})),
-        ("After test-time training, bpb", summary.get("ttt", {})),
-    ):
-        score = block.get("bits_per_byte")
-        if score is None:
-            continue
-        change = "" if previous is None else f"{score - previous:+.4f}".replace("-", "\u2212")
-        rows.append((label, f"{score:.4f}", change))
-        if "sliding" not in label:  # the sliding window sees more context, so nothing is measured against it
-            previous = score
-    return rows
-
-
-def _artifact(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, note) of the artifact's bytes."""
-    sizes = summary.get("quantize", {})
-    if "total_bytes" not in sizes:
-        return []
-    total, cap = sizes["total_bytes"], sizes["cap_bytes"]
-    return [
-        ("Weights, bytes", f"{sizes['weight_bytes']:,}", ""),
-        ("Code, bytes", f"{sizes['code_bytes']:,}", ""),
-        ("Artifact, bytes", f"{total:,}", f"{total / cap:.2%} of {cap:,}"),
-    ]
-
-
 def render_html(record: RunRecord, plots: Mapping[str, str]) -> str:
     """The page. ``plots`` maps captions to SVG text."""
     run = record.summary.get("run", {})
@@ -202,8 +160,8 @@ def _about(record: RunRecord) -> str:
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
-    artifact = _artifact(summary)
-    tiles = _results(summary) + artifact[-1:]
+    artifact = artifact_rows(summary)
+    tiles = score_rows(summary) + artifact[-1:]
     if artifact:
         (_, weights, _), (_, code, _), (label, total, share) = artifact
         tiles[-1] = (label, total, f"{share}: weights {weights}, code {code}")

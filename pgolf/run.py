@@ -23,7 +23,7 @@ from pgolf.loader import calibration_batches
 from pgolf.model import GPT, rebank, unbank
 from pgolf.progress import format_bytes, format_duration, progress
 from pgolf.quantize import collect_hessians, dequantize_model, quantize_model
-from pgolf.report import summary_table, write_report
+from pgolf.results import summary_table
 from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory
 from pgolf.shards import build_dataset, dataset_dir, read_shard, shard_files, tokenizer_path
 from pgolf.tokenizer import load_tokenizer, train_tokenizer
@@ -193,8 +193,13 @@ def run_ttt(config: RunConfig, folder: RunFolder, world: World, resume: bool) ->
 def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
     """Write the report and print the table of results."""
     if world.is_main:
-        path = write_report(folder.path)
-        world.log(f"\n{summary_table(folder.summary())}\n\nreport: {path}")
+        world.log(f"\n{summary_table(folder.summary())}\n")
+        try:
+            from pgolf.report import write_report  # here, as the exported program lacks it
+        except ModuleNotFoundError:
+            world.log(f"the report's page is not part of this program: pgolf report --run-dir {folder.path}")
+        else:
+            world.log(f"report: {write_report(folder.path)}")
     world.barrier()
 
 

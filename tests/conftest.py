@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,17 @@ import torch
 
 from pgolf.config import ALIASES, FIELDS
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import tests.interpreter  # noqa: F401  before any kernel
+
+from pgolf.kernels import _launch  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+if INTERPRETED:  # this process runs kernels on CPU tensors, see test_interpreter.py
+    DEVICES = [pytest.param("cpu", id="interpreter")]
+    _launch.set_backend("triton")
 
 torch.set_num_threads(1)  # tensors are small here, and sums keep one order on every machine
 for _variable in ("PGOLF_KERNELS", *(name.upper() for name in (*FIELDS, *ALIASES))):
@@ -30,9 +39,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The CPU and, where there is one, the GPU: a test that takes this runs on both."""
-    return torch.device(request.param)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The CPU and, where there is one, the GPU, which takes the Triton kernels; or the interpreter's CPU."""
+    device = torch.device(request.param)
+    if device.type == "cuda":
+        _launch.set_backend("triton")
+    yield device
+    if device.type == "cuda":
+        _launch.set_backend("auto")
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import those before it, in the order in which a run uses them.
 ORDER = """
     config progress folder runtime bpb corpus tokenizer shards fineweb loader attention model optim schedule checkpoint
-    evaluate train quantize artifact export lora ttt report_plots report run cli __main__
+    evaluate train quantize artifact export lora ttt results report_plots report run cli __main__
 """.split()  # noqa: SIM905
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard"}  # not installed everywhere
-KERNEL_IMPORTS = {"torch", "triton", "numpy", "pgolf.kernels._launch"}
+KERNEL_IMPORTS = {"torch", "triton", "numpy"}
 LONGEST_FILE = 600
 
 MODULES = sorted((ROOT / "pgolf").glob("*.py"))
@@ -76,11 +76,11 @@ def test_config_needs_the_standard_library_only() -> None:
 @each(KERNELS)
 def test_kernels_know_nothing_of_the_driver(path: Path) -> None:
     foreign = [name for name in imports(path) if not standard(name)]
-    allowed = {name for name in foreign if name in KERNEL_IMPORTS or name.split(".")[0] in KERNEL_IMPORTS}
+    allowed = {name for name in foreign if name.split(".")[0] in KERNEL_IMPORTS or name.startswith("pgolf.kernels._")}
     assert set(foreign) - allowed == set()
     if not path.stem.startswith("_"):
         relative = {node.module for node in ast.walk(parse(path)) if isinstance(node, ast.ImportFrom) and node.level}
-        assert relative == {"_launch"}, "`from ._launch import ...`: its guard then sees a second copy of this module"
+        assert "_launch" in relative, "`from ._launch import ...`: its guard then sees a second copy of this module"
 
 
 @each(LIBRARY)

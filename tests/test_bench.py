@@ -1,16 +1,29 @@
-"""The benchmark of a training step runs in small form and reports what it says."""
+"""The benchmarks run in small form and report what they say; tuning finds the best that works."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
-from bench import reference_runs
+from bench import dequant, harness, newton_schulz, plots, reference_runs, report, timing, tune
+from bench.__main__ import BENCHES
 from bench.train_step import main
 from pgolf.config import RunConfig
 from pgolf.folder import RunFolder
+from pgolf.kernels import _launch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_train_step_reports_both_loop_states(tmp_path: Path) -> None:
@@ -46,3 +59,324 @@ def test_reference_runs_are_collected(tmp_path: Path, capsys: pytest.CaptureFixt
     runs = json.loads(target.read_text())["runs"]
     assert runs["a"]["loss_by_step"] == {"1": 9.0} and runs["b"]["processes"] == 2
     assert "1  9.0000  8.5000" in capsys.readouterr().out
+
+
+class TestHarness:
+    """Correctness before speed, ratios, and what is written."""
+
+    def case(self, **providers: Callable[[], Callable[[], Any]]) -> harness.Case:
+        value = torch.randn(64).double()
+
+        def eager() -> Callable[[], torch.Tensor]:
+            return lambda: value.bfloat16()
+
+        return harness.Case({"eager": eager, **providers}, lambda: value, moved_bytes=4 * 64)
+
+    def measure(self, case: harness.Case, **options: Any) -> tuple[list[Any], bool]:
+        device = torch.device("cpu")
+        ceilings = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 1.0}
+        return harness.measure("fake", "only", case, ceilings, device, quick=True, **options)
+
+    def test_rows_have_times_shares_and_ratios(self) -> None:
+        case = self.case()
+        case.providers |= {"other": case.providers["eager"], "pgolf": case.providers["eager"]}
+        rows, right = self.measure(case)
+        ours = rows[-1]
+        assert right and [row.provider for row in rows] == ["eager", "other", "pgolf"]
+        assert all(0 < row.p20_us <= row.median_us <= row.p80_us for row in rows)
+        assert [row.ratio for row in rows[:2]] == [row.median_us / ours.median_us for row in rows[:2]]
+        assert ours.ratio == min(row.ratio for row in rows[:2])
+        assert ours.ceiling_share == pytest.approx(0.0256 / ours.median_us)
+        assert 1e-4 < ours.error < 4e-3
+
+    @pytest.mark.parametrize("factor", [1.02, float("nan")])
+    def test_what_is_wrong_is_not_timed(self, factor: float, capsys: pytest.CaptureFixture) -> None:
+        case = self.case()
+        right_one = case.providers["eager"]
+        wrong = lambda: lambda: right_one()() * factor  # noqa: E731
+        case.providers |= {"other": wrong, "pgolf": right_one}
+        rows, right = self.measure(case)
+        assert right and [row.provider for row in rows] == ["eager", "pgolf"]
+        case.providers |= {"other": right_one, "pgolf": wrong}
+        rows, right = self.measure(case)
+        assert not right and [row.provider for row in rows] == ["eager", "other"]
+        assert all(row.ratio is None for row in rows)
+        assert "fake only: pgolf skipped: ArithmeticError: wrong" in capsys.readouterr().err
+
+    def test_absent_and_broken_packages_are_skipped(self, capsys: pytest.CaptureFixture) -> None:
+        def absent() -> Callable[[], Any]:
+            import no_such_package  # noqa: F401
+
+        case = self.case()
+        case.providers |= {
+            "absent": absent,
+            "broken": lambda: lambda: 1 / 0,
+            "misshapen": lambda: lambda: torch.zeros(63),
+            "pgolf": case.providers["eager"],
+        }
+        rows, right = self.measure(case)
+        assert right and [row.provider for row in rows] == ["eager", "pgolf"]
+        said = capsys.readouterr().err
+        assert "absent skipped: no_such_package is not installed" in said and "ZeroDivisionError" in said
+        assert "shape (63,)" in said
+
+    def test_outputs_are_poisoned(self, capsys: pytest.CaptureFixture) -> None:
+        def half() -> torch.Tensor:
+            out = torch.empty(64)
+            out[:32] = exact[:32]
+            return out
+
+        case = self.case(pgolf=lambda: half)
+        exact = case.exact()
+        rows, right = self.measure(case)
+        assert not right and len(rows) == 1 and "wrong, an error of inf" in capsys.readouterr().err
+        assert not torch.are_deterministic_algorithms_enabled()
+
+    def test_results_of_other_cases_and_benches_stay(self, tmp_path: Path) -> None:
+        file = tmp_path / "chip.json"
+
+        def row(bench: str, case: str, median: float) -> report.Row:
+            return report.Row(bench, case, "pgolf", median, 1.0, 3.0, None, 0.5, None, 1e-3)
+
+        for bench, case, median in (("a", "x", 1.0), ("a", "gone", 1.0), ("b", "x", 1.0), ("a", "x", 2.0)):
+            cases = ("x", "gone") if median == 1 else ("x",)
+            report.write_json(file, {"chip": "C", "median": median}, [row(bench, case, median)], bench, case, cases)
+        written = json.loads(file.read_text())
+        assert written["meta"] == {"chip": "C", "median": 2.0}
+        assert [(r["bench"], r["case"], r["median_us"]) for r in written["rows"]] == [("b", "x", 1.0), ("a", "x", 2.0)]
+        names = "bench case provider median_us p20_us p80_us graph_us ceiling_share ratio error"
+        assert all(list(r) == names.split() for r in written["rows"])
+
+    @pytest.mark.parametrize(
+        ("full", "short"),
+        [
+            ("NVIDIA H100 80GB HBM3", "h100"),
+            ("NVIDIA A100-SXM4-80GB", "a100"),
+            ("NVIDIA GH200 480GB", "gh200"),
+            ("NVIDIA L40S", "l40s"),
+            ("NVIDIA GeForce RTX 4090", "4090"),
+        ],
+    )
+    def test_chip_name(self, full: str, short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: full)
+        assert timing.chip_name(torch.device("cuda", 0)) == short and short in full.lower()
+
+    def test_a_gpu_is_timed_at_least_50_times(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = []
+        monkeypatch.setattr(timing, "_event_times", lambda function, count: calls.append(count) or [1e5] * count)
+        assert timing.time_calls(lambda: None, torch.device("cuda")) == (1e5, 1e5, 1e5)
+        assert calls == [timing.WARM_UP_CALLS, 50]
+
+
+class TestKernelBenchmarks:
+    """The shipped cases, small and on the CPU, and the adapters to packages, against stand-ins for these."""
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="would run in full size")
+    def test_all_run_and_report(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        file = tmp_path / "cpu.json"
+        cases = ["banks_eighth", "record_model", "packed6_g64_lqer", "prologue_forward_backward", "8x130x70", "130x70"]
+        arguments = [part for case in cases for part in ("--case", case)]
+        assert harness.main(BENCHES, "", [*arguments, "--json", str(file)]) == 0
+        written = json.loads(file.read_text())
+        assert set(written["meta"]) == {"chip", "versions", "commit", "date", "ceilings"}
+        assert {row["case"] for row in written["rows"]} == set(cases)
+        for case in cases:
+            rows = [row for row in written["rows"] if row["case"] == case]
+            assert {"eager", "compile", "pgolf"} <= {row["provider"] for row in rows}
+            assert all(row["median_us"] > 0 and 0 <= row["error"] < 1 for row in rows)
+        assert "packed6_g64_lqer\nprovider" in capsys.readouterr().out
+
+    def test_cases_have_the_names_that_readers_expect(self) -> None:
+        assert {"banks_full", "banks_eighth"} <= BENCHES["newton_schulz"].keys()
+        assert {"packed6_g64_lqer", "record_model"} <= BENCHES["dequant"].keys()
+        names = {"forward", "forward_backward", "prologue_forward", "prologue_forward_backward"}
+        assert names <= BENCHES["smear_gate"].keys()
+
+    def test_least_work_of_the_record_model(self) -> None:
+        work = {
+            name: sum(map(newton_schulz.operations, newton_schulz.BANKS[name])) / 1e9 for name in newton_schulz.BANKS
+        }
+        assert work["banks_full"] == pytest.approx(180.9, abs=0.1)
+        assert work["banks_eighth"] == pytest.approx(29.8, abs=0.1)
+        matrices = dequant.record_model(torch.device("cpu"), small=False)
+        assert len(matrices) == 67 and sum(q.low_rank is not None for q in matrices) == 3
+        assert sum(q.codes.numel() for q in matrices) == 35_913_728
+
+    @pytest.mark.parametrize("bits", [4, 6, 7, 8])
+    @pytest.mark.parametrize("columns", [70, 128])
+    def test_planes_hold_the_codes(self, bits: int, columns: int) -> None:
+        codes = dequant.random_matrix(5, columns, torch.device("cpu"), bits=bits).codes
+        planes = dequant.pack_planes(codes, bits)
+        assert sum(plane.numel() for plane in planes) == 5 * -(-columns // 8) * bits
+        assert torch.equal(dequant.unpack_planes(planes, bits, columns), codes)
+
+    def test_adapters_compute_the_same(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+        for name, members in stand_ins().items():
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                parent = ".".join(parts[:end])
+                monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+            vars(sys.modules[name]).update(members)
+        expected = {
+            ("newton_schulz", "banks_eighth"): {"gram_newton_schulz", "gram_newton_schulz_torch", "dion", "flash_muon"},
+            ("dequant", "packed6_g64_lqer"): {"torchao"},
+            ("dequant", "int8_rows"): {"torchao"},
+            ("smear_gate", "forward_backward"): {"fla"},
+            ("smear_gate", "prologue_forward_backward"): {"fla", "liger"},
+        }
+        ceilings = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 1.0}
+        for (bench, name), packages in expected.items():
+            case = BENCHES[bench][name](torch.device("cpu"), True)
+            rows, _ = harness.measure(
+                bench, name, case, ceilings, torch.device("cpu"), providers=sorted(packages), quick=True
+            )
+            assert {row.provider for row in rows} == packages, capsys.readouterr().err
+
+    def test_pytest_runs_them_too(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "bench",
+            "--benchmark-only",
+            "-k",
+            "130x70",
+            "-p",
+            "no:cacheprovider",
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "4 passed" in done.stdout
+
+    def test_plots(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        pytest.importorskip("matplotlib")
+        rows = [
+            asdict(report.Row(bench, case, provider, median, 1.0, 1.0, graph, 0.1, 1.0, 1e-3))
+            for bench, case in (("dequant", "record_model"), ("dequant", "130x70"), ("other", "case"))
+            for provider, median, graph in (("pgolf", 1.0, 0.5), ("eager", 10.0, None), ("compile", 300.0, 2.0))
+        ]
+        file = tmp_path / "h100.json"
+        file.write_text(json.dumps({"meta": {"chip": "NVIDIA H100"}, "rows": rows}))
+        for flags in ([], ["--all", "--out", str(tmp_path / "all")]):
+            assert plots.main([str(file), *flags]) == 0
+        images = [path for path in tmp_path.rglob("*.png")]
+        assert {path.name for path in images} == {"h100_dequant.png", "h100_other.png"} and len(images) == 4
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in images)
+
+
+def stand_ins() -> dict[str, dict[str, Any]]:
+    """PyTorch in place of the packages, by module, with what their documentation says of each function used."""
+    from pgolf.kernels.newton_schulz import POLAR_EXPRESS
+
+    class GramNewtonSchulz:
+        def __init__(self, ns_epsilon, ns_use_kernels, ns_coefficients, gram_newton_schulz_reset_iterations) -> None:
+            assert ns_coefficients == [list(abc) for abc in POLAR_EXPRESS]
+            assert gram_newton_schulz_reset_iterations == [2] and ns_epsilon == 1e-7
+
+        def __call__(self, X: torch.Tensor) -> torch.Tensor:
+            return newton_schulz.wide_and_normalised(newton_schulz.iterate_plain, torch.bfloat16, X)
+
+    class LigerRMSNormFunction:
+        @staticmethod
+        def apply(X, W, eps, offset, casting_mode, in_place) -> torch.Tensor:
+            assert casting_mode == "llama" and not in_place
+            return torch.nn.functional.rms_norm(X, (X.size(-1),), W + offset, eps)
+
+    def symmetric(A: torch.Tensor, *, alpha: float, beta: float) -> torch.Tensor:
+        return alpha * (A @ A.mT) + beta * A
+
+    def dim_last(function: Callable) -> Callable:
+        def run(data: Any, elem_size: int, dim: int) -> Any:
+            assert dim == -1
+            return function(data, elem_size)
+
+        return run
+
+    return {
+        "gram_newton_schulz": {"GramNewtonSchulz": GramNewtonSchulz},
+        "dion.newton_schulz_triton": {"ns_line_1": lambda A: A @ A.mT, "ns_line_2": symmetric},
+        "flash_muon.matmul_transpose_triton": {"matmul_transpose": lambda X: X @ X.T},
+        "fla.modules.token_shift": {"token_shift": lambda x: torch.nn.functional.pad(x, (0, 0, 1, -1)) - x},
+        "liger_kernel.ops.rms_norm": {"LigerRMSNormFunction": LigerRMSNormFunction},
+        "torchao.prototype.dtypes.uintx.bitpacking": {
+            "pack": dim_last(dequant.pack_planes),
+            "unpack": dim_last(lambda planes, bits: dequant.unpack_planes(planes, bits, _columns(planes))),
+        },
+    }
+
+
+def _columns(planes: list[torch.Tensor]) -> int:
+    return planes[0].size(1) * 2  # the first plane has 4 bits a code
+
+
+class TestTune:
+    """The sweep, with a family that stands in for a kernel: its time falls towards tile = 128, warps = 4."""
+
+    CPU = torch.device("cpu")
+
+    @pytest.fixture
+    def family(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+        shipped = {"meta": {}, "cases": {"fake": {"entry": {"tile": 32, "warps": 8}}, "other": {"x": {"y": 1}}}}
+        (tmp_path / "h100.json").write_text(json.dumps(shipped))
+        module = ModuleType("pgolf.kernels.fake")
+        module.plan = lru_cache(lambda: dict(_launch.launch_parameters("fake", "entry", self.CPU)))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(_launch, "TUNED", tmp_path)
+        _launch.launch_parameters.cache_clear()
+
+        def time_calls(function: Callable[[], Any], device: torch.device, quick: bool) -> timing.Timing:
+            plan = module.plan()
+            time = 100.0 + abs(plan["tile"] - 128) + 10 * abs(plan["warps"] - 4)
+            return timing.Timing(time, time, time)
+
+        monkeypatch.setattr(tune, "time_calls", time_calls)
+        yield module
+        _launch.launch_parameters.cache_clear()
+
+    def build(self, module: ModuleType) -> Callable[[torch.device, bool], harness.Case]:
+        def ours() -> torch.Tensor:
+            plan = module.plan()
+            if plan["tile"] * plan["warps"] > 1024:
+                raise RuntimeError("out of resource: shared memory")
+            return torch.ones(4) * (2.0 if plan["warps"] == 2 else 1.0)  # two warps: a wrong result
+
+        eager = lambda: lambda: torch.ones(4)  # noqa: E731
+        return lambda device, quick: harness.Case(
+            {"eager": eager, "pgolf": lambda: ours}, lambda: torch.ones(4).double(), 16
+        )
+
+    @pytest.mark.parametrize("exhaustive", [False, True])
+    def test_finds_the_best_that_works(
+        self, family: ModuleType, exhaustive: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        choices = {"tile": (32, 64, 128, 256, 512)} | ({"warps": (2, 4, 8)} if exhaustive else {})
+        tuning = harness.Tuning(self.build(family), choices)
+        result = tune.tune("fake", "entry", tuning, self.CPU, exhaustive=exhaustive)
+        assert result.parameters == {"tile": 128, "warps": 4}
+        assert (result.before_us, result.after_us) == (236.0, 100.0)
+        assert family.plan() == {"tile": 32, "warps": 8}, "the parameters in force are as before"
+        said = capsys.readouterr().out
+        assert "ArithmeticError: wrong" in said and "RuntimeError: out of resource" in said
+        path = tune.write_table(tmp_path, "x1", {"chip": "X1"}, [result])
+        assert json.loads(path.read_text()) == {
+            "meta": {"chip": "X1"},
+            "cases": {"fake": {"entry": {"tile": 128, "warps": 4}}, "other": {"x": {"y": 1}}},
+        }
+
+    def test_without_choices_it_tries_the_neighbours(self) -> None:
+        assert tune.neighbours("tile", 64, {}) == [32, 128]
+        assert tune.neighbours("stages", 3, {}) == [2, 4]
+        assert tune.neighbours("rows", 1, {}) == [2]
+        assert tune.neighbours("tile", 64, {"tile": (64, 96)}) == [96]
+
+    def test_every_entry_of_the_shipped_table_can_be_tuned(self) -> None:
+        table = json.loads((_launch.TUNED / "h100.json").read_text())["cases"]
+        assert {family: set(entries) for family, entries in table.items()} == {
+            family: set(entries) for family, entries in tune.FAMILIES.items()
+        }
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
+    def test_needs_a_gpu(self) -> None:
+        assert tune.main([]) == 2

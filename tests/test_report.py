@@ -14,7 +14,8 @@ import pytest
 import pgolf.progress
 from pgolf.config import RunConfig
 from pgolf.progress import TrainingProgress, format_bytes, format_duration, format_table, progress
-from pgolf.report import ReportError, read_run, summary_table, write_report
+from pgolf.report import ReportError, read_run, write_report
+from pgolf.results import summary_table
 
 SUMMARY = {
     "run": {"run_id": "a<b", "preset": "demo", "world_size": 2, "device": "cpu", "parameters": 1_234_567},

@@ -1,0 +1,252 @@
+"""Runs the cases of the kernel benchmarks: correctness first, then the time, a table, and one JSON file for each chip.
+
+A case is one problem on random data that several providers solve: `pgolf` is ours (`pgolf_…` a variant), `eager` plain
+PyTorch, `compile` torch.compile of it, `compile_graph` that in a CUDA graph; and public packages that are installed.
+Every provider's results are compared with float64 first, and a provider that is wrong is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.report import RESULTS, Row, describe, table, write_json
+from bench.timing import capture, chip_name, default_device, measure_ceilings, time_calls
+from pgolf.kernels._launch import set_backend
+
+OURS, REFERENCE = "pgolf", "eager"
+OURS_TOLERANCE, TOLERANCE = 1.5, 4.0  # a result's error against float64 may be so many times the reference's,
+ROUNDING = 2.0**-8  # and this more: by luck a scalar can be exact in the reference
+
+Function = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """One problem.
+
+    providers: by name a function that makes the function to time; it may raise ImportError for a package that is
+    absent. exact: the results in float64. moved_bytes, operations: the least that any algorithm known moves and
+    computes; they give the rates and, with the chip's ceilings, the floor of the time.
+    """
+
+    providers: dict[str, Callable[[], Function]]
+    exact: Callable[[], Any]
+    moved_bytes: int
+    operations: int = 0
+
+    def floor_us(self, ceilings: Mapping[str, float]) -> float:
+        """Time at the chip's ceilings."""
+        copy = self.moved_bytes / ceilings["copy_gb_per_s"] / 1e3
+        return max(copy, self.operations / ceilings["matmul_tflop_per_s"] / 1e6)
+
+
+Builder = Callable[[torch.device, bool], Case]  # (device, quick) -> Case, smaller if quick or on a CPU
+
+
+class Tuning(NamedTuple):
+    """How one entry of ``kernels/tuned`` is tuned: a case whose `pgolf` provider uses it, and values to try.
+
+    A parameter without choices is tried at half and twice its value if it is a power of two, else at one less and more.
+    """
+
+    builder: Builder
+    choices: Mapping[str, Sequence[int]] = {}
+
+
+def as_tensors(results: Any) -> list[torch.Tensor]:
+    """A function's results as a list: one tensor or a sequence of them."""
+    return [results] if isinstance(results, torch.Tensor) else list(results)
+
+
+def relative_errors(results: Any, exact: Sequence[torch.Tensor]) -> list[float]:
+    """‖result - exact‖ / ‖exact‖ of each result; infinite where something is not a number."""
+    errors = []
+    for got, want in zip(as_tensors(results), exact, strict=True):
+        if got.shape != want.shape:
+            raise ValueError(f"a result of shape {tuple(got.shape)}, and it should be {tuple(want.shape)}")
+        error = (got.double() - want).norm() / want.norm().clamp_min(1e-300)
+        errors.append(float(error.nan_to_num(float("inf"))))
+    return errors
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile of ``function``; on a CPU it is only traced, for smoke tests."""
+    backend = "inductor" if device.type == "cuda" else "eager"
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+class _Poisoned:
+    """Memory that torch.empty gives is NaN inside, so that what a kernel leaves out shows."""
+
+    def __enter__(self) -> None:
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
+        self.warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
+
+
+def check(name: str, function: Function, exact: Sequence[torch.Tensor]) -> list[float]:
+    """Run ``function`` once, as provider ``name``, and return its results' errors."""
+    with _Poisoned() if _is_ours(name) else nullcontext():
+        return relative_errors(function(), exact)
+
+
+def limits(provider: str, reference_errors: Sequence[float]) -> list[float]:
+    """The largest errors that a provider's results may have, given those of the reference."""
+    factor = OURS_TOLERANCE if _is_ours(provider) else TOLERANCE
+    return [factor * error + ROUNDING for error in reference_errors]
+
+
+def require(errors: Sequence[float], limits: Sequence[float]) -> float:
+    """The largest of ``errors``. Raises ArithmeticError where one is above its limit or not a number."""
+    for error, limit in zip(errors, limits, strict=True):
+        if not error <= limit:
+            raise ArithmeticError(f"wrong, an error of {error:.1e}, and {limit:.1e} is allowed")
+    return max(errors)
+
+
+def one_line(reason: Exception) -> str:
+    """An exception for a line of the log."""
+    return f"{type(reason).__name__}: {(str(reason).strip() or '-').splitlines()[0][:200]}"
+
+
+def measure(
+    bench: str, name: str, case: Case, ceilings: Mapping[str, float], device: torch.device, *,
+    providers: Sequence[str] = (), quick: bool = False,
+) -> tuple[list[Row], bool]:  # fmt: skip
+    """Check and time a case's providers, all or those named; the second result says whether ours was right."""
+    torch.compiler.reset()
+    exact = as_tensors(case.exact())
+    floor = case.floor_us(ceilings)
+    rows: list[Row] = []
+    right = True
+    reference_errors = check(REFERENCE, case.providers[REFERENCE](), exact)
+
+    def add(provider: str, timing: Sequence[float], graph: float | None, error: float) -> None:
+        rows.append(Row(bench, name, provider, *timing, graph, floor / timing[0], None, error))
+
+    for provider, build in case.providers.items():
+        if providers and provider not in providers:
+            continue
+        try:
+            function = build()
+            allowed = limits(provider, reference_errors)
+            require(check(provider, function, exact), allowed)
+            timing = time_calls(function, device, quick)
+            error = require(relative_errors(function(), exact), allowed)  # what it computes in a row, too
+        except Exception as reason:  # whatever a package or kernel does, the others are still timed
+            _skipped(bench, name, provider, reason)
+            right = right and not _is_ours(provider)
+            continue
+        graph = _time_graph(function, exact, allowed, device, quick, f"{bench} {name} {provider}")
+        add(provider, timing, graph and graph[0], error)
+        if provider.startswith("compile") and graph:
+            add(f"{provider}_graph", graph, graph[0], error)
+    _set_ratios(rows)
+    return rows, right
+
+
+def _time_graph(
+    function: Function,
+    exact: Sequence[torch.Tensor],
+    allowed: Sequence[float],
+    device: torch.device,
+    quick: bool,
+    where: str,
+) -> Sequence[float] | None:
+    """Times of ``function`` replayed from a CUDA graph; None on a CPU and for what cannot be captured."""
+    if device.type != "cuda":
+        return None
+    try:
+        graph, results = capture(function)
+        graph.replay()
+        require(relative_errors(results, exact), allowed)
+        return time_calls(graph.replay, device, quick)
+    except Exception as reason:
+        torch.cuda.synchronize()
+        print(f"{where}: not timed in a CUDA graph: {one_line(reason)}", file=sys.stderr)
+        return None
+
+
+def _is_ours(provider: str) -> bool:
+    return provider.partition("_")[0] == OURS  # pgolf, and variants of it as pgolf_atomic
+
+
+def _set_ratios(rows: list[Row]) -> None:
+    ours = next((row for row in rows if row.provider == OURS), None)
+    if ours is None:
+        return
+    for row in rows:
+        row.ratio = row.median_us / ours.median_us
+    if others := [row for row in rows if not _is_ours(row.provider)]:
+        ours.ratio = min(min(row.median_us, row.graph_us or row.median_us) for row in others) / ours.median_us
+
+
+def _skipped(bench: str, name: str, provider: str, reason: Exception) -> None:
+    if isinstance(reason, ImportError):
+        _say_once(f"{bench}: {provider} skipped: {reason.name or reason} is not installed")
+    else:
+        print(f"{bench} {name}: {provider} skipped: {one_line(reason)}", file=sys.stderr)
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main(benches: Mapping[str, Mapping[str, Builder]], description: str, argv: Sequence[str] | None = None) -> int:
+    """Command line of one or several benchmarks; returns 1 where ours failed or was wrong, else 0."""
+    parser = argparse.ArgumentParser(description=description)
+    cases = sorted({name for builders in benches.values() for name in builders})
+    parser.add_argument("--case", action="append", default=[], choices=cases, dest="cases", metavar="NAME")
+    parser.add_argument("--provider", action="append", default=[], dest="providers", metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="small problems and few calls: a smoke test")
+    parser.add_argument("--json", type=Path, help="results file (default on CUDA: bench/results/<chip>.json)")
+    parser.add_argument("--commit", default="", help="for the results, where this is no git checkout")
+    arguments = parser.parse_args(argv)
+    device, quick = default_device(), arguments.quick
+    if device.type == "cuda":
+        set_backend("triton")  # `auto` may take a reference
+    ceilings = measure_ceilings(device, quick)
+    meta = {**describe(device, arguments.commit), "ceilings": ceilings}
+    print(f"{meta['chip']}: " + ", ".join(f"{name} {value:,.4g}" for name, value in ceilings.items()))
+    target = arguments.json
+    if target is None and device.type == "cuda" and not quick and not arguments.providers:
+        target = RESULTS / f"{chip_name(device)}.json"
+    right = True
+    for bench, builders in benches.items():
+        for name in (name for name in builders if not arguments.cases or name in arguments.cases):
+            rows, fine = _run(bench, name, builders[name], ceilings, device, arguments.providers, quick)
+            right = right and fine
+            if target is not None:
+                write_json(target, meta, rows, bench, name, builders)
+    if target is not None:
+        print(f"\n{target}")
+    return 0 if right else 1
+
+
+def _run(
+    bench: str, name: str, build: Builder, ceilings: Mapping[str, float], device: torch.device,
+    providers: Sequence[str], quick: bool,
+) -> tuple[list[Row], bool]:  # fmt: skip
+    torch.manual_seed(0)
+    try:
+        case = build(device, quick)
+        quick = quick or device.type != "cuda"
+        rows, right = measure(bench, name, case, ceilings, device, providers=providers, quick=quick)
+    except Exception as reason:  # as out of memory: the other cases are still measured
+        print(f"{bench} {name} failed: {one_line(reason)}", file=sys.stderr)
+        return [], False
+    print(f"\n{bench} {name}\n{table(rows, case.moved_bytes, case.operations)}", flush=True)
+    return rows, right

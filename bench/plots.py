@@ -1,0 +1,92 @@
+"""Bar plots of the kernel benchmarks for the README: ``python -m bench.plots bench/results/h100.json``.
+
+One PNG for each benchmark: a panel a case, a bar a provider with its median, a tick where a CUDA graph brings it, and a
+line at the time that the chip's measured ceilings allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness import OURS
+
+COLOURS = {True: "#1b7837", False: "#9e9e9e"}  # ours, others
+LABELS = {
+    "eager": "PyTorch eager",
+    "compile": "torch.compile",
+    "compile_graph": "torch.compile + CUDA graph",
+    "compile_gram": "torch.compile, Gram form",
+    "compile_gram_graph": "torch.compile, Gram form + CUDA graph",
+    "pgolf_atomic": "pgolf, atomics",
+}
+MAIN_CASES = {
+    "newton_schulz": ("banks_full", "banks_eighth"),
+    "dequant": ("packed6_g64_lqer", "record_model"),
+    "smear_gate": ("forward", "forward_backward", "prologue_forward", "prologue_forward_backward"),
+}
+ORDER = [case for cases in MAIN_CASES.values() for case in cases]
+
+
+def plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw the rows of one benchmark into ``path``."""
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    cases.sort(key=lambda case: ORDER.index(case) if case in ORDER else len(ORDER))
+    panels = {case: sorted((r for r in rows if r["case"] == case), key=lambda r: -r["median_us"]) for case in cases}
+    columns = min(2, len(cases))
+    lines = [cases[i : i + columns] for i in range(0, len(cases), columns)]
+    heights = [max(len(panels[case]) for case in line) * 0.32 + 0.9 for line in lines]
+    figure = Figure(figsize=(6 * columns, sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights).ravel()
+    for axis, case in zip(axes, cases, strict=False):
+        _panel(axis, case, panels[case])
+    for axis in axes[len(cases) :]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def _panel(axis: Any, case: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    times = [row["median_us"] for row in rows]
+    ours = [row["provider"].partition("_")[0] == OURS for row in rows]
+    bars = axis.barh(range(len(rows)), times, color=[COLOURS[own] for own in ours], height=0.7)
+    axis.bar_label(bars, [f" {time:,.0f} µs" if time >= 99.5 else f" {time:.1f} µs" for time in times], fontsize=8)
+    for position, row in enumerate(rows):
+        if row["graph_us"] is not None:
+            axis.plot([row["graph_us"]] * 2, [position - 0.35, position + 0.35], color="black", linewidth=1.5)
+    axis.axvline(rows[-1]["ceiling_share"] * times[-1], color="#b2182b", linewidth=1, linestyle="--")
+    axis.set_yticks(range(len(rows)), [LABELS.get(row["provider"], row["provider"]) for row in rows], fontsize=8)
+    axis.set_xlim(0, max(times) * 1.18)
+    axis.set_title(case, fontsize=9, loc="left")
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: one PNG for each benchmark in a results file, beside it or in ``--out``."""
+    parser = argparse.ArgumentParser("python -m bench.plots", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, help="folder (default: the results file's)")
+    parser.add_argument("--all", action="store_true", help="all cases, not the main ones alone")
+    arguments = parser.parse_args(argv)
+    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    out = arguments.out or arguments.results.parent
+    out.mkdir(parents=True, exist_ok=True)
+    for bench in dict.fromkeys(row["bench"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["bench"] == bench]
+        main_rows = [row for row in rows if row["case"] in MAIN_CASES.get(bench, ())]
+        path = out / f"{arguments.results.stem}_{bench}.png"
+        title = f"{bench} on one {results['meta']['chip']}: median, in a CUDA graph (tick), at the ceilings (dashed)"
+        plot(rows if arguments.all or not main_rows else main_rows, title, path)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The work of Newton-Schulz on a GPU as a list of tile tasks in topological order; `newton_schulz` runs it.
+
+A task is a record of 32-bit integers, the same for all three kernels: row norms of the banks, normalisation into the
+workspace, products. Offsets into the workspace count blocks of ALIGN elements, so that they fit and the compiler knows
+their alignment. Every matrix goes through levels of products; a task of one level needs all of its matrix's tasks of
+earlier levels, whose number it carries.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ._launch import constexpr, launch_parameters, multiprocessors
+from ._polar_express import Coefficients
+
+ALIGN, TASK = constexpr(16), constexpr(32)
+(KIND, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND1, ADDEND2, ALPHA, BETA, GAMMA, MATRIX, NEEDED, BANK,
+ IN_BANK, ROW, COLUMN, ROWS, COLUMNS) = map(constexpr, range(22))  # fmt: skip
+UPDATE, MIRROR, DIAGONAL, LAST, TALL, FIRST_ADDEND, SECOND_ADDEND, GRAM = (constexpr(1 << bit) for bit in range(8))
+BLOCK = 64  # side of a tile of the normalisation
+
+
+def segments(steps: int) -> list[range]:
+    """The steps of the Gram form between restarts: three, then two at a time."""
+    starts = [0, *range(3, steps, 2), steps]
+    return [range(begin, end) for begin, end in zip(starts, starts[1:], strict=False)]
+
+
+class _Product(NamedTuple):
+    """One product of a matrix's iteration; operands are names of its buffers, X0, X1 and S0 to S4."""
+
+    kind: int
+    a: str
+    b: str
+    c: str
+    first: str = ""
+    second: str = ""
+    alpha: float = 1.0
+    beta: float = 0.0
+    gamma: float = 0.0
+
+
+def _levels(coefficients: Coefficients, gram: bool) -> list[list[_Product]]:
+    """The iteration as levels of products. A level reads what earlier ones wrote, and writes nothing that it reads."""
+    levels: list[list[_Product]] = []
+    X, free_X = "X0", "X1"
+    steps = range(len(coefficients))
+    for segment in segments(len(steps)) if gram else [range(step, step + 1) for step in steps]:
+        R, W, Z, Q, spare = "S0", "S1", "S2", "S3", "S4"
+        q = 1.0
+        levels.append([_Product(GRAM, X, X, R)])
+        for step in segment:
+            a, b, c = coefficients[step]
+            levels.append([_Product(FIRST_ADDEND, R, R, Z, R, "", c, b)])
+            level = [_Product(FIRST_ADDEND, R, Z, W, R, "", 1.0, a)] if step != segment[-1] else []
+            if step == segment[0]:
+                Q, Z, q = Z, Q, a
+                level = [product._replace(b=Q) for product in level]
+            else:
+                level.append(_Product(FIRST_ADDEND | SECOND_ADDEND, Q, Z, spare, Q, Z, 1.0, a, q))
+                Q, spare, q = spare, Q, q * a
+            if level:
+                levels.append(level)
+            if step != segment[-1]:
+                polynomial = Q if step == segment[0] else Z
+                levels.append([_Product(FIRST_ADDEND, W, polynomial, R, W, "", 1.0, a)])
+        levels.append([_Product(UPDATE, Q, X, free_X, X, "", 1.0, q)])
+        X, free_X = free_X, X
+    levels[-1] = [levels[-1][0]._replace(kind=UPDATE | LAST)]
+    return levels
+
+
+class Plan(NamedTuple):
+    """What does not change from call to call for a list of banks; the tasks lie on the device."""
+
+    row_norm_tasks: torch.Tensor
+    normalize_tasks: torch.Tensor
+    product_tasks: torch.Tensor
+    matrices: int
+    rows: int
+    workspace: int
+    parameters: dict[str, int]
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def _points(*axes: range) -> list[np.ndarray]:
+    """Coordinates of all points of a grid, the last axis fastest."""
+    return [axis.reshape(-1) for axis in np.meshgrid(*(np.asarray(axis, np.int64) for axis in axes), indexing="ij")]
+
+
+def _tasks(fields: dict[int, np.ndarray | int]) -> np.ndarray:
+    """Records [tasks, TASK] with these fields."""
+    table = np.zeros((max(np.size(values) for values in fields.values()), int(TASK)), np.int32)
+    for field, values in fields.items():
+        if np.max(values, initial=0) > np.iinfo(np.int32).max:
+            raise ValueError("newton_schulz: the banks need a workspace of over 2**35 elements; give fewer at once")
+        table[:, field] = values
+    return table
+
+
+class _Bank(NamedTuple):
+    """A bank's matrices in the workspace, wide and padded: two buffers M x N and five M x M each."""
+
+    index: int
+    count: int
+    shape: tuple[int, int]
+    padded: tuple[int, int]
+    first_matrix: int
+    first_row: int
+    start: int
+
+    @property
+    def tall(self) -> int:
+        return int(TALL) if self.shape[0] > self.shape[1] else 0
+
+    @property
+    def size(self) -> int:
+        M, N = self.padded
+        return 2 * M * N + 5 * M * M
+
+    def buffer(self, name: str) -> int:
+        M, N = self.padded
+        number = int(name[1])
+        return number * M * N if name[0] == "X" else 2 * M * N + number * M * M
+
+    def row_norm_tasks(self, block: int) -> np.ndarray:
+        rows, columns = self.shape
+        (row,) = _points(range(0, self.count * rows, block))
+        return _tasks({ROW: row, ROWS: self.count * rows, COLUMNS: columns, C: self.first_row, BANK: self.index})
+
+    def normalize_tasks(self) -> np.ndarray:
+        (rows, columns), (M, N) = self.shape, self.padded
+        height, width = (N, M) if self.tall else (M, N)
+        matrix, row, column = _points(range(self.count), range(0, height, BLOCK), range(0, width, BLOCK))
+        return _tasks({
+            KIND: self.tall, BANK: self.index, MATRIX: self.first_matrix + matrix, IN_BANK: matrix * rows,
+            ROW: row, COLUMN: column, ROWS: rows, COLUMNS: columns, C: self.first_row,
+            A: (self.start + matrix * self.size) // int(ALIGN), LD_A: N // int(ALIGN),
+        })  # fmt: skip
+
+    def product_tasks(self, product: _Product, needed: int, whole: bool, parameters: dict[str, int]) -> np.ndarray:
+        """Tiles of one product of every matrix, of one triangle if it is symmetric and not wanted ``whole``."""
+        (M, N), tile = self.padded, parameters["tile"]
+        update, gram = bool(product.kind & UPDATE), bool(product.kind & GRAM)
+        width = parameters["columns"] if update else tile
+        matrix, row, column = _points(range(self.count), range(0, M, tile), range(0, N if update else M, width))
+        mirror = np.zeros_like(row)
+        if not (whole or update):
+            matrix, row, column = (axis[row <= column] for axis in (matrix, row, column))
+            mirror = np.where(row < column, int(MIRROR), int(DIAGONAL))
+        start = self.start + matrix * self.size
+        ld_a, ld_b, ld_c = (N, N, M) if gram else (M, N, N) if update else (M, M, M)
+        a, b, c, first, second = (
+            start + self.buffer(name or "X0")
+            for name in (product.a, product.b, product.c, product.first, product.second)
+        )
+        place = row * ld_c + column
+        blocks = {
+            A: a + row * ld_a, B: b + (column if update else column * ld_b), LD_A: ld_a, LD_B: ld_b, LD_C: ld_c,
+            C: c + place, C_MIRROR: c + column * ld_c + row, ADDEND1: first + place, ADDEND2: second + place,
+        }  # fmt: skip
+        factors = {ALPHA: product.alpha, BETA: product.beta, GAMMA: product.gamma}
+        return _tasks({
+            KIND: int(product.kind) | self.tall | mirror, MATRIX: self.first_matrix + matrix, NEEDED: needed,
+            DEPTH: (N if gram else M) // parameters["depth"], BANK: self.index, IN_BANK: matrix,
+            ROW: row, COLUMN: column, ROWS: min(self.shape), COLUMNS: max(self.shape),
+            **{field: values // int(ALIGN) for field, values in blocks.items()},
+            **{field: np.float32(value).view(np.int32) for field, value in factors.items()},
+        })  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def plan(
+    shapes: tuple[tuple[int, int, int], ...], algorithm: str, coefficients: Coefficients, device: torch.device
+) -> Plan:
+    """The tasks for banks of (matrices, rows, columns), made and copied to the device once."""
+    tiles = sum(count * (_padded(min(shape), 128) // 128) ** 2 for count, *shape in shapes) // 2
+    case = "large" if tiles >= multiprocessors(device) else "small"
+    parameters = launch_parameters("newton_schulz", case, device)
+    tile, width, depth = (parameters[name] for name in ("tile", "columns", "depth"))
+    matrices = sum(count for count, *_ in shapes)
+    norms, casts, products = [], [], []
+    rows, start, first_matrix = matrices, 0, 0  # the scratch begins with a number for every matrix
+    for index, (count, *shape) in enumerate(shapes):
+        short, long = sorted(shape)
+        padded = _padded(short, max(tile, depth)), _padded(long, max(tile, width, depth))
+        bank = _Bank(index, count, tuple(shape), padded, first_matrix, rows, start)
+        norms.append(bank.row_norm_tasks(parameters["norm_rows"]))
+        casts.append(bank.normalize_tasks())
+        levels = _levels(coefficients, algorithm == "gram" or (algorithm == "auto" and 2 * long >= 3 * short))
+        needed = 0
+        for position, level in enumerate(levels):
+            tables = [bank.product_tasks(product, needed, algorithm == "standard", parameters) for product in level]
+            needed += sum(map(len, tables)) // count
+            # Banks advance at one pace, and within it the one with the most work comes first.
+            products += [((position / len(levels), -padded[0] * padded[1]), table) for table in tables]
+        rows, start, first_matrix = rows + count * shape[0], start + count * bank.size, first_matrix + count
+    norms.append(np.zeros((matrices + 1, int(TASK)), np.int32))  # empty tasks, so that there is one for each counter
+    products.sort(key=lambda pair: pair[0])
+    tables = norms, casts, [table for _, table in products]
+    tensors = [torch.from_numpy(np.concatenate(table)).to(device) for table in tables]
+    return Plan(*tensors, matrices, rows, start, parameters)

@@ -1,0 +1,136 @@
+"""Compile a family's launches for a GPU that is not there, and read registers, spills, memory and instructions off.
+
+    with compiling(90) as kernels:          # every Triton launch in here compiles and runs nothing
+        newton_schulz._launch_banks([torch.empty(22, 512, 512, dtype=torch.bfloat16)], ...)
+    for kernel in kernels:
+        check(kernel, registers=255, matrix_products=True)
+
+The launcher is given CPU tensors of the real shapes, so what is compiled is what would be launched: the shipped
+parameters with Triton's own specialisation of arguments.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from pgolf.kernels import _launch, _newton_schulz_tasks
+
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may have
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+class _Driver:
+    """Stands in for a GPU of one compute capability; its number keeps the caches of several apart."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_device_interface(self):
+        return torch.cuda
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What was compiled and what it uses."""
+
+    name: str
+    capability: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        """Occurrences of an instruction, given as a regular expression, in the machine code."""
+        return len(re.findall(rf"\b{instruction}", self.sass))
+
+
+def _read(kernel, capability: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    registers, stack = map(int, found.groups())
+    return Compiled(kernel.metadata.name, capability, registers, stack, kernel.metadata.shared, sass)
+
+
+@contextmanager
+def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
+    """Inside, a Triton launch compiles for ``capability`` and is not run; the list fills with what was compiled."""
+    compiled, run = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in compiled:
+            compiled[kernel.hash] = _read(kernel, capability)
+            kernels.append(compiled[kernel.hash])
+        return kernel
+
+    kernels: list[Compiled] = []
+    JITFunction.run = compile_only
+    active = triton.runtime.driver._active  # reading `active` fails where there is no GPU
+    triton.runtime.driver.set_active(_Driver(capability))
+    chip, _launch.chip = _launch.chip, lambda device: "h100" if capability == 90 else "default"
+    _forget_parameters()
+    try:
+        yield kernels
+    finally:
+        triton.runtime.driver._active = active
+        JITFunction.run = run
+        _launch.chip = chip
+        _forget_parameters()
+
+
+def _forget_parameters() -> None:
+    _launch.launch_parameters.cache_clear()
+    _newton_schulz_tasks.plan.cache_clear()
+
+
+def check(
+    kernel: Compiled, *, registers: int = 255, shared: int | None = None, matrix_products: bool = False,
+    streams: bool = False,
+) -> None:  # fmt: skip
+    """Fail with the kernel's name and the figure where it spills or passes a limit.
+
+    ``matrix_products``: must use the chip's matrix instruction. ``streams``: global loads and stores of 16 bytes.
+    """
+    where = f"{kernel.name} on sm_{kernel.capability}"
+    spills = kernel.count("LDL") + kernel.count("STL")
+    assert spills == 0, f"{where}: {spills} spill instructions, {kernel.stack_bytes} bytes of stack"
+    assert kernel.registers <= registers, f"{where}: {kernel.registers} registers, limit {registers}"
+    limit = shared or SHARED_LIMITS[kernel.capability]
+    assert kernel.shared_bytes <= limit, f"{where}: {kernel.shared_bytes} bytes of shared memory, limit {limit}"
+    if matrix_products:
+        instruction = MATRIX_INSTRUCTION[kernel.capability]
+        assert kernel.count(instruction), f"{where}: no {instruction}"
+    if streams:
+        loads = kernel.count(r"LDG\.E\S*\.128") + kernel.count(r"LDGSTS\.E\S*\.128")
+        stores = kernel.count(r"STG\.E\S*\.128")
+        assert loads and stores, f"{where}: {loads} 16-byte loads and {stores} 16-byte stores"

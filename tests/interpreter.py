@@ -1,0 +1,56 @@
+"""Triton's interpreter, mended where it is wrong; import this before any kernel, in a process of its own.
+
+Triton 3.6 multiplies bf16 operands of `tl.dot` as integers, truncates fp32 to bf16 where a GPU rounds, writes raw
+integers into bf16, and needs numpy < 2.4 for loops with a loaded bound. Arithmetic on bf16 blocks outside `tl.dot`
+stays wrong: kernels load, convert to fp32, compute and convert back.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+patch_tensor, dot, cast = interpreter._patch_lang_tensor, Builder.create_dot, Builder.cast_impl
+convert_float = interpreter._convert_float
+
+
+def _widened(handle: Handle) -> Handle:
+    if handle.dtype != tl.bfloat16:
+        return handle
+    return Handle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _patch_tensor(tensor, scope):
+    patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda scalar: int(np.asarray(scalar.handle.data).reshape(-1)[0]))
+
+
+def _dot(self, a, b, accumulator, *settings):
+    return dot(self, _widened(a), _widened(b), accumulator, *settings)
+
+
+def _convert_float(values, source, target, rounding):
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return convert_float(values, source, target, rounding)
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+    rounded[np.isnan(values)] = 0x7FC0
+    return rounded.reshape(np.shape(values))
+
+
+def _cast(self, source, target):
+    if target.scalar == tl.bfloat16 and source.dtype.scalar not in (tl.float32, tl.bfloat16):
+        source = Handle(source.data.astype(np.float32), tl.float32)
+    return cast(self, source, target)
+
+
+interpreter._patch_lang_tensor = _patch_tensor
+interpreter._convert_float = _convert_float
+Builder.create_dot, Builder.cast_impl = _dot, _cast

@@ -1,0 +1,22 @@
+"""The kernels' tests once more, in processes where Triton interprets the kernels on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_in_the_interpreter(family: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", f"tests/test_{family}.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-20_000:]}{result.stderr[-4_000:]}"
