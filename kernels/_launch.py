@@ -22,7 +22,16 @@ try:
     import triton.language as tl
 except ImportError:  # no Triton for this platform: the references serve
     triton = tl = None
-constexpr = int if tl is None else tl.constexpr  # of integers that kernels read from their module
+
+
+class _Constant(object if tl is None else tl.constexpr):
+    """Triton compares a kernel's constants with those it was compiled with at each launch: a microsecond for each."""
+
+    def __ne__(self, other: object) -> bool:
+        return self.value != getattr(other, "value", other)
+
+
+constexpr = int if tl is None else _Constant  # of integers that kernels read from their module
 
 if not __name__.startswith("pgolf."):
     raise ImportError(
