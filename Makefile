@@ -5,6 +5,8 @@ PYTHON ?= python3
 # which spares the machine gigabytes of CUDA libraries, and from the default index where that one cannot be reached.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+# For a torch that brings no Triton, as CPU builds do: the one whose interpreter and machine code the tests know.
+TRITON ?= triton==3.6.0
 RUN_DIR ?= runs/demo
 
 VENV := .venv
@@ -21,7 +23,7 @@ help:
 	@echo "make test    install, then the whole test suite"
 	@echo "make lint    install, then ruff check and ruff format --check"
 	@echo "make clean   remove $(VENV), caches and build products; runs/ and data/ stay"
-	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  TORCH_INDEX=$(TORCH_INDEX)  RUN_DIR=$(RUN_DIR)"
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  TORCH_INDEX=$(TORCH_INDEX)  TRITON=$(TRITON)  RUN_DIR=$(RUN_DIR)"
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m pgolf run --preset demo --run-dir $(RUN_DIR) --fresh
@@ -52,6 +54,7 @@ $(VENV)/.torch:
 	    $(BIN)/python -m pip install --quiet --retries 0 --timeout 10 --index-url "$(TORCH_INDEX)" "$(TORCH)" || \
 	    $(BIN)/python -m pip install --quiet "$(TORCH)"; }; \
 	fi
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TRITON)"
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="tests/interpreter.py mends Triton 3.6")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_in_the_interpreter(family: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", f"tests/test_{family}.py"]
