@@ -19,8 +19,10 @@ from ._polar_express import Coefficients
 
 ALIGN, TASK = constexpr(16), constexpr(32)
 (KIND, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND1, ADDEND2, ALPHA, BETA, GAMMA, MATRIX, NEEDED, BANK,
- IN_BANK, ROW, COLUMN, ROWS, COLUMNS) = map(constexpr, range(22))  # fmt: skip
-UPDATE, MIRROR, DIAGONAL, LAST, TALL, FIRST_ADDEND, SECOND_ADDEND, GRAM = (constexpr(1 << bit) for bit in range(8))
+ IN_BANK, ROW, COLUMN, ROWS, COLUMNS, PARTS) = map(constexpr, range(23))  # fmt: skip
+(UPDATE, MIRROR, DIAGONAL, LAST, TALL, FIRST_ADDEND, SECOND_ADDEND, GRAM, SQUARED, PARTIAL, JOINED) = (
+    constexpr(1 << bit) for bit in range(11)
+)  # fmt: skip
 BLOCK = 64  # side of a tile of the normalisation
 
 
@@ -31,7 +33,7 @@ def segments(steps: int) -> list[range]:
 
 
 class _Product(NamedTuple):
-    """One product of a matrix's iteration; operands are names of its buffers, X0, X1 and S0 to S4."""
+    """One product of a matrix's iteration. Operands are names of its buffers: X0, X1, S0 to S4, P for partial sums."""
 
     kind: int
     a: str
@@ -44,7 +46,7 @@ class _Product(NamedTuple):
     gamma: float = 0.0
 
 
-def _levels(coefficients: Coefficients, gram: bool) -> list[list[_Product]]:
+def _levels(coefficients: Coefficients, gram: bool, parts: int = 1) -> list[list[_Product]]:
     """The iteration as levels of products. A level reads what earlier ones wrote, and writes nothing that it reads."""
     levels: list[list[_Product]] = []
     X, free_X = "X0", "X1"
@@ -52,7 +54,10 @@ def _levels(coefficients: Coefficients, gram: bool) -> list[list[_Product]]:
     for segment in segments(len(steps)) if gram else [range(step, step + 1) for step in steps]:
         R, W, Z, Q, spare = "S0", "S1", "S2", "S3", "S4"
         q = 1.0
-        levels.append([_Product(GRAM, X, X, R)])
+        if parts > 1:
+            levels += [[_Product(GRAM | PARTIAL, X, X, "P")], [_Product(GRAM | JOINED, "P", "P", R)]]
+        else:
+            levels.append([_Product(GRAM, X, X, R)])
         for step in segment:
             a, b, c = coefficients[step]
             levels.append([_Product(FIRST_ADDEND, R, R, Z, R, "", c, b)])
@@ -106,12 +111,16 @@ def _tasks(fields: dict[int, np.ndarray | int]) -> np.ndarray:
 
 
 class _Bank(NamedTuple):
-    """A bank's matrices in the workspace, wide and padded: two buffers M x N and five M x M each."""
+    """A bank's matrices in the workspace, wide and padded: two buffers M x N and five M x M each.
+
+    Where X Xᵀ is summed in several parts, to keep more programs busy, a float32 buffer of M x M for each part follows.
+    """
 
     index: int
     count: int
     shape: tuple[int, int]
     padded: tuple[int, int]
+    parts: int
     first_matrix: int
     first_row: int
     start: int
@@ -122,12 +131,11 @@ class _Bank(NamedTuple):
 
     @property
     def size(self) -> int:
-        M, N = self.padded
-        return 2 * M * N + 5 * M * M
+        return self.buffer("P") + (2 * self.parts * self.padded[0] ** 2 if self.parts > 1 else 0)
 
     def buffer(self, name: str) -> int:
         M, N = self.padded
-        number = int(name[1])
+        number = 5 if name == "P" else int(name[1])
         return number * M * N if name[0] == "X" else 2 * M * N + number * M * M
 
     def row_norm_tasks(self, block: int) -> np.ndarray:
@@ -148,29 +156,37 @@ class _Bank(NamedTuple):
     def product_tasks(self, product: _Product, needed: int, whole: bool, parameters: dict[str, int]) -> np.ndarray:
         """Tiles of one product of every matrix, of one triangle if it is symmetric and not wanted ``whole``."""
         (M, N), tile = self.padded, parameters["tile"]
-        update, gram = bool(product.kind & UPDATE), bool(product.kind & GRAM)
+        update, gram, partial = (bool(product.kind & kind) for kind in (UPDATE, GRAM, PARTIAL))
         width = parameters["columns"] if update else tile
-        matrix, row, column = _points(range(self.count), range(0, M, tile), range(0, N if update else M, width))
-        mirror = np.zeros_like(row)
+        parts = self.parts if partial else 1
+        tiles = range(self.count), range(0, M, tile), range(0, N if update else M, width), range(parts)
+        matrix, row, column, part = _points(*tiles)
+        kind = np.full_like(row, int(product.kind) | self.tall)
         if not (whole or update):
-            matrix, row, column = (axis[row <= column] for axis in (matrix, row, column))
-            mirror = np.where(row < column, int(MIRROR), int(DIAGONAL))
+            matrix, row, column, part = (axis[row <= column] for axis in (matrix, row, column, part))
+            kind = (int(product.kind) | self.tall) + np.where(row < column, int(MIRROR), int(DIAGONAL))
+        if product.a == product.b:
+            kind = kind + np.where(row == column, int(SQUARED), 0)
+        depth = 0 if product.kind & JOINED else N // parts if gram else M
         start = self.start + matrix * self.size
+        sums = start + self.buffer("P") + (row // tile * (M // tile) + column // tile) * 2 * self.parts * tile**2
         ld_a, ld_b, ld_c = (N, N, M) if gram else (M, N, N) if update else (M, M, M)
         a, b, c, first, second = (
             start + self.buffer(name or "X0")
             for name in (product.a, product.b, product.c, product.first, product.second)
         )
         place = row * ld_c + column
+        a, b = a + row * ld_a + part * depth, b + (column if update else column * ld_b + part * depth)
         blocks = {
-            A: a + row * ld_a, B: b + (column if update else column * ld_b), LD_A: ld_a, LD_B: ld_b, LD_C: ld_c,
-            C: c + place, C_MIRROR: c + column * ld_c + row, ADDEND1: first + place, ADDEND2: second + place,
+            A: a, B: b, LD_A: ld_a, LD_B: ld_b, LD_C: ld_c,
+            C: sums + part * 2 * tile**2 if partial else c + place, C_MIRROR: c + column * ld_c + row,
+            ADDEND1: sums if product.kind & JOINED else first + place, ADDEND2: second + place,
         }  # fmt: skip
         factors = {ALPHA: product.alpha, BETA: product.beta, GAMMA: product.gamma}
         return _tasks({
-            KIND: int(product.kind) | self.tall | mirror, MATRIX: self.first_matrix + matrix, NEEDED: needed,
-            DEPTH: (N if gram else M) // parameters["depth"], BANK: self.index, IN_BANK: matrix,
-            ROW: row, COLUMN: column, ROWS: min(self.shape), COLUMNS: max(self.shape),
+            KIND: kind, MATRIX: self.first_matrix + matrix, NEEDED: needed, DEPTH: depth // parameters["depth"],
+            BANK: self.index, IN_BANK: matrix, ROW: row, COLUMN: column, ROWS: min(self.shape),
+            COLUMNS: max(self.shape), PARTS: self.parts,
             **{field: values // int(ALIGN) for field, values in blocks.items()},
             **{field: np.float32(value).view(np.int32) for field, value in factors.items()},
         })  # fmt: skip
@@ -183,6 +199,8 @@ def plan(
     """The tasks for banks of (matrices, rows, columns), made and copied to the device once."""
     tiles = sum(count * (_padded(min(shape), 128) // 128) ** 2 for count, *shape in shapes) // 2
     case = "large" if tiles >= multiprocessors(device) else "small"
+    if any(size % 128 for _, *shape in shapes for size in shape):
+        case = "odd"  # smaller tiles: less padding
     parameters = launch_parameters("newton_schulz", case, device)
     tile, width, depth = (parameters[name] for name in ("tile", "columns", "depth"))
     matrices = sum(count for count, *_ in shapes)
@@ -191,10 +209,13 @@ def plan(
     for index, (count, *shape) in enumerate(shapes):
         short, long = sorted(shape)
         padded = _padded(short, max(tile, depth)), _padded(long, max(tile, width, depth))
-        bank = _Bank(index, count, tuple(shape), padded, first_matrix, rows, start)
+        divisors = (part for part in range(parameters["parts"], 0, -1) if padded[1] // depth % part == 0)
+        parts = next(part for part in divisors if part == 1 or padded[1] >= part * padded[0])
+        bank = _Bank(index, count, tuple(shape), padded, parts, first_matrix, rows, start)
         norms.append(bank.row_norm_tasks(parameters["norm_rows"]))
         casts.append(bank.normalize_tasks())
-        levels = _levels(coefficients, algorithm == "gram" or (algorithm == "auto" and 2 * long >= 3 * short))
+        gram = algorithm == "gram" or (algorithm == "auto" and 2 * long >= 3 * short)
+        levels = _levels(coefficients, gram, parts)
         needed = 0
         for position, level in enumerate(levels):
             tables = [bank.product_tasks(product, needed, algorithm == "standard", parameters) for product in level]

@@ -41,8 +41,8 @@ from ._launch import jit, multiprocessors, operator, select, tl
 # isort: off
 from ._newton_schulz_tasks import (
     A, ADDEND1, ADDEND2, ALIGN, ALPHA, B, BANK, BETA, BLOCK, C, C_MIRROR, COLUMN, COLUMNS, DEPTH, DIAGONAL,
-    FIRST_ADDEND, GAMMA, GRAM, IN_BANK, KIND, LAST, LD_A, LD_B, LD_C, MATRIX, MIRROR, NEEDED, ROW, ROWS, SECOND_ADDEND,
-    TALL, TASK, UPDATE, plan, segments
+    FIRST_ADDEND, GAMMA, GRAM, IN_BANK, JOINED, KIND, LAST, LD_A, LD_B, LD_C, MATRIX, MIRROR, NEEDED, PARTIAL, PARTS,
+    ROW, ROWS, SECOND_ADDEND, SQUARED, TALL, TASK, UPDATE, plan, segments
 )  # fmt: skip
 
 # isort: on
@@ -232,19 +232,48 @@ def _wait(finished, needed):
 
 
 @jit
-def _symmetric_tile(X, task, kind, finished, shrink, TILE: tl.constexpr, DEPTH_BLOCK: tl.constexpr):
+def _symmetric_tile(
+    X, task, kind, finished, shrink,
+    TILE: tl.constexpr, DEPTH_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
     """C = α A Bᵀ + β S₁ + γ S₂; where only one triangle is computed, C's mirror image too."""
     row = tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH_BLOCK)
-    a = _block(X, task, A) + (row * (tl.load(task + LD_A) * ALIGN))[:, None] + depth[None, :]
-    b = _block(X, task, B) + (row * (tl.load(task + LD_B) * ALIGN))[:, None] + depth[None, :]
+    a, ld_a = _block(X, task, A), tl.load(task + LD_A) * ALIGN
+    b, ld_b = _block(X, task, B), tl.load(task + LD_B) * ALIGN
     tile = tl.zeros([TILE, TILE], tl.float32)
     blocks = tl.load(task + DEPTH)
     _wait(finished, tl.load(task + NEEDED))
-    for _ in range(0, blocks):
-        tile = tl.dot(tl.load(a), tl.trans(tl.load(b)), tile)
-        a += DEPTH_BLOCK
-        b += DEPTH_BLOCK
+    a = a + (row * ld_a)[:, None] + depth[None, :]
+    if SQUARES and kind & SQUARED:  # a diagonal tile of A Aᵀ
+        for _ in range(0, blocks):
+            both = tl.load(a)
+            tile = tl.dot(both, tl.trans(both), tile)
+            a += DEPTH_BLOCK
+    else:
+        b_block = b + (row * ld_b)[:, None] + depth[None, :]
+        for _ in range(0, blocks):
+            tile = tl.dot(tl.load(a), tl.trans(tl.load(b_block)), tile)
+            a += DEPTH_BLOCK
+            b_block += DEPTH_BLOCK
+    if SPLIT:
+        flat = (row * TILE)[:, None] + row[None, :]
+        if kind & JOINED:
+            sums = _block(X, task, ADDEND1).to(tl.pointer_type(tl.float32), bitcast=True) + flat
+            for _ in range(0, tl.load(task + PARTS)):
+                tile += tl.load(sums)
+                sums += TILE * TILE
+        if kind & PARTIAL:
+            tl.store(_block(X, task, C).to(tl.pointer_type(tl.float32), bitcast=True) + flat, tile)
+        else:
+            _store_symmetric(X, task, kind, shrink, tile, TILE)
+    else:
+        _store_symmetric(X, task, kind, shrink, tile, TILE)
+
+
+@jit
+def _store_symmetric(X, task, kind, shrink, tile, TILE: tl.constexpr):
+    row = tl.arange(0, TILE)
     place = (row * (tl.load(task + LD_C) * ALIGN))[:, None] + row[None, :]
     tile = tile * _factor(task, ALPHA)
     if kind & GRAM:
@@ -308,7 +337,8 @@ def _update_tile(
 @jit(do_not_specialize=["addresses"])
 def _products_kernel(
     X, out, addresses, tasks, count, sync, scratch, TILE: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    DEPTH_BLOCK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):  # fmt: skip
     """Takes tasks until there are none. ``sync`` is the next ticket and, by matrix, the number of finished tasks."""
     lane = tl.arange(0, LANES)
@@ -335,7 +365,7 @@ def _products_kernel(
                 MASKED,
             )
         else:
-            _symmetric_tile(X, task, kind, finished, scratch + matrix, TILE, DEPTH_BLOCK)
+            _symmetric_tile(X, task, kind, finished, scratch + matrix, TILE, DEPTH_BLOCK, SPLIT, SQUARES)
         tl.debug_barrier()  # every thread's stores come before the count
         tl.atomic_add(finished, 1, sem="release")
         ticket = tl.sum(tl.where(lane == 0, upcoming, 0))
@@ -369,7 +399,8 @@ def _launch(
         _products_kernel[(min(tasks, multiprocessors(device) * parameters["programs"]),)](
             X, outs[0], targets, work.product_tasks, tasks, sync, scratch,
             TILE=parameters["tile"], TILE_COLUMNS=parameters["columns"], DEPTH_BLOCK=parameters["depth"],
-            LANES=32 * parameters["warps"], ALIGNED=aligned, MASKED=masked,
+            LANES=32 * parameters["warps"], ALIGNED=aligned, MASKED=masked, SPLIT=parameters["parts"] > 1,
+            SQUARES=parameters["squares"] == 1,
             num_warps=parameters["warps"], num_stages=parameters["num_stages"], maxnreg=parameters["maxnreg"],
         )  # fmt: skip
 

@@ -150,16 +150,22 @@ def test_banks_go_together_or_one_by_one_to_the_same_bits(device, poisoned) -> N
 
 
 @pytest.mark.parametrize("algorithm", ["standard", "symmetric", "gram"])
-def test_large_tiles(device, poisoned, monkeypatch, algorithm: str) -> None:
+@pytest.mark.parametrize("case", ["large", "small", "split"])
+def test_parameters_of_the_h100(device, poisoned, monkeypatch, case: str, algorithm: str) -> None:
     if not INTERPRETED and device.type == "cpu":
         pytest.skip("needs the kernels")
-    large = _launch.launch_parameters("newton_schulz", "large", device)
-    monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: large)
+    monkeypatch.setattr(_launch, "chip", lambda device: "h100")
+    _launch.launch_parameters.cache_clear()
+    parameters = _launch.launch_parameters("newton_schulz", "odd" if case == "split" else case, device)
+    if case == "split":  # in no table yet
+        parameters = {**parameters, "parts": 4, "squares": 1}
+    monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
     _newton_schulz_tasks.plan.cache_clear()
-    for shape in ((200, 300), (2, 256, 128)):
+    for shape in ((200, 300), (1, 300, 40)):  # the second one's X Xᵀ is summed in parts
         G = torch.randn(shape, device=device)
         plain = relative_error(newton_schulz_reference(G, algorithm="standard"), exact(G))
         assert relative_error(newton_schulz(G, algorithm=algorithm), exact(G)) <= plain
+    _launch.launch_parameters.cache_clear()
     _newton_schulz_tasks.plan.cache_clear()
 
 
@@ -243,11 +249,12 @@ def test_tasks_come_after_what_they_need() -> None:
     assert len(work.row_norm_tasks) >= work.matrices + 1, "a program for each counter it clears"
 
 
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
-def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int) -> None:
+def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int, parts: int) -> None:
     written = {"X0"}
-    for level in _newton_schulz_tasks._levels(polar_express_coefficients(steps), gram):
+    for level in _newton_schulz_tasks._levels(polar_express_coefficients(steps), gram, parts):
         reads = {name for product in level for name in (product.a, product.b, product.first, product.second) if name}
         writes = [product.c for product in level]
         assert reads <= written and not reads & set(writes) and len(writes) == len(set(writes))
@@ -256,7 +263,7 @@ def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int) -> None:
 
 def test_workspace_may_pass_two_to_the_31_elements() -> None:
     parameters = dict(tile=128, columns=128, depth=64)
-    bank = _newton_schulz_tasks._Bank(0, 2, (512, 2048), (512, 2048), 0, 0, 2**34)
+    bank = _newton_schulz_tasks._Bank(0, 2, (512, 2048), (512, 2048), 1, 0, 0, 2**34)
     product = _newton_schulz_tasks._levels(POLAR_EXPRESS, False)[0][0]
     tasks = bank.product_tasks(product, 0, False, parameters)
     assert tasks[0, int(_newton_schulz_tasks.A)] == 2**30
@@ -314,13 +321,14 @@ def test_compile_gates(case: str, capability: int) -> None:
     with compiling(capability) as kernels:
         module._launch(banks, banks, POLAR_EXPRESS, "auto", torch.float16, 1.0, 1e-7, True)
     assert [kernel.name for kernel in kernels] == ["_row_norms_kernel", "_normalize_kernel", "_products_kernel"]
-    programs = _launch.launch_parameters("newton_schulz", "large" if case == "banks_full" else "small", banks[0].device)
+    entry = {"banks_full": "large", "banks_eighth": "small", "odd": "odd"}[case]
+    parameters = _launch.launch_parameters("newton_schulz", entry, banks[0].device)
     for kernel in kernels[:2]:
         check(kernel, registers=128)
     check(kernels[2], matrix_products=True, streams=case != "odd")
     if capability == 90:
-        assert kernels[2].shared_bytes * programs["programs"] <= 233_472 - 1024 * programs["programs"]
-        assert kernels[2].registers * 32 * programs["warps"] * programs["programs"] <= 65_536
+        assert (kernels[2].shared_bytes + 1024) * parameters["programs"] <= 233_472
+        assert kernels[2].registers * 32 * parameters["warps"] * parameters["programs"] <= 65_536
 
 
 def test_errors_name_the_argument() -> None:
