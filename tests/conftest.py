@@ -26,6 +26,7 @@ if INTERPRETED:  # this process runs kernels on CPU tensors, see test_interprete
     _launch.set_backend("triton")
     _launch.chip = lambda device: "default"  # small tiles: the interpreter's time is that of the padding, too
 
+_launch.UNPROVEN = frozenset()  # on a GPU, it is here that kernels prove themselves
 torch.set_num_threads(1)  # tensors are small here, and sums keep one order on every machine
 for _variable in ("PGOLF_KERNELS", *(name.upper() for name in (*FIELDS, *ALIASES))):
     os.environ.pop(_variable, None)  # the caller's settings are not the tests'
@@ -39,15 +40,18 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` gives NaN: an element that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The CPU and, where there is one, the GPU, which takes the Triton kernels; or the interpreter's CPU."""
-    device = torch.device(request.param)
-    if device.type == "cuda":
-        _launch.set_backend("triton")
-    yield device
-    if device.type == "cuda":
-        _launch.set_backend("auto")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU and, where there is one, the GPU; or the interpreter: a test that takes this runs the kernels of all."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

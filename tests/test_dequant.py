@@ -28,13 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BITS = (4, 6, 7, 8)
 
 
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that nobody wrote is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import torch
 from torch.library import opcheck
 
 from pgolf.kernels import _launch, _newton_schulz_tasks
-from pgolf.kernels import newton_schulz as module
 from pgolf.kernels.newton_schulz import (
     ALGORITHMS,
     POLAR_EXPRESS,
@@ -19,7 +18,8 @@ from pgolf.kernels.newton_schulz import (
     polar_express_coefficients,
 )
 from tests.conftest import INTERPRETED
-from tests.gates import check, compiling
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 # The tuples of parameter-golf PR #1344 / #1874 (specification 3.1).
 PUBLIC = [
@@ -94,18 +94,10 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return ((out.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.fixture
-def poisoned():
-    """`torch.empty` gives NaN: an element that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(2, 64, 64), (70, 150), (200, 40)], ids=str)
-def test_error_is_at_most_that_of_plain_bf16(device, poisoned, algorithm, spectrum, shape) -> None:
+def test_error_is_at_most_that_of_plain_bf16(device, algorithm, spectrum, shape) -> None:
     G = matrices(spectrum, *shape).to(device, torch.bfloat16)
     expected = exact(G)
     plain = relative_error(newton_schulz_reference(G, algorithm="standard"), expected)
@@ -122,7 +114,7 @@ def test_gram_restarts_keep_the_error_below_that_of_plain_bf16(device, steps: in
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (24, 40), (3, 40, 24), (2, 3, 16, 16), (0, 4, 5)], ids=str)
-def test_shapes_and_dtypes(device, poisoned, shape: tuple[int, ...]) -> None:
+def test_shapes_and_dtypes(device, shape: tuple[int, ...]) -> None:
     G = torch.randn(shape, device=device)
     expected = exact(G)
     assert expected.shape == G.shape and expected.dtype == torch.float64
@@ -137,7 +129,7 @@ def test_shapes_and_dtypes(device, poisoned, shape: tuple[int, ...]) -> None:
             assert error <= 1.5 * allowed + 1e-2 * expected.norm()
 
 
-def test_banks_go_together_or_one_by_one_to_the_same_bits(device, poisoned) -> None:
+def test_banks_go_together_or_one_by_one_to_the_same_bits(device) -> None:
     shapes = [(2, 40, 100), (3, 130, 64), (0, 8, 8), (1, 5), (2, 16, 16)]
     banks = [torch.randn(shape, device=device) for shape in shapes]
     banks[1] = banks[1].bfloat16()  # another dtype, another launch
@@ -151,7 +143,7 @@ def test_banks_go_together_or_one_by_one_to_the_same_bits(device, poisoned) -> N
 
 @pytest.mark.parametrize("algorithm", ["standard", "symmetric", "gram"])
 @pytest.mark.parametrize("case", ["large", "small", "split"])
-def test_parameters_of_the_h100(device, poisoned, monkeypatch, case: str, algorithm: str) -> None:
+def test_parameters_of_the_h100(device, monkeypatch, case: str, algorithm: str) -> None:
     if not INTERPRETED and device.type == "cpu":
         pytest.skip("needs the kernels")
     monkeypatch.setattr(_launch, "chip", lambda device: "h100")
@@ -221,7 +213,7 @@ def test_same_input_same_bits(device) -> None:
             assert torch.equal(out, again)
 
 
-def test_non_contiguous_input_and_out(device, poisoned) -> None:
+def test_non_contiguous_input_and_out(device) -> None:
     G = torch.randn(2, 24, 90, device=device)
     expected = newton_schulz(G[:, :, ::3].contiguous())
     assert torch.equal(newton_schulz(G[:, :, ::3]), expected)
@@ -306,29 +298,6 @@ def test_gradient(device) -> None:
     narrow = torch.randn(8, 12, device=device, requires_grad=True)
     newton_schulz(narrow).float().square().sum().backward()
     assert narrow.grad.isfinite().all() and narrow.grad.norm() > 0
-
-
-@pytest.mark.skipif(INTERPRETED, reason="compiles kernels")
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("case", ["banks_full", "banks_eighth", "odd"])
-def test_compile_gates(case: str, capability: int) -> None:
-    shapes = {
-        "banks_full": [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)],
-        "banks_eighth": [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)],
-        "odd": [(1, 70, 130)],
-    }[case]
-    banks = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
-    with compiling(capability) as kernels:
-        module._launch(banks, banks, POLAR_EXPRESS, "auto", torch.float16, 1.0, 1e-7, True)
-    assert [kernel.name for kernel in kernels] == ["_row_norms_kernel", "_normalize_kernel", "_products_kernel"]
-    entry = {"banks_full": "large", "banks_eighth": "small", "odd": "odd"}[case]
-    parameters = _launch.launch_parameters("newton_schulz", entry, banks[0].device)
-    for kernel in kernels[:2]:
-        check(kernel, registers=128)
-    check(kernels[2], matrix_products=True, streams=case != "odd")
-    if capability == 90:
-        assert (kernels[2].shared_bytes + 1024) * parameters["programs"] <= 233_472
-        assert kernels[2].registers * 32 * parameters["warps"] * parameters["programs"] <= 65_536
 
 
 def test_errors_name_the_argument() -> None:

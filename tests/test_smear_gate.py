@@ -28,12 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
 
 
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Fresh memory holds NaN, so that an element no one writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def inputs(device, pattern: str, dtype=torch.float64, rows: int = 2, width: int = 4):

@@ -1,0 +1,199 @@
+"""What the shipped kernels become on GPUs that need not be there: registers, spills, shared memory, instructions."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from pgolf.kernels import _launch, dequant, newton_schulz, smear_gate
+from pgolf.kernels.dequant import DequantizePlan, LowRankFactors, QuantizedMatrix
+from pgolf.kernels.newton_schulz import POLAR_EXPRESS
+from tests.conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
+pytest.importorskip("triton")
+
+from tests.gates import Compiled, check, compiling
+
+# --- Newton-Schulz ---
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("case", ["banks_full", "banks_eighth", "odd"])
+def test_newton_schulz(case: str, capability: int) -> None:
+    shapes = {
+        "banks_full": [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)],
+        "banks_eighth": [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)],
+        "odd": [(1, 70, 130)],
+    }[case]
+    banks = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    with compiling(capability) as kernels:
+        newton_schulz._launch(banks, banks, POLAR_EXPRESS, "auto", torch.float16, 1.0, 1e-7, True)
+    assert [kernel.name for kernel in kernels] == ["_row_norms_kernel", "_normalize_kernel", "_products_kernel"]
+    entry = {"banks_full": "large", "banks_eighth": "small", "odd": "odd"}[case]
+    parameters = _launch.launch_parameters("newton_schulz", entry, banks[0].device)
+    for kernel in kernels[:2]:
+        check(kernel, registers=128)
+    check(kernels[2], matrix_products=True, streams=case != "odd")
+    if capability == 90:
+        assert (kernels[2].shared_bytes + 1024) * parameters["programs"] <= 233_472
+        assert kernels[2].registers * 32 * parameters["warps"] * parameters["programs"] <= 65_536
+
+
+# --- SmearGate ---
+
+TOKENS, VOCABULARY = 98_304, 8192  # the record's micro-step
+SMEAR_GATE_REGISTERS = {
+    "_forward_kernel": 72,
+    "_backward_kernel": 136,
+    "_sum_segments_kernel": 64,
+    "_join_segments_kernel": 80,
+}
+ATOMIC_REGISTERS = 168  # of the backward with atomics
+
+
+def launch_smear_gate(dtype: torch.dtype, width: int, bos_id: int | None):
+    """Every kernel of the family in its shipped configuration."""
+    x, table = torch.empty(1, TOKENS, width, dtype=dtype), torch.empty(VOCABULARY, width, dtype=dtype)
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    gate = torch.empty(1, 12), torch.empty(1), bos_id
+    smear_gate._smear_gate_triton(x, ids, *gate)
+    smear_gate._smear_gate_backward_triton(x, x, ids, *gate)
+    smear_gate._embed_smear_norm_triton(ids, table, *gate, smear_gate.RMS_EPS, True)
+    for deterministic in (True, False):
+        smear_gate._embed_smear_norm_backward_triton(x, ids, table, *gate, smear_gate.RMS_EPS, deterministic)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_smear_gate(capability: int, dtype: torch.dtype) -> None:
+    with compiling(capability) as kernels:
+        launch_smear_gate(dtype, 512, 1)
+    names = [kernel.name for kernel in kernels]
+    assert {name: names.count(name) for name in names} == {
+        "_forward_kernel": 2, "_backward_kernel": 3, "_sum_segments_kernel": 1, "_join_segments_kernel": 1,
+    }  # fmt: skip
+    for kernel in kernels:
+        atomic = kernel.count("RED") > 0
+        registers = ATOMIC_REGISTERS if atomic else SMEAR_GATE_REGISTERS[kernel.name]
+        check(kernel, registers=registers, shared=11 << 10, streams=not atomic)
+        if "segments" not in kernel.name:  # rows on their way while others are worked on
+            assert kernel.count(r"LDGSTS\.E\S*\.128") >= 2, f"{kernel.name}: no asynchronous copies of 16 bytes"
+        if atomic and capability >= 90:
+            assert kernel.count(r"REDG\.E\.ADD\.F32x4"), f"{kernel.name}: atomics of less than 16 bytes"
+
+
+@pytest.mark.parametrize("width, bos_id", [(1024, None), (768, 1)])
+def test_smear_gate_of_other_widths(width: int, bos_id: int | None) -> None:
+    with compiling(90) as kernels:
+        launch_smear_gate(torch.bfloat16, width, bos_id)
+    for kernel in kernels:
+        atomic = kernel.count("RED") > 0
+        registers = ATOMIC_REGISTERS if atomic else SMEAR_GATE_REGISTERS[kernel.name]
+        check(kernel, registers=registers, shared=11 << 10, streams=not atomic)
+
+
+# --- Dequantisation ---
+
+# rows, columns and number of the record model's matrices; the first of them has factors, and so has the embedding
+MATRICES = ((512, 512, 22), (256, 512, 22), (2048, 512, 11), (512, 2048, 11))
+
+
+def matrix(rows, columns, bits=6, *, group=None, zero=False, factors=None, rank=4, dtype=torch.float16, whole=True):
+    """A matrix of this format, of which no memory is touched."""
+    units, groups = -(-rows // 8) * -(-columns // 8), columns // group if group else 1
+    words = torch.empty(2 * sum(dequant.PLANES[bits]) * units, dtype=torch.int32)
+    planes = words if bits < 8 else torch.empty(rows, columns, dtype=torch.int8)
+    scale = torch.empty(rows, groups, dtype=dtype)
+    low_rank = None
+    if factors == "packed":
+        blocks = -(-columns // 8), rank
+        words = torch.empty(rows, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
+        low_rank = LowRankFactors(words[0], torch.empty(rows), words[1], torch.empty(blocks))
+    elif factors is not None:
+        low_rank = torch.empty(rows, rank, dtype=factors), torch.empty(rank, columns, dtype=factors)
+    return QuantizedMatrix(planes, bits, not zero, rows, columns, scale, scale if zero else None, low_rank, whole)
+
+
+def record_model() -> list[QuantizedMatrix]:
+    matrices = []
+    for rows, columns, count in MATRICES:
+        matrices += [matrix(rows, columns, factors=None if i or rows == 512 else "packed") for i in range(count)]
+    return [*matrices, matrix(8192, 512, bits=7, factors="packed")]
+
+
+PACKED = {
+    "packed6_g64_lqer": (matrix(61_952, 512, group=64, zero=True, factors="packed"), 168, 20.5),
+    "packed6_g64": (matrix(61_952, 512, group=64, zero=True), 64, 10.5),
+    "packed6_rows": (matrix(2048, 512), 64, 9.5),
+    "packed6_fraction": (matrix(2048, 512, group=64, zero=True, whole=False), 80, 13.0),
+    "packed7_rows": (matrix(8192, 512, bits=7), 72, 11.5),
+    "packed4_g64": (matrix(61_952, 512, bits=4, group=64, zero=True), 64, 9.0),
+    "int8_rows": (matrix(61_952, 512, bits=8), 64, 10.0),
+    "float16 factors": (matrix(2048, 512, group=64, zero=True, factors=torch.float16), 168, 20.0),
+    "float32 factors": (matrix(2048, 512, group=64, zero=True, factors=torch.float32), 168, 19.5),
+}
+
+
+def check_dequantisation(kernel: Compiled, registers: int, instructions: float, constants: dict) -> None:
+    check(kernel, registers=registers, shared=0, streams=True)
+    narrow = kernel.count(r"STG\.E") - kernel.count(r"STG\.E\S*\.128")
+    assert narrow == 0, f"{kernel.name}: {narrow} narrow stores"
+    codes = 64 * constants["UNITS"] / (32 * constants["num_warps"])
+    found = len(re.findall(r"/\*[0-9a-f]{4,5}\*/ +(?!NOP)[^;]+;", kernel.sass)) / codes
+    limit = instructions * (1.0 if kernel.capability == 90 else 1.25)
+    assert found <= limit, f"{kernel.name} on sm_{kernel.capability}: {found:.1f} instructions a code, limit {limit}"
+
+
+def compile_one(q: QuantizedMatrix, dtype: torch.dtype, capability: int) -> tuple[Compiled, dict]:
+    out = torch.empty(q.rows, q.columns, dtype=dtype)
+    with compiling(capability) as kernels:
+        dequant._launch_one(q, out)
+    (kernel,) = kernels
+    return kernel, dequant.kernels._constants("one", [dequant._item(q, out)])
+
+
+@pytest.mark.parametrize("capability", [90, 80, 100])
+@pytest.mark.parametrize("name", PACKED)
+def test_dequantisation_of_one_matrix(name, capability):
+    q, registers, instructions = PACKED[name]
+    kernel, constants = compile_one(q, torch.bfloat16, capability)
+    if q.bits == 8:  # its loads are of 8 bytes
+        assert kernel.count(r"LDG\.E\S*\.64") and not kernel.count(r"LDG\.E\S*\.U8")
+        assert kernel.count(r"STG\.E\S*\.128") == 8 and kernel.registers <= registers
+        return
+    check_dequantisation(kernel, registers, instructions, constants)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dequantisation_to_other_dtypes(dtype):
+    q, *_ = PACKED["packed6_g64_lqer"]
+    kernel, _ = compile_one(q, dtype, 90)
+    check(kernel, registers=200, streams=True)
+
+
+def test_dequantisation_of_ragged_rows():
+    kernel, _ = compile_one(matrix(130, 70, factors="packed"), torch.bfloat16, 90)
+    check(kernel, registers=200)
+
+
+@pytest.mark.parametrize("capability", [90, 80, 100])
+@pytest.mark.parametrize("case", ["record model", "without factors", "all bits"])
+def test_dequantisation_of_all_matrices(case, capability, monkeypatch):
+    matrices, registers, instructions = record_model(), 136, 23.0
+    assert len(matrices) == 67 and sum(q.low_rank is not None for q in matrices) == 3
+    if case == "without factors":
+        matrices, registers, instructions = [q._replace(low_rank=None) for q in matrices], 80, 12.5
+    elif case == "all bits":
+        matrices, registers, instructions = [*matrices, *(matrix(512, 512, bits=bits) for bits in (4, 8))], 168, 28.0
+    outs = [torch.empty(q.rows, q.columns, dtype=torch.bfloat16) for q in matrices]
+    items = [dequant._item(q, out) for q, out in zip(matrices, outs, strict=True)]
+    monkeypatch.setattr(_launch, "_chosen", "reference")
+    assert DequantizePlan(matrices, outs)._launch is None
+    with compiling(capability) as kernels:
+        dequant.kernels.launch_all(items)()
+    (kernel,) = kernels
+    check_dequantisation(kernel, registers, instructions, dequant.kernels._constants("all", items))
