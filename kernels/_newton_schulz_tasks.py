@@ -89,6 +89,8 @@ class Plan(NamedTuple):
     rows: int
     workspace: int
     parameters: dict[str, int]
+    even: bool  # rows of every bank begin at multiples of 16 elements
+    masked: bool  # some matrices do not fill their tiles
 
 
 def _padded(size: int, block: int) -> int:
@@ -227,4 +229,6 @@ def plan(
     products.sort(key=lambda pair: pair[0])
     tables = norms, casts, [table for _, table in products]
     tensors = [torch.from_numpy(np.concatenate(table)).to(device) for table in tables]
-    return Plan(*tensors, matrices, rows, start, parameters)
+    even = all(columns % 16 == 0 for *_, columns in shapes)
+    masked = any(min(shape) % tile or max(shape) % width for _, *shape in shapes)
+    return Plan(*tensors, matrices, rows, start, parameters, even, masked)

@@ -380,8 +380,7 @@ def _launch(
     work = plan(tuple((prod(G.shape[:-2]), *G.shape[-2:]) for G in banks), algorithm, coefficients, device)
     parameters = work.parameters
     sources, targets = (tuple(t.data_ptr() // t.element_size() for t in tensors) for tensors in (banks, outs))
-    aligned = all(G.size(-1) % 16 == 0 for G in banks) and not any(a % 16 for a in (*sources, *targets))
-    masked = any(min(G.shape[-2:]) % parameters["tile"] or max(G.shape[-2:]) % parameters["columns"] for G in banks)
+    aligned = work.even and not any(address % 16 for address in (*sources, *targets))
     with torch.cuda.device_of(banks[0]):  # Triton launches on the current device
         X = torch.empty(work.workspace, dtype=storage, device=device)
         scratch = torch.empty(work.rows, dtype=torch.float32, device=device)
@@ -399,7 +398,7 @@ def _launch(
         _products_kernel[(min(tasks, multiprocessors(device) * parameters["programs"]),)](
             X, outs[0], targets, work.product_tasks, tasks, sync, scratch,
             TILE=parameters["tile"], TILE_COLUMNS=parameters["columns"], DEPTH_BLOCK=parameters["depth"],
-            LANES=32 * parameters["warps"], ALIGNED=aligned, MASKED=masked, SPLIT=parameters["parts"] > 1,
+            LANES=32 * parameters["warps"], ALIGNED=aligned, MASKED=work.masked, SPLIT=parameters["parts"] > 1,
             SQUARES=parameters["squares"] == 1,
             num_warps=parameters["warps"], num_stages=parameters["num_stages"], maxnreg=parameters["maxnreg"],
         )  # fmt: skip
