@@ -314,15 +314,3 @@ def test_errors_name_the_argument() -> None:
         newton_schulz(G, out=torch.empty(3, 4))
     with pytest.raises(ValueError, match="at least 1"):
         polar_express_coefficients(0)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="CPU tensors are welcome there")
-def test_choosing_the_backend(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="none of them"):
-        _launch.set_backend("cuda")
-    monkeypatch.setenv("PGOLF_KERNELS", "triton")
-    with pytest.raises(RuntimeError, match="PGOLF_KERNELS=reference|need CUDA"):
-        newton_schulz(torch.randn(4, 4))
-    monkeypatch.setenv("PGOLF_KERNELS", "nonsense")
-    with pytest.raises(ValueError, match="PGOLF_KERNELS"):
-        newton_schulz(torch.randn(4, 4))

@@ -1,0 +1,106 @@
+"""Which code runs an op, how it is registered, and whose launch parameters a chip takes."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pgolf.kernels import _launch
+from tests.conftest import INTERPRETED
+
+BOTH = {"reference": "reference", "triton": "triton"}
+CPU, CUDA = (SimpleNamespace(is_cuda=device == "cuda", device=device) for device in ("cpu", "cuda"))
+
+
+@pytest.fixture(autouse=True)
+def _backend(monkeypatch) -> None:
+    monkeypatch.setattr(_launch, "_chosen", "auto")
+    monkeypatch.setattr(_launch, "UNPROVEN", frozenset({"unproven"}))
+
+
+@pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
+def test_auto_takes_proven_kernels_for_cuda_tensors() -> None:
+    assert _launch.select("op", BOTH, CUDA) == "triton"
+    assert _launch.select("op", BOTH, CPU) == "reference"
+    assert _launch.select("op", {"reference": "reference"}, CUDA) == "reference"
+    assert _launch.select("unproven", BOTH, CUDA) == "reference"
+
+
+@pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
+def test_triton_insists(monkeypatch) -> None:
+    monkeypatch.setenv("PGOLF_KERNELS", "triton")
+    assert _launch.select("unproven", BOTH, CUDA) == "triton"
+    with pytest.raises(RuntimeError, match="op has no Triton kernel; use PGOLF_KERNELS=auto"):
+        _launch.select("op", {"reference": "reference"}, CUDA)
+    if not INTERPRETED:
+        with pytest.raises(RuntimeError, match="need CUDA tensors, got cpu"):
+            _launch.select("op", BOTH, CPU)
+    monkeypatch.setattr(_launch, "triton", None)
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        _launch.select("op", BOTH, CUDA)
+    monkeypatch.setenv("PGOLF_KERNELS", "auto")
+    assert _launch.select("op", BOTH, CUDA) == "reference"
+
+
+def test_names_are_checked(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="set_backend: kernels come as auto, reference, triton, and 'cuda' is none"):
+        _launch.set_backend("cuda")
+    monkeypatch.setenv("PGOLF_KERNELS", "nonsense")
+    with pytest.raises(ValueError, match="PGOLF_KERNELS: .* 'nonsense' is none"):
+        _launch.backend()
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "chip"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0), "h100"),
+        ("NVIDIA H200", (9, 0), "h100"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "default"),
+        ("NVIDIA B200", (10, 0), "default"),
+        ("NVIDIA GeForce RTX 4090", (8, 9), "default"),
+    ],
+)
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the default table")
+def test_a_chip_has_its_own_table_or_a_relatives(monkeypatch, name: str, capability: tuple, chip: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _launch.chip(torch.device("cuda")) == chip
+
+
+def test_cases_that_a_table_lacks_come_from_the_h100s(monkeypatch, tmp_path) -> None:
+    for name, cases in (("h100", {"a": {"tile": 1}, "b": {"tile": 2}}), ("x1", {"a": {"tile": 3}})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"meta": {}, "cases": {"family": cases}}))
+    monkeypatch.setattr(_launch, "TUNED", tmp_path)
+    monkeypatch.setattr(_launch, "chip", lambda device: "x1")
+    look_up = _launch.launch_parameters.__wrapped__
+    assert look_up("family", "a", torch.device("cpu")) == {"tile": 3}
+    assert look_up("family", "b", torch.device("cpu")) == {"tile": 2}
+    with pytest.raises(KeyError, match="launch parameters for family, c"):
+        look_up("family", "c", torch.device("cpu"))
+
+
+def test_operators_are_called_directly_unless_traced() -> None:
+    calls = []
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        calls.append(type(x))
+        return 2 * x
+
+    op = _launch.operator(
+        "test_double(Tensor x) -> Tensor",
+        double,
+        torch.empty_like,
+        setup_context=lambda ctx, inputs, output: None,
+        backward=lambda ctx, gradient: 2 * gradient,
+    )
+    x = torch.ones(3, requires_grad=True)
+    op(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0)) and calls == [torch.Tensor]
+    with torch.no_grad():
+        assert not op(x).requires_grad
+    compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), torch.full((3,), 3.0))
+    torch.library.opcheck(torch.ops.pgolf.test_double.default, (x,))
