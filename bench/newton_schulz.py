@@ -104,7 +104,7 @@ CASES: dict[str, Builder] = {name: partial(build, shapes) for name, shapes in BA
 _CHOICES = dict(
     tile=(64, 128), columns=(64, 128, 256), depth=(32, 64, 128), warps=(4, 8), num_stages=(2, 3, 4, 5, 6),
     programs=(1, 2, 3, 4), maxnreg=(80, 128, 160, 255), norm_rows=(1, 2, 4, 8, 16),
-    parts=(1, 2, 4), squares=(0, 1),
+    parts=(1, 2, 4),
 )  # fmt: skip
 TUNING = {
     "large": Tuning(CASES["banks_full"], _CHOICES),

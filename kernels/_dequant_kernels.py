@@ -160,6 +160,7 @@ def _dequantize_tiles(
     """Many matrices. table: int64 [matrices, 16], distances in elements from the tensors given (bytes for planes) and
     sizes, in the order of `_dequantize_tile`; tiles: int32 [programs, 2], the matrix and its tile."""
     EIGHT: tl.constexpr = 8 if ALIGNED else 1  # what the compiler shall know divides a distance
+    BYTES: tl.constexpr = 16 if ALIGNED else 1
     tile = tiles + 2 * tl.program_id(0)
     row = table + 16 * tl.load(tile)
     zero = zero + tl.load(row + 2) if ZERO else None
@@ -168,7 +169,7 @@ def _dequantize_tiles(
     if PACKED:
         scale_A, scale_B = scale_A + tl.load(row + 4), scale_B + tl.load(row + 6)
     _dequantize_tile(
-        planes.to(tl.pointer_type(tl.uint8)) + tl.load(row) // (2 * EIGHT) * (2 * EIGHT),
+        planes.to(tl.pointer_type(tl.uint8)) + tl.load(row) // BYTES * BYTES,
         scale + tl.load(row + 1), zero, A, scale_A, B, scale_B, out + tl.load(row + 7) // EIGHT * EIGHT,
         tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32), tl.load(row + 10).to(tl.int32),
         tl.load(row + 11), tl.load(row + 12).to(tl.int32), tl.load(row + 13).to(tl.int32),

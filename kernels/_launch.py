@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,15 @@ def operator(
     )
     op.register_fake(fake)
     direct = implementation
+    if mutates:
+        places = [k for k, argument in enumerate(op._opoverload._schema.arguments) if argument.name in mutates]
+
+        def direct(*args: Any) -> Any:
+            result = implementation(*args)
+            for place in places:  # as the dispatcher does, so that autograd sees that a saved tensor was overwritten
+                torch.autograd.graph.increment_version(args[place])
+            return result
+
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
         members = {"forward": implementation, "setup_context": setup_context, "backward": backward}
@@ -118,7 +127,7 @@ def operator(
         def direct(*args: Any) -> Any:
             if not torch.is_grad_enabled():
                 return implementation(*args)
-            if any(isinstance(a, list) and a and getattr(a[0], "requires_grad", False) for a in args):
+            if any(tensor.requires_grad for a in args if isinstance(a, list) for tensor in _tensors([a])):
                 return op(*args)  # an autograd function does not look into lists
             wanted = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
             return function.apply(*args) if wanted else implementation(*args)
@@ -130,12 +139,19 @@ def operator(
 
 
 def _traced(args: tuple) -> bool:
-    """Whether a compiler or tracer is looking on: its tensors are subclasses."""
-    if torch.compiler.is_compiling():
+    """Whether a compiler, tracer or dispatch mode (selective checkpointing, say) is looking on."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    plain = (torch.Tensor, torch.nn.Parameter)
-    first = [a[0] if isinstance(a, list | tuple) and a else a for a in args]
-    return any(isinstance(a, torch.Tensor) and type(a) not in plain for a in first)
+    return any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in _tensors(args))
+
+
+def _tensors(args: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among arguments and in lists among them."""
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, list | tuple):
+            yield from (item for item in a if isinstance(item, torch.Tensor))
 
 
 @lru_cache

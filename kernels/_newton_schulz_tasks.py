@@ -8,7 +8,7 @@ earlier levels, whose number it carries.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +20,8 @@ from ._polar_express import Coefficients
 ALIGN, TASK = constexpr(16), constexpr(32)
 (KIND, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND1, ADDEND2, ALPHA, BETA, GAMMA, MATRIX, NEEDED, BANK,
  IN_BANK, ROW, COLUMN, ROWS, COLUMNS, PARTS) = map(constexpr, range(23))  # fmt: skip
-(UPDATE, MIRROR, DIAGONAL, LAST, TALL, FIRST_ADDEND, SECOND_ADDEND, GRAM, SQUARED, PARTIAL, JOINED) = (
-    constexpr(1 << bit) for bit in range(11)
+(UPDATE, MIRROR, DIAGONAL, LAST, TALL, FIRST_ADDEND, SECOND_ADDEND, GRAM, PARTIAL, JOINED) = (
+    constexpr(1 << bit) for bit in range(10)
 )  # fmt: skip
 BLOCK = 64  # side of a tile of the normalisation
 
@@ -167,8 +167,6 @@ class _Bank(NamedTuple):
         if not (whole or update):
             matrix, row, column, part = (axis[row <= column] for axis in (matrix, row, column, part))
             kind = (int(product.kind) | self.tall) + np.where(row < column, int(MIRROR), int(DIAGONAL))
-        if product.a == product.b:
-            kind = kind + np.where(row == column, int(SQUARED), 0)
         depth = 0 if product.kind & JOINED else N // parts if gram else M
         start = self.start + matrix * self.size
         sums = start + self.buffer("P") + (row // tile * (M // tile) + column // tile) * 2 * self.parts * tile**2
@@ -194,7 +192,7 @@ class _Bank(NamedTuple):
         })  # fmt: skip
 
 
-@lru_cache(maxsize=64)
+@cache  # a captured graph reads the tables: none may go
 def plan(
     shapes: tuple[tuple[int, int, int], ...], algorithm: str, coefficients: Coefficients, device: torch.device
 ) -> Plan:
@@ -206,7 +204,7 @@ def plan(
     parameters = launch_parameters("newton_schulz", case, device)
     tile, width, depth = (parameters[name] for name in ("tile", "columns", "depth"))
     matrices = sum(count for count, *_ in shapes)
-    norms, casts, products = [], [], []
+    norms, casts, products, masked = [], [], [], False
     rows, start, first_matrix = matrices, 0, 0  # the scratch begins with a number for every matrix
     for index, (count, *shape) in enumerate(shapes):
         short, long = sorted(shape)
@@ -214,6 +212,7 @@ def plan(
         divisors = (part for part in range(parameters["parts"], 0, -1) if padded[1] // depth % part == 0)
         parts = next(part for part in divisors if part == 1 or padded[1] >= part * padded[0])
         bank = _Bank(index, count, tuple(shape), padded, parts, first_matrix, rows, start)
+        masked = masked or padded != (short, long)
         norms.append(bank.row_norm_tasks(parameters["norm_rows"]))
         casts.append(bank.normalize_tasks())
         gram = algorithm == "gram" or (algorithm == "auto" and 2 * long >= 3 * short)
@@ -230,5 +229,4 @@ def plan(
     tables = norms, casts, [table for _, table in products]
     tensors = [torch.from_numpy(np.concatenate(table)).to(device) for table in tables]
     even = all(columns % 16 == 0 for *_, columns in shapes)
-    masked = any(min(shape) % tile or max(shape) % width for _, *shape in shapes)
     return Plan(*tensors, matrices, rows, start, parameters, even, masked)

@@ -11,7 +11,7 @@ of two ways, told apart by the shapes of their scales:
 
 The arithmetic is float32 and fixed to the last bit: q - zero and its product with the scale are rounded one by one;
 A B is accumulated over the rank in ascending order by fused multiply-adds that start at zero; the sum is rounded to
-float32 and then to the output's dtype.
+float32 and then to the output's dtype. The sign of a zero is left open.
 
 Packed codes of 4, 6 and 7 bits are planes of 4, 4+2 and 4+2+1 bits, laid out by units of 8 rows and 8 columns so that
 a GPU's loads and stores take 16 bytes; codes of 8 bits are their own packing. `DequantizePlan` does all matrices of a
@@ -278,7 +278,8 @@ class DequantizePlan:
     """All matrices of a model into their places in one launch.
 
     Building it copies a table of addresses to the device; a call is the launch and nothing else, and a CUDA graph can
-    capture it. The tensors may change what they contain, but not be replaced. Not for torch.compile, which may do that.
+    capture it. Codes and scales may change in place (zeros: to whole codes, if they were), but tensors not be replaced.
+    Not for torch.compile, which may do that. Factors that are not packed and what has gaps in memory are copied.
 
     Args:
         matrices: from `pack`, on one device, with one dtype of scales and one form of factors; the rest may differ.
@@ -308,6 +309,7 @@ class DequantizePlan:
     def __call__(self) -> None:
         """Write all weights."""
         if self._launch is not None:
+            torch.autograd.graph.increment_version([out for _, out in self._pairs])
             with torch.cuda.device_of(self._pairs[0][1]):
                 return self._launch()
         for q, out in self._pairs:
@@ -341,7 +343,8 @@ def _check_matrix(q: QuantizedMatrix, prefix: str) -> None:
     scale, rows, columns, planes = q.scale, q.rows, q.columns, q.planes
     words = 2 * sum(PLANES[q.bits]) * -(-rows // 8) * -(-columns // 8)
     kind = (torch.int32, (words,)) if q.bits < 8 else (torch.int8 if q.signed else torch.uint8, (rows, columns))
-    _require((planes.dtype, planes.shape) == kind, f"{prefix}planes", planes, f"{kind[0]} {list(kind[1])}")
+    fine = (planes.dtype, planes.shape) == kind and planes.is_contiguous()
+    _require(fine, f"{prefix}planes", planes, f"{kind[0]} {list(kind[1])}, contiguous")
     _check_floats(f"{prefix}scale", scale, q)
     groups = scale.size(1) if scale.ndim == 2 else 1
     fine = (groups == 1 or groups > 1 and columns % (16 * groups) == 0) and scale.shape in ((rows,), (rows, groups))
@@ -368,6 +371,7 @@ def _check_low_rank(q: QuantizedMatrix, name: str, device: torch.device) -> None
         _require(A.device == B.device == device, f"{first} and {second}", A, f"on {device} as the codes")
         if A.dtype == B.dtype == torch.int32:
             fine = A.shape == sA.shape == (q.rows,) and B.shape == sB.shape == (-(-q.columns // 8), B.size(-1))
+            fine &= sA.dtype == sB.dtype == torch.float32 and all(part.is_contiguous() for part in q.low_rank)
             _require(fine, name, A, f"as pack made it for {q.rows} rows and {q.columns} columns")
             return
         _require(A.dtype == B.dtype == torch.int8, f"{first} and {second}", A, "int8", TypeError)

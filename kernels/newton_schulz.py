@@ -42,7 +42,7 @@ from ._launch import jit, multiprocessors, operator, select, tl
 from ._newton_schulz_tasks import (
     A, ADDEND1, ADDEND2, ALIGN, ALPHA, B, BANK, BETA, BLOCK, C, C_MIRROR, COLUMN, COLUMNS, DEPTH, DIAGONAL,
     FIRST_ADDEND, GAMMA, GRAM, IN_BANK, JOINED, KIND, LAST, LD_A, LD_B, LD_C, MATRIX, MIRROR, NEEDED, PARTIAL, PARTS,
-    ROW, ROWS, SECOND_ADDEND, SQUARED, TALL, TASK, UPDATE, plan, segments
+    ROW, ROWS, SECOND_ADDEND, TALL, TASK, UPDATE, plan, segments
 )  # fmt: skip
 
 # isort: on
@@ -93,7 +93,7 @@ def _differentiable(
         G = G / G.float().norm(dim=-1, keepdim=True).clamp_min(ROW_NORM_FLOOR).to(storage)
     # Divided by a power of two first, which changes no bit, so that no square overflows or vanishes.
     _, exponent = torch.frexp(G.detach().abs().amax(dim=(-2, -1), keepdim=True).float())
-    power = torch.exp2(-exponent.to(torch.promote_types(G.dtype, torch.float32)))
+    power = torch.exp2(-exponent.clamp(min=-126).to(torch.promote_types(G.dtype, torch.float32)))
     X, eps = (G * power).to(storage), (eps * power).to(storage)
     tall = G.size(-2) > G.size(-1)
     if tall:
@@ -135,14 +135,14 @@ def _iterate_gram(X: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
 
 @jit
 def _bank_offset(addresses, bank, ALIGNED: tl.constexpr):
-    """Elements from the first bank to this one. ``addresses`` are theirs, counted in elements of their dtype."""
+    """Elements from the first bank to this one; see `_odd_addresses`."""
     offset = addresses[0] - addresses[0]
     for index in tl.static_range(1, len(addresses)):
-        offset = tl.where(bank == index, addresses[index] - addresses[0], offset)
+        offset = tl.where(bank == index, (addresses[index] - addresses[0]) // 2, offset)
     return tl.multiple_of(offset, 16) if ALIGNED else offset
 
 
-@jit(do_not_specialize=["addresses"])
+@jit(do_not_specialize=["sync_size"])
 def _row_norms_kernel(
     G, addresses, tasks, scratch, sync, sync_size,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -170,7 +170,7 @@ def _row_norms_kernel(
     tl.store(scratch + tl.load(task + C) + rows, peak * tl.sqrt(total), mask=inside)
 
 
-@jit(do_not_specialize=["addresses"])
+@jit
 def _normalize_kernel(
     G, addresses, tasks, scratch, X, norm_scale, eps,
     FLOOR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -205,7 +205,7 @@ def _normalize_kernel(
         row_norms = tl.load(norms + rows, mask=rows < all_rows, other=1.0)
         values = values / tl.maximum(row_norms, FLOOR)[:, None]
     values = (values / tl.where(norm == 0, 1.0, norm)).to(X.dtype.element_ty)
-    target, ld = X + tl.load(task + A).to(tl.int64) * ALIGN, tl.load(task + LD_A) * ALIGN
+    target, ld = X + tl.load(task + A).to(tl.int64) * ALIGN, tl.load(task + LD_A).to(tl.int64) * ALIGN
     if tl.load(task + KIND) & TALL:
         tl.store(target + column[:, None] * ld + rows[None, :], tl.trans(values))
     else:
@@ -234,7 +234,7 @@ def _wait(finished, needed):
 @jit
 def _symmetric_tile(
     X, task, kind, finished, shrink,
-    TILE: tl.constexpr, DEPTH_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SQUARES: tl.constexpr,
+    TILE: tl.constexpr, DEPTH_BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """C = α A Bᵀ + β S₁ + γ S₂; where only one triangle is computed, C's mirror image too."""
     row = tl.arange(0, TILE)
@@ -245,17 +245,11 @@ def _symmetric_tile(
     blocks = tl.load(task + DEPTH)
     _wait(finished, tl.load(task + NEEDED))
     a = a + (row * ld_a)[:, None] + depth[None, :]
-    if SQUARES and kind & SQUARED:  # a diagonal tile of A Aᵀ
-        for _ in range(0, blocks):
-            both = tl.load(a)
-            tile = tl.dot(both, tl.trans(both), tile)
-            a += DEPTH_BLOCK
-    else:
-        b_block = b + (row * ld_b)[:, None] + depth[None, :]
-        for _ in range(0, blocks):
-            tile = tl.dot(tl.load(a), tl.trans(tl.load(b_block)), tile)
-            a += DEPTH_BLOCK
-            b_block += DEPTH_BLOCK
+    b = b + (row * ld_b)[:, None] + depth[None, :]
+    for _ in range(0, blocks):
+        tile = tl.dot(tl.load(a), tl.trans(tl.load(b)), tile)
+        a += DEPTH_BLOCK
+        b += DEPTH_BLOCK
     if SPLIT:
         flat = (row * TILE)[:, None] + row[None, :]
         if kind & JOINED:
@@ -319,14 +313,15 @@ def _update_tile(
         row += tl.multiple_of(tl.load(task + ROW), 16)
         column += tl.multiple_of(tl.load(task + COLUMN), 16)
         target = out + _bank_offset(addresses, tl.load(task + BANK), ALIGNED)
-        target += tl.load(task + IN_BANK).to(tl.int64) * rows * columns
+        size = tl.load(task + IN_BANK).to(tl.int64) * rows * columns
+        target += size // 16 * 16 if ALIGNED else size  # `multiple_of` would speak of both rows and columns
         if kind & TALL:
-            ld = tl.multiple_of(rows, 16) if ALIGNED else rows
+            ld = rows // 16 * 16 if ALIGNED else rows
             across = (column.to(tl.int64) * ld)[:, None] + row[None, :]
             wanted = (column < columns)[:, None] & (row < rows)[None, :] if MASKED else None
             tl.store(target + across, tl.trans(result), mask=wanted)
         else:
-            ld = tl.multiple_of(columns, 16) if ALIGNED else columns
+            ld = columns // 16 * 16 if ALIGNED else columns
             along = (row.to(tl.int64) * ld)[:, None] + column[None, :]
             inside = (row < rows)[:, None] & (column < columns)[None, :] if MASKED else None
             tl.store(target + along, result, mask=inside)
@@ -334,11 +329,10 @@ def _update_tile(
         tl.store(_block(X, task, C) + place, tile.to(X.dtype.element_ty))
 
 
-@jit(do_not_specialize=["addresses"])
+@jit(do_not_specialize=["count"])
 def _products_kernel(
     X, out, addresses, tasks, count, sync, scratch, TILE: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
-    SQUARES: tl.constexpr,
 ):  # fmt: skip
     """Takes tasks until there are none. ``sync`` is the next ticket and, by matrix, the number of finished tasks."""
     lane = tl.arange(0, LANES)
@@ -365,10 +359,16 @@ def _products_kernel(
                 MASKED,
             )
         else:
-            _symmetric_tile(X, task, kind, finished, scratch + matrix, TILE, DEPTH_BLOCK, SPLIT, SQUARES)
+            _symmetric_tile(X, task, kind, finished, scratch + matrix, TILE, DEPTH_BLOCK, SPLIT)
         tl.debug_barrier()  # every thread's stores come before the count
         tl.atomic_add(finished, 1, sem="release")
         ticket = tl.sum(tl.where(lane == 0, upcoming, 0))
+
+
+def _odd_addresses(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Addresses in elements, times 2 plus 1: Triton compiles anew for integers that 16 divides and for those it does
+    not, and all of these are odd."""
+    return tuple(2 * (tensor.data_ptr() // tensor.element_size()) + 1 for tensor in tensors)
 
 
 def _launch(
@@ -379,8 +379,8 @@ def _launch(
     device = banks[0].device
     work = plan(tuple((prod(G.shape[:-2]), *G.shape[-2:]) for G in banks), algorithm, coefficients, device)
     parameters = work.parameters
-    sources, targets = (tuple(t.data_ptr() // t.element_size() for t in tensors) for tensors in (banks, outs))
-    aligned = work.even and not any(address % 16 for address in (*sources, *targets))
+    sources, targets = _odd_addresses(banks), _odd_addresses(outs)
+    aligned = work.even and all(address % 32 == 1 for address in (*sources, *targets))
     with torch.cuda.device_of(banks[0]):  # Triton launches on the current device
         X = torch.empty(work.workspace, dtype=storage, device=device)
         scratch = torch.empty(work.rows, dtype=torch.float32, device=device)
@@ -399,7 +399,6 @@ def _launch(
             X, outs[0], targets, work.product_tasks, tasks, sync, scratch,
             TILE=parameters["tile"], TILE_COLUMNS=parameters["columns"], DEPTH_BLOCK=parameters["depth"],
             LANES=32 * parameters["warps"], ALIGNED=aligned, MASKED=work.masked, SPLIT=parameters["parts"] > 1,
-            SQUARES=parameters["squares"] == 1,
             num_warps=parameters["warps"], num_stages=parameters["num_stages"], maxnreg=parameters["maxnreg"],
         )  # fmt: skip
 
@@ -505,7 +504,8 @@ def newton_schulz_banks(
     """`newton_schulz` of several banks at once: on a GPU three launches in all, whatever their number and shapes.
 
     ``banks`` and ``out`` are lists of what `newton_schulz` takes, on one device; banks of different dtypes are launched
-    dtype by dtype. The first call with a list of shapes copies a table to the GPU: make it before capturing a graph.
+    dtype by dtype, and no ``out`` may overlap the bank of another. The first call with a list of shapes copies a table
+    to the GPU, where it stays: make it before capturing a graph.
     """
     dtype = dtype or torch.bfloat16
     if algorithm not in ALGORITHMS:
@@ -528,9 +528,11 @@ def newton_schulz_banks(
                 f"{tuple(target.shape)} on {target.device}"
             )
     flat = [value for values in _tuples(coefficients, steps) for value in values]
-    settings = flat, algorithm, dtype, norm_scale, eps, row_normalize
+    settings = flat, algorithm, dtype, float(norm_scale), float(eps), row_normalize
     if not banks:
         return []
+    if out is not None and torch.is_grad_enabled() and any(t.requires_grad for t in (*banks, *out)):
+        raise ValueError("out takes no gradient: leave it out, or call under torch.no_grad()")
     if out is None:
         return _banks_op(list(banks), *settings)
     _banks_out_op(list(banks), list(out), *settings)
@@ -552,8 +554,8 @@ def newton_schulz(
     """Orthogonalise every matrix of ``G``.
 
     Args:
-        G: [..., m, n] floating point, any m, n >= 1. Its norm may be anything; a zero matrix stays zero and a NaN fills
-            its own matrix only.
+        G: [..., m, n] floating point, any m, n >= 1. Norms may be any that float32 holds; with eps > 0 a zero matrix
+            stays zero; a NaN fills its own matrix only.
         steps: iterations. With the default coefficients any number has its own optimal tuples.
         coefficients: one (a, b, c) a step, or a single one for all steps.
         algorithm: ``standard``, ``symmetric`` or ``gram`` (see above); ``auto`` is the fastest that is at least as

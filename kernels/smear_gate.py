@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import jit, launch_parameters, operator, select, tl, triton
+from ._launch import jit, launch_parameters, operator, select, tl
 
 RMS_EPS = torch.finfo(torch.float32).eps
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -225,7 +225,7 @@ def _accumulator(tensor: torch.Tensor) -> torch.dtype:
 def _settings(case: str, source: torch.Tensor) -> tuple[dict[str, int], dict]:
     """A case's measured parameters and what they and the width of ``source`` make of a launch's."""
     tuned = launch_parameters("smear_gate", case, source.device)
-    block = triton.next_power_of_2(source.size(-1))
+    block = 1 << (source.size(-1) - 1).bit_length()
     warps = min(32, max(1, block // tuned["columns_per_warp"]))
     accumulate = tl.float64 if _accumulator(source) == torch.float64 else tl.float32
     return tuned, dict(D=source.size(-1), BLOCK=block, ACC=accumulate, num_warps=warps)
@@ -237,7 +237,7 @@ def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool) -> torch.
     out = source.new_empty(rows, tokens, source.size(-1))
     if out.numel():
         tuned, settings = _settings("prologue_forward" if embed else "forward", source)
-        chunks = triton.cdiv(tokens, tuned["chunk"])
+        chunks = -(-tokens // tuned["chunk"])
         with torch.cuda.device_of(source):  # Triton launches on the current device
             _forward_kernel[(rows * chunks,)](
                 source.contiguous(), input_ids.contiguous(), weight.contiguous(), lam, out, tokens, chunks,
@@ -255,7 +255,7 @@ def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool, dx
     if not dout.numel():
         return dx, source.new_zeros(weight.numel() + 1, dtype=_accumulator(source))
     tuned, settings = _settings("prologue_backward" if embed else "backward", source)
-    chunks = triton.cdiv(tokens, tuned["chunk"])
+    chunks = -(-tokens // tuned["chunk"])
     partials = source.new_empty(weight.numel() + 1, rows * chunks, dtype=_accumulator(source))
     with torch.cuda.device_of(source):
         _backward_kernel[(rows * chunks,)](
@@ -272,11 +272,12 @@ def _into_table(dx: torch.Tensor, input_ids: torch.Tensor, table: torch.Tensor) 
     count, width = input_ids.numel(), table.size(1)
     # A radix sort takes a pass for every 8 bits of its keys.
     narrow = torch.int16 if table.size(0) < 2**15 else torch.int32
-    keys, order = torch.sort(input_ids.reshape(-1).to(narrow), stable=True)
+    ids = input_ids.reshape(-1).clamp(-1, table.size(0))  # those outside the table stay outside
+    keys, order = torch.sort(ids.to(narrow), stable=True)
     tuned, settings = _settings("table_gradient", dx)
     block, chunk = min(tuned["block"], settings["BLOCK"]), tuned["chunk"]
     settings |= dict(BLOCK=block, CHUNK=chunk, num_warps=max(1, block // tuned["columns_per_warp"]))
-    grid = (triton.cdiv(count, chunk), triton.cdiv(width, block))
+    grid = (-(-count // chunk), -(-width // block))
     pieces = table.new_empty(grid[0], 2, width, dtype=_accumulator(table))
     with torch.cuda.device_of(table):
         _sum_segments_kernel[grid](dx, keys, order, gradient, pieces, count, table.size(0), **settings)
@@ -416,6 +417,7 @@ def smear_gate(
     if x.ndim != 3 or x.shape[:2] != input_ids.shape:
         raise ValueError(f"x must be [B, T, D] over input_ids {tuple(input_ids.shape)}, got {tuple(x.shape)}")
     _check(input_ids, weight, lam, "x", x)
+    bos_id = bos_id if bos_id is None else int(bos_id)
     return select("smear_gate", _SMEAR_GATE, x)(x, input_ids, weight, lam, bos_id)
 
 
@@ -439,13 +441,14 @@ def embed_smear_norm(
     TypeError for a wrong dtype. On a GPU reading the ids would wait for it: there a token with an id outside the table
     becomes a row of NaN, and what it adds to the gradients means nothing.
     """
-    if table.ndim != 2:
-        raise ValueError(f"table must be [V, D], got shape {tuple(table.shape)}")
+    if table.ndim != 2 or (table.size(0) == 0 and input_ids.numel()):
+        raise ValueError(f"table must be [V, D] with V >= 1, got shape {tuple(table.shape)}")
     _check(input_ids, weight, lam, "table", table)
     readable = input_ids.device.type == "cpu" and type(input_ids) is torch.Tensor and not torch.compiler.is_compiling()
     if readable and input_ids.numel():
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= table.size(0):
             raise ValueError(f"input_ids must be in [0, {table.size(0)}), got {low if low < 0 else high}")
+    bos_id = bos_id if bos_id is None else int(bos_id)
     chosen = select("embed_smear_norm", _EMBED_SMEAR_NORM, table)
     return chosen(input_ids, table, weight, lam, bos_id, eps, deterministic)

@@ -176,7 +176,7 @@ class RunConfig:
     gptq_passthrough_numel: int = _field(65_536, "tensors up to this many numbers are kept in fp16", low=0)
     gptq_calibration_documents: bool = _field(True, "calibrate on packed documents; off: rows cut anywhere, as public")
     lqer_enabled: bool = _field(True, "low-rank correction of the worst quantised tensors")
-    lqer_rank: int = _field(4, "rank of the correction", low=1)
+    lqer_rank: int = _field(4, "rank of the correction", low=1, high=8)
     lqer_top_k: int = _field(3, "tensors that get one", low=0)
     lqer_weighted: bool = _field(
         True, "choose tensors and factors by the outputs' error; off: by the weights', as public"

@@ -39,6 +39,9 @@ def test_newton_schulz(case: str, capability: int) -> None:
         check(kernel, registers=128)
     check(kernels[2], matrix_products=True, streams=case != "odd")
     if capability == 90:
+        # Two waits, each with an acquire that forgets the SM's cache, and one count behind a fence.
+        order = (kernels[2].count(name) for name in ("LDG.E.STRONG.GPU", "CCTL.IVALL", "MEMBAR.ALL.GPU", "REDG.E.ADD"))
+        assert [*order] == [2, 2, 1, 1]
         assert (kernels[2].shared_bytes + 1024) * parameters["programs"] <= 233_472
         assert kernels[2].registers * 32 * parameters["warps"] * parameters["programs"] <= 65_536
 

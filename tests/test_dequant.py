@@ -384,6 +384,27 @@ def test_a_plan_without_factors_or_zeros_and_an_empty_one(device):
     dequantize_all([], [])
 
 
+def test_a_plan_of_odd_slices(device):
+    """Codes of 8 bits are taken where they are, at any address."""
+    bank = torch.randint(-128, 128, (3, 9, 7), dtype=torch.int8, device=device)
+    matrices = [pack(codes, 8, torch.rand(9, device=device).half()) for codes in bank]
+    outs = torch.empty(3, 9, 7, device=device)
+    dequantize_all(matrices, list(outs))
+    for q, out in zip(matrices, outs, strict=True):
+        assert torch.equal(out, dequantize(q))
+
+
+def test_autograd_sees_what_is_overwritten(device):
+    q = pack(torch.ones(4, 16, dtype=torch.int8, device=device), 8, torch.ones(4, device=device).half())
+    x = torch.ones(2, 16, device=device, requires_grad=True)
+    for write in (lambda out: dequantize(q, out=out), lambda out: dequantize_all([q], [out])):
+        weight = torch.zeros(4, 16, device=device)
+        y = x @ weight.T
+        write(weight)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 def test_a_plan_sees_new_contents(device):
     q = to(random_matrix(signed=True, zero="whole", factors="symmetric"), device)
     out = torch.empty(24, 64, device=device)

@@ -150,7 +150,7 @@ def test_parameters_of_the_h100(device, monkeypatch, case: str, algorithm: str) 
     _launch.launch_parameters.cache_clear()
     parameters = _launch.launch_parameters("newton_schulz", "odd" if case == "split" else case, device)
     if case == "split":  # in no table yet
-        parameters = {**parameters, "parts": 4, "squares": 1}
+        parameters = {**parameters, "parts": 4}
     monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
     _newton_schulz_tasks.plan.cache_clear()
     for shape in ((200, 300), (1, 300, 40)):  # the second one's X Xᵀ is summed in parts
@@ -158,6 +158,20 @@ def test_parameters_of_the_h100(device, monkeypatch, case: str, algorithm: str) 
         plain = relative_error(newton_schulz_reference(G, algorithm="standard"), exact(G))
         assert relative_error(newton_schulz(G, algorithm=algorithm), exact(G)) <= plain
     _launch.launch_parameters.cache_clear()
+    _newton_schulz_tasks.plan.cache_clear()
+
+
+@pytest.mark.parametrize(("change", "shape"), [(dict(tile=128, columns=64), (128, 192)), (dict(depth=128), (64, 192))])
+def test_nothing_is_written_beside_out(device, monkeypatch, change: dict[str, int], shape: tuple[int, int]) -> None:
+    """With parameters whose padding none of the tables needs."""
+    parameters = _launch.launch_parameters("newton_schulz", "odd", device) | change
+    monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
+    _newton_schulz_tasks.plan.cache_clear()
+    G, memory = torch.randn(shape, device=device), torch.full((3, *shape), 7.0, device=device)
+    newton_schulz(G, out=memory[1])
+    assert (memory[0] == 7).all() and (memory[2] == 7).all()
+    plain = relative_error(newton_schulz_reference(G, algorithm="standard"), exact(G))
+    assert relative_error(memory[1], exact(G)) <= plain
     _newton_schulz_tasks.plan.cache_clear()
 
 
@@ -180,7 +194,7 @@ def test_scale_and_eps_of_the_norm(device) -> None:
         assert relative_error(newton_schulz(G, **settings), expected) <= plain
 
 
-@pytest.mark.parametrize("norm", [1e-30, 1e-20, 1e-10, 1e-7, 1e6, 1e25])
+@pytest.mark.parametrize("norm", [1e-40, 1e-30, 1e-20, 1e-10, 1e-7, 1e6, 1e25])
 def test_any_norm(device, norm: float) -> None:
     G = torch.randn(24, 40)
     G = (G / G.norm()).mul(norm).to(device)
@@ -295,6 +309,14 @@ def test_gradient(device) -> None:
     assert torch.autograd.gradcheck(
         lambda *banks: tuple(newton_schulz_banks(banks, 2, dtype=torch.float64, algorithm="gram")), [G, tall]
     )
+    first, second = newton_schulz_banks([torch.randn(2, 3, device=device), G.float()])
+    assert second.grad_fn is not None
+    saved = torch.randn(3, 4, device=device, requires_grad=True)
+    square = saved.detach().clone()
+    product = saved * square
+    newton_schulz(torch.randn(3, 4, device=device), out=square)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
     narrow = torch.randn(8, 12, device=device, requires_grad=True)
     newton_schulz(narrow).float().square().sum().backward()
     assert narrow.grad.isfinite().all() and narrow.grad.norm() > 0
@@ -312,5 +334,7 @@ def test_errors_name_the_argument() -> None:
         newton_schulz(G, coefficients=(QUINTIC, QUINTIC))
     with pytest.raises(ValueError, match="out must be"):
         newton_schulz(G, out=torch.empty(3, 4))
+    with pytest.raises(ValueError, match="out takes no gradient"):
+        newton_schulz(G.requires_grad_(), out=torch.empty(4, 4))
     with pytest.raises(ValueError, match="at least 1"):
         polar_express_coefficients(0)
