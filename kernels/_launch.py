@@ -95,9 +95,9 @@ def operator(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
-    """Register ``implementation`` as a `torch.library` op and return the function that calls it.
+    """Register ``implementation`` as an operator with PyTorch and return the function that calls it.
 
-    ``schema`` is ``name(arguments) -> results`` in the notation of `torch.library`; the op is ``pgolf::name``.
+    ``schema`` is ``name(arguments) -> results`` in PyTorch's notation of operators; the op is ``pgolf::name``.
     ``fake`` gives the results' shapes, ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *gradients)`` the
     derivative. The function returned calls ``implementation`` directly in eager mode, through an autograd function
     where a gradient is wanted, since the dispatcher costs more than a small kernel; compilers and tracers get the op.
