@@ -184,7 +184,7 @@ Item = namedtuple("Item", "tensors sizes units aligned whole")
 
 
 def _constants(case: str, items: Sequence[Item]) -> dict[str, int | bool | None]:
-    """What is compiled in: the least that serves all items, and the launch parameters measured for it.
+    """What is compiled in: the least that serves all items, and its launch parameters.
 
     ``units`` to a program, ``warps``, and the most ``registers`` a thread may take, 0 for no limit. Zeros, bytes and
     what is not aligned need more registers: no limit there, and half the units for the last.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 
 try:
     import triton
@@ -103,7 +104,7 @@ def operator(
     where a gradient is wanted, since the dispatcher costs more than a small kernel; compilers and tracers get the op.
     """
     name, parenthesis, arguments = schema.partition("(")
-    op = torch.library.custom_op(
+    op = library.custom_op(
         f"pgolf::{name.strip()}", implementation, mutates_args=mutates, schema=parenthesis + arguments
     )
     op.register_fake(fake)
@@ -171,10 +172,10 @@ def chip(device: torch.device) -> str:
 
 @lru_cache
 def launch_parameters(family: str, case: str, device: torch.device) -> dict[str, int]:
-    """Measured launch parameters of one case of a kernel family on this chip, from ``tuned/<chip>.json``.
+    """Launch parameters of one case of a kernel family on this chip, from ``tuned/<chip>.json``.
 
-    Cases that a chip's table lacks come from the H100's; `bench.tune` writes the tables. Raises KeyError for a case
-    that is in neither.
+    Cases that a chip's table lacks come from the H100's; a table's ``meta`` says how its own were found, and
+    `bench.tune` measures them. Raises KeyError for a case that is in neither.
     """
     tables = [json.loads((TUNED / f"{name}.json").read_text(encoding="utf-8")) for name in (chip(device), "h100")]
     found = [table["cases"][family][case] for table in tables if case in table["cases"].get(family, {})]

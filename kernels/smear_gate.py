@@ -223,7 +223,7 @@ def _accumulator(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _settings(case: str, source: torch.Tensor) -> tuple[dict[str, int], dict]:
-    """A case's measured parameters and what they and the width of ``source`` make of a launch's."""
+    """A case's launch parameters and what they and the width of ``source`` make of a launch's."""
     tuned = launch_parameters("smear_gate", case, source.device)
     block = 1 << (source.size(-1) - 1).bit_length()
     warps = min(32, max(1, block // tuned["columns_per_warp"]))

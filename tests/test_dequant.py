@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from pgolf.kernels import _launch, dequant
 from pgolf.kernels.dequant import (
@@ -464,7 +465,7 @@ def test_operator(device):
     out = torch.empty(24, 64, dtype=torch.bfloat16, device=device)
     for case in (q, q._replace(low_rank=None), q._replace(zero=None, low_rank=dequant._factor_values(q))):
         arguments = (*case[:7], list(case.low_rank or ()), case.whole, out)
-        torch.library.opcheck(torch.ops.pgolf.dequantize_out.default, arguments)
+        library.opcheck(torch.ops.pgolf.dequantize_out.default, arguments)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compiler is for the process without the interpreter")

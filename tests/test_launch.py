@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import library
 
 from pgolf.kernels import _launch
 from tests.conftest import INTERPRETED
@@ -103,4 +104,4 @@ def test_operators_are_called_directly_unless_traced() -> None:
         assert not op(x).requires_grad
     compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), torch.full((3,), 3.0))
-    torch.library.opcheck(torch.ops.pgolf.test_double.default, (x,))
+    library.opcheck(torch.ops.pgolf.test_double.default, (x,))

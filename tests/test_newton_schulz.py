@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from pgolf.kernels import _launch, _newton_schulz_tasks
 from pgolf.kernels.newton_schulz import (
@@ -281,9 +281,9 @@ def test_op_is_registered(device) -> None:
     banks = [torch.randn(2, 8, 12, device=device), torch.randn(6, 4, device=device)]
     flat = [value for values in POLAR_EXPRESS for value in values]
     settings = (flat, "auto", torch.bfloat16, 1.0, 1e-7, False)
-    opcheck(torch.ops.pgolf.newton_schulz.default, (banks, *settings))
+    library.opcheck(torch.ops.pgolf.newton_schulz.default, (banks, *settings))
     out = [torch.empty(G.shape, device=device) for G in banks]
-    opcheck(torch.ops.pgolf.newton_schulz_out.default, (banks, out, *settings))
+    library.opcheck(torch.ops.pgolf.newton_schulz_out.default, (banks, out, *settings))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compilers run in the normal process")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from pgolf.kernels import smear_gate as family
 from pgolf.kernels._launch import INTERPRETED
@@ -265,13 +266,13 @@ def test_operators_are_registered_as_they_behave() -> None:
     table = torch.randn(30, 10, device=DEVICE)
     differentiable = [tensor.requires_grad_() for tensor in (x, weight, lam, table)]
     ops = torch.ops.pgolf
-    torch.library.opcheck(ops.smear_gate.default, (x, ids, weight, lam, 1))
-    torch.library.opcheck(ops.embed_smear_norm.default, (ids, table, weight, lam, None, RMS_EPS, True))
+    library.opcheck(ops.smear_gate.default, (x, ids, weight, lam, 1))
+    library.opcheck(ops.embed_smear_norm.default, (ids, table, weight, lam, None, RMS_EPS, True))
     x, weight, lam, table = (tensor.detach() for tensor in differentiable)
-    torch.library.opcheck(ops.smear_gate_backward.default, (x, x, ids, weight, lam, None))
+    library.opcheck(ops.smear_gate_backward.default, (x, x, ids, weight, lam, None))
     for deterministic in (True, False):
         arguments = (x, ids, table, weight, lam, 1, RMS_EPS, deterministic)
-        torch.library.opcheck(ops.embed_smear_norm_backward.default, arguments)
+        library.opcheck(ops.embed_smear_norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
