@@ -58,7 +58,8 @@ def test_names_are_checked(monkeypatch) -> None:
     ("name", "capability", "chip"),
     [
         ("NVIDIA H100 80GB HBM3", (9, 0), "h100"),
-        ("NVIDIA H200", (9, 0), "h100"),
+        ("NVIDIA H200", (9, 0), "h200"),
+        ("NVIDIA H20", (9, 0), "h100"),
         ("NVIDIA A100-SXM4-80GB", (8, 0), "default"),
         ("NVIDIA B200", (10, 0), "default"),
         ("NVIDIA GeForce RTX 4090", (8, 9), "default"),
