@@ -143,12 +143,13 @@ CASES: dict[str, Builder] = {
         for rows, columns in ((768, 3072), (1024, 4096), (384, 1536), (512, 1280), (130, 70))
     },
 }
-_CHOICES = dict(units=(32, 64, 128, 256), warps=(1, 2, 4, 8), registers=(0, 64, 80, 96, 128, 168))
+_WARPS = dict(warps=(2, 4, 8))
+_LOW_RANK = dict(_WARPS, rows=(1, 2, 4))
 TUNING = {
-    "one": Tuning(partial(build, partial(one, ROWS, COLUMNS, bits=6, group=64)), _CHOICES),
-    "one_low_rank": Tuning(CASES["packed6_g64_lqer"], _CHOICES),
-    "all": Tuning(partial(build, partial(record_model, corrected=0)), _CHOICES),
-    "all_low_rank": Tuning(CASES["record_model"], _CHOICES),
+    "one": Tuning(partial(build, partial(one, ROWS, COLUMNS, bits=6, group=64)), _WARPS),
+    "one_low_rank": Tuning(CASES["packed6_g64_lqer"], _LOW_RANK),
+    "all": Tuning(partial(build, partial(record_model, corrected=0)), _WARPS),
+    "all_low_rank": Tuning(CASES["record_model"], _LOW_RANK),
 }
 
 

@@ -18,8 +18,10 @@ from pgolf.folder import RunFolder
 from pgolf.progress import format_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TABLE_STEPS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 80, 100, 120, 140, 160)
+TABLE_STEPS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 80, 100, 120, 140, 160, 200, 250, 300)
 FOR_160_STEPS = dict(iterations=160, max_wallclock_seconds=0, warmup_steps=0, ema_decay=0.95, train_log_every=10)
+# With kernels, and twice without them: the two differ by the noise of atomics alone. An eighth of the record's batch.
+FOR_300_STEPS = FOR_160_STEPS | dict(iterations=300, train_batch_tokens=98_304, train_log_every=50)
 
 
 class ReferenceRun(NamedTuple):
@@ -33,6 +35,9 @@ class ReferenceRun(NamedTuple):
 RUNS = {
     "public_160": ReferenceRun("public_1874", FOR_160_STEPS, ("train", "quantize", "eval")),
     "record_160": ReferenceRun("record", FOR_160_STEPS, ("train", "quantize", "eval")),
+    "triton_300": ReferenceRun("record", FOR_300_STEPS | dict(kernels="triton"), ("train",)),
+    "reference_300": ReferenceRun("record", FOR_300_STEPS | dict(kernels="reference"), ("train",)),
+    "reference_300_again": ReferenceRun("record", FOR_300_STEPS | dict(kernels="reference"), ("train",)),
     "five_minutes": ReferenceRun(
         "record", dict(max_wallclock_seconds=300, warmup_steps=2, train_log_every=50), ("run",)
     ),

@@ -1,8 +1,9 @@
 """Dequantisation on a GPU: the kernels of `dequant`, for one matrix or for many in one launch.
 
-A thread takes a unit, 8 rows by 8 columns: two 16-byte loads from the first plane, one from the second, 8 bytes from
-the third, and for a 16-bit dtype eight 16-byte stores, contiguous over a warp. The program that is shipped goes without
-this file and takes the reference, once per evaluation.
+A thread takes a unit of 8 rows by 8 columns: its words in loads of 16 bytes, then row by row, and for a 16-bit dtype a
+row is a store of 16 bytes, contiguous over a warp. What a matrix needs is compiled in; the launch of many matrices has
+the code of each of their formats, and a program branches to its own. The program that is shipped goes without this
+file and takes the reference, once per evaluation.
 """
 
 from __future__ import annotations
@@ -15,209 +16,330 @@ import torch
 
 from ._launch import jit, launch_parameters, tl
 
-RANKS = (0, 1, 2, 4, 8)  # kernels are compiled for these ranks; a rank between takes the next
-ONE = 0x3F800000  # float32 1.0. A code's bits put below its exponent make 1 + code / 2^n with no conversion. Kernels
-# get it as an argument: as a constant it would cost an instruction more for every code.
+# A code's bits are brought to position p of a word and get the exponent that makes 2^(23-p) + code of them; the addend
+# of the product takes the power off, exactly for 16-bit scales if p is 11 or more. 4 and 6 bits have two positions, 12
+# and 16, 11 and 17, so that a rotation of the word serves two codes; 7 and 8 bits have one, 11 and 15.
+ONE = 0x3F800000  # float32 1.0, for exponents. An argument: as a constant it would cost an instruction for every code
 
 
 @jit
-def _plane_words(planes, units, unit, live, bits, WIDTHS: tl.constexpr):
-    """A thread's words of the planes that may be there: [units, 2, 4], [units, 4] and [units, 2]."""
-    planes, units, unit = planes.to(tl.pointer_type(tl.uint32)), units.to(tl.int64), unit.to(tl.int64)
-    quad = unit[:, None] * 4 + tl.arange(0, 4)[None, :]
-    half = tl.arange(0, 2)[None, :, None] * (units * 4)
-    first = tl.load(planes + quad[:, None, :] + half, mask=live[:, None, None], other=0)
-    second, third = first, first  # not used
-    if WIDTHS != 16:
-        second = tl.load(planes + units * 8 + quad, mask=live[:, None] & (bits > 4), other=0)
-    if WIDTHS & 128:
-        pair = unit[:, None] * 2 + tl.arange(0, 2)[None, :]
-        third = tl.load(planes + units * 12 + pair, mask=live[:, None] & (bits == 7), other=0)
-    return first, second, third
+def _divided(n, factor, shift):
+    """n // d for 0 <= n < 2^31, with the numbers that `_reciprocal` makes of d."""
+    return (tl.umulhi((n * 2).to(tl.uint32), factor.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
 
 
 @jit
-def _unit_codes(words, one, WIDTHS: tl.constexpr, UNITS: tl.constexpr):
-    """1 + q / 256 of codes of 4, 6 or 7 bits as float32 bits [UNITS, 8, 8]."""
-    i, j = tl.arange(0, 2)[None, :, None, None], tl.arange(0, 4)[None, None, :, None]
-    b = tl.arange(0, 8)[None, None, None, :]
-    codes = ((words[0][:, :, :, None] >> 4 * b) & 15) << 15 | one
-    if WIDTHS != 16:  # with "or" the compiler would change the order and need a third instruction a code
-        codes ^= ((words[1][:, None, :, None] >> 16 * i + 2 * b) & 3) << 19
-    if WIDTHS & 128:
-        codes ^= ((words[2][:, :, None, None] >> 8 * j + b) & 1) << 21
-    return tl.reshape(codes, UNITS, 8, 8)
+def _right(words, by):
+    """Words rotated by constants."""
+    return (words >> by) | (words << ((32 - by) & 31))
 
 
 @jit
-def _byte_codes(planes, at, mask, least, one):
-    """1 + q / 256 of codes of 8 bits as float32 bits [UNITS, 8, 8]."""
-    planes = planes.to(tl.pointer_type(tl.uint8)) + tl.arange(0, 8)[None, None, :]
-    codes = tl.load(planes + at[:, :, None], mask=mask, other=0).to(tl.uint32)
-    return (codes ^ (least - 256)) << 15 | one  # a signed code's sign bit is turned into 128
+def _four(values, UNITS: tl.constexpr):
+    """The columns of [UNITS, 4]."""
+    even, odd = tl.split(tl.reshape(values, UNITS, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @jit
-def _nibbles(words, scale, one):
-    """Codes in [-8, 7], in the low 4 bits of words, times scales of 16 bits: exact."""
-    return tl.fma(((words & 15) << 19 | one).to(tl.float32, bitcast=True), scale * 16, scale * -24)
+def _code(words, MASK: tl.constexpr, POSITION: tl.constexpr, one):
+    """2^(23-p) + code as float32 bits."""
+    return words & (MASK << POSITION) | one + ((23 - POSITION) << 23)
 
 
 @jit
-def _product(
-    A, scale_A, B, scale_B, row, inside, column, live, columns, rank, one, product,
-    RANK: tl.constexpr, PACKED: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    """A B of the units at these rows and columns, from a product of zero."""
-    eight = tl.arange(0, 8)
-    quads = column[:, None, None] + tl.arange(0, 2)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    if PACKED:
-        words_A = tl.load(tl.max_contiguous(A + row, [1, 1]), mask=inside, other=0)
-        s_A = tl.load(tl.max_contiguous(scale_A + row, [1, 1]), mask=inside, other=0)
-    for k in tl.static_range(RANK):
-        there = live & (k < rank)
-        if PACKED:
-            a = _nibbles(words_A >> 4 * k, s_A, one)
-            at = column // 8 * rank + k
-            words_B = tl.load(B + at, mask=there, other=0)
-            s_B = tl.load(scale_B + at, mask=there, other=0)
-            b = _nibbles(words_B[:, None] >> 4 * eight[None, :], s_B[:, None], one)
+def _plane_words(planes, units, unit, mask, BITS: tl.constexpr, UNITS: tl.constexpr):
+    """A unit's words, each [UNITS]: one for a row (4 bits); three times one for two rows, and two for four rows (7)."""
+    planes, plane = planes.to(tl.pointer_type(tl.uint32)), units.to(tl.int64) * 4
+    at = unit.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    words = _four(tl.load(planes + at, mask=mask), UNITS) + _four(tl.load(planes + plane + at, mask=mask), UNITS)
+    if BITS > 4:
+        words = words + _four(tl.load(planes + plane * 2 + at, mask=mask), UNITS)
+    if BITS == 7:
+        at = unit.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        words = words + tl.split(tl.load(planes + plane * 3 + at, mask=mask))
+    return words
+
+
+@jit
+def _byte_words(planes, at, columns, rows_left, inside, offset, ALIGNED: tl.constexpr):
+    """Codes of 8 bits plus ``offset``: 16 words [UNITS], two of every row; not ALIGNED: 8 rows [UNITS, 8]."""
+    words = ()
+    for row in tl.static_range(8):
+        if ALIGNED:
+            pairs = (planes + (at + row * columns)).to(tl.pointer_type(tl.uint32))[:, None] + tl.arange(0, 2)[None, :]
+            first, second = tl.split(tl.load(pairs))
+            flip = offset.to(tl.uint32) * 0x01010101  # of all sign bits, or of none
+            words = words + (first ^ flip, second ^ flip)
         else:
-            a = tl.load(A + row * rank + k, mask=inside & (k < rank), other=0).to(tl.float32)
-            b = tl.load(B + k * columns + quads, mask=there[:, None, None] & (quads < columns), other=0)
-            b = tl.reshape(b.to(tl.float32), UNITS, 8)
-        product = tl.fma(a[:, :, None], b[:, None, :], product)
-    return product
+            bytes = planes + (at + row * columns)[:, None] + tl.arange(0, 8)[None, :]
+            codes = tl.load(bytes, mask=(row < rows_left)[:, None] & inside).to(tl.uint32)
+            words = words + (codes ^ offset.to(tl.uint32),)
+    return words
+
+
+@jit
+def _row_of_nibbles(words, one, ROW: tl.constexpr):
+    b = tl.arange(0, 8)[None, :]
+    word = _right(words[ROW][:, None], b // 2 * 8)
+    return tl.where(b % 2 == 1, _code(word, 15, 16, one), _code(word, 15, 12, one)), b % 2 == 1
+
+
+@jit
+def _row_of_sixes(words, one, BITS: tl.constexpr, ROW: tl.constexpr):
+    """Of 6 bits, or of 7 with one more from another plane."""
+    b = tl.arange(0, 8)[None, :]
+    field = ROW % 2 * 8 + b  # the 16th code has two bits in each of three words
+    x, y, z = words[ROW // 2], words[4 + ROW // 2], words[8 + ROW // 2]
+    word = tl.where(field < 5, x[:, None], tl.where(field < 10, y[:, None], z[:, None]))
+    place = field % 5
+    if BITS == 6:
+        second = (place % 3 == 1) | (field == 15)
+        word = _right(word, tl.where(place < 2, 0, tl.where(place == 2, 12, 20)))
+        codes = tl.where(second, _code(word, 63, 17, one), _code(word, 63, 11, one))
+        if ROW % 2 == 1:
+            rest = _code(_right(x, 12), 3, 17, one) ^ (_right(y, 10) & (3 << 19))
+            codes = tl.where(b == 7, (rest ^ (_right(z, 8) & (3 << 21)))[:, None], codes)
+    else:
+        second = b < 0
+        codes = _code(_right(word, tl.where(place < 3, place * 6, place * 6 + 2)), 63, 11, one)
+        if ROW % 2 == 1:
+            rest = _code(_right(x, 18), 3, 11, one) ^ (_right(y, 16) & (3 << 13))
+            codes = tl.where(b == 7, (rest ^ (_right(z, 14) & (3 << 15)))[:, None], codes)
+        # with "or" the compiler would change the order and need a third instruction a code
+        codes ^= _right(words[12 + ROW // 4][:, None], (ROW % 4 * 8 + b + 15) & 31) & (1 << 17)
+    return codes, second
+
+
+@jit
+def _row_of_bytes(words, one, ALIGNED: tl.constexpr, ROW: tl.constexpr):
+    b = tl.arange(0, 8)[None, :]
+    if ALIGNED:
+        word = tl.where(b < 4, words[2 * ROW][:, None], words[2 * ROW + 1][:, None])
+        codes = _code(_right(word, (b % 4 * 8 + 17) & 31), 255, 15, one)
+    else:
+        codes = _code(words[ROW] << 15, 255, 15, one)
+    return codes, b < 0
+
+
+@jit
+def _row(
+    words, scales, zeros, rows_A, columns_B, offset, one,
+    FORMATS: tl.constexpr, NUMBER: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """Weights of a unit's row, float32 [UNITS, 8]."""
+    BITS: tl.constexpr = FORMATS[NUMBER][0]
+    ZERO: tl.constexpr = FORMATS[NUMBER][2]
+    WHOLE: tl.constexpr = FORMATS[NUMBER][3]
+    RANK: tl.constexpr = FORMATS[NUMBER][4]
+    FIRST: tl.constexpr = 1 << (8 if BITS == 8 else 11 if BITS == 4 else 12)  # 2^(23-p)
+    SECOND: tl.constexpr = 1 << (7 if BITS == 4 else 6 if BITS == 6 else 0)
+    if BITS == 4:
+        codes, second = _row_of_nibbles(words, one, ROW)
+    elif BITS == 8:
+        codes, second = _row_of_bytes(words, one, FORMATS[NUMBER][5], ROW)
+    else:
+        codes, second = _row_of_sixes(words, one, BITS, ROW)
+    w, s = codes.to(tl.float32, bitcast=True), scales[ROW].to(tl.float32)
+    least = (offset + FIRST).to(tl.float32)
+    if WHOLE:
+        addend = -least * s
+        if ZERO:
+            addend = (-least - zeros[ROW].to(tl.float32)) * s
+        other = tl.fma(s, FIRST - SECOND, addend)
+        w = tl.fma(w, s[:, None], tl.where(second, other[:, None], addend[:, None]))
+    else:
+        w -= tl.where(second, (offset + SECOND).to(tl.float32), least)
+        if ZERO:
+            w -= zeros[ROW].to(tl.float32)[:, None]
+        w *= s[:, None]
+    if RANK:
+        product = rows_A[ROW * RANK][:, None] * columns_B[0]
+        for k in tl.static_range(1, RANK):
+            product = tl.fma(rows_A[ROW * RANK + k][:, None], columns_B[k], product)
+        w += product
+    return w
 
 
 @jit
 def _dequantize_tile(
-    planes, scale, zero, A, scale_A, B, scale_B, out,
-    rows, columns, groups, stride, bits, least, rank, has_zero, tile, one,
-    WIDTHS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr, RANK: tl.constexpr, PACKED: tl.constexpr,
-    ALIGNED: tl.constexpr, UNITS: tl.constexpr,
+    planes, scale, zero, A, B, out, rows, columns, groups, stride, offset,
+    across_factor, across_shift, group_factor, group_shift, tile, one,
+    FORMATS: tl.constexpr, NUMBER: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Tile ``tile`` (None: the program's number), UNITS units one after the other along the columns, then down.
+    """Tile ``tile``: UNITS units one after the other along the columns, then down.
 
-    least: 256 less the least code. ZERO, RANK: whether there may be zeros, and the largest rank there may be. PACKED:
-    factors are codes. ALIGNED: vectors of 8 columns lie at addresses of 16 bytes (8 for codes of 8 bits).
+    offset: the least code, negated. across_…, group_…: reciprocals of the units in a row and in a group's row. ROWS:
+    where there are factors, a row's scale and factors are loaded so many rows ahead, which hides latency and takes
+    registers.
     """
-    if tile is None:  # launched for one matrix, of which everything that may be there is
-        tile, has_zero = tl.program_id(0), rows > 0
-    eight = tl.arange(0, 8)
-    if ALIGNED:
-        columns, stride = columns // 8 * 8, stride // 8 * 8
-    across = (columns + 7) // 8
-    units = (rows + 7) // 8 * across
+    BITS: tl.constexpr = FORMATS[NUMBER][0]
+    GROUPED: tl.constexpr = FORMATS[NUMBER][1]
+    ZERO: tl.constexpr = FORMATS[NUMBER][2]
+    RANK: tl.constexpr = FORMATS[NUMBER][4]
+    ALIGNED: tl.constexpr = FORMATS[NUMBER][5]
+    AHEAD: tl.constexpr = ROWS if RANK else 8
+    eight, four = tl.arange(0, 8)[None, :], tl.arange(0, 4)[None, :]
+    across = (columns + 7) >> 3
+    units = ((rows + 7) >> 3) * across
     unit = tile * UNITS + tl.arange(0, UNITS)
     live = unit < units
-    down = unit // across
-    column = (unit - down * across) * 8
-    inside = live[:, None] & (down[:, None] * 8 + eight[None, :] < rows)
+    if ALIGNED:  # no masks: behind the end the last unit is done again
+        unit = tl.minimum(unit, units - 1)
+        columns, stride = (columns >> 3) << 3, (stride >> 3) << 3  # which the compiler shall know
+    columns, stride = columns.to(tl.int64), stride.to(tl.int64)
+    down = _divided(unit, across_factor, across_shift)
+    block = unit - down * across
+    rows_left = tl.where(live, rows - down * 8, 0)
     top = down.to(tl.int64) * 8  # first row of a unit; offsets take 64 bits
-    eight_rows = eight[None, :].to(tl.int64)
-    group = (top * groups + column // (columns // groups))[:, None] + eight_rows * groups
-    written = inside[:, :, None]
-    if not ALIGNED:
-        written &= (column[:, None] + eight[None, :] < columns)[:, None, :]
-    # Values of consecutive rows that lie side by side must not give their loads a layout of their own.
-    s = tl.load(tl.max_contiguous(scale + group, [1, 1]), mask=inside, other=0).to(tl.float32)
-    z = tl.zeros_like(s)
+    inside = block[:, None] * 8 + eight < columns
+    out += (top * stride + block * 8)[:, None] + eight
+    group = top
+    if GROUPED:
+        group = top * groups + _divided(block, group_factor, group_shift)
+    scale += group
     if ZERO:
-        z = tl.load(tl.max_contiguous(zero + group, [1, 1]), mask=inside & has_zero, other=0).to(tl.float32)
-
-    at = (top * columns + column)[:, None] + eight_rows * columns
-    if WIDTHS != 256:
-        words = _plane_words(planes, units, unit, live & (bits < 8), bits, WIDTHS)
-    if RANK:  # before the codes are unpacked, which takes fewer registers
-        product = tl.zeros((UNITS, 8, 8), tl.float32)
-        if rank > 0:
-            product = _product(
-                A, scale_A, B, scale_B, top[:, None] + eight_rows, inside, column, live, columns, rank, one,
-                product, RANK, PACKED, UNITS,
-            )  # fmt: skip
-    codes = _byte_codes(planes, at, written, least, one) if WIDTHS == 256 else _unit_codes(words, one, WIDTHS, UNITS)
-    if WIDTHS & 256 and WIDTHS != 256:  # noqa: SIM102 (decided when compiling, the next line when running)
-        if bits == 8:
-            codes = _byte_codes(planes, at, written, least, one)
-    code = codes.to(tl.float32, bitcast=True)
-    if WHOLE:
-        w = tl.fma(code, (s * 256)[:, :, None], ((-1.0 * least - z) * s)[:, :, None])
+        zero += group
+    if BITS == 8:
+        planes = planes.to(tl.pointer_type(tl.uint8))
+        words = _byte_words(planes, top * columns + block * 8, columns, rows_left, inside, offset, ALIGNED)
     else:
-        w = (tl.fma(code, 256.0, -1.0 * least) - z[:, :, None]) * s[:, :, None]
+        words = _plane_words(planes, units, unit, None if ALIGNED else live[:, None], BITS, UNITS)
+    columns_B = ()
     if RANK:
-        w += product
-    at = (top * stride + column)[:, None] + eight_rows * stride
-    tl.store(out + at[:, :, None] + eight[None, None, :], w.to(out.dtype.element_ty), mask=written)
+        A += (top * RANK)[:, None] + four
+        B += (block // 32 * (256 * RANK) + block % 32 * 4)[:, None] + four
+        for k in tl.static_range(RANK):
+            mask = None if ALIGNED else live[:, None]
+            halves = tl.join(tl.load(B + 256 * k, mask=mask), tl.load(B + 256 * k + 128, mask=mask))
+            columns_B = columns_B + (tl.reshape(tl.permute(halves, (0, 2, 1)), UNITS, 8),)
+    scales, zeros, rows_A = (), (), ()
+    for step in tl.static_range(8 + AHEAD):
+        if step < 8:
+            mask, at = None if ALIGNED else step < rows_left, step * groups if GROUPED else step
+            scales = scales + (tl.load(scale + at, mask=mask),)
+            if ZERO:
+                zeros = zeros + (tl.load(zero + at, mask=mask),)
+            for k in tl.static_range(0, RANK, 4):
+                rows_A = rows_A + _four(tl.load(A + (step * RANK + k), mask=mask if ALIGNED else mask[:, None]), UNITS)
+        if step >= AHEAD:
+            w = _row(words, scales, zeros, rows_A, columns_B, offset, one, FORMATS, NUMBER, step - AHEAD)
+            mask = None if ALIGNED else (step - AHEAD < rows_left)[:, None] & inside
+            tl.store(out + (step - AHEAD) * stride, w.to(out.dtype.element_ty), mask=mask)
 
 
-@jit
-def _dequantize_tiles(
-    planes, scale, zero, A, scale_A, B, scale_B, out, table, tiles, one,
-    WIDTHS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr, RANK: tl.constexpr, PACKED: tl.constexpr,
-    ALIGNED: tl.constexpr, UNITS: tl.constexpr,
+# Sizes of which no value is worth a compilation of its own.
+PLAIN = (
+    "rows", "columns", "groups", "stride", "offset", "across_factor", "across_shift", "group_factor", "group_shift",
+)  # fmt: skip
+
+
+@jit(do_not_specialize=PLAIN)
+def _dequantize_one(
+    planes, scale, zero, A, B, out, rows, columns, groups, stride, offset,
+    across_factor, across_shift, group_factor, group_shift, one,
+    FORMATS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Many matrices. table: int64 [matrices, 16], distances in elements from the tensors given (bytes for planes) and
-    sizes, in the order of `_dequantize_tile`; tiles: int32 [programs, 2], the matrix and its tile."""
-    EIGHT: tl.constexpr = 8 if ALIGNED else 1  # what the compiler shall know divides a distance
-    BYTES: tl.constexpr = 16 if ALIGNED else 1
-    tile = tiles + 2 * tl.program_id(0)
-    row = table + 16 * tl.load(tile)
-    zero = zero + tl.load(row + 2) if ZERO else None
-    if RANK:
-        A, B = A + tl.load(row + 3), B + tl.load(row + 5) // EIGHT * EIGHT
-    if PACKED:
-        scale_A, scale_B = scale_A + tl.load(row + 4), scale_B + tl.load(row + 6)
+    """One matrix."""
     _dequantize_tile(
-        planes.to(tl.pointer_type(tl.uint8)) + tl.load(row) // BYTES * BYTES,
-        scale + tl.load(row + 1), zero, A, scale_A, B, scale_B, out + tl.load(row + 7) // EIGHT * EIGHT,
-        tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32), tl.load(row + 10).to(tl.int32),
-        tl.load(row + 11), tl.load(row + 12).to(tl.int32), tl.load(row + 13).to(tl.int32),
-        tl.load(row + 14).to(tl.int32), tl.load(row + 15) != 0, tl.load(tile + 1), one,
-        WIDTHS, ZERO, WHOLE, RANK, PACKED, ALIGNED, UNITS,
+        planes, scale, zero, A, B, out, rows, columns, groups, stride, offset,
+        across_factor, across_shift, group_factor, group_shift, tl.program_id(0), one, FORMATS, 0, UNITS, ROWS,
     )  # fmt: skip
 
 
-# A matrix as the kernels take it. tensors: planes, scale, zero, A, scale_A, B, scale_B, out, some of them None; sizes:
-# rows, columns, groups, stride, bits, least, rank; units: int; aligned, whole: bool.
-Item = namedtuple("Item", "tensors sizes units aligned whole")
+@jit
+def _multiple(distance, OF: tl.constexpr, FORMATS: tl.constexpr, NUMBER: tl.constexpr):
+    """A distance that the compiler shall know to be a multiple where the format is aligned."""
+    return tl.multiple_of(distance & -OF, OF) if FORMATS[NUMBER][5] else distance
 
 
-def _constants(case: str, items: Sequence[Item]) -> dict[str, int | bool | None]:
-    """What is compiled in: the least that serves all items, and its launch parameters.
+@jit
+def _dequantize_many(
+    planes, scale, zero, A, B, out, table, tiles, one,
+    FORMATS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Many matrices. table: int64 [matrices, 16], distances in elements from the tensors given (bytes for planes),
+    sizes in the order of `_dequantize_tile` and the number of the format; tiles: int32 [programs, 2], the matrix and
+    its tile."""
+    tile = tiles + 2 * tl.program_id(0)
+    row = table + 16 * tl.load(tile)
+    tile, kind = tl.load(tile + 1), tl.load(row + 15)
+    planes_at, scale_at, out_at = tl.load(row), tl.load(row + 1), tl.load(row + 5)
+    rows, columns, groups = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
+    stride, offset = tl.load(row + 9), tl.load(row + 10).to(tl.int32)
+    across_factor, across_shift = tl.load(row + 11), tl.load(row + 12)
+    group_factor, group_shift = tl.load(row + 13), tl.load(row + 14)
+    for number in tl.static_range(len(FORMATS)):
+        if kind == number:
+            _dequantize_tile(
+                planes.to(tl.pointer_type(tl.uint8)) + _multiple(planes_at, 16, FORMATS, number), scale + scale_at,
+                zero + tl.load(row + 2) if FORMATS[number][2] else None,
+                A + _multiple(tl.load(row + 3), 4, FORMATS, number) if FORMATS[number][4] else None,
+                B + _multiple(tl.load(row + 4), 4, FORMATS, number) if FORMATS[number][4] else None,
+                out + _multiple(out_at, 8, FORMATS, number), rows, columns, groups, stride, offset,
+                across_factor, across_shift, group_factor, group_shift, tile, one, FORMATS, number, UNITS, ROWS,
+            )  # fmt: skip
 
-    ``units`` to a program, ``warps``, and the most ``registers`` a thread may take, 0 for no limit. Zeros, bytes and
-    what is not aligned need more registers: no limit there, and half the units for the last.
+
+# A matrix as the kernels take it. tensors: planes, scale, zero, A, B, out, some of them None; sizes: rows, columns,
+# groups, stride, offset; format: bits, whether there are groups, zeros, exact products, the rank and whether vectors of
+# 8 columns and of 8 rows are whole and lie at addresses of 16 bytes.
+Item = namedtuple("Item", "tensors sizes format")
+
+
+def _units(item: Item) -> int:
+    return -(-item.sizes[0] // 8) * -(-item.sizes[1] // 8)
+
+
+def _reciprocal(divisor: int) -> tuple[int, int]:
+    """factor in [2^31, 2^32) and shift with n // divisor == (2 n factor >> 32) >> shift for 0 <= n < 2^31."""
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << 31 + shift) // divisor), shift
+
+
+def _numbers(item: Item) -> tuple[int, ...]:
+    """Sizes and reciprocals, in the kernels' order."""
+    _, columns, groups, *_ = item.sizes
+    return *item.sizes, *_reciprocal(-(-columns // 8)), *_reciprocal(max(columns // groups // 8, 1))
+
+
+def _constants(case: str, items: Sequence[Item]) -> dict[str, int]:
+    """Launch parameters: ``warps`` of a program, a unit to a thread, and with factors how many ``rows`` ahead to load.
+
+    What is not aligned needs more registers, and two threads take a unit.
     """
-    rank = max(item.sizes[6] for item in items)
+    rank, aligned = max(item.format[4] for item in items), all(item.format[5] for item in items)
     measured = launch_parameters("dequant", f"{case}_low_rank" if rank else case, items[0].tensors[0].device)
-    widths, zero = sum({1 << item.sizes[4] for item in items}), any(item.tensors[2] is not None for item in items)
-    whole, aligned = (all(getattr(item, name) for item in items) for name in ("whole", "aligned"))
-    limit = None if zero or widths & 256 or not aligned else measured["registers"] or None
     return dict(
-        WIDTHS=widths, ZERO=zero, WHOLE=whole, RANK=next(r for r in RANKS if rank <= r), ALIGNED=aligned,
-        PACKED=any(item.tensors[4] is not None for item in items), UNITS=measured["units"] // (1 if aligned else 2),
-        num_warps=measured["warps"], maxnreg=limit, enable_fp_fusion=False,
+        UNITS=(32 if aligned else 16) * measured["warps"], ROWS=measured.get("rows", 8), num_warps=measured["warps"],
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def launch_one(item: Item) -> None:
     """One matrix in one launch."""
     constants = _constants("one", [item])
-    _dequantize_tile[(-(-item.units // constants["UNITS"]),)](*item.tensors, *item.sizes, None, None, ONE, **constants)
+    grid = (-(-_units(item) // constants["UNITS"]),)
+    _dequantize_one[grid](*item.tensors, *_numbers(item), ONE, FORMATS=(item.format,), **constants)
 
 
 def launch_all(items: Sequence[Item]) -> Callable[[], None]:
     """The launch of all items, whose tensors have the same dtypes; calling it is one launch and no copy."""
     constants = _constants("all", items)
-    anchors = [next((t for t in each if t is not None), None) for each in zip(*(i.tensors for i in items), strict=True)]
+    items = sorted(items, key=lambda item: -item.format[4])  # what takes longest must not be what is left at the end
+    formats = tuple(dict.fromkeys(item.format for item in items))
+    # distances between what is aligned are multiples; from anything else they are not
+    aligned_first = (item.tensors for item in sorted(items, key=lambda item: not item.format[5]))
+    anchors = [next((t for t in each if t is not None), None) for each in zip(*aligned_first, strict=True)]
     sizes = [1, *(1 if t is None else t.element_size() for t in anchors[1:])]  # planes are counted in bytes
     rows, tiles = [], []
     for number, item in enumerate(items):
         operands = zip(item.tensors, anchors, sizes, strict=True)
         distances = [0 if t is None else (t.data_ptr() - anchor.data_ptr()) // size for t, anchor, size in operands]
-        rows.append([*distances, *item.sizes, item.tensors[2] is not None])
-        tile = torch.arange(-(-item.units // constants["UNITS"]), dtype=torch.int32)
+        rows.append([*distances, *_numbers(item), formats.index(item.format)])
+        tile = torch.arange(-(-_units(item) // constants["UNITS"]), dtype=torch.int32)
         tiles.append(torch.stack([torch.full_like(tile, number), tile], 1))
     table, places = (t.to(anchors[0].device) for t in (torch.tensor(rows, dtype=torch.int64), torch.cat(tiles)))
-    return partial(_dequantize_tiles[(len(places),)], *anchors, table, places, ONE, **constants)
+    return partial(_dequantize_many[(len(places),)], *anchors, table, places, ONE, FORMATS=formats, **constants)

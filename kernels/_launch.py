@@ -1,9 +1,9 @@
 """What all kernel families share: the choice of code, the registration of operators, launch parameters by chip.
 
 Every op lists its implementations and asks `select` at each call. ``auto`` takes Triton for CUDA tensors where the op
-has a kernel that a GPU has tested, and the reference otherwise; ``triton`` insists and says so where there is none;
-the environment variable ``PGOLF_KERNELS`` overrides what the program chose with `set_backend`. Under
-``TRITON_INTERPRET=1`` kernels also take CPU tensors.
+has a kernel, and the reference otherwise; ``triton`` insists and says so where there is none; the environment variable
+``PGOLF_KERNELS`` overrides what the program chose with `set_backend`. Under ``TRITON_INTERPRET=1`` kernels also take
+CPU tensors.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ if not __name__.startswith("pgolf."):
 BACKENDS = ("auto", "reference", "triton")
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 TUNED = Path(__file__).with_name("tuned")
-# Ops whose kernels have run in the interpreter only: `auto` leaves them alone until a GPU has tested and timed them.
-UNPROVEN = frozenset({"newton_schulz", "dequantize", "smear_gate", "embed_smear_norm"})
 _chosen = "auto"
 
 
@@ -69,7 +67,7 @@ def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
     if name == "reference":
         return implementations[name]
     if name == "auto":
-        usable = tensor.is_cuda and triton is not None and "triton" in implementations and op not in UNPROVEN
+        usable = tensor.is_cuda and triton is not None and "triton" in implementations
         return implementations["triton" if usable else "reference"]
     if triton is None:
         raise RuntimeError(f"{op}: Triton is not installed; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")
@@ -120,7 +118,15 @@ def operator(
 
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
-        members = {"forward": implementation, "setup_context": setup_context, "backward": backward}
+
+        def forward(
+            ctx: Any, *args: Any
+        ) -> Any:  # with a setup_context of its own, apply() binds a signature each time
+            output = implementation(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        members = {"forward": forward, "backward": backward}
         function = type(
             f"{name.strip()}_function", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()}
         )

@@ -1,13 +1,14 @@
 """The work of Newton-Schulz on a GPU as a list of tile tasks in topological order; `newton_schulz` runs it.
 
-A task is a record of 32-bit integers, the same for all three kernels: row norms of the banks, normalisation into the
-workspace, products. Offsets into the workspace count blocks of ALIGN elements, so that they fit and the compiler knows
-their alignment. Every matrix goes through levels of products; a task of one level needs all of its matrix's tasks of
-earlier levels, whose number it carries.
+A task is a record of 32-bit integers: row norms of a matrix, a tile of its normalisation into the workspace, or a tile
+of a product. Offsets into the workspace count blocks of ALIGN elements, so that they fit and the compiler knows their
+alignment. Every matrix goes through levels; a task of one level needs all of its matrix's tasks of earlier levels, whose
+number it carries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -18,12 +19,9 @@ from ._launch import constexpr, launch_parameters, multiprocessors
 from ._polar_express import Coefficients
 
 ALIGN, TASK = constexpr(16), constexpr(32)
-(KIND, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND1, ADDEND2, ALPHA, BETA, GAMMA, MATRIX, NEEDED, BANK,
- IN_BANK, ROW, COLUMN, ROWS, COLUMNS, PARTS) = map(constexpr, range(23))  # fmt: skip
-(UPDATE, MIRROR, DIAGONAL, LAST, TALL, FIRST_ADDEND, SECOND_ADDEND, GRAM, PARTIAL, JOINED) = (
-    constexpr(1 << bit) for bit in range(10)
-)  # fmt: skip
-BLOCK = 64  # side of a tile of the normalisation
+(KIND, MATRIX, NEEDED, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND, ALPHA, BETA, GAMMA, BANK, IN_BANK, ROW,
+ COLUMN, ROWS, COLUMNS, NORMS) = map(constexpr, range(22))  # fmt: skip
+UPDATE, MIRROR, DIAGONAL, LAST, TALL, ADDS, GRAM, ROW_NORMS, NORMALIZE = (constexpr(1 << bit) for bit in range(9))
 
 
 def segments(steps: int) -> list[range]:
@@ -33,58 +31,58 @@ def segments(steps: int) -> list[range]:
 
 
 class _Product(NamedTuple):
-    """One product of a matrix's iteration. Operands are names of its buffers: X0, X1, S0 to S4, P for partial sums."""
+    """One product of a matrix's iteration. Operands are names of its buffers: X0, X1, S0 to S4."""
 
     kind: int
     a: str
     b: str
     c: str
-    first: str = ""
-    second: str = ""
+    addend: str = ""
     alpha: float = 1.0
     beta: float = 0.0
     gamma: float = 0.0
 
 
-def _levels(coefficients: Coefficients, gram: bool, parts: int = 1) -> list[list[_Product]]:
-    """The iteration as levels of products. A level reads what earlier ones wrote, and writes nothing that it reads."""
+def _levels(coefficients: Coefficients, gram: bool, fold: bool) -> list[list[_Product]]:
+    """The iteration as levels of products. A level reads what earlier ones wrote, and writes nothing that it reads.
+
+    ``fold``: the polynomial includes the multiple of the identity, P = a I + b R + c R², so that X' = P X; otherwise
+    X' = P X + a X. The Gram form always does.
+    """
     levels: list[list[_Product]] = []
     X, free_X = "X0", "X1"
     steps = range(len(coefficients))
     for segment in segments(len(steps)) if gram else [range(step, step + 1) for step in steps]:
-        R, W, Z, Q, spare = "S0", "S1", "S2", "S3", "S4"
-        q = 1.0
-        if parts > 1:
-            levels += [[_Product(GRAM | PARTIAL, X, X, "P")], [_Product(GRAM | JOINED, "P", "P", R)]]
-        else:
-            levels.append([_Product(GRAM, X, X, R)])
+        R, W, Q, spare = "S0", "S1", "", "S4"
+        levels.append([_Product(GRAM, X, X, R)])
         for step in segment:
             a, b, c = coefficients[step]
-            levels.append([_Product(FIRST_ADDEND, R, R, Z, R, "", c, b)])
-            level = [_Product(FIRST_ADDEND, R, Z, W, R, "", 1.0, a)] if step != segment[-1] else []
-            if step == segment[0]:
-                Q, Z, q = Z, Q, a
-                level = [product._replace(b=Q) for product in level]
+            first, last = step == segment[0], step == segment[-1]
+            P = "S2" if first else "S3"  # the first factor is Q itself
+            levels.append([_Product(ADDS, R, R, P, R, c, b, a if fold or gram else 0.0)])
+            level = [] if last else [_Product(0, R, P, W)]
+            if first:
+                Q = P
             else:
-                level.append(_Product(FIRST_ADDEND | SECOND_ADDEND, Q, Z, spare, Q, Z, 1.0, a, q))
-                Q, spare, q = spare, Q, q * a
+                level.append(_Product(0, Q, P, spare))
+                Q, spare = spare, Q
             if level:
                 levels.append(level)
-            if step != segment[-1]:
-                polynomial = Q if step == segment[0] else Z
-                levels.append([_Product(FIRST_ADDEND, W, polynomial, R, W, "", 1.0, a)])
-        levels.append([_Product(UPDATE, Q, X, free_X, X, "", 1.0, q)])
+            if not last:
+                levels.append([_Product(0, W, P, R)])
+        separate = not (fold or gram)
+        levels.append(
+            [_Product(UPDATE | ADDS, Q, X, free_X, X, 1.0, a) if separate else _Product(UPDATE, Q, X, free_X)]
+        )
         X, free_X = free_X, X
-    levels[-1] = [levels[-1][0]._replace(kind=UPDATE | LAST)]
+    levels[-1] = [levels[-1][0]._replace(kind=levels[-1][0].kind | LAST)]
     return levels
 
 
 class Plan(NamedTuple):
     """What does not change from call to call for a list of banks; the tasks lie on the device."""
 
-    row_norm_tasks: torch.Tensor
-    normalize_tasks: torch.Tensor
-    product_tasks: torch.Tensor
+    tasks: torch.Tensor
     matrices: int
     rows: int
     workspace: int
@@ -113,16 +111,12 @@ def _tasks(fields: dict[int, np.ndarray | int]) -> np.ndarray:
 
 
 class _Bank(NamedTuple):
-    """A bank's matrices in the workspace, wide and padded: two buffers M x N and five M x M each.
-
-    Where X Xᵀ is summed in several parts, to keep more programs busy, a float32 buffer of M x M for each part follows.
-    """
+    """A bank's matrices in the workspace, wide and padded: two buffers M x N and five M x M each."""
 
     index: int
     count: int
     shape: tuple[int, int]
     padded: tuple[int, int]
-    parts: int
     first_matrix: int
     first_row: int
     start: int
@@ -133,100 +127,114 @@ class _Bank(NamedTuple):
 
     @property
     def size(self) -> int:
-        return self.buffer("P") + (2 * self.parts * self.padded[0] ** 2 if self.parts > 1 else 0)
+        return self.buffer("S5")
 
     def buffer(self, name: str) -> int:
         M, N = self.padded
-        number = 5 if name == "P" else int(name[1])
+        number = int(name[1])
         return number * M * N if name[0] == "X" else 2 * M * N + number * M * M
 
-    def row_norm_tasks(self, block: int) -> np.ndarray:
-        rows, columns = self.shape
-        (row,) = _points(range(0, self.count * rows, block))
-        return _tasks({ROW: row, ROWS: self.count * rows, COLUMNS: columns, C: self.first_row, BANK: self.index})
-
-    def normalize_tasks(self) -> np.ndarray:
-        (rows, columns), (M, N) = self.shape, self.padded
-        height, width = (N, M) if self.tall else (M, N)
-        matrix, row, column = _points(range(self.count), range(0, height, BLOCK), range(0, width, BLOCK))
+    def _records(self, matrix: np.ndarray, kind: int | np.ndarray, fields: dict[int, np.ndarray | int]) -> np.ndarray:
+        """Records with what tasks of all kinds have, of matrices counted from the bank's first."""
         return _tasks({
-            KIND: self.tall, BANK: self.index, MATRIX: self.first_matrix + matrix, IN_BANK: matrix * rows,
-            ROW: row, COLUMN: column, ROWS: rows, COLUMNS: columns, C: self.first_row,
-            A: (self.start + matrix * self.size) // int(ALIGN), LD_A: N // int(ALIGN),
+            KIND: kind | self.tall, MATRIX: self.first_matrix + matrix, BANK: self.index, IN_BANK: matrix, **fields
         })  # fmt: skip
 
-    def product_tasks(self, product: _Product, needed: int, whole: bool, parameters: dict[str, int]) -> np.ndarray:
+    def _of_the_source(self, matrix: np.ndarray) -> dict[int, np.ndarray | int]:
+        rows, columns = self.shape
+        return {ROWS: rows, COLUMNS: columns, NORMS: self.first_row + matrix * rows}
+
+    def row_norm_tasks(self, block: int) -> np.ndarray:
+        matrix, row = _points(range(self.count), range(0, self.shape[0], block))
+        return self._records(matrix, int(ROW_NORMS), {ROW: row, **self._of_the_source(matrix)})
+
+    def normalize_tasks(self, block: int) -> np.ndarray:
+        M, N = self.padded
+        height, width = (N, M) if self.tall else (M, N)
+        matrix, row, column = _points(range(self.count), range(0, height, block), range(0, width, block))
+        return self._records(matrix, int(NORMALIZE), {
+            ROW: row, COLUMN: column, A: (self.start + matrix * self.size) // int(ALIGN), LD_A: N // int(ALIGN),
+            **self._of_the_source(matrix),
+        })  # fmt: skip
+
+    def product_tasks(self, product: _Product, whole: bool, parameters: dict[str, int]) -> np.ndarray:
         """Tiles of one product of every matrix, of one triangle if it is symmetric and not wanted ``whole``."""
         (M, N), tile = self.padded, parameters["tile"]
-        update, gram, partial = (bool(product.kind & kind) for kind in (UPDATE, GRAM, PARTIAL))
+        update, gram = (bool(int(product.kind) & int(kind)) for kind in (UPDATE, GRAM))
         width = parameters["columns"] if update else tile
-        parts = self.parts if partial else 1
-        tiles = range(self.count), range(0, M, tile), range(0, N if update else M, width), range(parts)
-        matrix, row, column, part = _points(*tiles)
-        kind = np.full_like(row, int(product.kind) | self.tall)
+        matrix, row, column = _points(range(self.count), range(0, M, tile), range(0, N if update else M, width))
+        kind = np.full_like(row, int(product.kind))
         if not (whole or update):
-            matrix, row, column, part = (axis[row <= column] for axis in (matrix, row, column, part))
-            kind = (int(product.kind) | self.tall) + np.where(row < column, int(MIRROR), int(DIAGONAL))
-        depth = 0 if product.kind & JOINED else N // parts if gram else M
-        start = self.start + matrix * self.size
-        sums = start + self.buffer("P") + (row // tile * (M // tile) + column // tile) * 2 * self.parts * tile**2
+            matrix, row, column = (axis[row <= column] for axis in (matrix, row, column))
+            diagonal = 0 if product.a == product.b else int(DIAGONAL)  # a square is symmetric as it is
+            kind = int(product.kind) + np.where(row < column, int(MIRROR), diagonal)
         ld_a, ld_b, ld_c = (N, N, M) if gram else (M, N, N) if update else (M, M, M)
-        a, b, c, first, second = (
-            start + self.buffer(name or "X0")
-            for name in (product.a, product.b, product.c, product.first, product.second)
+        start = self.start + matrix * self.size
+        a, b, c, addend = (
+            start + self.buffer(name or "X0") for name in (product.a, product.b, product.c, product.addend)
         )
         place = row * ld_c + column
-        a, b = a + row * ld_a + part * depth, b + (column if update else column * ld_b + part * depth)
         blocks = {
-            A: a, B: b, LD_A: ld_a, LD_B: ld_b, LD_C: ld_c,
-            C: sums + part * 2 * tile**2 if partial else c + place, C_MIRROR: c + column * ld_c + row,
-            ADDEND1: sums if product.kind & JOINED else first + place, ADDEND2: second + place,
+            A: a + row * ld_a, B: b + (column if update else column * ld_b), LD_A: ld_a, LD_B: ld_b, LD_C: ld_c,
+            C: c + place, C_MIRROR: c + column * ld_c + row, ADDEND: addend + place,
         }  # fmt: skip
-        factors = {ALPHA: product.alpha, BETA: product.beta, GAMMA: product.gamma}
-        return _tasks({
-            KIND: kind, MATRIX: self.first_matrix + matrix, NEEDED: needed, DEPTH: depth // parameters["depth"],
-            BANK: self.index, IN_BANK: matrix, ROW: row, COLUMN: column, ROWS: min(self.shape),
-            COLUMNS: max(self.shape), PARTS: self.parts,
+        gamma = np.where((row == column) & (not update), product.gamma, 0.0)
+        factors = {ALPHA: product.alpha, BETA: product.beta, GAMMA: gamma}
+        return self._records(matrix, kind, {
+            DEPTH: (N if gram else M) // parameters["depth"], ROW: row, COLUMN: column, ROWS: min(self.shape),
+            COLUMNS: max(self.shape),
             **{field: values // int(ALIGN) for field, values in blocks.items()},
-            **{field: np.float32(value).view(np.int32) for field, value in factors.items()},
+            **{field: np.asarray(value, np.float32).view(np.int32) for field, value in factors.items()},
         })  # fmt: skip
+
+    def levels(
+        self, coefficients: Coefficients, algorithm: str, fold: bool, parameters: dict[str, int]
+    ) -> Iterator[np.ndarray]:
+        """The tasks of all levels, one table each."""
+        yield self.row_norm_tasks(parameters["norm_rows"])
+        yield self.normalize_tasks(parameters["tile"])
+        short, long = sorted(self.shape)
+        gram = algorithm == "gram" or (algorithm == "auto" and 2 * long >= 3 * short)
+        for level in _levels(coefficients, gram, fold):
+            tables = [self.product_tasks(product, algorithm == "standard", parameters) for product in level]
+            yield np.concatenate(tables)
 
 
 @cache  # a captured graph reads the tables: none may go
 def plan(
-    shapes: tuple[tuple[int, int, int], ...], algorithm: str, coefficients: Coefficients, device: torch.device
-) -> Plan:
-    """The tasks for banks of (matrices, rows, columns), made and copied to the device once."""
+    shapes: tuple[tuple[int, int, int], ...], algorithm: str, fold: bool, coefficients: Coefficients,
+    device: torch.device,
+) -> Plan:  # fmt: skip
+    """The tasks for banks of (matrices, rows, columns), made and copied to the device once; see `_levels` for ``fold``.
+
+    All matrices advance at one pace, except that with the parameter ``stagger`` a bank's last matrix starts so many
+    hundredths of its own time later than its first: less data is in use at a time, so more of it stays in the L2 cache.
+    At each point of time the largest matrices come first.
+    """
     tiles = sum(count * (_padded(min(shape), 128) // 128) ** 2 for count, *shape in shapes) // 2
     case = "large" if tiles >= multiprocessors(device) else "small"
     if any(size % 128 for _, *shape in shapes for size in shape):
         case = "odd"  # smaller tiles: less padding
     parameters = launch_parameters("newton_schulz", case, device)
     tile, width, depth = (parameters[name] for name in ("tile", "columns", "depth"))
+    tables, times, sizes, masked = [], [], [], False
     matrices = sum(count for count, *_ in shapes)
-    norms, casts, products, masked = [], [], [], False
     rows, start, first_matrix = matrices, 0, 0  # the scratch begins with a number for every matrix
     for index, (count, *shape) in enumerate(shapes):
         short, long = sorted(shape)
         padded = _padded(short, max(tile, depth)), _padded(long, max(tile, width, depth))
-        divisors = (part for part in range(parameters["parts"], 0, -1) if padded[1] // depth % part == 0)
-        parts = next(part for part in divisors if part == 1 or padded[1] >= part * padded[0])
-        bank = _Bank(index, count, tuple(shape), padded, parts, first_matrix, rows, start)
         masked = masked or padded != (short, long)
-        norms.append(bank.row_norm_tasks(parameters["norm_rows"]))
-        casts.append(bank.normalize_tasks())
-        gram = algorithm == "gram" or (algorithm == "auto" and 2 * long >= 3 * short)
-        levels = _levels(coefficients, gram, parts)
+        bank = _Bank(index, count, tuple(shape), padded, first_matrix, rows, start)
+        levels = list(bank.levels(coefficients, algorithm, fold, parameters))
         needed = 0
-        for position, level in enumerate(levels):
-            tables = [bank.product_tasks(product, needed, algorithm == "standard", parameters) for product in level]
-            needed += sum(map(len, tables)) // count
-            # Banks advance at one pace, and within it the one with the most work comes first.
-            products += [((position / len(levels), -padded[0] * padded[1]), table) for table in tables]
+        for position, table in enumerate(levels):
+            table[:, NEEDED] = needed
+            needed += len(table) // count
+            tables.append(table)
+            times.append(position / len(levels) + parameters["stagger"] / 100 * table[:, IN_BANK] / count)
+            sizes.append(np.full(len(table), padded[0] * padded[1]))
         rows, start, first_matrix = rows + count * shape[0], start + count * bank.size, first_matrix + count
-    norms.append(np.zeros((matrices + 1, int(TASK)), np.int32))  # empty tasks, so that there is one for each counter
-    products.sort(key=lambda pair: pair[0])
-    tables = norms, casts, [table for _, table in products]
-    tensors = [torch.from_numpy(np.concatenate(table)).to(device) for table in tables]
+    order = np.lexsort((-np.concatenate(sizes), np.concatenate(times)))  # stable: levels stay in order
+    tasks = torch.from_numpy(np.concatenate(tables)[order]).to(device)
     even = all(columns % 16 == 0 for *_, columns in shapes)
-    return Plan(*tensors, matrices, rows, start, parameters, even, masked)
+    return Plan(tasks, matrices, rows, start, parameters, even, masked)

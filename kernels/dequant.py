@@ -13,9 +13,10 @@ The arithmetic is float32 and fixed to the last bit: q - zero and its product wi
 A B is accumulated over the rank in ascending order by fused multiply-adds that start at zero; the sum is rounded to
 float32 and then to the output's dtype. The sign of a zero is left open.
 
-Packed codes of 4, 6 and 7 bits are planes of 4, 4+2 and 4+2+1 bits, laid out by units of 8 rows and 8 columns so that
-a GPU's loads and stores take 16 bytes; codes of 8 bits are their own packing. `DequantizePlan` does all matrices of a
-model in one launch, each into its place in a bank.
+Packed codes of 4, 6 and 7 bits are words for units of 8 rows and 8 columns, laid out so that a GPU's loads take 16
+bytes and most codes are used where they lie in a word; codes of 8 bits are their own packing. Packing also multiplies a
+correction's factors by their scales, for they are small beside the codes. `DequantizePlan` does all matrices of a model
+in one launch, each into its place in a bank.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ try:
 except ImportError:  # the shipped program is without them
     kernels = None
 
-PLANES = {4: (4,), 6: (4, 2), 7: (4, 2, 1), 8: ()}  # widths of the planes by bits of a code, the lowest first
-# A unit's codes are [2, 4, units, 8], row 4i + j and column b; a plane's fields lie in these orders, 32 bits to a word.
-ORDERS = {4: (0, 2, 1, 3), 2: (2, 1, 0, 3), 1: (2, 0, 1, 3)}
+BITS = (4, 6, 7, 8)
+# First bits of the fields of a word; a field that reaches the last bit goes on at the first. A row of 8 codes of 4 bits
+# is a word; two rows of 6 bits are three, with five codes each and two bits of the 16th code at REST.
+NIBBLES, SIXES, REST = (12, 16, 20, 24, 28, 0, 4, 8), (11, 17, 23, 31, 5), 29
 MAX_RANK = 8
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -46,8 +48,6 @@ class LowRankFactors(NamedTuple):
 
     qA: int8 [rows, rank]. sA: one element [] or one a row [rows].
     qB: int8 [rank, columns]. sB: [n], one for every rank · columns / n elements of the flattened qB.
-    Packed: qA int32 [rows], 4 bits a code plus 8, the first lowest; sA float32 [rows]; qB int32 [columns / 8, rank],
-    8 columns of a row of B to a word; sB float32 [columns / 8, rank].
     """
 
     qA: Tensor
@@ -56,13 +56,24 @@ class LowRankFactors(NamedTuple):
     sB: Tensor
 
 
+class PackedFactors(NamedTuple):
+    """Factors as kernels read them, float32, filled up with zeros to rank 4 or 8 and to whole units.
+
+    A: [8 · units, rank]. B: [chunks, rank, 2, 32, 4], a chunk being 256 columns: 32 threads load the first four of
+    their 8 columns side by side, then the other four.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
 class QuantizedMatrix(NamedTuple):
     """A matrix in memory; `pack` makes it.
 
-    planes: int32 words, one plane after the other; 8 bits: the codes themselves, int8 or uint8 [rows, columns].
+    planes: int32 words, 2 · bits to a unit; 8 bits: the codes themselves, int8 or uint8 [rows, columns].
     signed: codes lie in [-2^(bits-1), 2^(bits-1)), else in [0, 2^bits).
     whole: every product (q - zero) · scale is exact, because scales have 16 bits and zeros are whole codes.
-    The rest is as `pack` takes it, codes of the factors packed too.
+    The rest is as `pack` takes it, but for the factors.
     """
 
     planes: Tensor
@@ -72,7 +83,7 @@ class QuantizedMatrix(NamedTuple):
     columns: int
     scale: Tensor
     zero: Tensor | None = None
-    low_rank: LowRankFactors | tuple[Tensor, Tensor] | None = None
+    low_rank: PackedFactors | LowRankFactors | tuple[Tensor, Tensor] | None = None
     whole: bool = False
 
 
@@ -85,15 +96,15 @@ def pack(
     Args:
         codes: int8 in [-2^(bits-1), 2^(bits-1)) or uint8 in [0, 2^bits), [rows, columns].
         bits: 4, 6, 7 or 8; 8 takes the codes as they are, without a copy where they are contiguous.
-        scale: float16, bfloat16 or float32, finite, [rows] or [rows, groups]: a group is ``columns / groups`` columns,
-            a multiple of 16 unless there is one.
+        scale: float16, bfloat16 or float32, below 2^100, [rows] or [rows, groups]: a group is ``columns / groups``
+            columns, a multiple of 16 unless there is one.
         zero: dtype and shape of scale; None is zero.
-        low_rank: factors of rank 1 to 8, quantised, or floats (A [rows, rank], B [rank, columns]) of one dtype. Codes
-            in [-8, 7] with 16-bit scales take 4 bits each; others are stored as float32 values.
+        low_rank: factors of rank 1 to 8, quantised, or floats (A [rows, rank], B [rank, columns]) of one dtype; they
+            are stored as float32 values.
 
     Raises ValueError or TypeError naming the argument that is wrong.
     """
-    _require(bits in PLANES, "bits", bits, "4, 6, 7 or 8")
+    _require(bits in BITS, "bits", bits, "4, 6, 7 or 8")
     q = _as_matrix(codes, scale, zero, low_rank)
     if codes.numel() and bits < 8:
         low, high = (int(end) for end in codes.aminmax())
@@ -101,7 +112,7 @@ def pack(
         fine = least <= low and high < least + (1 << bits)
         _require(fine, "codes", f"{low} to {high}", f"in [{least}, {least + (1 << bits)}) for {bits} bits")
     if low_rank is not None:
-        q = q._replace(low_rank=_pack_factors(q))
+        q = q._replace(low_rank=_packed_factors(q))
     whole = scale.dtype != torch.float32 and (zero is None or bool(((zero == zero.round()) & (zero.abs() < 256)).all()))
     return q._replace(bits=bits, planes=_pack_planes(codes, bits), whole=whole)
 
@@ -111,63 +122,65 @@ def unpack(q: QuantizedMatrix) -> Tensor:
     if q.bits == 8:
         return q.planes
     down, across = -(-q.rows // 8), -(-q.columns // 8)
-    start, low, codes, sizes = 0, 0, 0, (2, 4, down * across, 8)
-    for width in PLANES[q.bits]:
-        words, order = q.planes[start : start + 2 * width * down * across], ORDERS[width]
-        plane = _split(words, width, 32 // width).view([sizes[dim] for dim in order])
-        codes = codes + (plane.permute([order.index(dim) for dim in range(4)]) << low)
-        start, low = start + words.numel(), low + width
-    codes = codes.reshape(8, down, across, 8).transpose(0, 1).reshape(8 * down, 8 * across)[: q.rows, : q.columns]
+    words = q.planes.long() & 0xFFFFFFFF
+    if q.bits == 4:
+        codes = _split(words.view(2, -1, 4).transpose(0, 1), NIBBLES, 15)
+    else:
+        sixes, tops = words[: 12 * down * across].view(3, -1, 4).permute(1, 2, 0), words[12 * down * across :]
+        rest = _split(sixes, (REST,), 3)[..., 0] << 2 * torch.arange(3, device=words.device)
+        codes = torch.cat([_split(sixes, SIXES, 63).flatten(2), rest.sum(2, keepdim=True)], 2)
+        if q.bits == 7:
+            codes = codes.flatten(1) + (_split(tops.view(-1, 2), range(32), 1).flatten(1) << 6)
+    codes = codes.reshape(down, across, 8, 8).transpose(1, 2).reshape(8 * down, 8 * across)[: q.rows, : q.columns]
     return (codes - (1 << q.bits - 1)).to(torch.int8) if q.signed else codes.to(torch.uint8)
 
 
 def _pack_planes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
-    unsigned = codes.int() + (1 << bits - 1 if codes.dtype == torch.int8 else 0)
+    unsigned = codes.long() + (1 << bits - 1 if codes.dtype == torch.int8 else 0)
     unsigned = F.pad(unsigned, (0, -codes.size(1) % 8, 0, -codes.size(0) % 8))
     down, across = unsigned.size(0) // 8, unsigned.size(1) // 8
-    unsigned = unsigned.view(down, 8, across, 8).permute(1, 0, 2, 3).reshape(2, 4, down * across, 8)
-    planes, low = [], 0
-    for width in PLANES[bits]:
-        plane = (unsigned >> low) & (1 << width) - 1
-        planes.append(_join(plane.permute(ORDERS[width]).reshape(-1, 32 // width), width))
-        low += width
-    return torch.cat(planes)
+    units = unsigned.view(down, 8, across, 8).transpose(1, 2).reshape(down * across, 8, 8)
+    if bits == 4:
+        return _join(units, NIBBLES).reshape(-1, 2, 4).transpose(0, 1).flatten()
+    pairs = (units & 63).reshape(-1, 4, 16)
+    rest = (pairs[..., 15:] >> 2 * torch.arange(3, device=codes.device)) & 3
+    fields = torch.cat([pairs[..., :15].unflatten(2, (3, 5)), rest[..., None]], 3)
+    words = _join(fields, (*SIXES, REST)).permute(2, 0, 1).flatten()
+    return words if bits == 6 else torch.cat([words, _join((units >> 6).reshape(-1, 2, 32), range(32)).flatten()])
 
 
-def _join(fields: Tensor, width: int) -> Tensor:
-    """int32 words of the last dimension's fields, each ``width`` bits, the first lowest."""
-    return (fields.long() << width * torch.arange(fields.size(-1), device=fields.device)).sum(-1).to(torch.int32)
+def _join(fields: Tensor, places: Sequence[int]) -> Tensor:
+    """int32 words of the last dimension's fields, each from its place on."""
+    words = (fields << torch.tensor(list(places), device=fields.device)).sum(-1)
+    return ((words & 0xFFFFFFFF) + (words >> 32)).to(torch.int32)
 
 
-def _split(words: Tensor, width: int, fields: int) -> Tensor:
-    return (words[..., None] >> width * torch.arange(fields, device=words.device)) & (1 << width) - 1
+def _split(words: Tensor, places: Sequence[int], mask: int) -> Tensor:
+    """The fields at these places of words in int64."""
+    return ((words | words << 32)[..., None] >> torch.tensor(list(places), device=words.device)) & mask
 
 
-def _pack_factors(q: QuantizedMatrix) -> LowRankFactors | tuple[Tensor, Tensor]:
-    if len(q.low_rank) == 2:
+def _packed_factors(q: QuantizedMatrix) -> PackedFactors:
+    """The factors in any form as kernels read them."""
+    if isinstance(q.low_rank, PackedFactors):
         return q.low_rank
-    qA, sA, qB, sB = q.low_rank
-    run = qB.numel() // sB.numel()  # elements of the flattened qB to one sB
-    narrow = torch.float32 not in (sA.dtype, sB.dtype) and all(((c + 8) & ~15 == 0).all() for c in (qA, qB))
-    if not (narrow and (run == q.columns or q.columns % 8 == run % 8 == 0)):
-        return _factor_values(q)
-    units = F.pad(qB + 8, (0, -q.columns % 8)).view(len(qB), -1, 8)
-    scales = sB.float().repeat_interleave(run).view(qB.shape)[:, ::8].T.contiguous()
-    words = _join(units, 4).T.contiguous()
-    return LowRankFactors(_join(qA + 8, 4), sA.float().expand(q.rows).contiguous(), words, scales)
+    A, B = (factor.float() for factor in _factor_values(q))
+    more = -A.size(1) % 4
+    B = F.pad(B, (0, -q.columns % 256, 0, more)).view(A.size(1) + more, -1, 32, 2, 4)
+    return PackedFactors(F.pad(A, (0, more, 0, -q.rows % 8)).contiguous(), B.permute(1, 0, 3, 2, 4).contiguous())
 
 
 def _factor_values(q: QuantizedMatrix) -> tuple[Tensor, Tensor]:
     """A and B, floats, from any form of the factors."""
+    if isinstance(q.low_rank, PackedFactors):
+        A, B = q.low_rank
+        return A[: q.rows], B.permute(1, 0, 3, 2, 4).flatten(1)[:, : q.columns]
     if len(q.low_rank) == 2:
         return q.low_rank
     qA, sA, qB, sB = q.low_rank
-    if qA.dtype == torch.int8:
-        return _scaled(qA, sA.reshape(-1)), _scaled(qB, sB)
-    B = (_split(qB.T, 4, 8) - 8).float() * sB.T[:, :, None]
-    return (_split(qA, 4, qB.size(1)) - 8).float() * sA[:, None], B.flatten(1)[:, : q.columns]
+    return _scaled(qA, sA.reshape(-1)), _scaled(qB, sB)
 
 
 def dequantize_reference(q: QuantizedMatrix, out: Tensor) -> None:
@@ -201,19 +214,15 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 def _item(q: QuantizedMatrix, out: Tensor) -> kernels.Item:
     """The matrix as the kernels take it; ``out`` has its rows in one piece."""
-    factors, rank = (None, None, None, None), 0
-    if q.low_rank is not None and q.low_rank[0].dtype == torch.int32:
-        factors, rank = q.low_rank, q.low_rank.qB.size(1)
-    elif q.low_rank is not None:
-        A, B = (factor.contiguous() for factor in _factor_values(q))
-        factors, rank = (A, None, B, None), A.size(1)
+    A, B = (None, None) if q.low_rank is None else _packed_factors(q)
     scale, zero = q.scale.contiguous(), q.zero if q.zero is None else q.zero.contiguous()
-    vectors = [(q.planes, 16), *((t, 8 * t.element_size()) for t in (out, factors[2]) if t is not None)]
-    aligned = q.columns % 8 == out.stride(0) % 8 == 0 and all(t.data_ptr() % size == 0 for t, size in vectors)
-    least = 256 + (1 << q.bits - 1 if q.signed else 0)
-    sizes = (q.rows, q.columns, scale.numel() // q.rows, out.stride(0), q.bits, least, rank)
-    units = -(-q.rows // 8) * -(-q.columns // 8)
-    return kernels.Item((q.planes, scale, zero, *factors, out), sizes, units, aligned, q.whole)
+    vectors = [(q.planes, 16), (out, 8 * out.element_size()), *((t, 16) for t in (A, B) if t is not None)]
+    aligned = q.rows % 8 == q.columns % 8 == out.stride(0) % 8 == 0
+    aligned = aligned and all(t.data_ptr() % size == 0 for t, size in vectors)
+    groups = scale.numel() // q.rows
+    sizes = (q.rows, q.columns, groups, out.stride(0), 1 << q.bits - 1 if q.signed else 0)
+    kind = (q.bits, groups > 1, zero is not None, q.whole, 0 if A is None else A.size(1), aligned)
+    return kernels.Item((q.planes, scale, zero, A, B, out), sizes, kind)
 
 
 def _launch_one(q: QuantizedMatrix, out: Tensor) -> None:
@@ -230,6 +239,8 @@ _DEQUANTIZE = {"reference": dequantize_reference} | ({} if kernels is None else 
 def _dequantize_out(planes, bits, signed, rows, columns, scale, zero, factors, whole, out) -> None:
     if out.numel():
         low_rank = LowRankFactors(*factors) if len(factors) == 4 else tuple(factors) or None
+        if len(factors) == 2 and factors[1].ndim == 5:
+            low_rank = PackedFactors(*factors)
         q = QuantizedMatrix(planes, bits, signed, rows, columns, scale, zero, low_rank, whole)
         with torch.cuda.device_of(planes):  # Triton launches on the current device
             select("dequantize", _DEQUANTIZE, planes)(q, out)
@@ -279,10 +290,10 @@ class DequantizePlan:
 
     Building it copies a table of addresses to the device; a call is the launch and nothing else, and a CUDA graph can
     capture it. Codes and scales may change in place (zeros: to whole codes, if they were), but tensors not be replaced.
-    Not for torch.compile, which may do that. Factors that are not packed and what has gaps in memory are copied.
+    Not for torch.compile, which may do that. What has gaps in memory is copied.
 
     Args:
-        matrices: from `pack`, on one device, with one dtype of scales and one form of factors; the rest may differ.
+        matrices: from `pack`, on one device, with one dtype of scales; the rest may differ.
         outs: a [rows, columns] tensor of each, as `dequantize` takes them, all of one dtype and with rows in one piece
             (``stride(1) == 1``): matrices of banks, say. They must not overlap.
 
@@ -300,7 +311,7 @@ class DequantizePlan:
             self._items += [_item(q, out)] if out.numel() and kernels is not None else []
         for tensors in zip(*(item.tensors[1:] for item in self._items), strict=True):
             kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
-            wanted = "of one dtype of scales, factors and outs, on one device"
+            wanted = "of one dtype of scales and outs, on one device"
             _require(len(kinds) < 2, "matrices and outs", kinds, wanted)
         if self._items and select("dequantize", _DEQUANTIZE, self._items[0].tensors[0]) is _launch_one:
             self._launch = kernels.launch_all(self._items)
@@ -341,7 +352,7 @@ def _check_matrix(q: QuantizedMatrix, prefix: str) -> None:
     fine, got = isinstance(q, QuantizedMatrix), type(q).__name__
     _require(fine, prefix.rstrip("."), got, "a QuantizedMatrix from pack", TypeError)
     scale, rows, columns, planes = q.scale, q.rows, q.columns, q.planes
-    words = 2 * sum(PLANES[q.bits]) * -(-rows // 8) * -(-columns // 8)
+    words = 2 * q.bits * -(-rows // 8) * -(-columns // 8)
     kind = (torch.int32, (words,)) if q.bits < 8 else (torch.int8 if q.signed else torch.uint8, (rows, columns))
     fine = (planes.dtype, planes.shape) == kind and planes.is_contiguous()
     _require(fine, f"{prefix}planes", planes, f"{kind[0]} {list(kind[1])}, contiguous")
@@ -359,6 +370,15 @@ def _check_matrix(q: QuantizedMatrix, prefix: str) -> None:
 
 
 def _check_low_rank(q: QuantizedMatrix, name: str, device: torch.device) -> None:
+    if isinstance(q.low_rank, PackedFactors):
+        A, B = q.low_rank
+        rank, units, chunks = A.size(-1), -(-q.rows // 8), -(-q.columns // 256)
+        fine = rank in (4, 8) and A.shape == (8 * units, rank) and B.shape == (chunks, rank, 2, 32, 4)
+        fine &= all(part.dtype == torch.float32 and part.is_contiguous() for part in q.low_rank)
+        _require(fine, name, A, f"as pack made it for {q.rows} rows and {q.columns} columns")
+        _check_floats(name, A, q)
+        _check_floats(name, B, q)
+        return
     if len(q.low_rank) == 2:
         (A, B), first, second = q.low_rank, f"{name}[0]", f"{name}[1]"
         for part, factor in ((first, A), (second, B)):
@@ -369,11 +389,6 @@ def _check_low_rank(q: QuantizedMatrix, name: str, device: torch.device) -> None
         _check_floats(f"{name}.sA", sA, q)
         _check_floats(f"{name}.sB", sB, q)
         _require(A.device == B.device == device, f"{first} and {second}", A, f"on {device} as the codes")
-        if A.dtype == B.dtype == torch.int32:
-            fine = A.shape == sA.shape == (q.rows,) and B.shape == sB.shape == (-(-q.columns // 8), B.size(-1))
-            fine &= sA.dtype == sB.dtype == torch.float32 and all(part.is_contiguous() for part in q.low_rank)
-            _require(fine, name, A, f"as pack made it for {q.rows} rows and {q.columns} columns")
-            return
         _require(A.dtype == B.dtype == torch.int8, f"{first} and {second}", A, "int8", TypeError)
     fine = A.ndim == B.ndim == 2 and (A.size(0), B.size(1), A.size(1)) == (q.rows, q.columns, B.size(0))
     got = f"{list(A.shape)} and {list(B.shape)}"
@@ -400,6 +415,6 @@ def _check_out(name: str, out: Tensor, q: QuantizedMatrix) -> None:
 
 
 __all__ = [
-    "DequantizePlan", "LowRankFactors", "QuantizedMatrix", "dequantize", "dequantize_all", "dequantize_reference",
-    "pack", "unpack",
+    "DequantizePlan", "LowRankFactors", "PackedFactors", "QuantizedMatrix", "dequantize", "dequantize_all",
+    "dequantize_reference", "pack", "unpack",
 ]  # fmt: skip

@@ -16,17 +16,16 @@ Algorithms. ``standard`` is the formula above. ``symmetric`` computes one triang
 (gram-newton-schulz, Dao-AILab 2026) iterates on the small matrix R = X Xᵀ and applies the product Q of the steps'
 polynomials to X at the end, 6 m²n + 14 m³ operations instead of 15 m²n + 5 m³ for five steps:
 
-    Z = b R + c R²;   Q = Q (a I + Z);   W = R (a I + Z);   R = W (a I + Z)
+    P = a I + b R + c R²;   Q = Q P;   R = (R P) P
 
 It restarts from X = Q X after three steps and every second one after that, which keeps its error in float16 below that
-of ``standard`` in bfloat16 (restarting after two, as published, does not). The multiple of I in Q is kept apart, as the
-scalar q: Q = q I + Q'.
+of ``standard`` in bfloat16 (restarting after two, as published, does not).
 
-On a GPU all matrices of all banks go through in three launches: row norms; normalisation, cast and transposition into
-one zero-padded workspace; and all products. The last one is a list of tile tasks in topological order. Each program
-takes the next one by an atomic ticket, waits until its matrix has finished the level before, and counts itself
-finished. Whatever holds a task depends only on smaller tickets, which are finished or being worked on, so there is no
-deadlock however few programs run, and other streams may hold any part of the GPU.
+On a GPU all matrices of all banks go through in one launch. It is a list of tasks in topological order: row norms of a
+matrix, normalisation, cast and transposition into a zero-padded workspace, and the tiles of all products. Each program
+takes tasks by an atomic ticket, waits until the task's matrix has finished the level before, and counts itself
+finished. Whatever holds a task depends only on smaller tickets, which are finished or held by programs that come to
+them, so there is no deadlock however few programs run, and other streams may hold any part of the GPU.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from math import prod
 
 import torch
 
-from ._launch import jit, multiprocessors, operator, select, tl
+from ._launch import constexpr, jit, multiprocessors, operator, select, tl
 
 # isort: off
 from ._newton_schulz_tasks import (
-    A, ADDEND1, ADDEND2, ALIGN, ALPHA, B, BANK, BETA, BLOCK, C, C_MIRROR, COLUMN, COLUMNS, DEPTH, DIAGONAL,
-    FIRST_ADDEND, GAMMA, GRAM, IN_BANK, JOINED, KIND, LAST, LD_A, LD_B, LD_C, MATRIX, MIRROR, NEEDED, PARTIAL, PARTS,
-    ROW, ROWS, SECOND_ADDEND, TALL, TASK, UPDATE, plan, segments
+    A, ADDEND, ADDS, ALIGN, ALPHA, B, BANK, BETA, C, C_MIRROR, COLUMN, COLUMNS, DEPTH, DIAGONAL, GAMMA, GRAM, IN_BANK,
+    KIND, LAST, LD_A, LD_B, LD_C, MATRIX, MIRROR, NEEDED, NORMALIZE, NORMS, ROW, ROWS, ROW_NORMS, TALL, TASK, UPDATE,
+    plan, segments
 )  # fmt: skip
 
 # isort: on
@@ -50,6 +49,7 @@ from ._polar_express import POLAR_EXPRESS, QUINTIC, Coefficients, polar_express_
 
 ALGORITHMS = ("auto", "standard", "symmetric", "gram")
 ROW_NORM_FLOOR = 1e-7
+NORM_COLUMNS = constexpr(512)  # of a row at a time
 FLOAT16_GROWTH = 2.0**14  # of an entry over all steps, above which float16 could overflow
 
 
@@ -119,17 +119,17 @@ def _iterate_gram(X: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
         return ((M.triu() + M.triu(1).mT) if symmetric else M).to(X.dtype).to(wide)
 
     wide = torch.promote_types(X.dtype, torch.float32)
+    identity = torch.eye(X.size(-2), dtype=wide, device=X.device)
     Y = X.to(wide)
     for segment in segments(len(coefficients)):
         R = rounded(Y @ Y.mT)
         for step in segment:
             a, b, c = coefficients[step]
-            Z = rounded(b * R + c * (R @ R))
-            Q, q = (Z, a) if step == segment[0] else (rounded(Q @ Z + a * Q + q * Z), q * a)  # noqa: F821
+            P = rounded(a * identity + b * R + c * (R @ R))
+            Q = P if step == segment[0] else rounded(Q @ P)  # noqa: F821
             if step != segment[-1]:
-                W = rounded(a * R + R @ Z)
-                R = rounded(a * W + W @ Z)
-        Y = rounded(q * Y + Q @ Y, symmetric=False)
+                R = rounded(rounded(R @ P) @ P)
+        Y = rounded(Q @ Y, symmetric=False)
     return Y.to(X.dtype)
 
 
@@ -142,24 +142,19 @@ def _bank_offset(addresses, bank, ALIGNED: tl.constexpr):
     return tl.multiple_of(offset, 16) if ALIGNED else offset
 
 
-@jit(do_not_specialize=["sync_size"])
-def _row_norms_kernel(
-    G, addresses, tasks, scratch, sync, sync_size,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+@jit(noinline=True)  # out of the way of the products' registers
+def _row_norms(G, addresses, task, scratch, BLOCK_ROWS: tl.constexpr, ALIGNED: tl.constexpr):
     """Euclidean norms of rows, safe from overflow and underflow: ‖row‖ = p ‖row / p‖ with p = max |row|."""
-    program = tl.program_id(0)
-    tl.store(sync + program, 0, mask=program < sync_size)
-    task = tasks + program * TASK
-    columns = tl.load(task + COLUMNS)
+    all_rows, columns = tl.load(task + ROWS), tl.load(task + COLUMNS)
     columns = tl.multiple_of(columns, 16) if ALIGNED else columns
-    rows = tl.load(task + ROW) + tl.arange(0, BLOCK_ROWS)
-    inside = rows < tl.load(task + ROWS)
-    base = G + _bank_offset(addresses, tl.load(task + BANK), ALIGNED) + (rows.to(tl.int64) * columns)[:, None]
+    row = tl.load(task + ROW) + tl.arange(0, BLOCK_ROWS)
+    inside = row < all_rows
+    place = (tl.load(task + IN_BANK).to(tl.int64) * all_rows + row) * columns
+    base = G + _bank_offset(addresses, tl.load(task + BANK), ALIGNED) + place[:, None]
     peak = tl.zeros([BLOCK_ROWS], tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
+    for start in range(0, columns, NORM_COLUMNS):
+        column = start + tl.arange(0, NORM_COLUMNS)
         values = tl.load(base + column[None, :], mask=inside[:, None] & (column < columns)[None, :], other=0.0)
         values = tl.abs(values.to(tl.float32))
         higher = tl.maximum(peak, tl.max(values, 1))
@@ -167,20 +162,17 @@ def _row_norms_kernel(
         values = values / divisor[:, None]
         total = total * (peak / divisor) * (peak / divisor) + tl.sum(values * values, 1)
         peak = higher
-    tl.store(scratch + tl.load(task + C) + rows, peak * tl.sqrt(total), mask=inside)
+    tl.store(scratch + tl.load(task + NORMS) + row, peak * tl.sqrt(total), mask=inside)
 
 
-@jit
-def _normalize_kernel(
-    G, addresses, tasks, scratch, X, norm_scale, eps,
-    FLOOR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+@jit(noinline=True)
+def _normalize(
+    G, addresses, task, scratch, X, norm_scale, eps, BLOCK: tl.constexpr, FLOOR: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
     """X = G / ‖G‖_F, rows divided by their norms first if asked, zero-padded and wide; shrink = ‖G‖ / (s ‖G‖ + eps)."""
-    task = tasks + tl.program_id(0) * TASK
     all_rows, columns = tl.load(task + ROWS), tl.load(task + COLUMNS)
     columns = tl.multiple_of(columns, 16) if ALIGNED else columns
-    first = tl.load(task + IN_BANK)  # row of this matrix, counted over its bank
-    norms = scratch + tl.load(task + C) + first
+    norms = scratch + tl.load(task + NORMS)
     peak = tl.zeros([], tl.float32)
     total = tl.zeros([], tl.float32)
     for start in range(0, all_rows, 1024):
@@ -194,18 +186,17 @@ def _normalize_kernel(
         total = total * (peak / divisor) * (peak / divisor) + tl.sum(norm * norm, 0)
         peak = higher
     norm = peak * tl.sqrt(total)
-    rows = tl.multiple_of(tl.load(task + ROW), 16) + tl.arange(0, BLOCK_ROWS)
-    column = tl.multiple_of(tl.load(task + COLUMN), 16) + tl.arange(0, BLOCK_COLUMNS)
-    source = (
-        G + _bank_offset(addresses, tl.load(task + BANK), ALIGNED) + ((first + rows).to(tl.int64) * columns)[:, None]
-    )
+    rows = tl.multiple_of(tl.load(task + ROW), 16) + tl.arange(0, BLOCK)
+    column = tl.multiple_of(tl.load(task + COLUMN), 16) + tl.arange(0, BLOCK)
+    place = (tl.load(task + IN_BANK).to(tl.int64) * all_rows + rows) * columns
+    source = G + _bank_offset(addresses, tl.load(task + BANK), ALIGNED) + place[:, None]
     inside = (rows < all_rows)[:, None] & (column < columns)[None, :]
     values = tl.load(source + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if FLOOR > 0:
         row_norms = tl.load(norms + rows, mask=rows < all_rows, other=1.0)
         values = values / tl.maximum(row_norms, FLOOR)[:, None]
     values = (values / tl.where(norm == 0, 1.0, norm)).to(X.dtype.element_ty)
-    target, ld = X + tl.load(task + A).to(tl.int64) * ALIGN, tl.load(task + LD_A).to(tl.int64) * ALIGN
+    target, ld = _block(X, task, A), tl.load(task + LD_A).to(tl.int64) * ALIGN
     if tl.load(task + KIND) & TALL:
         tl.store(target + column[:, None] * ld + rows[None, :], tl.trans(values))
     else:
@@ -225,57 +216,24 @@ def _factor(task, FIELD: tl.constexpr):
 
 
 @jit
-def _wait(finished, needed):
-    """Until the matrix has finished this many tasks; their stores are visible then."""
-    while tl.atomic_add(finished, 0, sem="acquire") < needed:
-        pass
-
-
-@jit
-def _symmetric_tile(
-    X, task, kind, finished, shrink,
-    TILE: tl.constexpr, DEPTH_BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """C = α A Bᵀ + β S₁ + γ S₂; where only one triangle is computed, C's mirror image too."""
+def _symmetric_tile(X, task, kind, blocks, shrink, TILE: tl.constexpr, DEPTH_BLOCK: tl.constexpr):
+    """C = α A Bᵀ + β S + γ I; where only one triangle is computed, C's mirror image too."""
     row = tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH_BLOCK)
-    a, ld_a = _block(X, task, A), tl.load(task + LD_A) * ALIGN
-    b, ld_b = _block(X, task, B), tl.load(task + LD_B) * ALIGN
+    a = X + blocks[0].to(tl.int64) * ALIGN + (row * (blocks[2] * ALIGN))[:, None] + depth[None, :]
+    b = X + blocks[1].to(tl.int64) * ALIGN + (row * (blocks[3] * ALIGN))[:, None] + depth[None, :]
     tile = tl.zeros([TILE, TILE], tl.float32)
-    blocks = tl.load(task + DEPTH)
-    _wait(finished, tl.load(task + NEEDED))
-    a = a + (row * ld_a)[:, None] + depth[None, :]
-    b = b + (row * ld_b)[:, None] + depth[None, :]
-    for _ in range(0, blocks):
+    for _ in range(0, blocks[4]):
         tile = tl.dot(tl.load(a), tl.trans(tl.load(b)), tile)
         a += DEPTH_BLOCK
         b += DEPTH_BLOCK
-    if SPLIT:
-        flat = (row * TILE)[:, None] + row[None, :]
-        if kind & JOINED:
-            sums = _block(X, task, ADDEND1).to(tl.pointer_type(tl.float32), bitcast=True) + flat
-            for _ in range(0, tl.load(task + PARTS)):
-                tile += tl.load(sums)
-                sums += TILE * TILE
-        if kind & PARTIAL:
-            tl.store(_block(X, task, C).to(tl.pointer_type(tl.float32), bitcast=True) + flat, tile)
-        else:
-            _store_symmetric(X, task, kind, shrink, tile, TILE)
-    else:
-        _store_symmetric(X, task, kind, shrink, tile, TILE)
-
-
-@jit
-def _store_symmetric(X, task, kind, shrink, tile, TILE: tl.constexpr):
-    row = tl.arange(0, TILE)
     place = (row * (tl.load(task + LD_C) * ALIGN))[:, None] + row[None, :]
-    tile = tile * _factor(task, ALPHA)
     if kind & GRAM:
         tile = tl.load(shrink) * (tl.load(shrink) * tile)
-    if kind & FIRST_ADDEND:
-        tile += _factor(task, BETA) * tl.load(_block(X, task, ADDEND1) + place).to(tl.float32)
-    if kind & SECOND_ADDEND:
-        tile += _factor(task, GAMMA) * tl.load(_block(X, task, ADDEND2) + place).to(tl.float32)
+    if kind & ADDS:
+        addend = tl.load(_block(X, task, ADDEND) + place).to(tl.float32)
+        identity = (row[:, None] == row[None, :]).to(tl.float32)
+        tile = _factor(task, ALPHA) * tile + _factor(task, BETA) * addend + _factor(task, GAMMA) * identity
     stored = tile.to(X.dtype.element_ty)
     if kind & DIAGONAL:  # B is read as Bᵀ, so rounding must not make it asymmetric
         stored = (0.5 * (stored.to(tl.float32) + tl.trans(stored).to(tl.float32))).to(X.dtype.element_ty)
@@ -286,27 +244,24 @@ def _store_symmetric(X, task, kind, shrink, tile, TILE: tl.constexpr):
 
 @jit
 def _update_tile(
-    X, out, addresses, task, kind, finished, shrink,
-    TILE: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH_BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr,
+    X, out, addresses, task, kind, blocks, shrink, TILE: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """X' = α B X + β X; the last one goes to the result, transposed back if the bank is tall."""
+    """X' = P X, or P X + β X; the last one goes to the result, transposed back if the bank is tall."""
     row = tl.arange(0, TILE)
     column = tl.arange(0, TILE_COLUMNS)
     depth = tl.arange(0, DEPTH_BLOCK)
-    ld = tl.load(task + LD_B) * ALIGN
-    a = _block(X, task, A) + (row * (tl.load(task + LD_A) * ALIGN))[:, None] + depth[None, :]
-    b = _block(X, task, B) + (depth * ld)[:, None] + column[None, :]
+    ld = blocks[3] * ALIGN
+    a = X + blocks[0].to(tl.int64) * ALIGN + (row * (blocks[2] * ALIGN))[:, None] + depth[None, :]
+    b = X + blocks[1].to(tl.int64) * ALIGN + (depth * ld)[:, None] + column[None, :]
     tile = tl.zeros([TILE, TILE_COLUMNS], tl.float32)
-    blocks = tl.load(task + DEPTH)
-    _wait(finished, tl.load(task + NEEDED))
-    for _ in range(0, blocks):
+    for _ in range(0, blocks[4]):
         tile = tl.dot(tl.load(a), tl.load(b), tile)
         a += DEPTH_BLOCK
         b += DEPTH_BLOCK * ld
     place = (row * ld)[:, None] + column[None, :]
-    tile = tile * _factor(task, ALPHA)
-    tile += _factor(task, BETA) * tl.load(_block(X, task, ADDEND1) + place).to(tl.float32)
+    if kind & ADDS:
+        tile += _factor(task, BETA) * tl.load(_block(X, task, ADDEND) + place).to(tl.float32)
     if kind & LAST:
         result = (tl.load(shrink) * tile).to(out.dtype.element_ty)
         rows, columns = tl.load(task + ROWS), tl.load(task + COLUMNS)
@@ -329,40 +284,62 @@ def _update_tile(
         tl.store(_block(X, task, C) + place, tile.to(X.dtype.element_ty))
 
 
+@jit
+def _condition(tasks, ticket, count):
+    """A task's matrix, and how many tasks of it must be finished before."""
+    task = tasks + tl.minimum(ticket, count - 1).to(tl.int64) * TASK
+    return tl.load(task + MATRIX), tl.load(task + NEEDED)
+
+
+@jit
+def _operands(tasks, ticket, count):
+    """A task's kind, and where the operands of its product are."""
+    task = tasks + tl.minimum(ticket, count - 1).to(tl.int64) * TASK
+    blocks = tl.load(task + A), tl.load(task + B), tl.load(task + LD_A), tl.load(task + LD_B), tl.load(task + DEPTH)
+    return tl.load(task + KIND), blocks
+
+
 @jit(do_not_specialize=["count"])
-def _products_kernel(
-    X, out, addresses, tasks, count, sync, scratch, TILE: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    DEPTH_BLOCK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
+def _tasks_kernel(
+    G, addresses, out, targets, tasks, count, sync, scratch, X, norm_scale, eps, TILE: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr, DEPTH_BLOCK: tl.constexpr, NORM_ROWS: tl.constexpr, LANES: tl.constexpr,
+    FLOOR: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Takes tasks until there are none. ``sync`` is the next ticket and, by matrix, the number of finished tasks."""
+    """Takes tasks until there are none. ``sync`` is the next ticket and, by matrix, the number of finished tasks.
+
+    A program holds the ticket of its next task too. What that waits for is loaded at a task's start, and at its end,
+    while its stores are on their way, the next one's operands, the ticket after that and how far the matrix is.
+    """
     lane = tl.arange(0, LANES)
     ticket = tl.atomic_add(sync, 1, sem="relaxed")
+    matrix, needed = _condition(tasks, ticket, count)
+    kind, blocks = _operands(tasks, ticket, count)
+    # That depends on the record, so that every program takes its first ticket before anyone's second.
+    upcoming = tl.atomic_add(sync, 1 + (kind >> 31), sem="relaxed")
+    finished = needed * 0
     while ticket < count:
-        # The next ticket is on its way while this task is worked on; only one lane takes it.
-        upcoming = tl.atomic_add(sync + lane, 1, mask=lane == 0, sem="relaxed")
+        next_matrix, next_needed = _condition(tasks, upcoming, count)
+        while finished < needed:
+            finished = tl.atomic_add(sync + 1 + matrix, 0, sem="acquire")
         task = tasks + ticket.to(tl.int64) * TASK
-        kind, matrix = tl.load(task + KIND), tl.load(task + MATRIX)
-        finished = sync + 1 + matrix
         if kind & UPDATE:
             _update_tile(
-                X,
-                out,
-                addresses,
-                task,
-                kind,
-                finished,
-                scratch + matrix,
-                TILE,
-                TILE_COLUMNS,
-                DEPTH_BLOCK,
-                ALIGNED,
-                MASKED,
-            )
+                X, out, targets, task, kind, blocks, scratch + matrix, TILE, TILE_COLUMNS, DEPTH_BLOCK, ALIGNED, MASKED
+            )  # fmt: skip
+        elif kind & ROW_NORMS:
+            _row_norms(G, addresses, task, scratch, NORM_ROWS, ALIGNED)
+        elif kind & NORMALIZE:
+            _normalize(G, addresses, task, scratch, X, norm_scale, eps, TILE, FLOOR, ALIGNED)
         else:
-            _symmetric_tile(X, task, kind, finished, scratch + matrix, TILE, DEPTH_BLOCK, SPLIT)
+            _symmetric_tile(X, task, kind, blocks, scratch + matrix, TILE, DEPTH_BLOCK)
+        kind, blocks = _operands(tasks, upcoming, count)
+        counter = sync + tl.where(lane == 0, 0, 1 + next_matrix)
+        fetched = tl.atomic_add(counter, tl.where(lane == 0, 1, 0), mask=lane < 2, sem="acquire")
         tl.debug_barrier()  # every thread's stores come before the count
-        tl.atomic_add(finished, 1, sem="release")
-        ticket = tl.sum(tl.where(lane == 0, upcoming, 0))
+        tl.atomic_add(sync + 1 + matrix, 1, sem="release")
+        ticket, upcoming = upcoming, tl.sum(tl.where(lane == 0, fetched, 0))
+        finished = tl.sum(tl.where(lane == 1, fetched, 0))
+        matrix, needed = next_matrix, next_needed
 
 
 def _odd_addresses(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
@@ -375,30 +352,24 @@ def _launch(
     banks: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], coefficients: Coefficients, algorithm: str,
     storage: torch.dtype, norm_scale: float, eps: float, row_normalize: bool,
 ) -> None:  # fmt: skip
-    """All three kernels on contiguous banks of one dtype, into contiguous outs of one dtype."""
+    """The kernel on contiguous banks of one dtype, into contiguous outs of one dtype."""
     device = banks[0].device
-    work = plan(tuple((prod(G.shape[:-2]), *G.shape[-2:]) for G in banks), algorithm, coefficients, device)
+    shapes = tuple((prod(G.shape[:-2]), *G.shape[-2:]) for G in banks)
+    fold = storage == torch.float16 and algorithm != "standard"
+    work = plan(shapes, algorithm, fold, coefficients, device)
     parameters = work.parameters
     sources, targets = _odd_addresses(banks), _odd_addresses(outs)
     aligned = work.even and all(address % 32 == 1 for address in (*sources, *targets))
+    tasks = len(work.tasks)
     with torch.cuda.device_of(banks[0]):  # Triton launches on the current device
         X = torch.empty(work.workspace, dtype=storage, device=device)
         scratch = torch.empty(work.rows, dtype=torch.float32, device=device)
-        sync = torch.empty(work.matrices + 1, dtype=torch.int32, device=device)
-        _row_norms_kernel[(len(work.row_norm_tasks),)](
-            banks[0], sources, work.row_norm_tasks, scratch, sync, work.matrices + 1,
-            BLOCK_ROWS=parameters["norm_rows"], BLOCK_COLUMNS=512, ALIGNED=aligned, num_warps=4,
-        )  # fmt: skip
-        _normalize_kernel[(len(work.normalize_tasks),)](
-            banks[0], sources, work.normalize_tasks, scratch, X, norm_scale, eps,
-            FLOOR=ROW_NORM_FLOOR if row_normalize else 0.0, BLOCK_ROWS=BLOCK, BLOCK_COLUMNS=BLOCK, ALIGNED=aligned,
-            num_warps=4,
-        )  # fmt: skip
-        tasks = len(work.product_tasks)
-        _products_kernel[(min(tasks, multiprocessors(device) * parameters["programs"]),)](
-            X, outs[0], targets, work.product_tasks, tasks, sync, scratch,
+        sync = torch.zeros(work.matrices + 1, dtype=torch.int32, device=device)
+        _tasks_kernel[(min(tasks, multiprocessors(device) * parameters["programs"]),)](
+            banks[0], sources, outs[0], targets, work.tasks, tasks, sync, scratch, X, norm_scale, eps,
             TILE=parameters["tile"], TILE_COLUMNS=parameters["columns"], DEPTH_BLOCK=parameters["depth"],
-            LANES=32 * parameters["warps"], ALIGNED=aligned, MASKED=work.masked, SPLIT=parameters["parts"] > 1,
+            NORM_ROWS=parameters["norm_rows"], LANES=32 * parameters["warps"],
+            FLOOR=ROW_NORM_FLOOR if row_normalize else 0.0, ALIGNED=aligned, MASKED=work.masked,
             num_warps=parameters["warps"], num_stages=parameters["num_stages"], maxnreg=parameters["maxnreg"],
         )  # fmt: skip
 
@@ -501,7 +472,7 @@ def newton_schulz_banks(
     row_normalize: bool = False,
     out: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """`newton_schulz` of several banks at once: on a GPU three launches in all, whatever their number and shapes.
+    """`newton_schulz` of several banks at once: on a GPU one launch, whatever their number and shapes.
 
     ``banks`` and ``out`` are lists of what `newton_schulz` takes, on one device; banks of different dtypes are launched
     dtype by dtype, and no ``out`` may overlap the bank of another. The first call with a list of shapes copies a table

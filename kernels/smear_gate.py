@@ -98,7 +98,9 @@ def _forward_kernel(
             scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
             identity = tl.load(ids + token)
             y *= tl.where((identity < 0) | (identity >= V), float("nan"), scale)
-        tl.store(out + token * D + columns, y.to(out.dtype.element_ty), mask=inside)
+        # With EMBED the table should stay in the cache, so what is written goes first.
+        evict: tl.constexpr = "evict_first" if EMBED else ""
+        tl.store(out + token * D + columns, y.to(out.dtype.element_ty), mask=inside, eviction_policy=evict)
         previous = current
 
 

@@ -17,6 +17,7 @@ from pgolf.kernels import _launch, dequant
 from pgolf.kernels.dequant import (
     DequantizePlan,
     LowRankFactors,
+    PackedFactors,
     QuantizedMatrix,
     dequantize,
     dequantize_all,
@@ -200,7 +201,7 @@ def to(q: QuantizedMatrix, device: torch.device) -> QuantizedMatrix:
         if isinstance(part, torch.Tensor):
             return part.to(device)
         if isinstance(part, tuple):
-            return LowRankFactors(*map(moved, part)) if len(part) == 4 else tuple(map(moved, part))
+            return part._make(map(moved, part)) if hasattr(part, "_make") else tuple(map(moved, part))
         return part
 
     return q._replace(**{name: moved(part) for name, part in q._asdict().items()})
@@ -256,10 +257,11 @@ def test_factors_survive_packing(rows, columns, rank, seed):
     torch.manual_seed(seed)
     factors = random_factors("symmetric", rows, columns, rank)
     q = pack(random_codes(8, True, rows, columns), 8, torch.ones(rows), low_rank=factors)
-    assert q.low_rank.qA.dtype == torch.int32
+    assert isinstance(q.low_rank, PackedFactors)
     A, B = dequant._factor_values(q)
-    assert torch.equal(A, factors.qA.float() * factors.sA.float()[:, None])
-    assert torch.equal(B, factors.qB.float() * factors.sB.float()[:, None])
+    assert torch.equal(A[:, :rank], factors.qA.float() * factors.sA.float()[:, None])
+    assert torch.equal(B[:rank], factors.qB.float() * factors.sB.float()[:, None])
+    assert A.shape == (rows, rank + -rank % 4) and not A[:, rank:].any() and not B[rank:].any()
 
 
 def test_fma_rounds_once():
@@ -310,6 +312,28 @@ def test_every_dtype_rounds_once(device, dtype):
     wanted = reference(q, dtype)
     assert torch.equal(dequantize(to(q, device), dtype=dtype).cpu(), wanted)
     assert torch.equal(wanted, reference(q).to(dtype))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, bench.tune checks what it tries")
+@pytest.mark.parametrize("parameters", [{"rows": 1}, {"rows": 2}, {"rows": 8}, {"warps": 2}, {"warps": 8}], ids=str)
+def test_every_launch_parameter_gives_the_same(device, monkeypatch, parameters):
+    tables = dequant.kernels.launch_parameters
+    monkeypatch.setattr(dequant.kernels, "launch_parameters", lambda *which: tables(*which) | parameters)
+    matrices = mixed_model(device)
+    outs = [torch.empty(q.rows, q.columns, device=device) for q in matrices]
+    dequantize_all(matrices, outs)
+    for q, out in zip(matrices, outs, strict=True):
+        assert torch.equal(out, reference(q)) and torch.equal(dequantize(q), out)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 64, 65, 4095, 2**20 + 1, 2**28 - 1])
+def test_division_by_multiplication(divisor):
+    kernels = pytest.importorskip("pgolf.kernels._dequant_kernels")
+    factor, shift = kernels._reciprocal(divisor)
+    assert 2**31 <= factor < 2**32
+    near = [k * divisor + step for k in (0, 1, 2, (2**31 - 2) // divisor) for step in (-1, 0, 1)]
+    for n in (n for n in (*near, 2**31 - 1) if 0 <= n < 2**31):
+        assert n // divisor == (2 * n * factor >> 32) >> shift
 
 
 def test_out_of_any_strides(device):
@@ -383,6 +407,15 @@ def test_a_plan_without_factors_or_zeros_and_an_empty_one(device):
     dequantize_all([*values, matrices[0]], [*outs, torch.empty(8, 64, device=device)])
     assert all(torch.equal(out.cpu(), reference(q)) for q, out in zip(values, outs, strict=True))
     dequantize_all([], [])
+
+
+def test_a_plan_whose_first_matrix_is_unaligned(device):
+    matrices = [to(random_matrix(rows=16, bits=bits, factors="symmetric"), device) for bits in (6, 8, 6)]
+    wide = torch.full((16, 67), 7.0, device=device)
+    outs = [wide[:, 1:65], *(torch.empty(16, 64, device=device) for _ in matrices[1:])]
+    dequantize_all(matrices, outs)
+    assert all(torch.equal(out.cpu(), reference(q)) for q, out in zip(matrices, outs, strict=True))
+    assert (wide[:, :1] == 7).all() and (wide[:, 65:] == 7).all()
 
 
 def test_a_plan_of_odd_slices(device):
@@ -537,7 +570,7 @@ def test_errors_of_packed_matrices_and_plans():
         with pytest.raises(ValueError, match="q.planes must be"):
             dequantize(q._replace(**change))
     with pytest.raises(ValueError, match="q.low_rank must be as pack made it"):
-        dequantize(q._replace(low_rank=q.low_rank._replace(sA=torch.ones(23))))
+        dequantize(q._replace(low_rank=q.low_rank._replace(A=torch.ones(23, 4))))
     with pytest.raises(TypeError, match="scale and low_rank must be left out"):
         dequantize(q, torch.ones(24))
     with pytest.raises(TypeError, match="scale must be given"):
@@ -552,5 +585,5 @@ def test_errors_of_packed_matrices_and_plans():
         DequantizePlan([q, q._replace(scale=q.scale[1:])], [out, out])
     with pytest.raises(ValueError, match=r"outs\[0\] must be a matrix with rows in one piece"):
         DequantizePlan([q], [torch.empty(64, 24).T])
-    with pytest.raises(ValueError, match="of one dtype of scales, factors and outs"):
+    with pytest.raises(ValueError, match="of one dtype of scales and outs"):
         DequantizePlan([q, q], [out, out.bfloat16()])

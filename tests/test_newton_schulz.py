@@ -142,18 +142,16 @@ def test_banks_go_together_or_one_by_one_to_the_same_bits(device) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["standard", "symmetric", "gram"])
-@pytest.mark.parametrize("case", ["large", "small", "split"])
+@pytest.mark.parametrize("case", ["large", "small"])
 def test_parameters_of_the_h100(device, monkeypatch, case: str, algorithm: str) -> None:
     if not INTERPRETED and device.type == "cpu":
         pytest.skip("needs the kernels")
     monkeypatch.setattr(_launch, "chip", lambda device: "h100")
     _launch.launch_parameters.cache_clear()
-    parameters = _launch.launch_parameters("newton_schulz", "odd" if case == "split" else case, device)
-    if case == "split":  # in no table yet
-        parameters = {**parameters, "parts": 4}
+    parameters = _launch.launch_parameters("newton_schulz", case, device)
     monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
     _newton_schulz_tasks.plan.cache_clear()
-    for shape in ((200, 300), (1, 300, 40)):  # the second one's X Xᵀ is summed in parts
+    for shape in ((200, 300), (1, 300, 40)):
         G = torch.randn(shape, device=device)
         plain = relative_error(newton_schulz_reference(G, algorithm="standard"), exact(G))
         assert relative_error(newton_schulz(G, algorithm=algorithm), exact(G)) <= plain
@@ -240,28 +238,35 @@ def test_non_contiguous_input_and_out(device) -> None:
     assert torch.equal(unaligned.bfloat16(), expected)
 
 
-def test_tasks_come_after_what_they_need() -> None:
+@pytest.mark.parametrize("stagger", [0, 40, 300])
+def test_tasks_come_after_what_they_need(monkeypatch, stagger: int) -> None:
+    parameters = _launch.launch_parameters("newton_schulz", "small", torch.device("cpu")) | dict(stagger=stagger)
+    monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
     shapes = ((3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048), (1, 70, 130))
-    work = _newton_schulz_tasks.plan(shapes, "auto", POLAR_EXPRESS, torch.device("cpu"))
-    tasks = work.product_tasks.numpy()
+    plan = _newton_schulz_tasks.plan.__wrapped__
+    work = plan(shapes, "auto", True, POLAR_EXPRESS, torch.device("cpu"))
+    tasks = work.tasks.numpy()
     matrix, needed, kind = (
         tasks[:, int(getattr(_newton_schulz_tasks, field))] for field in ("MATRIX", "NEEDED", "KIND")
     )
-    finished = np.zeros(work.matrices, int)
+    finished, total = np.zeros(work.matrices, int), np.bincount(matrix)
     for position in range(len(tasks)):
         assert finished[matrix[position]] >= needed[position]
         finished[matrix[position]] += 1
-    assert (np.unique(matrix[(kind & int(_newton_schulz_tasks.LAST)) > 0]) == np.arange(11)).all()
-    assert len(work.row_norm_tasks) >= work.matrices + 1, "a program for each counter it clears"
+    last = (kind & int(_newton_schulz_tasks.LAST)) > 0
+    for number in range(11):
+        mine = needed[matrix == number]
+        assert (mine[last[matrix == number]] == mine.max()).all(), "the last level is that of the result"
+        assert total[number] - (mine == mine.max()).sum() == mine.max(), "and waits for all others"
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
-def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int, parts: int) -> None:
+def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int, fold: bool) -> None:
     written = {"X0"}
-    for level in _newton_schulz_tasks._levels(polar_express_coefficients(steps), gram, parts):
-        reads = {name for product in level for name in (product.a, product.b, product.first, product.second) if name}
+    for level in _newton_schulz_tasks._levels(polar_express_coefficients(steps), gram, fold):
+        reads = {name for product in level for name in (product.a, product.b, product.addend) if name}
         writes = [product.c for product in level]
         assert reads <= written and not reads & set(writes) and len(writes) == len(set(writes))
         written |= set(writes)
@@ -269,12 +274,12 @@ def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int, parts: in
 
 def test_workspace_may_pass_two_to_the_31_elements() -> None:
     parameters = dict(tile=128, columns=128, depth=64)
-    bank = _newton_schulz_tasks._Bank(0, 2, (512, 2048), (512, 2048), 1, 0, 0, 2**34)
-    product = _newton_schulz_tasks._levels(POLAR_EXPRESS, False)[0][0]
-    tasks = bank.product_tasks(product, 0, False, parameters)
+    bank = _newton_schulz_tasks._Bank(0, 2, (512, 2048), (512, 2048), 0, 0, 2**34)
+    product = _newton_schulz_tasks._levels(POLAR_EXPRESS, False, True)[0][0]
+    tasks = bank.product_tasks(product, False, parameters)
     assert tasks[0, int(_newton_schulz_tasks.A)] == 2**30
     with pytest.raises(ValueError, match="fewer at once"):
-        bank._replace(start=2**36).product_tasks(product, 0, False, parameters)
+        bank._replace(start=2**36).product_tasks(product, False, parameters)
 
 
 def test_op_is_registered(device) -> None:
