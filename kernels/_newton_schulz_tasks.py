@@ -2,8 +2,8 @@
 
 A task is a record of 32-bit integers: row norms of a matrix, a tile of its normalisation into the workspace, or a tile
 of a product. Offsets into the workspace count blocks of ALIGN elements, so that they fit and the compiler knows their
-alignment. Every matrix goes through levels; a task of one level needs all of its matrix's tasks of earlier levels, whose
-number it carries.
+alignment. Every matrix goes through levels; a task of one level needs all of its matrix's tasks of earlier levels,
+whose number it carries.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def _levels(coefficients: Coefficients, gram: bool, fold: bool) -> list[list[_Pr
                 levels.append(level)
             if not last:
                 levels.append([_Product(0, W, P, R)])
-        separate = not (fold or gram)
-        levels.append(
-            [_Product(UPDATE | ADDS, Q, X, free_X, X, 1.0, a) if separate else _Product(UPDATE, Q, X, free_X)]
-        )
+        update = _Product(UPDATE, Q, X, free_X)
+        if not (fold or gram):
+            update = update._replace(kind=UPDATE | ADDS, addend=X, beta=a)
+        levels.append([update])
         X, free_X = free_X, X
     levels[-1] = [levels[-1][0]._replace(kind=levels[-1][0].kind | LAST)]
     return levels
