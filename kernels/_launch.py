@@ -119,9 +119,7 @@ def operator(
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
 
-        def forward(
-            ctx: Any, *args: Any
-        ) -> Any:  # with a setup_context of its own, apply() binds a signature each time
+        def forward(ctx: Any, *args: Any) -> Any:  # a class with a setup_context binds a signature at each call
             output = implementation(*args)
             setup_context(ctx, args, output)
             return output
