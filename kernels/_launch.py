@@ -1,9 +1,9 @@
 """What all kernel families share: the choice of code, the registration of operators, launch parameters by chip.
 
 Every op lists its implementations and asks `select` at each call. ``auto`` takes Triton for CUDA tensors where the op
-has a kernel, and the reference otherwise; ``triton`` insists and says so where there is none; the environment variable
-``PGOLF_KERNELS`` overrides what the program chose with `set_backend`. Under ``TRITON_INTERPRET=1`` kernels also take
-CPU tensors.
+has a kernel that has proven itself, and the reference otherwise; ``triton`` insists and says so where there is none;
+the environment variable ``PGOLF_KERNELS`` overrides what the program chose with `set_backend`. Under
+``TRITON_INTERPRET=1`` kernels also take CPU tensors.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ if not __name__.startswith("pgolf."):
 BACKENDS = ("auto", "reference", "triton")
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 TUNED = Path(__file__).with_name("tuned")
+# Ops whose kernels have not trained a model on a GPU as well as the reference does: `auto` leaves them alone.
+UNPROVEN = frozenset({"newton_schulz"})
 _chosen = "auto"
 
 
@@ -67,7 +69,7 @@ def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
     if name == "reference":
         return implementations[name]
     if name == "auto":
-        usable = tensor.is_cuda and triton is not None and "triton" in implementations
+        usable = tensor.is_cuda and triton is not None and "triton" in implementations and op not in UNPROVEN
         return implementations["triton" if usable else "reference"]
     if triton is None:
         raise RuntimeError(f"{op}: Triton is not installed; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")

@@ -19,9 +19,11 @@ from ._launch import constexpr, launch_parameters, multiprocessors
 from ._polar_express import Coefficients
 
 ALIGN, TASK = constexpr(16), constexpr(32)
-(KIND, MATRIX, NEEDED, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND, ALPHA, BETA, GAMMA, BANK, IN_BANK, ROW,
- COLUMN, ROWS, COLUMNS, NORMS) = map(constexpr, range(22))  # fmt: skip
-UPDATE, MIRROR, DIAGONAL, LAST, TALL, ADDS, GRAM, ROW_NORMS, NORMALIZE = (constexpr(1 << bit) for bit in range(9))
+(KIND, MATRIX, NEEDED, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND1, ADDEND2, ALPHA, BETA, GAMMA, BANK, IN_BANK,
+ ROW, COLUMN, ROWS, COLUMNS, NORMS) = map(constexpr, range(23))  # fmt: skip
+(UPDATE, MIRROR, DIAGONAL, LAST, TALL, FIRST_ADDEND, SECOND_ADDEND, GRAM, ROW_NORMS, NORMALIZE) = (
+    constexpr(1 << bit) for bit in range(10)
+)  # fmt: skip
 
 
 def segments(steps: int) -> list[range]:
@@ -37,45 +39,40 @@ class _Product(NamedTuple):
     a: str
     b: str
     c: str
-    addend: str = ""
+    first: str = ""
+    second: str = ""
     alpha: float = 1.0
     beta: float = 0.0
     gamma: float = 0.0
 
 
-def _levels(coefficients: Coefficients, gram: bool, fold: bool) -> list[list[_Product]]:
-    """The iteration as levels of products. A level reads what earlier ones wrote, and writes nothing that it reads.
-
-    ``fold``: the polynomial includes the multiple of the identity, P = a I + b R + c R², so that X' = P X; otherwise
-    X' = P X + a X. The Gram form always does.
-    """
+def _levels(coefficients: Coefficients, gram: bool) -> list[list[_Product]]:
+    """The iteration as levels of products. A level reads what earlier ones wrote, and writes nothing that it reads."""
     levels: list[list[_Product]] = []
     X, free_X = "X0", "X1"
     steps = range(len(coefficients))
     for segment in segments(len(steps)) if gram else [range(step, step + 1) for step in steps]:
-        R, W, Q, spare = "S0", "S1", "", "S4"
+        R, W, Z, Q, spare = "S0", "S1", "S2", "S3", "S4"
+        q = 1.0
         levels.append([_Product(GRAM, X, X, R)])
         for step in segment:
             a, b, c = coefficients[step]
-            first, last = step == segment[0], step == segment[-1]
-            P = "S2" if first else "S3"  # the first factor is Q itself
-            levels.append([_Product(ADDS, R, R, P, R, c, b, a if fold or gram else 0.0)])
-            level = [] if last else [_Product(0, R, P, W)]
-            if first:
-                Q = P
+            levels.append([_Product(FIRST_ADDEND, R, R, Z, R, "", c, b)])
+            level = [_Product(FIRST_ADDEND, R, Z, W, R, "", 1.0, a)] if step != segment[-1] else []
+            if step == segment[0]:
+                Q, Z, q = Z, Q, a
+                level = [product._replace(b=Q) for product in level]
             else:
-                level.append(_Product(0, Q, P, spare))
-                Q, spare = spare, Q
+                level.append(_Product(FIRST_ADDEND | SECOND_ADDEND, Q, Z, spare, Q, Z, 1.0, a, q))
+                Q, spare, q = spare, Q, q * a
             if level:
                 levels.append(level)
-            if not last:
-                levels.append([_Product(0, W, P, R)])
-        update = _Product(UPDATE, Q, X, free_X)
-        if not (fold or gram):
-            update = update._replace(kind=UPDATE | ADDS, addend=X, beta=a)
-        levels.append([update])
+            if step != segment[-1]:
+                polynomial = Q if step == segment[0] else Z
+                levels.append([_Product(FIRST_ADDEND, W, polynomial, R, W, "", 1.0, a)])
+        levels.append([_Product(UPDATE, Q, X, free_X, X, "", 1.0, q)])
         X, free_X = free_X, X
-    levels[-1] = [levels[-1][0]._replace(kind=levels[-1][0].kind | LAST)]
+    levels[-1] = [levels[-1][0]._replace(kind=UPDATE | LAST)]
     return levels
 
 
@@ -160,7 +157,7 @@ class _Bank(NamedTuple):
     def product_tasks(self, product: _Product, whole: bool, parameters: dict[str, int]) -> np.ndarray:
         """Tiles of one product of every matrix, of one triangle if it is symmetric and not wanted ``whole``."""
         (M, N), tile = self.padded, parameters["tile"]
-        update, gram = (bool(int(product.kind) & int(kind)) for kind in (UPDATE, GRAM))
+        update, gram = (bool(product.kind & kind) for kind in (UPDATE, GRAM))
         width = parameters["columns"] if update else tile
         matrix, row, column = _points(range(self.count), range(0, M, tile), range(0, N if update else M, width))
         kind = np.full_like(row, int(product.kind))
@@ -170,42 +167,39 @@ class _Bank(NamedTuple):
             kind = int(product.kind) + np.where(row < column, int(MIRROR), diagonal)
         ld_a, ld_b, ld_c = (N, N, M) if gram else (M, N, N) if update else (M, M, M)
         start = self.start + matrix * self.size
-        a, b, c, addend = (
-            start + self.buffer(name or "X0") for name in (product.a, product.b, product.c, product.addend)
+        a, b, c, first, second = (
+            start + self.buffer(name or "X0")
+            for name in (product.a, product.b, product.c, product.first, product.second)
         )
         place = row * ld_c + column
         blocks = {
             A: a + row * ld_a, B: b + (column if update else column * ld_b), LD_A: ld_a, LD_B: ld_b, LD_C: ld_c,
-            C: c + place, C_MIRROR: c + column * ld_c + row, ADDEND: addend + place,
+            C: c + place, C_MIRROR: c + column * ld_c + row, ADDEND1: first + place, ADDEND2: second + place,
         }  # fmt: skip
-        gamma = np.where((row == column) & (not update), product.gamma, 0.0)
-        factors = {ALPHA: product.alpha, BETA: product.beta, GAMMA: gamma}
+        factors = {ALPHA: product.alpha, BETA: product.beta, GAMMA: product.gamma}
         return self._records(matrix, kind, {
             DEPTH: (N if gram else M) // parameters["depth"], ROW: row, COLUMN: column, ROWS: min(self.shape),
             COLUMNS: max(self.shape),
             **{field: values // int(ALIGN) for field, values in blocks.items()},
-            **{field: np.asarray(value, np.float32).view(np.int32) for field, value in factors.items()},
+            **{field: np.float32(value).view(np.int32) for field, value in factors.items()},
         })  # fmt: skip
 
-    def levels(
-        self, coefficients: Coefficients, algorithm: str, fold: bool, parameters: dict[str, int]
-    ) -> Iterator[np.ndarray]:
+    def levels(self, coefficients: Coefficients, algorithm: str, parameters: dict[str, int]) -> Iterator[np.ndarray]:
         """The tasks of all levels, one table each."""
         yield self.row_norm_tasks(parameters["norm_rows"])
         yield self.normalize_tasks(parameters["tile"])
         short, long = sorted(self.shape)
         gram = algorithm == "gram" or (algorithm == "auto" and 2 * long >= 3 * short)
-        for level in _levels(coefficients, gram, fold):
+        for level in _levels(coefficients, gram):
             tables = [self.product_tasks(product, algorithm == "standard", parameters) for product in level]
             yield np.concatenate(tables)
 
 
 @cache  # a captured graph reads the tables: none may go
 def plan(
-    shapes: tuple[tuple[int, int, int], ...], algorithm: str, fold: bool, coefficients: Coefficients,
-    device: torch.device,
-) -> Plan:  # fmt: skip
-    """The tasks for banks of (matrices, rows, columns), made and copied to the device once; see `_levels` for ``fold``.
+    shapes: tuple[tuple[int, int, int], ...], algorithm: str, coefficients: Coefficients, device: torch.device
+) -> Plan:
+    """The tasks for banks of (matrices, rows, columns), made and copied to the device once.
 
     All matrices advance at one pace, except that with the parameter ``stagger`` a bank's last matrix starts so many
     hundredths of its own time later than its first: less data is in use at a time, so more of it stays in the L2 cache.
@@ -225,7 +219,7 @@ def plan(
         padded = _padded(short, max(tile, depth)), _padded(long, max(tile, width, depth))
         masked = masked or padded != (short, long)
         bank = _Bank(index, count, tuple(shape), padded, first_matrix, rows, start)
-        levels = list(bank.levels(coefficients, algorithm, fold, parameters))
+        levels = list(bank.levels(coefficients, algorithm, parameters))
         needed = 0
         for position, table in enumerate(levels):
             table[:, NEEDED] = needed

@@ -16,10 +16,11 @@ Algorithms. ``standard`` is the formula above. ``symmetric`` computes one triang
 (gram-newton-schulz, Dao-AILab 2026) iterates on the small matrix R = X Xᵀ and applies the product Q of the steps'
 polynomials to X at the end, 6 m²n + 14 m³ operations instead of 15 m²n + 5 m³ for five steps:
 
-    P = a I + b R + c R²;   Q = Q P;   R = (R P) P
+    Z = b R + c R²;   Q = Q (a I + Z);   W = R (a I + Z);   R = W (a I + Z)
 
 It restarts from X = Q X after three steps and every second one after that, which keeps its error in float16 below that
-of ``standard`` in bfloat16 (restarting after two, as published, does not).
+of ``standard`` in bfloat16 (restarting after two, as published, does not). The multiple of I in Q is kept apart, as the
+scalar q: Q = q I + Q'.
 
 On a GPU all matrices of all banks go through in one launch. It is a list of tasks in topological order: row norms of a
 matrix, normalisation, cast and transposition into a zero-padded workspace, and the tiles of all products. Each program
@@ -39,9 +40,9 @@ from ._launch import constexpr, jit, multiprocessors, operator, select, tl
 
 # isort: off
 from ._newton_schulz_tasks import (
-    A, ADDEND, ADDS, ALIGN, ALPHA, B, BANK, BETA, C, C_MIRROR, COLUMN, COLUMNS, DEPTH, DIAGONAL, GAMMA, GRAM, IN_BANK,
-    KIND, LAST, LD_A, LD_B, LD_C, MATRIX, MIRROR, NEEDED, NORMALIZE, NORMS, ROW, ROWS, ROW_NORMS, TALL, TASK, UPDATE,
-    plan, segments
+    A, ADDEND1, ADDEND2, ALIGN, ALPHA, B, BANK, BETA, C, C_MIRROR, COLUMN, COLUMNS, DEPTH, DIAGONAL, FIRST_ADDEND,
+    GAMMA, GRAM, IN_BANK, KIND, LAST, LD_A, LD_B, LD_C, MATRIX, MIRROR, NEEDED, NORMALIZE, NORMS, ROW, ROWS, ROW_NORMS,
+    SECOND_ADDEND, TALL, TASK, UPDATE, plan, segments
 )  # fmt: skip
 
 # isort: on
@@ -119,17 +120,17 @@ def _iterate_gram(X: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
         return ((M.triu() + M.triu(1).mT) if symmetric else M).to(X.dtype).to(wide)
 
     wide = torch.promote_types(X.dtype, torch.float32)
-    identity = torch.eye(X.size(-2), dtype=wide, device=X.device)
     Y = X.to(wide)
     for segment in segments(len(coefficients)):
         R = rounded(Y @ Y.mT)
         for step in segment:
             a, b, c = coefficients[step]
-            P = rounded(a * identity + b * R + c * (R @ R))
-            Q = P if step == segment[0] else rounded(Q @ P)  # noqa: F821
+            Z = rounded(b * R + c * (R @ R))
+            Q, q = (Z, a) if step == segment[0] else (rounded(Q @ Z + a * Q + q * Z), q * a)  # noqa: F821
             if step != segment[-1]:
-                R = rounded(rounded(R @ P) @ P)
-        Y = rounded(Q @ Y, symmetric=False)
+                W = rounded(a * R + R @ Z)
+                R = rounded(a * W + W @ Z)
+        Y = rounded(q * Y + Q @ Y, symmetric=False)
     return Y.to(X.dtype)
 
 
@@ -217,7 +218,7 @@ def _factor(task, FIELD: tl.constexpr):
 
 @jit
 def _symmetric_tile(X, task, kind, blocks, shrink, TILE: tl.constexpr, DEPTH_BLOCK: tl.constexpr):
-    """C = α A Bᵀ + β S + γ I; where only one triangle is computed, C's mirror image too."""
+    """C = α A Bᵀ + β S₁ + γ S₂; where only one triangle is computed, C's mirror image too."""
     row = tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH_BLOCK)
     a = X + blocks[0].to(tl.int64) * ALIGN + (row * (blocks[2] * ALIGN))[:, None] + depth[None, :]
@@ -228,12 +229,13 @@ def _symmetric_tile(X, task, kind, blocks, shrink, TILE: tl.constexpr, DEPTH_BLO
         a += DEPTH_BLOCK
         b += DEPTH_BLOCK
     place = (row * (tl.load(task + LD_C) * ALIGN))[:, None] + row[None, :]
+    tile = tile * _factor(task, ALPHA)
     if kind & GRAM:
         tile = tl.load(shrink) * (tl.load(shrink) * tile)
-    if kind & ADDS:
-        addend = tl.load(_block(X, task, ADDEND) + place).to(tl.float32)
-        identity = (row[:, None] == row[None, :]).to(tl.float32)
-        tile = _factor(task, ALPHA) * tile + _factor(task, BETA) * addend + _factor(task, GAMMA) * identity
+    if kind & FIRST_ADDEND:
+        tile += _factor(task, BETA) * tl.load(_block(X, task, ADDEND1) + place).to(tl.float32)
+    if kind & SECOND_ADDEND:
+        tile += _factor(task, GAMMA) * tl.load(_block(X, task, ADDEND2) + place).to(tl.float32)
     stored = tile.to(X.dtype.element_ty)
     if kind & DIAGONAL:  # B is read as Bᵀ, so rounding must not make it asymmetric
         stored = (0.5 * (stored.to(tl.float32) + tl.trans(stored).to(tl.float32))).to(X.dtype.element_ty)
@@ -247,7 +249,7 @@ def _update_tile(
     X, out, addresses, task, kind, blocks, shrink, TILE: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """X' = P X, or P X + β X; the last one goes to the result, transposed back if the bank is tall."""
+    """X' = α B X + β X; the last one goes to the result, transposed back if the bank is tall."""
     row = tl.arange(0, TILE)
     column = tl.arange(0, TILE_COLUMNS)
     depth = tl.arange(0, DEPTH_BLOCK)
@@ -260,8 +262,8 @@ def _update_tile(
         a += DEPTH_BLOCK
         b += DEPTH_BLOCK * ld
     place = (row * ld)[:, None] + column[None, :]
-    if kind & ADDS:
-        tile += _factor(task, BETA) * tl.load(_block(X, task, ADDEND) + place).to(tl.float32)
+    tile = tile * _factor(task, ALPHA)
+    tile += _factor(task, BETA) * tl.load(_block(X, task, ADDEND1) + place).to(tl.float32)
     if kind & LAST:
         result = (tl.load(shrink) * tile).to(out.dtype.element_ty)
         rows, columns = tl.load(task + ROWS), tl.load(task + COLUMNS)
@@ -354,9 +356,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """The kernel on contiguous banks of one dtype, into contiguous outs of one dtype."""
     device = banks[0].device
-    shapes = tuple((prod(G.shape[:-2]), *G.shape[-2:]) for G in banks)
-    fold = storage == torch.float16 and algorithm != "standard"
-    work = plan(shapes, algorithm, fold, coefficients, device)
+    work = plan(tuple((prod(G.shape[:-2]), *G.shape[-2:]) for G in banks), algorithm, coefficients, device)
     parameters = work.parameters
     sources, targets = _odd_addresses(banks), _odd_addresses(outs)
     aligned = work.even and all(address % 32 == 1 for address in (*sources, *targets))

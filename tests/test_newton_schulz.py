@@ -105,6 +105,19 @@ def test_error_is_at_most_that_of_plain_bf16(device, algorithm, spectrum, shape)
     assert error <= plain * (1.001 if spectrum in GENERAL else 1.1)
 
 
+def test_one_singular_value_far_above_the_others(device) -> None:
+    """As gradients have early in training; a Gram form that rounds its polynomials with a I in them diverges here."""
+    values = torch.logspace(-1, -5, 512, dtype=torch.float64)
+    values[0] = 1.0
+    U, _, V = torch.linalg.svd(torch.randn(512, 2048, dtype=torch.float64), full_matrices=False)
+    G = (U * values @ V).to(device, torch.bfloat16)
+    expected = exact(G)
+    plain = relative_error(newton_schulz_reference(G, algorithm="standard"), expected)
+    assert relative_error(newton_schulz_reference(G, algorithm="gram"), expected) <= 0.3 * plain
+    if not INTERPRETED:  # there it takes minutes
+        assert relative_error(newton_schulz(G), expected) <= plain
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
 def test_gram_restarts_keep_the_error_below_that_of_plain_bf16(device, steps: int) -> None:
     G = matrices("two decades", 48, 100).to(device, torch.bfloat16)
@@ -244,7 +257,7 @@ def test_tasks_come_after_what_they_need(monkeypatch, stagger: int) -> None:
     monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
     shapes = ((3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048), (1, 70, 130))
     plan = _newton_schulz_tasks.plan.__wrapped__
-    work = plan(shapes, "auto", True, POLAR_EXPRESS, torch.device("cpu"))
+    work = plan(shapes, "auto", POLAR_EXPRESS, torch.device("cpu"))
     tasks = work.tasks.numpy()
     matrix, needed, kind = (
         tasks[:, int(getattr(_newton_schulz_tasks, field))] for field in ("MATRIX", "NEEDED", "KIND")
@@ -260,13 +273,12 @@ def test_tasks_come_after_what_they_need(monkeypatch, stagger: int) -> None:
         assert total[number] - (mine == mine.max()).sum() == mine.max(), "and waits for all others"
 
 
-@pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
-def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int, fold: bool) -> None:
+def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int) -> None:
     written = {"X0"}
-    for level in _newton_schulz_tasks._levels(polar_express_coefficients(steps), gram, fold):
-        reads = {name for product in level for name in (product.a, product.b, product.addend) if name}
+    for level in _newton_schulz_tasks._levels(polar_express_coefficients(steps), gram):
+        reads = {name for product in level for name in (product.a, product.b, product.first, product.second) if name}
         writes = [product.c for product in level]
         assert reads <= written and not reads & set(writes) and len(writes) == len(set(writes))
         written |= set(writes)
@@ -275,7 +287,7 @@ def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int, fold: boo
 def test_workspace_may_pass_two_to_the_31_elements() -> None:
     parameters = dict(tile=128, columns=128, depth=64)
     bank = _newton_schulz_tasks._Bank(0, 2, (512, 2048), (512, 2048), 0, 0, 2**34)
-    product = _newton_schulz_tasks._levels(POLAR_EXPRESS, False, True)[0][0]
+    product = _newton_schulz_tasks._levels(POLAR_EXPRESS, False)[0][0]
     tasks = bank.product_tasks(product, False, parameters)
     assert tasks[0, int(_newton_schulz_tasks.A)] == 2**30
     with pytest.raises(ValueError, match="fewer at once"):
