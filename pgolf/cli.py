@@ -9,13 +9,14 @@ import os
 import sys
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pgolf import __version__
 from pgolf.config import FIELDS, PRESETS, ConfigError, RunConfig
 from pgolf.folder import RunFolder, RunFolderError
-from pgolf.progress import format_table, progress
+from pgolf.progress import format_table
 
 DESCRIPTION = """\
 Train, quantise and score the best language model that fits in 16,000,000 bytes.
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if not _is_a_message(error) or os.environ.get("PGOLF_TRACEBACK"):
             raise
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("pgolf."):
+            error = f"this program was exported without {error.name}; install the package pgolf for it"
         print(f"pgolf: {error}", file=sys.stderr)
         return 2
 
@@ -124,30 +127,15 @@ def _add_data(commands: Any) -> None:
     _add_settings(parser)
     _add_folder(parser, "data")
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
-
-    fineweb = actions.add_parser("fineweb", help="download the published FineWeb shards and tokenizer")
-    fineweb.add_argument("--variant", default="sp8192", help="tokenizer variant (default: sp8192)")
-    fineweb.add_argument("--train-shards", type=int, default=80, help="training shards of 100M tokens (default: 80)")
-    fineweb.add_argument("--out", type=Path, default=Path("data"), help="data folder (default: data)")
-    fineweb.set_defaults(action=_fineweb)
-
-    build = actions.add_parser("build", help="make shards of documents (.jsonl, .jsonl.xz, .jsonl.zst)")
-    build.add_argument("--docs", type=Path, required=True, help='documents, one {"text": …} a line')
-    build.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model")
-    build.add_argument("--out", type=Path, required=True, help="data folder to make")
-    split = build.add_mutually_exclusive_group(required=True)
-    split.add_argument("--val-docs", type=int, default=0, help="the first so many documents are for validation")
-    split.add_argument("--val-file", type=Path, help="documents for validation, in a file of their own")
-    build.add_argument("--workers", type=int, help="threads (default: all cores)")
-    build.set_defaults(action=_build)
-
-    tokenizer = actions.add_parser("tokenizer", help="train a tokenizer with the challenge's settings")
-    tokenizer.add_argument("--docs", type=Path, required=True, help='documents, one {"text": …} a line')
-    tokenizer.add_argument("--vocab-size", type=int, default=8192, help="tokens (default: 8192)")
-    tokenizer.add_argument("--out", type=Path, required=True, help="file of the model to write")
-    tokenizer.add_argument("--max-docs", type=int, help="use only the first so many documents")
-    tokenizer.set_defaults(action=_tokenizer)
-
+    try:
+        from pgolf import data_commands
+    except ImportError:  # the exported program is without it, and answers these actions with that error
+        for name in ("fineweb", "build", "tokenizer"):
+            absent = actions.add_parser(name, add_help=False, prefix_chars="+")
+            absent.add_argument("rest", nargs="*")
+            absent.set_defaults(action=lambda arguments: import_module("pgolf.data_commands"))
+    else:
+        data_commands.add_actions(actions)
     check = actions.add_parser("check", help="read every shard strictly", epilog=SETTINGS_HELP)
     _add_settings(check)
     check.set_defaults(action=_check)
@@ -249,50 +237,6 @@ def _check(arguments: argparse.Namespace) -> int:
 
     config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
     print(format_table([(name.replace("_", " "), f"{count:,}") for name, count in check_data(config).items()]))
-    return 0
-
-
-def _fineweb(arguments: argparse.Namespace) -> int:
-    try:
-        from pgolf.fineweb import download
-    except ModuleNotFoundError:
-        raise RunFolderError("this program was exported without the download; install pgolf for it") from None
-
-    entry = download(arguments.out, arguments.variant, arguments.train_shards, progress=progress)
-    print(json.dumps(entry, indent=1))
-    return 0
-
-
-def _build(arguments: argparse.Namespace) -> int:
-    from pgolf.shards import build_dataset
-
-    entry = build_dataset(
-        arguments.docs,
-        arguments.tokenizer,
-        arguments.out,
-        val_docs=arguments.val_docs,
-        val_documents=arguments.val_file,
-        workers=arguments.workers,
-        progress=progress,
-    )
-    for name, split in entry["splits"].items():
-        print(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes")
-    both = entry["disjoint"]
-    print(
-        f"documents in both splits: {both['documents_in_both_splits']} "
-        f"({both['train_documents_left_out']} training documents left out for it)"
-    )
-    return 0
-
-
-def _tokenizer(arguments: argparse.Namespace) -> int:
-    from itertools import islice
-
-    from pgolf.corpus import read_documents
-    from pgolf.tokenizer import train_tokenizer
-
-    train_tokenizer(islice(read_documents(arguments.docs), arguments.max_docs), arguments.vocab_size, arguments.out)
-    print(f"{arguments.out}: {arguments.vocab_size} tokens")
     return 0
 
 

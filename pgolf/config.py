@@ -65,7 +65,7 @@ class RunConfig:
     compile: str = _field("auto", "torch.compile of blocks and head; auto: on CUDA", choices=("auto", "on", "off"))
     kernels: str = _field(
         "auto",
-        "which code computes the kernel families (PGOLF_KERNELS overrides); auto: Triton on CUDA where it has proven itself",
+        "which code computes the kernel families (PGOLF_KERNELS overrides); auto: Triton on CUDA, once proven",
         choices=("auto", "reference", "triton"),
     )
     attention_backend: str = _field(

@@ -10,15 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgolf.shards import (
-    Progress,
-    dataset_dir,
-    dataset_name,
-    no_progress,
-    read_shard,
-    record_dataset,
-    tokenizer_path,
-)
+from pgolf.dataset import Progress, no_progress, record_dataset
+from pgolf.shards import dataset_dir, dataset_name, read_shard, tokenizer_path
 from pgolf.tokenizer import load_tokenizer
 
 REPOSITORY = "kevclark/parameter-golf"  # the dataset repository with the 8192-token export

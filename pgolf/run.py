@@ -25,11 +25,9 @@ from pgolf.progress import format_bytes, format_duration, progress
 from pgolf.quantize import collect_hessians, dequantize_model, quantize_model
 from pgolf.results import summary_table
 from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory
-from pgolf.shards import build_dataset, dataset_dir, read_shard, shard_files, tokenizer_path
-from pgolf.tokenizer import load_tokenizer, train_tokenizer
+from pgolf.shards import dataset_dir, read_shard, shard_files, tokenizer_path
+from pgolf.tokenizer import load_tokenizer
 from pgolf.train import build_model, load_weights, train, validation_data
-
-EMBEDDED_VALIDATION_SHARE = 0.04  # of the embedded corpus's documents
 
 
 def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
@@ -37,23 +35,14 @@ def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
     begun = time.perf_counter()
     if world.is_main:
         if config.data_source == "embedded" and not dataset_dir(config.data_dir, config.vocab_size).is_dir():
+            from pgolf.dataset import build_embedded  # here, as the exported program goes without it
+
             build_embedded(config.data_dir, config.vocab_size)
         results = check_data(config)
         shutil.copyfile(tokenizer_path(config.data_dir, config.vocab_size), folder.tokenizer)
         folder.record("data", {**results, "seconds": time.perf_counter() - begun})
         world.log(f"{results['train_tokens']:,} training and {results['val_tokens']:,} validation tokens")
     world.barrier()
-
-
-def build_embedded(data_dir: str, vocab_size: int) -> dict[str, Any]:
-    """Train a tokenizer on the text every Python carries and build shards of it; returns the manifest entry."""
-    from pgolf.corpus import embedded_documents  # here, as the exported program goes without it
-
-    documents = embedded_documents()
-    validation = round(len(documents) * EMBEDDED_VALIDATION_SHARE)
-    model = tokenizer_path(data_dir, vocab_size)
-    train_tokenizer(documents[validation:], vocab_size, model)
-    return build_dataset(documents, model, data_dir, val_docs=validation)
 
 
 def check_data(config: RunConfig) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from pgolf.config import FIELDS
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import those before it, in the order in which a run uses them.
 ORDER = """
-    config progress folder runtime bpb corpus tokenizer shards fineweb loader attention model optim schedule checkpoint
-    evaluate train quantize artifact export lora ttt results report_plots report run cli __main__
+    config progress folder runtime bpb corpus tokenizer shards dataset fineweb loader attention model optim schedule
+    checkpoint evaluate train quantize artifact unpack minify squeeze export lora ttt results report_plots report run
+    data_commands cli __main__
 """.split()  # noqa: SIM905
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard"}  # not installed everywhere
 KERNEL_IMPORTS = {"torch", "triton", "numpy"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,8 @@ def test_the_shipped_program_scores_the_same(finished: RunFolder, data: Path, tm
     """The exported file alone, from another folder, evaluates the artifact to the same number."""
     expected = finished.summary()["eval"]["quantized"]
     command = [sys.executable, str(finished.program), "eval", "--run-dir", str(finished.path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # where it unpacks itself
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     scored = finished.summary()["eval"]["quantized"]
     assert scored["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-9)

@@ -1,276 +1,243 @@
-"""The exported program: complete, without what does not run, the same bytes every time, and runnable anywhere."""
+"""The exported program as a whole: small, the same bytes every time, and the package's results from an empty folder."""
 
 from __future__ import annotations
 
-import ast
-import io
+import json
 import os
-import runpy
 import subprocess
 import sys
-import tokenize
-import types
-import zipfile
 from pathlib import Path
 
 import pytest
 
+from pgolf.cli import main
 from pgolf.config import RunConfig
-from pgolf.export import EXCLUDED, ExportError, export_program, package_sources, strip_source
+from pgolf.corpus import embedded_documents
+from pgolf.export import export_program
+from pgolf.minify import absent_modules, package_sources
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(
+    vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4, gate_attn_width=8, smear_gate_width=4,
+    train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64, eval_seq_len=64, val_batch_tokens=8192,
+    max_wallclock_seconds=0, iterations=3, gptq_passthrough_numel=500, gptq_calibration_batches=2,
+    gptq_calibration_tokens=512, lqer_asym_group=16, ttt_lora_rank=4, ttt_eval_seq_len=64, ttt_batch_size=4,
+    phased_ttt_prefix_docs=4, global_ttt_chunk_tokens=512, sliding_window_enabled=1, eval_stride=32, device="cpu",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program with the record's settings, in the folder that it unpacks to."""
     path = tmp_path_factory.mktemp("shipped") / "train_gpt.py"
-    export_program(path)
+    export_program(path, RunConfig.preset("record"))
     return path
 
 
+def run(program: Path, *command: str | Path, folder: Path, fails: bool = False) -> subprocess.CompletedProcess:
+    """Run Python in an empty folder, without this checkout's path; all tests unpack the program once."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"TMPDIR": str(program.parent), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done
+
+
 @pytest.fixture(scope="module")
-def sources() -> dict[str, str]:
-    return package_sources()
+def root(program: Path) -> Path:
+    """The folder with the program's sources."""
+    run(program, program, "--help", folder=program.parent)
+    (found,) = program.parent.glob("pgolf-*")
+    return found
 
 
-def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess:
-    """Run Python in an empty folder that knows nothing of this checkout; what it unpacks goes there too."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"TMPDIR": str(folder)}
-    work = folder / "work"
-    work.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=work, env=environment, capture_output=True, text=True, timeout=120
+def test_the_same_bytes_every_time_and_all_counted(program: Path, tmp_path: Path) -> None:
+    again = tmp_path / "other_name.py"
+    assert export_program(again) == again.stat().st_size
+    assert again.read_bytes() == program.read_bytes(), "the record's settings are the defaults"
+    assert len(program.read_bytes()) < 42_000, "the code's share of the cap"
+
+
+def test_it_is_smaller_than_with_brotli(program: Path, root: Path) -> None:
+    brotli = pytest.importorskip("brotli")
+    sources = (root / "sources").read_bytes()
+    assert program.stat().st_size < 0.82 * len(brotli.compress(sources, quality=11, lgwin=24))
+
+
+def test_help_runs_from_an_empty_folder(program: Path, tmp_path: Path) -> None:
+    shown = run(program, program, "--help", folder=tmp_path).stdout
+    assert "--preset" in shown and "pgolf run" in shown
+    assert "ttt_lora_rank" in run(program, program, "config", folder=tmp_path).stdout
+    assert not any(tmp_path.iterdir()), "nothing is written where it runs"
+
+
+@pytest.mark.parametrize(
+    "command, module",
+    [
+        (["data", "build", "--docs", "x", "--out", "y"], "data_commands"),
+        (["data", "fineweb"], "data_commands"),
+        (["run", "--preset", "demo", "--set", "device=cpu"], "dataset"),
+    ],
+)
+def test_commands_of_the_whole_package_only_say_so(program: Path, tmp_path: Path, command: list, module: str) -> None:
+    shown = run(program, program, *command, folder=tmp_path, fails=True).stderr
+    assert shown.strip().endswith(f"this program was exported without pgolf.{module}; install the package pgolf for it")
+
+
+def test_it_has_the_sources_and_nothing_else(root: Path) -> None:
+    sources = package_sources()
+    files = {str(file.relative_to(root)): file for file in root.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+    assert files.keys() - {"sources", "program"} == sources.keys()
+    assert all(files[name].read_text() == source for name, source in sources.items())
+
+
+EVERY_MODULE = """
+import ast, builtins, importlib, inspect, sys, types
+root, absent, *names = sys.argv[1:]
+sys.path.insert(0, root)
+sys.modules.update(dict.fromkeys(absent.split()))
+
+def code_in(code):
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from code_in(constant)
+
+for name in names:
+    module = importlib.import_module(name)
+    assert module.__file__.startswith(root), name
+    assert inspect.getsource(module) == open(module.__file__).read()
+    known = {*vars(module), *dir(builtins)}
+    tree = ast.parse(inspect.getsource(module))
+    local = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree)
+             if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    for node in ast.walk(tree):  # what a function imports, it must find there
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith("pgolf"):
+            if node.module not in absent.split():
+                other = importlib.import_module(node.module)
+                for alias in node.names:
+                    path = f"{node.module}.{alias.name}"
+                    assert hasattr(other, alias.name) or path in absent or importlib.import_module(path), (name, path)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            value = vars(module).get(node.value.id)
+            if isinstance(value, types.ModuleType) and value.__name__.startswith("pgolf"):
+                assert hasattr(value, node.attr), (name, ast.unparse(node))
+    table = compile(tree, name, "exec")
+    import dis
+    for code in code_in(table):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "LOAD_GLOBAL":
+                assert instruction.argval in known, (name, code.co_name, instruction.argval)
+print(len(names))
+"""
+
+
+def test_every_module_imports_and_finds_what_it_names(program: Path, root: Path, tmp_path: Path) -> None:
+    names = [name.removesuffix(".py").replace("/", ".") for name in package_sources() if name.endswith(".py")]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    absent = " ".join(absent_modules())
+    done = run(program, "-c", EVERY_MODULE, root, absent, *names, folder=tmp_path)
+    assert int(done.stdout) == len(names) > 20
+
+
+KERNELS = """
+import inspect, linecache, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from pgolf.kernels import _launch, newton_schulz, smear_gate
+print(_launch.launch_parameters("smear_gate", "forward", torch.device("cpu")))
+print(sorted(path.name for path in _launch.TUNED.glob("*.json")))
+kernel = smear_gate._forward_kernel
+print(kernel.src.splitlines()[0] if _launch.triton else "def _forward_kernel(")
+print(inspect.getsource(newton_schulz.newton_schulz_banks).splitlines()[0])
+newton_schulz.newton_schulz_banks([torch.zeros(3)])
+"""
+
+
+def test_kernels_and_tracebacks_find_their_sources(program: Path, root: Path, tmp_path: Path) -> None:
+    done = run(program, "-c", KERNELS, root, folder=tmp_path, fails=True)
+    found, tables, kernel, function = done.stdout.splitlines()
+    table = json.loads((ROOT / "kernels" / "tuned" / "h100.json").read_text())["cases"]["smear_gate"]
+    assert found == str(table["forward"]) and tables == "['default.json', 'h100.json']"
+    assert kernel.startswith("def _forward_kernel(") and function.startswith("def newton_schulz_banks(banks,")
+    assert "\n    raise ValueError(f'G must be [..., m, n]" in done.stderr, "the traceback shows the line"
+
+
+INTERPRETED = """
+import sys
+root, checkout = sys.argv[1:]
+sys.path[:0] = [root, checkout]
+import tests.interpreter
+import torch
+import pgolf
+assert pgolf.__file__.startswith(root)
+from pgolf.kernels.smear_gate import smear_gate, smear_gate_reference
+x, ids = torch.randn(1, 5, 16), torch.tensor([[1, 4, 5, 1, 6]])
+weight, lam = torch.randn(1, 4), torch.ones(1)
+compiled = torch.compile(smear_gate, backend="aot_eager", fullgraph=True)
+torch.testing.assert_close(compiled(x, ids, weight, lam), smear_gate_reference(x, ids, weight, lam))
+"""
+
+
+def test_kernels_run_interpreted(program: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("PGOLF_KERNELS", "triton")
+    run(program, "-c", INTERPRETED, root, ROOT, folder=tmp_path)
+
+
+SPAWNS = """
+import multiprocessing, os, runpy, sys
+program = runpy.run_path(sys.argv[1])
+sys.path.insert(0, str(program["unpack"]()))
+from pgolf.progress import format_bytes
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.apply(format_bytes, (2000,)))
+"""
+
+
+def test_a_spawned_worker_imports_it(program: Path, root: Path, tmp_path: Path) -> None:
+    script = tmp_path / "spawns.py"
+    script.write_text(SPAWNS)
+    assert run(program, script, program, folder=tmp_path).stdout == "2.00 kB\n"
+
+
+def test_a_program_exports_itself(program: Path, root: Path, tmp_path: Path) -> None:
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from pgolf.export import export_program as export\n"
+    script += "from pgolf.config import RunConfig; print(export('same.py'))\n"
+    script += "export('other.py', RunConfig().replace(seed=42, ttt_lora_rank=96))"
+    size = run(program, "-c", script, root, folder=tmp_path).stdout
+    assert (tmp_path / "same.py").read_bytes() == program.read_bytes() and int(size) == program.stat().st_size
+    lines = [path.read_bytes().split(b"\n", 2) for path in (program, tmp_path / "other.py")]
+    assert json.loads(lines[1][1]) == {"SEED": "42", "TTT_LORA_RANK": "96"} and lines[0][2] == lines[1][2]
+    assert (
+        "ttt_lora_rank                      96" in run(program, tmp_path / "other.py", "config", folder=tmp_path).stdout
     )
 
 
-def test_every_module_is_there(sources):
-    wanted = {f"pgolf/{file.name}" for file in (ROOT / "pgolf").glob("*.py")}
-    wanted |= {f"pgolf/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
-    assert sources.keys() >= {name for name in wanted if Path(name).name not in EXCLUDED}
-    assert not any(name.endswith(tuple(EXCLUDED)) for name in sources)
-
-
-def test_nothing_that_is_left_out_is_imported_at_the_start(sources):
-    left_out = {f"pgolf.{name.removesuffix('.py')}" for name in EXCLUDED}
-    for name, source in sources.items():
-        if name.endswith(".py"):
-            for node in ast.parse(source).body:  # imports inside functions are made when they are needed
-                imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    imported = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                assert not left_out & set(imported), name
-
-
-def without_docstrings(source: str) -> ast.Module:
-    """The syntax tree after the docstrings' lines were blanked: another way than the exporter's."""
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node) is not None:
-            text = node.body[0]
-            lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
-            if len(node.body) == 1:
-                lines[text.lineno - 1] = " " * text.col_offset + "pass"
-    tree = ast.parse("\n".join(lines))
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "_field"):
-        call.args[1].value = ""  # a setting's help is a docstring in all but name
-    return tree
-
-
-def constant(node: ast.arg | ast.AnnAssign) -> bool:
-    return node.annotation is not None and ast.unparse(node.annotation) == "tl.constexpr"
-
-
-def without_function_annotations(tree: ast.Module) -> ast.Module:
-    """The same tree with plain arguments and assignments in functions (none of which holds a class here)."""
-    for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
-        function.returns = None
-        for node in ast.walk(function):
-            assert not isinstance(node, ast.ClassDef)
-            if isinstance(node, ast.arg) and not constant(node):
-                node.annotation = None
-            for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
-                for i, statement in enumerate(block if isinstance(block, list) else []):
-                    if isinstance(statement, ast.AnnAssign) and not constant(statement):
-                        block[i] = ast.Assign([statement.target], statement.value) if statement.value else ast.Pass()
-    return tree
-
-
-def test_sources_do_the_same_without_comments_and_docstrings(sources):
-    for folder, prefix in ((ROOT / "pgolf", "pgolf/"), (ROOT / "kernels", "pgolf/kernels/")):
-        for file in folder.glob("*.py"):
-            if file.name in EXCLUDED:
-                continue
-            stripped, expected = sources[prefix + file.name], without_docstrings(file.read_text())
-            expected = without_function_annotations(expected)
-            assert ast.dump(ast.parse(stripped)) == ast.dump(expected), file
-            kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(stripped).readline)]
-            assert tokenize.COMMENT not in kinds, file
-
-
-def test_annotations_go_from_functions_and_stay_in_classes():
-    source = """
-@dataclass
-class Point:
-    x: int = 0
-
-    def moved(self, by: int, *rest: int) -> "Point":
-        total: int = self.x + by
-        kind: type
-        return total
-"""
-    stripped = strip_source(source, annotations=False)
-    assert "x: int = 0" in stripped and "def moved(self, by, *rest):" in stripped
-    assert "total = self.x + by" in stripped and "kind" not in stripped
-    assert strip_source(source) == ast.unparse(ast.parse(source)).replace(4 * " ", " ")
-
-
-def test_strip_source():
-    source = '''
-"""module"""
-from __future__ import annotations
-
-@triton.jit
-def kernel(x, BLOCK: tl.constexpr):  # comment
-    """doc"""
-    i = tl.arange(0, BLOCK)[:, None]
-    tl.store(x + i, "# kept")
-
-class Error(ValueError):
-    """only a docstring"""
-
-def nothing():
-    """only a docstring"""
-'''
-    stripped = strip_source(source)
-    assert "doc" not in stripped and "module" not in stripped and "# comment" not in stripped
-    assert "@triton.jit\ndef kernel(x, BLOCK: tl.constexpr):" in stripped and "'# kept'" in stripped
-    names: dict = {"triton": types.SimpleNamespace(jit=lambda f: f)}
-    exec(stripped, names)
-    assert names["nothing"]() is None and issubclass(names["Error"], ValueError)
-    assert strip_source(stripped) == stripped
-    assert strip_source('"""only a docstring"""') == ""
-
-
-def test_a_source_that_cannot_be_exported_is_an_error(monkeypatch):
-    monkeypatch.setattr(ast, "unparse", lambda tree: "x = 2")
-    with pytest.raises(ExportError, match="reads differently"):
-        strip_source("x = 1")
-
-
-def test_the_same_bytes_every_time_and_all_counted(program, tmp_path):
-    again = tmp_path / "other_name.py"
-    assert export_program(again) == again.stat().st_size
-    assert again.read_bytes() == program.read_bytes()
-    content = program.read_bytes()
-    assert content.startswith(b"#!/usr/bin/env python3\n")
-    assert len(content) < 100_000, "the code's share of the cap"
-    with zipfile.ZipFile(program) as members:
-        assert members.namelist() == ["__main__.py", "package.xz"]
-        assert str(ROOT) not in members.read("__main__.py").decode()
-    assert [entry.name for entry in tmp_path.iterdir()] == [again.name], "nothing is left aside"
-
-
-def test_help_runs_from_an_empty_folder(program, tmp_path):
-    shown = run(program, "--help", folder=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert "--preset" in shown.stdout and "pgolf run" in shown.stdout
-    listed = run(program, "config", folder=tmp_path)
-    assert listed.returncode == 0, listed.stderr
-    assert "ttt_lora_rank" in listed.stdout
-    assert not any((tmp_path / "work").iterdir()), "nothing is written where it runs"
-
-
-def test_every_module_imports_from_the_program_and_exports_itself_unchanged(program, sources, tmp_path):
-    script = """
-import importlib, pkgutil, runpy, sys
-root = runpy.run_path(sys.argv[1])["unpack"]()
-sys.path.insert(0, str(root))
-import pgolf, pgolf.kernels
-names = [f"pgolf.{m.name}" for m in pkgutil.iter_modules(pgolf.__path__) if m.name != "__main__"]
-names += [f"pgolf.kernels.{m.name}" for m in pkgutil.iter_modules(pgolf.kernels.__path__)]
-for name in names:
-    assert importlib.import_module(name).__file__.startswith(str(root)), name
-from pgolf.export import export_program
-print(len(names), export_program(sys.argv[2]))
-"""
-    done = run("-c", script, program, tmp_path / "again.py", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    count, size = map(int, done.stdout.split())
-    assert count == len([name for name in sources if name.endswith(".py")]) - 2  # __init__ and __main__
-    assert size == program.stat().st_size
-    assert (tmp_path / "again.py").read_bytes() == program.read_bytes()
-
-
-def test_processes_that_start_together_unpack_the_same_sources(program, sources, tmp_path):
-    script = "import runpy, sys; print(runpy.run_path(sys.argv[1])['unpack']())"
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", script, program], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(8)
-    ]
-    roots = {process.communicate(timeout=120)[0].strip() for process in started}
-    assert all(process.returncode == 0 for process in started) and len(roots) == 1
-    root = Path(roots.pop())
-    found = {str(file.relative_to(root)): file.read_text() for file in root.rglob("*") if file.is_file()}
-    assert found == sources
-    assert root.stat().st_mode & 0o077 == 0, "no other user may change what will be run"
-
-
-@pytest.fixture
-def in_process(program, tmp_path, monkeypatch):
-    """Run the program here, with a command line that only says what it was called with."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    calls: list[list[str]] = []
-    stub = types.ModuleType("pgolf.cli")
-    stub.main = lambda arguments: calls.append(arguments) or 0
-    monkeypatch.setitem(sys.modules, "pgolf.cli", stub)
-
-    def start(path: Path, *arguments: str) -> list[str]:
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-        assert runpy.run_path(str(path))["main"]() == 0
-        return calls[-1]
-
-    return start
-
-
-def test_what_the_command_line_is_called_with(program, in_process):
-    assert in_process(program) == ["run"]
-    assert in_process(program, "--preset", "demo") == ["run", "--preset", "demo"]
-    assert in_process(program, "ttt", "--run-dir", "x") == ["ttt", "--run-dir", "x"]
-
-
-def test_a_damaged_copy_is_written_again(program, sources, in_process, tmp_path):
-    in_process(program)
-    (root,) = tmp_path.glob("pgolf-*")
-    (root / "pgolf" / "config.py").write_text("raise SystemExit('changed')")
-    (root / "pgolf" / "bpb.py").unlink()
-    in_process(program)
-    assert (root / "pgolf" / "config.py").read_text() == sources["pgolf/config.py"]
-    assert (root / "pgolf" / "bpb.py").is_file()
-
-
-def test_a_folder_of_another_user_is_refused(program, in_process, monkeypatch):
-    monkeypatch.setattr(os, "getuid", lambda: 4242)
-    with pytest.raises(SystemExit, match="belongs to another user"):
-        in_process(program)
-
-
-def test_the_run_s_settings_are_its_defaults(tmp_path, in_process, monkeypatch):
-    config = RunConfig().replace(ttt_lora_rank=96, smear_gate_bos_mask=False, run_id="mine", device="cpu", seed=42)
-    path = tmp_path / "train_gpt.py"
-    export_program(path, config)
-    environment = {"SEED": "7"}
-    monkeypatch.setattr(os, "environ", environment)
-    in_process(path, "--preset=demo")
-    assert environment == {"SEED": "7"}, "another preset has its own settings"
-    in_process(path)
-    assert environment == {"SEED": "7", "TTT_LORA_RANK": "96", "SMEAR_GATE_BOS_MASK": "False"}
-    assert RunConfig.from_env(environment) == config.replace(run_id="", device="auto", seed=7)
-
-
-def test_an_old_python_is_told(program, in_process, monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 10))
-    with pytest.raises(SystemExit, match="3.11"):
-        in_process(program)
+def test_a_run_has_the_package_s_results(program: Path, tmp_path: Path) -> None:
+    documents, data = tmp_path / "docs.jsonl", tmp_path / "data"
+    texts = [document[:1500] for document in embedded_documents()[:50]]
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = data / "my.model"
+    assert main(["data", "tokenizer", "--docs", str(documents), "--vocab-size", "400", "--out", str(model)]) == 0
+    build = ["data", "build", "--docs", str(documents), "--tokenizer", str(model), "--out", str(data)]
+    assert main([*build, "--val-docs", "6"]) == 0
+    settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
+    command = ["run", "--preset", "demo", "--set", f"data_dir={data}", *settings, "--run-dir"]
+    summaries = []
+    for name, call in (("package", ["-m", "pgolf"]), ("program", [program])):
+        where = ROOT if name == "package" else tmp_path
+        done = run(program, *call, *command, tmp_path / name, folder=where)
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+        assert "After test-time training, bpb" in done.stdout
+    package, shipped = summaries
+    assert package["train"]["final_loss"] == shipped["train"]["final_loss"]
+    for stage in ("before", "quantized", "sliding"):
+        assert package["eval"][stage]["bits_per_byte"] == shipped["eval"][stage]["bits_per_byte"]
+    assert package["ttt"]["bits_per_byte"] == shipped["ttt"]["bits_per_byte"]
+    files = [[(tmp_path / name / file).read_bytes() for name in ("package", "program")]
+             for file in ("model.int6.ptz", "train_gpt.py")]  # fmt: skip
+    assert all(one == other for one, other in files), "the same weights and the same program"
+    assert (tmp_path / "package" / "report.html").is_file() and not (tmp_path / "program" / "report.html").exists()

@@ -14,10 +14,11 @@ import torch
 from pgolf.checkpoint import CheckpointError
 from pgolf.config import RunConfig
 from pgolf.corpus import embedded_documents
+from pgolf.dataset import build_dataset
 from pgolf.folder import RunFolder
 from pgolf.progress import TrainingProgress
 from pgolf.runtime import World, describe_environment, seed_everything, start_world
-from pgolf.shards import build_dataset, tokenizer_path
+from pgolf.shards import tokenizer_path
 from pgolf.tokenizer import train_tokenizer
 from pgolf.train import Interrupted, load_weights, train
 from tests.processes import run_processes
