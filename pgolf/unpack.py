@@ -24,6 +24,7 @@ import tempfile
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
 
@@ -178,7 +179,10 @@ def unpack() -> Path:
     text = kept.read_bytes() if kept.is_file() else b""
     if hashlib.sha256(text).hexdigest()[:16] != DIGEST:
         print("unpacking the sources, once; it takes some ten seconds", file=sys.stderr, flush=True)
-        text = decode(body, LENGTH, __spec__.loader.get_source("__main__").encode())
+        with suppress(IndexError):  # what is damaged may seem to go on behind the file's end
+            text = decode(body, LENGTH, __spec__.loader.get_source("__main__").encode())
+        if hashlib.sha256(text).hexdigest()[:16] != DIGEST:
+            sys.exit("this program's file is damaged: its sources do not unpack; take another copy of it")
     parts = text.split(b"\0")
     for name, content in (("sources", text), ("program", body), *zip(parts[::2], parts[1::2], strict=True)):
         target = root / os.fsdecode(name)

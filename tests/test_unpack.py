@@ -165,6 +165,16 @@ def test_damaged_copies_are_written_again(small: Path, in_process, tmp_path: Pat
     assert {name: (root / name).read_text() for name in SMALL} == SMALL
 
 
+@pytest.mark.parametrize("place", [0, 5, 20])
+def test_a_damaged_file_is_told(small: Path, in_process, tmp_path: Path, place: int) -> None:
+    program = bytearray(small.read_bytes())
+    program[len(b"\n".join(small.read_bytes().split(b"\n", 2)[:2])) + 1 + place] ^= 0x55
+    small.write_bytes(program)
+    with pytest.raises(SystemExit, match="is damaged"):
+        in_process(small)
+    assert not list(tmp_path.rglob("cli.py"))
+
+
 def test_a_folder_of_another_user_is_refused(small: Path, in_process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4242)
     with pytest.raises(SystemExit, match="belongs to another user"):
