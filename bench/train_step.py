@@ -1,21 +1,27 @@
-"""Time one training step of a preset, in both loop states: ``python -m bench.train_step --preset record``.
+"""Time a training step, our kernels against the references, in both loop states: ``python -m bench.train_step``.
 
-Random tokens in documents of about 400, packed as in training. Prints the median time of a micro-batch (forward and
-backward), of the optimizer's step, tokens a second of a whole step, and peak memory; ``--json FILE`` keeps them.
+Providers are `pgolf` (all kernels) and `reference` (plain PyTorch, torch.compile, FlashAttention-2), timed one after
+the other in the same process on the same random tokens, in documents of about 400. Printed: the median time of a
+micro-batch (forward and backward) and of the optimizer's step, tokens a second of a whole step, peak memory; and for
+one micro-batch the time by families of kernels, with the time that the chip's measured ceilings allow for each.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from bench.timing import measure_ceilings
 from pgolf.config import PRESETS, RunConfig
 from pgolf.loader import Batch, segment_boundaries
 from pgolf.model import GPT
@@ -24,47 +30,106 @@ from pgolf.progress import format_bytes, format_table
 from pgolf.runtime import World, describe_environment, peak_memory_bytes, reset_peak_memory, start_world
 from pgolf.train import build_model
 
-DOCUMENT_TOKENS = 400
+PROVIDERS = {"reference": "reference", "pgolf": "triton"}
+MEDIAN_DOCUMENT, SPREAD = 400, 0.8  # tokens, lognormal
+FAMILIES = (  # by the kernels' names, the first that fits
+    ("attention", r"flash|varlen|_attention_"),
+    ("head", r"cross_entropy|softmax|nll_loss|log_softmax"),
+    ("products", r"gemm|nvjet|cutlass|cublas|xmma|_product|splitK"),
+    ("optimizer", r"newton_schulz|_tasks_kernel|multi_tensor|adam"),
+    ("copies", r"[Mm]emcpy|[Mm]emset"),
+    ("between", r""),
+)
 
 
 def random_batch(config: RunConfig, device: torch.device) -> Batch:
-    """A packed micro-batch of random tokens in documents of DOCUMENT_TOKENS."""
-    ids = torch.randint(4, config.vocab_size, (1, config.micro_batch_tokens + 1))
-    ids[0, ::DOCUMENT_TOKENS] = 1
+    """A packed micro-batch of random tokens in documents of random lengths."""
+    tokens = config.micro_batch_tokens
+    ids = torch.randint(4, config.vocab_size, (1, tokens + 1))
+    lengths = torch.empty(tokens // 16).log_normal_(torch.tensor(MEDIAN_DOCUMENT).log().item(), SPREAD)
+    starts = lengths.long().clamp(min=16).cumsum(0)
+    ids[0, 0] = ids[0, starts[starts < tokens]] = 1
     boundaries = segment_boundaries(ids[0, :-1], config.train_seq_len)
     return Batch(ids[:, :-1], ids[:, 1:], boundaries, config.train_seq_len).to(device)
 
 
 def median_seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median time of ``function`` with the device waited for, after one untimed call."""
+    """Median time of ``function`` with the device waited for, after two untimed calls."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):
         begun = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait(device)
         times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
+    return statistics.median(times[2:])
 
 
-def time_step(model: GPT, config: RunConfig, world: World, repeats: int) -> dict[str, float]:
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_step(model: GPT, config: RunConfig, world: World, batch: Batch, repeats: int) -> dict[str, Any]:
     """Times of the model in its present loop state, seconds and tokens a second of this process."""
     optimizer = ModelOptimizer(model, config, world.size)
-    batch = random_batch(config, world.device)
 
     def micro_batch() -> None:
         model(batch.input_ids, batch.target_ids, batch.cu_seqlens, batch.max_seqlen).backward()
 
+    begun = time.perf_counter()
+    micro_batch()
+    _wait(world.device)
+    first = time.perf_counter() - begun
     reset_peak_memory(world.device)
     compute = median_seconds(micro_batch, world.device, repeats)
     update = median_seconds(lambda: optimizer.step(1.0, config.muon_momentum), world.device, repeats)
     accumulation = config.gradient_accumulation(world.size)
     tokens = accumulation * config.micro_batch_tokens
-    return {
+    result = {
         "micro_batch_seconds": compute,
         "optimizer_seconds": update,
         "tokens_per_s": tokens / (accumulation * compute + update),
         "peak_memory_bytes": peak_memory_bytes(world.device),
+        "first_micro_batch_seconds": first,
+    }
+    if world.device.type == "cuda":
+        result["milliseconds_by_family"], result["kernels"] = by_family(micro_batch, compute)
+    return result
+
+
+def by_family(micro_batch: Callable[[], None], seconds: float) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Milliseconds of a micro-batch by family, ``idle`` the rest of its ``seconds``; and [ms, calls] by kernel."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        micro_batch()
+        torch.cuda.synchronize()
+    kernels = {event.key: [event.self_device_time_total / 1e3, event.count] for event in profiler.key_averages()}
+    kernels = {name: figures for name, figures in kernels.items() if figures[0] > 0}
+    families = dict.fromkeys((name for name, _ in FAMILIES), 0.0)
+    for kernel, (milliseconds, _) in kernels.items():
+        families[next(name for name, pattern in FAMILIES if re.search(pattern, kernel))] += milliseconds
+    families["idle"] = seconds * 1e3 - sum(families.values())
+    slowest = sorted(kernels.items(), key=lambda item: -item[1][0])
+    return families, {name[:120]: figures for name, figures in slowest[:60]}
+
+
+def floors(config: RunConfig, batch: Batch, looping: bool, ceilings: Mapping[str, float]) -> dict[str, float]:
+    """Least milliseconds by family: products and attention at the matrix rate, the rest at the copy rate.
+
+    Between the products a layer reads or writes 22 tensors [T, d] at least if nothing is fused into a product:
+    6 forward and 11 backward in the residual stream, 5 of the heads; the MLP's activations ride on its products.
+    """
+    tokens, d = batch.input_ids.numel(), config.model_dim
+    layers = config.num_layers + (config.num_loops * (config.loop_end - config.loop_start + 1) if looping else 0)
+    layer = 2 * d * d + 2 * d * config.num_kv_heads * config.head_dim + 2 * d * config.mlp_dim
+    head = config.vocab_size * d
+    lengths = batch.cu_seqlens.diff().double()
+    pairs = float((lengths * (lengths + 1) / 2).sum())
+    rate, copy = ceilings["matmul_tflop_per_s"] * 1e9, ceilings["copy_gb_per_s"] * 1e6
+    return {
+        "products": 6 * tokens * (layers * layer + head) / rate,
+        "attention": layers * (4 + 10) * pairs * d / rate,
+        "head": 2 * 2 * tokens * config.vocab_size / copy,
+        "between": layers * 22 * 2 * tokens * d / copy,
     }
 
 
@@ -73,32 +138,66 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser("python -m bench.train_step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="record")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, default=[], dest="providers")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--commit", default="", help="for the results, where this is no git checkout")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args(argv)
-    config = RunConfig.preset(arguments.preset).replace(**dict(pair.split("=", 1) for pair in arguments.settings))
+    settings = dict(pair.split("=", 1) for pair in arguments.settings)
+    config = RunConfig.preset(arguments.preset).replace(**settings)
     world = start_world(config)
-    model = build_model(config, world).train()
-    cases: dict[str, dict[str, float]] = {}
-    for name, looping in (("before_loop", False), ("after_loop", True)):
-        model.looping_active = looping
-        cases[name] = time_step(model, config, world, arguments.repeats)
-    results = {"meta": describe_environment(world), "preset": arguments.preset, "cases": cases}
-    headers = ("case", "micro-batch ms", "optimizer ms", "tokens/s", "peak memory")
-    rows = [
-        (
-            name,
-            f"{case['micro_batch_seconds'] * 1e3:.1f}",
-            f"{case['optimizer_seconds'] * 1e3:.1f}",
-            f"{case['tokens_per_s']:,.0f}",
-            format_bytes(case["peak_memory_bytes"]),
-        )
-        for name, case in cases.items()
-    ]
-    print(f"{results['meta']['chip']}, torch {torch.__version__}\n{format_table(rows, headers)}")
+    ceilings = measure_ceilings(world.device, quick=world.device.type != "cuda")
+    batch = random_batch(config, world.device)
+    rows: list[dict[str, Any]] = []
+    for provider in arguments.providers or PROVIDERS:
+        own = config.replace(kernels=PROVIDERS[provider] if world.device.type == "cuda" else "reference")
+        model = build_model(own, world).train()
+        for case, looping in (("before_loop", False), ("after_loop", True)):
+            model.looping_active = looping
+            figures = time_step(model, own, world, batch, arguments.repeats)
+            rows.append({"bench": "train_step", "case": case, "provider": provider, **figures})
+            model.zero_grad(set_to_none=True)
+        del model
+        gc.collect()
+    meta = describe_environment(world)
+    meta |= {"git_commit": meta["git_commit"] or arguments.commit, "ceilings": ceilings}
+    least = {case: floors(config, batch, case == "after_loop", ceilings) for case in ("before_loop", "after_loop")}
+    results = {"meta": meta, "preset": arguments.preset, "floors_milliseconds": least, "rows": rows}
+    print(f"{meta['chip']}, torch {torch.__version__}\n{_table(rows)}\n\n{_family_table(rows, least)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    reference = {row["case"]: row["tokens_per_s"] for row in rows if row["provider"] == "reference"}
+    headers = ("case", "provider", "micro-batch ms", "optimizer ms", "tokens/s", "ratio", "peak memory", "first, s")
+    lines = [
+        (
+            row["case"],
+            row["provider"],
+            f"{row['micro_batch_seconds'] * 1e3:.1f}",
+            f"{row['optimizer_seconds'] * 1e3:.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s'] / reference[row['case']]:.2f}" if row["case"] in reference else "",
+            format_bytes(row["peak_memory_bytes"]),
+            f"{row['first_micro_batch_seconds']:.1f}",
+        )
+        for row in sorted(rows, key=lambda row: row["case"] != "before_loop")
+    ]
+    return format_table(lines, headers)
+
+
+def _family_table(rows: list[dict[str, Any]], least: Mapping[str, Mapping[str, float]]) -> str:
+    measured = [row for row in rows if "milliseconds_by_family" in row]
+    families = dict.fromkeys(name for row in measured for name in row["milliseconds_by_family"])
+    lines = [
+        (case, family, *(f"{row['milliseconds_by_family'][family]:.2f}" for row in measured if row["case"] == case),
+         f"{least[case][family]:.2f}" if family in least[case] else "")
+        for case in least for family in families
+    ]  # fmt: skip
+    providers = list(dict.fromkeys(row["provider"] for row in measured))
+    return format_table(lines, ("case", "ms of a micro-batch", *providers, "floor")) if lines else ""
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 from bench import dequant, harness, newton_schulz, plots, reference_runs, report, timing, tune
 from bench.__main__ import BENCHES
-from bench.train_step import main
+from bench.train_step import PROVIDERS, main
 from pgolf.config import RunConfig
 from pgolf.folder import RunFolder
 from pgolf.kernels import _launch
@@ -33,10 +33,11 @@ def test_train_step_reports_both_loop_states(tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     results = main(["--preset", "demo", *settings, "--repeats", "1", "--json", str(file)])
     assert json.loads(file.read_text()) == json.loads(json.dumps(results))
-    for case in ("before_loop", "after_loop"):
-        measured = results["cases"][case]
-        seconds = 2 * measured["micro_batch_seconds"] + measured["optimizer_seconds"]
-        assert measured["tokens_per_s"] == 512 / seconds
+    names = [(row["case"], row["provider"]) for row in results["rows"]]
+    assert names == [(case, provider) for provider in PROVIDERS for case in ("before_loop", "after_loop")]
+    for row in results["rows"]:
+        seconds = 2 * row["micro_batch_seconds"] + row["optimizer_seconds"]
+        assert row["tokens_per_s"] == 512 / seconds
 
 
 def test_reference_runs_are_presets_with_settings_that_exist(tmp_path: Path) -> None:
