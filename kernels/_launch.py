@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ TUNED = Path(__file__).with_name("tuned")
 # Ops whose kernels have not trained a model on a GPU as well as the reference does: `auto` leaves them alone.
 UNPROVEN: frozenset[str] = frozenset()
 _chosen = "auto"
+_forced = ""
 
 
 def set_backend(name: str) -> None:
@@ -55,8 +57,26 @@ def set_backend(name: str) -> None:
 
 
 def backend() -> str:
-    """The choice in force: ``PGOLF_KERNELS`` if set, else what `set_backend` was given last."""
-    return _checked(os.environ.get("PGOLF_KERNELS") or _chosen, "PGOLF_KERNELS")
+    """The choice in force: that of `using`, else ``PGOLF_KERNELS`` if set, else what `set_backend` was given last."""
+    return _forced or _checked(os.environ.get("PGOLF_KERNELS") or _chosen, "PGOLF_KERNELS")
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Inside, ``name`` is the choice in force, whatever was chosen before or in the environment."""
+    global _forced
+    before, _forced = _forced, _checked(name, "using")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def runs_kernel(op: str, tensor: torch.Tensor) -> bool:
+    """Whether the choice in force computes ``op``, which has a kernel, with Triton on ``tensor``."""
+    name = backend()
+    usable = tensor.is_cuda and triton is not None and op not in UNPROVEN
+    return name == "triton" or (name == "auto" and usable)
 
 
 def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> Callable:
@@ -65,19 +85,16 @@ def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
     Raises RuntimeError when Triton is asked for and is not installed, the family has no kernel, or the tensor is not
     on a GPU.
     """
-    name = backend()
-    if name == "reference":
-        return implementations[name]
-    if name == "auto":
-        usable = tensor.is_cuda and triton is not None and "triton" in implementations and op not in UNPROVEN
-        return implementations["triton" if usable else "reference"]
+    kernel = implementations.get("triton")
+    if not runs_kernel(op, tensor) or (kernel is None and backend() == "auto"):
+        return implementations["reference"]
     if triton is None:
         raise RuntimeError(f"{op}: Triton is not installed; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")
-    if "triton" not in implementations:
+    if kernel is None:
         raise RuntimeError(f"{op} has no Triton kernel; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")
     if not tensor.is_cuda and not INTERPRETED:
         raise RuntimeError(f"{op}: Triton kernels need CUDA tensors, got {tensor.device}; use PGOLF_KERNELS=auto")
-    return implementations[name]
+    return kernel
 
 
 def jit(function: Callable | None = None, **options: Any) -> Callable:
