@@ -17,7 +17,8 @@ gradient the logits', the padding and what the exclusion gives v; the core's bac
 will be; the *prologue's backward* turns them into these in place, adds the core's dv, and sums the gains' gradient by
 programs. Saved are the inputs, q^ and k^, o and the logarithms of the softmax's sums (lse).
 
-Bytes at T = 98,304, H = 8, K = 4, D = 64 in bf16, MB: 151 + 151, 153 + 101, 253 + 157, 403 + 201.
+MB read + written at T = 98,304, H = 8, K = 4, D = 64 in bf16: 151 + 151, 153 + 101, 253 + 157, and 403 + 201, or
+302 + 151 where the core adds to dv.
 """
 
 from __future__ import annotations
@@ -338,7 +339,7 @@ def gated_attention(
     Args:
         projected: [T, N] or [B, T, N], N >= (H + 2 K) D, plus H where gated; more columns are padding.
         cos, sin: [T, P], 2 P <= D, of the angles by index in a row.
-        q_gain: [H], of any floating dtype; enters in projected's.
+        q_gain: [H], of any floating dtype.
         cu_seqlens: int32 boundaries of segments, from 0 to T, repeated values allowed; needs B = 1. None: each row is
             one causal sequence.
         max_seqlen: at least the longest segment's length; read only with cu_seqlens.

@@ -347,3 +347,15 @@ def test_errors_name_the_argument() -> None:
             projected=p.projected.expand(2, 13, 132))  # fmt: skip
     refused(ValueError, "max_seqlen must be .* got 0", max_seqlen=0)
     refused(ValueError, "core must be auto or one of flash, sdpa.*, got 'fast'", core="fast")
+
+
+def test_flash_core_takes_what_the_op_gives() -> None:
+    """Its arguments and the shapes of its results; the values are for a GPU."""
+    with torch.device("meta"):
+        qk, projected, cu = torch.empty(20, 12, 64), torch.empty(20, 1032), torch.empty(4, dtype=torch.int32)
+    qk, projected = qk.bfloat16(), projected.bfloat16()
+    q, k, v = qk[:, :8], qk[:, 8:], family._heads(projected, 12, 4, 64)
+    o, lse = CORES["flash"].forward(q, k, v, cu, 9, 0.125)
+    assert (o.shape, lse.shape, lse.dtype) == ((20, 8, 64), (8, 20), torch.float32)
+    gradients = CORES["flash"].backward(o, q, k, v, o, lse, cu, 9, 0.125, lse, q, k, None)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]

@@ -20,7 +20,7 @@ LIMITS = {
     "_prologue_kernel": (48, 12, 3),
     "_epilogue_kernel": (40, 3, 2),
     "_epilogue_backward_kernel": (64, 5, 3),
-    "_prologue_backward_kernel": (72, 17, 4),
+    "_prologue_backward_kernel": (64, 17, 4),
 }
 
 
