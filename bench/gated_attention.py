@@ -20,6 +20,7 @@ from pgolf.kernels.gated_attention import gated_attention, gated_attention_refer
 
 TOKENS, HEADS, KEYS, DIM, HALF = 98_304, 8, 4, 64, 8
 SIZES = HEADS, KEYS, DIM
+PADDING = 8  # to a multiple of 16 columns: Triton then knows that rows begin at 16 bytes
 LONGEST, DOCUMENT_TOKENS = 2048, 400
 Tensor = torch.Tensor
 
@@ -39,7 +40,7 @@ class Inputs:
         self.tokens = TOKENS // 256 if quick or device.type != "cuda" else TOKENS
         self.kernels_run = device.type == "cuda" or INTERPRETED
         half = partial(torch.randn, device=device)
-        self.projected = half(1, self.tokens, (HEADS + 2 * KEYS) * DIM + HEADS).bfloat16()
+        self.projected = half(1, self.tokens, (HEADS + 2 * KEYS) * DIM + HEADS + PADDING).bfloat16()
         self.dy, self.o = (half(1, self.tokens, HEADS, DIM).bfloat16() for _ in range(2))
         angles = half(self.tokens, HALF)
         self.cos, self.sin = angles.cos().bfloat16(), angles.sin().bfloat16()
@@ -47,7 +48,7 @@ class Inputs:
         self.cu_seqlens = documents(self.tokens, device)
 
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
-        *heads, logits = projected.split([HEADS * DIM, KEYS * DIM, KEYS * DIM, HEADS], dim=-1)
+        *heads, logits, _ = projected.split([HEADS * DIM, KEYS * DIM, KEYS * DIM, HEADS, PADDING], dim=-1)
         return *(x.unflatten(-1, (-1, DIM)) for x in heads), logits
 
     def prologue(self, projected: Tensor, gain: Tensor) -> Tensor:

@@ -337,7 +337,8 @@ def gated_attention(
     Differentiable once in projected and q_gain.
 
     Args:
-        projected: [T, N] or [B, T, N], N >= (H + 2 K) D, plus H where gated; more columns are padding.
+        projected: [T, N] or [B, T, N], N >= (H + 2 K) D, plus H where gated; more columns are padding. A Triton core
+            needs N to be a multiple of 16 for its fastest accesses.
         cos, sin: [T, P], 2 P <= D, of the angles by index in a row.
         q_gain: [H], of any floating dtype.
         cu_seqlens: int32 boundaries of segments, from 0 to T, repeated values allowed; needs B = 1. None: each row is

@@ -36,10 +36,10 @@ def launch(dtype, H=8, K=4, D=64, half=8, padding=0, exclude=True, gated=True):
     prologue_backward(dq, dk, dv, projected, angles, angles, gain, dprojected, H, K, D, exclude, 1e-7)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_record_model(capability: int) -> None:
+@pytest.mark.parametrize("capability, padding", [(80, 8), (90, 8), (90, 0), (100, 8)])
+def test_record_model(capability: int, padding: int) -> None:
     with compiling(capability) as compiled:
-        launch(torch.bfloat16)
+        launch(torch.bfloat16, padding=padding)
     assert {kernel.name for kernel in compiled} == set(LIMITS)
     for kernel in compiled:
         if capability != 90:
@@ -48,8 +48,8 @@ def test_record_model(capability: int) -> None:
         registers, loads, stores = LIMITS[kernel.name]
         check(kernel, registers=registers, shared=1024, streams=True)
         assert (kernel.count(r"LDG\.E\S*\.128"), kernel.count(r"STG\.E\S*\.128")) == (loads, stores), kernel.name
-        # Besides: gains or logits; gradients of logits, delta, or the gains' partial sums.
-        assert kernel.count("LDG") - loads <= 2 and kernel.count("STG") - stores <= 4, kernel.name
+        # Besides: gains or logits; gradients of logits, delta, padding, or the gains' partial sums.
+        assert kernel.count("LDG") - loads <= 2 and kernel.count("STG") - stores <= 5, kernel.name
 
 
 @pytest.mark.parametrize(
