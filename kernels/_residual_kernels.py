@@ -204,7 +204,7 @@ def _lanes_backward_kernel(
     tl.store(partials + 5, tl.sum(m1_sum))
 
 
-@jit(do_not_specialize=("width",))
+@jit
 def _weight_gradient_kernel(
     dfolded, weight, out_scale, dweight, dout_scale, width, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -240,6 +240,10 @@ def _plan(case: str, x: Tensor) -> tuple[tuple[int], tuple[int, int], dict]:
     return (-(-rows // chunk),), (rows, chunk), settings
 
 
+def _case(mix: Tensor | None, skip: Tensor | None, direction: str) -> str:
+    return "join_" * (skip is not None) + "mix_" * (mix is not None) + direction
+
+
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
@@ -259,7 +263,7 @@ def mix_forward(
     """(joined, u, n), of which those not kept are empty."""
     outputs = [_like(x, keep) for keep in (keep_joined, keep_u, keep_n)]
     if x.numel():
-        grid, extent, settings = _plan("forward", x)
+        grid, extent, settings = _plan(_case(mix, skip, "forward"), x)
         inputs = _contiguous(x, x0, mix, skip, weight, gate, scale)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             _forward_kernel[grid](*inputs, *map(_pointer, outputs), None, *extent, EPS=eps, **settings)
@@ -276,7 +280,7 @@ def mix_backward(
     outputs = [_like(x, wanted) for wanted in (True, x0 is not None, skip is not None)]
     if not x.numel():
         return *outputs, x.new_zeros(sums, x.size(-1), dtype=accumulator(x))
-    grid, extent, settings = _plan("backward", x)
+    grid, extent, settings = _plan(_case(mix, skip, "backward"), x)
     partials = x.new_empty(*grid, sums, x.size(-1), dtype=accumulator(x))
     inputs = _contiguous(dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale)
     with torch.cuda.device_of(x):

@@ -110,6 +110,13 @@ def fold(weight: Tensor, out_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (out_scale[:, None] * weight).to(dtype)
 
 
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in this dtype, autocast or not."""
+    if dtype != a.dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype), out=a.new_empty(a.size(0), b.size(1), dtype=dtype))
+
+
 def _linear(
     residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, scale: Tensor | None, eps: float,
     norm: bool, inplace: bool = False,
@@ -118,8 +125,7 @@ def _linear(
     folded = fold(weight, out_scale, x.dtype)
     rows = x.reshape(-1, x.size(-1))
     if residual is None:
-        v = x.new_empty(*x.shape[:-1], weight.size(0))
-        torch.mm(rows, folded.T, out=v.view(-1, weight.size(0)))
+        v = _product(rows, folded.T, x.dtype).view(*x.shape[:-1], weight.size(0))
     else:
         v = residual if inplace else residual.clone(memory_format=torch.contiguous_format)
         v.view(-1, v.size(-1)).addmm_(rows, folded.T)
@@ -133,14 +139,10 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and, with ``parameters``, of weight and out_scale."""
     dv, rows = dv.reshape(-1, dv.size(-1)), x.reshape(-1, x.size(-1))
-    dx = (dv @ folded).view(x.shape)
+    dx = _product(dv, folded, x.dtype).view(x.shape)
     if not parameters:
         return dx, weight.new_empty(0), out_scale.new_empty(0)
-    if dv.is_cuda and dv.dtype in (torch.bfloat16, torch.float16):
-        dfolded = torch.mm(dv.T, rows, out_dtype=torch.float32)
-    else:
-        accumulate = kernels.accumulator(dv)
-        dfolded = dv.T.to(accumulate) @ rows.to(accumulate)
+    dfolded = _product(dv.T, rows, kernels.accumulator(dv))
     return dx, *kernels.weight_gradient(dfolded, weight, out_scale)
 
 
@@ -389,8 +391,10 @@ def _check(activations: dict[str, Tensor | None], parameters: dict[str, tuple[Te
     for argument, (tensor, shape) in parameters.items():
         if tensor is None:
             continue
-        if tensor.shape != shape and (shape or tensor.numel() != 1):
-            raise ValueError(f"{argument} must have shape {shape}, got {tuple(tensor.shape)}")
+        if shape and tensor.shape != shape:
+            raise ValueError(f"{argument} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if not shape and tensor.numel() != 1:
+            raise ValueError(f"{argument} must be one element, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{argument} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
         if tensor.device != x.device:
