@@ -1,0 +1,132 @@
+"""The residual stream between the matrix products, bf16: ``python -m bench.residual``.
+
+At the record model's 98,304 tokens of width 512. `mix_norm` begins a layer, `join_mix_norm` one with a skip, `lanes`
+ends a parallel one; `norm_of_mean` is the final norm. With `carry` the inputs are handed through and have later
+readers, whose gradients autograd adds for the opponents. `linear` is a product without residual (attention's, 512
+inputs), `layer` the stream through a whole serial layer with its products onto the residual (512 and 2048 inputs).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from bench.harness import Builder, Case, Function, Tuning, as_tensors, compiled, main
+from pgolf.kernels import residual
+
+TOKENS, WIDTH, HIDDEN = 98_304, 512, 2048
+Tensor = torch.Tensor
+Op = Callable[[str], Callable]  # an op, or its reference, by name
+
+
+def _mix(op: Op, scale: Tensor, x, x0, mix, *join, **keep):
+    options = dict(zip(("skip", "weight", "gate"), join, strict=False))
+    return op("residual_mix_norm")(x, x0, mix, scale, **options, **keep)
+
+
+def _layer(op: Op, scale: Tensor, x, x0, mix, attention, out, attention_scale, hidden, down, mlp_scale):
+    u, n, _, x0 = _mix(op, scale, x, x0, mix)
+    v, normed = op("residual_linear_norm")(u, attention, out, attention_scale, scale, inplace=True)
+    return op("residual_linear")(v, hidden, down, mlp_scale, inplace=True), n, normed, x0
+
+
+# Leaves by name: activations and parameters.
+SHAPES = {
+    "x": (1, TOKENS, WIDTH), "hidden": (1, TOKENS, HIDDEN), "mix": (2, WIDTH), "vector": (WIDTH,),
+    "out": (WIDTH, WIDTH), "down": (WIDTH, HIDDEN), "post": (2, 2), "resid": (2,),
+}  # fmt: skip
+# By name: the function, its leaves, and how many [T, d] it reads and writes forward and backward.
+OPS: dict[str, tuple[Callable, tuple[str, ...], int, int]] = {
+    "mix_norm": (lambda *arguments: _mix(*arguments)[:2], ("x", "x", "mix"), 4, 6),
+    "mix_norm_carry": (_mix, ("x", "x", "mix"), 4, 8),
+    "join_mix_norm_carry": (
+        lambda *arguments: _mix(*arguments, keep_u=False)[1:], ("x", "x", "mix", "x", "vector", "vector"), 5, 9
+    ),
+    "join": (lambda op, scale, *leaves: op("join_skip")(*leaves), ("x", "x", "vector", "vector"), 3, 5),
+    "norm_carry": (lambda op, scale, x: op("scaled_rms_norm")(x, scale, carry=True), ("x",), 2, 4),
+    "norm_of_mean": (lambda op, scale, x, y: op("scaled_rms_norm")(x, None, y), ("x", "x"), 3, 3),
+    "lanes": (lambda op, scale, *leaves: op("mix_lanes")(*leaves), ("x", "x", "x", "x", "post", "resid"), 6, 10),
+    "linear": (lambda op, scale, *leaves: op("residual_linear")(None, *leaves), ("x", "out", "vector"), 2, 4),
+    "layer": (_layer, ("x", "x", "mix", "x", "out", "vector", "hidden", "down", "vector"), 15, 26),
+}  # fmt: skip
+
+
+def with_backward(function: Callable, leaves: list[Tensor], douts: list[Tensor]) -> tuple[Tensor, ...]:
+    """The results of ``function`` and the gradients of its leaves for these of the results."""
+    outputs = as_tensors(function(*leaves))
+    douts = [dout.to(outputs[0].dtype) for dout in douts[: len(outputs)]]
+    gradients = torch.autograd.grad(outputs, leaves, douts)
+    return *(out.detach() for out in outputs), *gradients
+
+
+def build(name: str, backward: bool, device: torch.device, quick: bool) -> Case:
+    """A case of `OPS`."""
+    function, kinds, read_written, read_written_backward = OPS[name]
+    tokens = -(-TOKENS // 256) if quick or device.type != "cuda" else TOKENS
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn([tokens if size == TOKENS else size for size in shape], device=device).bfloat16()
+
+    leaves = [random(*SHAPES[kind]) for kind in kinds]
+    for leaf, kind in zip(leaves, kinds, strict=True):
+        if kind in ("out", "down"):
+            leaf *= SHAPES[kind][1] ** -0.5
+    scale = torch.full((), 0.5, device=device)
+    # A share of what is multiplied with them, without which the parameters' gradients are sums of noise.
+    douts = [random(1, TOKENS, WIDTH) + 0.5 * leaves[0] for _ in range(4)]
+
+    def call(suffix: str) -> Callable:
+        return partial(function, lambda op: getattr(residual, op + suffix), scale)
+
+    def provider(run: Callable) -> Function:
+        if not backward:
+            return partial(torch.no_grad()(lambda: as_tensors(run(*leaves))))
+        return partial(with_backward, run, [leaf.requires_grad_() for leaf in leaves], douts)
+
+    def exact() -> tuple[Tensor, ...]:
+        double = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        if backward:
+            return with_backward(call("_reference"), double, douts)
+        with torch.no_grad():
+            return tuple(as_tensors(call("_reference")(*double)))
+
+    providers = {
+        "eager": lambda: provider(call("_reference")),
+        "compile": lambda: provider(compiled(call("_reference"), device)),
+        "pgolf": lambda: provider(call("")),
+    }
+    passes = read_written + backward * read_written_backward
+    products = sum(
+        2 * tokens * leaf.numel() for leaf, kind in zip(leaves, kinds, strict=True) if kind in ("out", "down")
+    )
+    return Case(providers, exact, passes * 2 * tokens * WIDTH, (1 + 2 * backward) * products)
+
+
+CASES: dict[str, Builder] = {
+    f"{name}_forward{'_backward' * backward}": partial(build, name, backward)
+    for name in OPS
+    for backward in (False, True)
+}
+_CHOICES = dict(
+    chunk=(1, 2, 4, 8, 16, 32, 64), programs=(4, 6, 8, 12, 16), columns_per_warp=(128, 256, 512), stages=(1, 2, 3, 4, 5)
+)
+_ENTRIES = {
+    "mix_forward": "mix_norm_forward", "join_mix_forward": "join_mix_norm_carry_forward",
+    "join_forward": "join_forward",
+    "mix_backward": "mix_norm_carry_forward_backward", "join_mix_backward": "join_mix_norm_carry_forward_backward",
+    "join_backward": "join_forward_backward", "norm_forward": "norm_carry_forward",
+    "norm_backward": "norm_carry_forward_backward", "lanes_forward": "lanes_forward",
+    "lanes_backward": "lanes_forward_backward",
+}  # fmt: skip
+TUNING = {
+    **{entry: Tuning(CASES[case], _CHOICES) for entry, case in _ENTRIES.items()},
+    "weight_gradient": Tuning(
+        CASES["linear_forward_backward"], dict(block=(512, 1024, 2048), columns_per_warp=(128, 256, 512))
+    ),
+}
+
+if __name__ == "__main__":
+    sys.exit(main({"residual": CASES}, __doc__.splitlines()[0]))

@@ -1,0 +1,496 @@
+"""The residual stream between the matrix products: mixes, joins, lanes, norms, and products that add onto it.
+
+    residual_mix_norm     u = mix[0] x + mix[1] x0,  n = scale rms(u);  with a skip, x is first joined with it
+    residual_linear       v = residual + out_scale (x Wᵀ)
+    residual_linear_norm  the same, and n = scale rms(v)
+    join_skip             lerp(weight skip, x, σ(gate)); without a gate x + weight skip
+    mix_lanes             lane_j' = resid[j] lane_j + post[0, j] attention + post[1, j] mlp
+    scaled_rms_norm       scale rms(x), or of the mean of x and another
+
+with rms(u) = u / sqrt(mean(u²) + eps) over the last dimension. Activations are [..., d] of one dtype (bfloat16,
+float16, float32 or float64), parameters of any of these; scale is one element on the device and has no gradient.
+
+Each op but the products is one pass over what it reads and writes, forward and backward. Products fold their scale
+into the weight, W' = out_scale[:, None] W, and leave the rest to cuBLAS: v = residual + x W'ᵀ, and from dW' = dvᵀ x
+follow dW = out_scale dW' and dout_scale = Σ_k W dW'. torch copies the residual first unless it may overwrite it
+(``inplace``), two passes more; that is why the norms keep n and 1 / sqrt(mean(v²) + eps) for backward, and not v.
+
+An op that feeds one tensor to two readers makes autograd add their gradients, three passes. So ops hand their inputs
+through (`Mixed.x`, `Mixed.x0`, ``carry``): who reads the tensor later takes it from there, and the gradient that comes
+back is added where the op's own is written. Under torch.compile the inputs are handed through as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import _residual_kernels as kernels
+from ._launch import _traced, operator, select
+
+Tensor = torch.Tensor
+RMS_EPS = torch.finfo(torch.float32).eps
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Mixed(NamedTuple):
+    """What `residual_mix_norm` returns; None where it was not to be kept."""
+
+    u: Tensor | None
+    n: Tensor
+    x: Tensor | None  # x, or joined with the skip
+    x0: Tensor
+
+
+def _rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
+    n = F.rms_norm(x, (x.size(-1),), eps=eps)
+    return n if scale is None else (n * scale.detach()).to(x.dtype)
+
+
+def residual_mix_norm_reference(
+    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
+    weight: Tensor | None = None, gate: Tensor | None = None, keep_u: bool = True, keep_x: bool = True,
+) -> Mixed:  # fmt: skip
+    """Plain PyTorch; the contract of `residual_mix_norm`, whose arguments it shares."""
+    if skip is not None:
+        x = join_skip_reference(x, skip, weight, gate)
+    mix = mix.to(x.dtype)
+    u = mix[0] * x + mix[1] * x0
+    return Mixed(u if keep_u else None, _rms_norm(u, scale, eps), x if keep_x or skip is None else None, x0)
+
+
+def join_skip_reference(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Plain PyTorch; the contract of `join_skip`, whose arguments it shares."""
+    weighted = weight.to(x.dtype) * skip
+    return x + weighted if gate is None else torch.lerp(weighted, x, torch.sigmoid(gate.to(x.dtype)))
+
+
+def scaled_rms_norm_reference(
+    x: Tensor, scale: Tensor | None = None, other: Tensor | None = None, eps: float = RMS_EPS, *, carry: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain PyTorch; the contract of `scaled_rms_norm`, whose arguments it shares."""
+    n = _rms_norm(x if other is None else 0.5 * (x + other), scale, eps)
+    return (n, x) if carry else n
+
+
+def mix_lanes_reference(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch; the contract of `mix_lanes`, whose arguments it shares."""
+    post, resid = post.to(lane0.dtype), resid.to(lane0.dtype)
+    return (
+        resid[0] * lane0 + post[0, 0] * attention + post[1, 0] * mlp,
+        resid[1] * lane1 + post[0, 1] * attention + post[1, 1] * mlp,
+    )
+
+
+def residual_linear_reference(
+    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, *, inplace: bool = False
+) -> Tensor:
+    """Plain PyTorch; the contract of `residual_linear`, whose arguments it shares."""
+    v = out_scale.to(x.dtype) * F.linear(x, weight.to(x.dtype))
+    return v if residual is None else residual + v
+
+
+def residual_linear_norm_reference(
+    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, norm_scale: Tensor, eps: float = RMS_EPS,
+    *, inplace: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Plain PyTorch; the contract of `residual_linear_norm`, whose arguments it shares."""
+    v = residual_linear_reference(residual, x, weight, out_scale)
+    return v, _rms_norm(v, norm_scale, eps)
+
+
+def fold(weight: Tensor, out_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """out_scale[:, None] * weight, rounded once."""
+    return (out_scale[:, None] * weight).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in this dtype, autocast or not."""
+    if dtype != a.dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype), out=a.new_empty(a.size(0), b.size(1), dtype=dtype))
+
+
+def _linear(
+    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, scale: Tensor | None, eps: float,
+    norm: bool, inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(v, n, rstd, folded weight); n and rstd are empty without the norm."""
+    folded = fold(weight, out_scale, x.dtype)
+    rows = x.reshape(-1, x.size(-1))
+    if residual is None:
+        v = _product(rows, folded.T, x.dtype).view(*x.shape[:-1], weight.size(0))
+    else:
+        v = residual if inplace else residual.clone(memory_format=torch.contiguous_format)
+        v.view(-1, v.size(-1)).addmm_(rows, folded.T)
+    if norm:
+        return v, *kernels.norm_forward(v, None, scale, eps), folded
+    return v, x.new_empty(0), x.new_empty(0, dtype=kernels.accumulator(x)), folded
+
+
+def _linear_backward(
+    dv: Tensor, x: Tensor, weight: Tensor, out_scale: Tensor, folded: Tensor, parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, with ``parameters``, of weight and out_scale."""
+    dv, rows = dv.reshape(-1, dv.size(-1)), x.reshape(-1, x.size(-1))
+    dx = _product(dv, folded, x.dtype).view(x.shape)
+    if not parameters:
+        return dx, weight.new_empty(0), out_scale.new_empty(0)
+    dfolded = _product(dv.T, rows, kernels.accumulator(dv))
+    return dx, *kernels.weight_gradient(dfolded, weight, out_scale)
+
+
+def _empty(x: Tensor, *kept: bool) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape if keep else 0) for keep in kept)
+
+
+def _sums(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=kernels.accumulator(x))
+
+
+_mix_backward_op = operator(
+    "residual_mix_backward(Tensor? dx_next, Tensor? du, Tensor? dn, Tensor? dx0_next, Tensor x, Tensor? x0, "
+    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    kernels.mix_backward,
+    lambda dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, eps: (
+        *_empty(x, True, x0 is not None, skip is not None),
+        _sums(x, 2 * (mix is not None) + (skip is not None) + (gate is not None), x.size(-1)),
+    ),
+)
+_norm_backward_op = operator(
+    "residual_norm_backward(Tensor? dx_next, Tensor dn, Tensor n, Tensor rstd, Tensor? scale, bool mean) -> Tensor",
+    kernels.norm_backward,
+    lambda dx_next, dn, n, rstd, scale, mean: n.new_empty(n.shape),
+)
+_lanes_backward_op = operator(
+    "residual_lanes_backward(Tensor dout0, Tensor dout1, Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, "
+    "Tensor post, Tensor resid) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernels.lanes_backward,
+    lambda dout0, dout1, lane0, *rest: (*_empty(lane0, True, True, True, True), _sums(lane0, 6)),
+)
+_linear_backward_op = operator(
+    "residual_linear_backward(Tensor dv, Tensor x, Tensor weight, Tensor out_scale, Tensor folded, bool parameters) "
+    "-> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    lambda dv, x, weight, out_scale, folded, parameters: (
+        x.new_empty(x.shape), *(p.new_empty(p.shape if parameters else 0) for p in (weight, out_scale))
+    ),
+)  # fmt: skip
+
+
+def _given(gradient: Tensor | None) -> Tensor | None:
+    """None for the gradient of an output that was not kept, which the dispatcher makes zeros."""
+    return gradient if gradient is not None and gradient.numel() else None
+
+
+def _save_mix(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs[:8]
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _mix_gradients(ctx, djoined, du, dn, dx_next=None, dx0_next=None):
+    x, x0, mix, skip, weight, gate, scale = ctx.saved_tensors
+    gradients = (_given(djoined) if dx_next is None else dx_next, _given(du), _given(dn), dx0_next)
+    dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps)
+    dmix = dweight = dgate = None
+    if mix is not None:
+        dmix, sums = sums[:2].to(mix.dtype), sums[2:]
+    if skip is not None:
+        dweight = sums[0].to(weight.dtype)
+        dgate = None if gate is None else sums[1].to(gate.dtype)
+    unused = (None,) * 5
+    return dx, None if x0 is None else dx0, dmix, None if skip is None else dskip, dweight, dgate, *unused
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    _, other, scale, _ = inputs
+    ctx.save_for_backward(*output, scale)
+    ctx.mean = other is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _norm_gradients(ctx, dn, drstd, dx_next=None):
+    n, rstd, scale = ctx.saved_tensors
+    dx = dx_next if dn is None else _norm_backward_op(dx_next, dn, n, rstd, scale, ctx.mean)
+    return dx, dx if ctx.mean else None, None, None
+
+
+def _save_lanes(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+@once_differentiable
+def _lanes_gradients(ctx, dout0, dout1):
+    *_, post, resid = ctx.saved_tensors
+    *gradients, sums = _lanes_backward_op(dout0, dout1, *ctx.saved_tensors)
+    return *gradients, sums[2:].view(2, 2).to(post.dtype), sums[:2].to(resid.dtype)
+
+
+def _save_linear(ctx, inputs, output) -> None:
+    residual, x, weight, out_scale, scale, *_ = inputs
+    _, n, rstd, folded = output
+    ctx.save_for_backward(x, weight, out_scale, scale, n, rstd, folded)
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(rstd, folded)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _linear_gradients(ctx, dv, dn, drstd, dfolded):
+    x, weight, out_scale, scale, n, rstd, folded = ctx.saved_tensors
+    if (dn := _given(dn)) is not None:
+        dv = _norm_backward_op(dv, dn, n, rstd, scale, False)
+    if dv is None:
+        return (None,) * 7
+    parameters = any(ctx.needs_input_grad[2:4])
+    dx, dweight, dout_scale = _linear_backward_op(dv, x, weight, out_scale, folded, parameters)
+    dparameters = (dweight, dout_scale) if parameters else (None, None)
+    return dv if ctx.has_residual else None, dx, *dparameters, None, None, None
+
+
+def _carrying(
+    schema: str, implementation: Callable, fake: Callable, setup_context: Callable, backward: Callable, carried: int
+) -> Callable:
+    """`operator`, whose function returns its first ``carried`` arguments after the outputs.
+
+    In eager mode their gradients come to ``backward``; an operator may not return its arguments.
+    """
+    op = operator(schema, implementation, fake, setup_context=setup_context, backward=backward)
+
+    def forward(ctx, *args):
+        outputs = implementation(*args)
+        setup_context(ctx, args, outputs)
+        return *outputs, *args[:carried]
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(f"{schema.partition('(')[0]}_function", (torch.autograd.Function,), members)
+
+    def call(*args):
+        if _traced(args) or not torch.is_grad_enabled():
+            return *op(*args), *args[:carried]
+        return function.apply(*args)
+
+    return call
+
+
+_mix_op = _carrying(
+    "residual_mix(Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, "
+    "float eps, bool keep_joined, bool keep_u, bool keep_n) -> (Tensor, Tensor, Tensor)",
+    kernels.mix_forward,
+    lambda x, x0, mix, skip, weight, gate, scale, eps, *keep: _empty(x, *keep),
+    _save_mix,
+    _mix_gradients,
+    carried=2,
+)
+_norm_op = _carrying(
+    "residual_norm(Tensor x, Tensor? other, Tensor? scale, float eps) -> (Tensor, Tensor)",
+    kernels.norm_forward,
+    lambda x, other, scale, eps: (x.new_empty(x.shape), _sums(x, *x.shape[:-1])),
+    _save_norm,
+    _norm_gradients,
+    carried=1,
+)
+_lanes_op = operator(
+    "residual_lanes(Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid) "
+    "-> (Tensor, Tensor)",
+    kernels.lanes_forward,
+    lambda lane0, *rest: _empty(lane0, True, True),
+    setup_context=_save_lanes,
+    backward=_lanes_gradients,
+)
+_linear_op = operator(
+    "residual_linear(Tensor? residual, Tensor x, Tensor weight, Tensor out_scale, Tensor? scale, float eps, bool norm) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _linear,
+    lambda residual, x, weight, out_scale, scale, eps, norm: (
+        v := x.new_empty(*x.shape[:-1], weight.size(0)), v.new_empty(v.shape if norm else 0),
+        _sums(x, *(x.shape[:-1] if norm else (0,))), x.new_empty(weight.shape),
+    ),
+    setup_context=_save_linear,
+    backward=_linear_gradients,
+)  # fmt: skip
+
+
+class _LinearInplace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = _linear(*args, inplace=True)
+        ctx.mark_dirty(args[0])
+        _save_linear(ctx, args, outputs)
+        return outputs
+
+    backward = staticmethod(_linear_gradients)
+
+
+def _linear_triton(*args, inplace: bool = False):
+    if inplace and args[0] is not None and args[0].is_contiguous() and not _traced(args):
+        return _LinearInplace.apply(*args)
+    return _linear_op(*args)
+
+
+def _mix_norm_triton(x, x0, mix, scale, eps, *, skip, weight, gate, keep_u, keep_x) -> Mixed:
+    keep_joined = skip is not None and keep_x
+    joined, u, n, x, x0 = _mix_op(x, x0, mix, skip, weight, gate, scale, eps, keep_joined, keep_u, True)
+    x = x if skip is None else joined if keep_joined else None
+    return Mixed(u if keep_u else None, n, x, x0)
+
+
+def _scaled_rms_norm_triton(x, scale, other, eps, *, carry):
+    n, _, x = _norm_op(x, other, scale, eps)
+    return (n, x) if carry else n
+
+
+_MIX_NORM = {"reference": residual_mix_norm_reference, "triton": _mix_norm_triton}
+_JOIN_SKIP = {
+    "reference": join_skip_reference,
+    "triton": lambda x, skip, weight, gate: _mix_op(
+        x, None, None, skip, weight, gate, None, 0.0, True, False, False
+    )[0],
+}  # fmt: skip
+_NORM = {"reference": scaled_rms_norm_reference, "triton": _scaled_rms_norm_triton}
+_LANES = {"reference": mix_lanes_reference, "triton": _lanes_op}
+_LINEAR = {
+    "reference": residual_linear_reference,
+    "triton": lambda *args, inplace: _linear_triton(*args, None, 0.0, False, inplace=inplace)[0],
+}
+_LINEAR_NORM = {
+    "reference": residual_linear_norm_reference,
+    "triton": lambda *args, inplace: _linear_triton(*args, True, inplace=inplace)[:2],
+}
+
+
+def _same(argument: str, tensor: Tensor, name: str, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{argument} must have {name}'s dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{argument} must be on {name}'s device {x.device}, got {tensor.device}")
+
+
+def _check(activations: dict[str, Tensor | None], parameters: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Activations are all like the first; parameters come with the shapes they must have, () for one element."""
+    (name, x), *rest = ((name, tensor) for name, tensor in activations.items() if tensor is not None)
+    if not x.ndim:
+        raise ValueError(f"{name} must be [..., d], got a scalar")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    for argument, tensor in rest:
+        if tensor.shape != x.shape:
+            raise ValueError(f"{argument} must have {name}'s shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+        _same(argument, tensor, name, x)
+    for argument, (tensor, shape) in parameters.items():
+        if tensor is None:
+            continue
+        if shape and tensor.shape != shape:
+            raise ValueError(f"{argument} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if not shape and tensor.numel() != 1:
+            raise ValueError(f"{argument} must be one element, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{argument} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{argument} must be on {name}'s device {x.device}, got {tensor.device}")
+
+
+def residual_mix_norm(
+    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
+    weight: Tensor | None = None, gate: Tensor | None = None, keep_u: bool = True, keep_x: bool = True,
+) -> Mixed:  # fmt: skip
+    """u = mix[0] x + mix[1] x0 and n = scale rms(u), as `Mixed`; with ``skip``, x is first joined with it.
+
+    x, x0 and skip are [..., d], mix [2, d], weight and gate [d] as in `join_skip`. Differentiable once in all of them.
+    Without a skip `Mixed.x` is x; ``keep_u`` and, with a skip, ``keep_x`` say what is written besides n. Take x and x0
+    from the result for all later readers: see the module's docstring.
+
+    Raises ValueError for a wrong shape or device or a skip without a weight, TypeError for a wrong dtype.
+    """
+    _check({"x": x, "x0": x0, "skip": skip}, {"mix": (mix, (2, *x.shape[-1:])), "scale": (scale, ())})
+    _check_join(x, skip, weight, gate)
+    options = dict(skip=skip, weight=weight, gate=gate, keep_u=keep_u, keep_x=keep_x)
+    return select("residual_mix_norm", _MIX_NORM, x)(x, x0, mix, scale, eps, **options)
+
+
+def _check_join(x: Tensor, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None) -> None:
+    if (skip is None) != (weight is None) or (skip is None and gate is not None):
+        raise ValueError("skip and weight go together, and gate with them")
+    _check({"x": x, "skip": skip}, {"weight": (weight, x.shape[-1:]), "gate": (gate, x.shape[-1:])})
+
+
+def join_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+    """lerp(weight skip, x, σ(gate)); without a gate, x + weight skip.
+
+    x and skip are [..., d], weight and gate [d]; differentiable once in all. Raises ValueError for a wrong shape or
+    device, TypeError for a wrong dtype.
+    """
+    _check_join(x, skip, weight, gate)
+    return select("join_skip", _JOIN_SKIP, x)(x, skip, weight, gate)
+
+
+def scaled_rms_norm(
+    x: Tensor, scale: Tensor | None = None, other: Tensor | None = None, eps: float = RMS_EPS, *, carry: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """scale rms(x), or of the mean 0.5 (x + other); with ``carry`` also x, for later readers to take.
+
+    Differentiable once in x and other, both [..., d]. Raises ValueError for a wrong shape or device and for ``carry``
+    with ``other``, TypeError for a wrong dtype.
+    """
+    _check({"x": x, "other": other}, {"scale": (scale, ())})
+    if carry and other is not None:
+        raise ValueError("carry hands x on, and with other there are two")
+    return select("scaled_rms_norm", _NORM, x)(x, scale, other, eps, carry=carry)
+
+
+def mix_lanes(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """lane_j' = resid[j] lane_j + post[0, j] attention + post[1, j] mlp for both lanes j.
+
+    lane0, lane1, attention and mlp are [..., d], post is [2 sources, 2 lanes], resid [2]; differentiable once in all.
+    Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
+    """
+    activations = {"lane0": lane0, "lane1": lane1, "attention": attention, "mlp": mlp}
+    _check(activations, {"post": (post, (2, 2)), "resid": (resid, (2,))})
+    return select("mix_lanes", _LANES, lane0)(lane0, lane1, attention, mlp, post, resid)
+
+
+def _check_linear(residual, x, weight, out_scale, scale) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [d, k], got shape {tuple(weight.shape)}")
+    rows = tuple(weight.shape[:1])
+    _check({"x": x}, {"weight": (weight, (*rows, *x.shape[-1:])), "out_scale": (out_scale, rows), "scale": (scale, ())})
+    if residual is not None:
+        if residual.shape != (*x.shape[:-1], *rows):
+            raise ValueError(f"residual must have shape {(*x.shape[:-1], *rows)}, got {tuple(residual.shape)}")
+        _same("residual", residual, "x", x)
+
+
+def residual_linear(
+    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, *, inplace: bool = False
+) -> Tensor:
+    """residual + out_scale (x weightᵀ), without a residual the second part alone.
+
+    residual is [..., d], x [..., k], weight [d, k], out_scale [d]; differentiable once in all. ``inplace`` lets kernels
+    overwrite the residual, as torch's in-place operations do. Returns [..., d] in x's dtype. Raises ValueError for a
+    wrong shape or device, TypeError for a wrong dtype.
+    """
+    _check_linear(residual, x, weight, out_scale, None)
+    return select("residual_linear", _LINEAR, x)(residual, x, weight, out_scale, inplace=inplace)
+
+
+def residual_linear_norm(
+    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, norm_scale: Tensor, eps: float = RMS_EPS,
+    *, inplace: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """v = residual + out_scale (x weightᵀ) and n = norm_scale rms(v); arguments and errors as `residual_linear`."""
+    _check_linear(residual, x, weight, out_scale, norm_scale)
+    chosen = select("residual_linear_norm", _LINEAR_NORM, x)
+    return chosen(residual, x, weight, out_scale, norm_scale, eps, inplace=inplace)

@@ -1,0 +1,93 @@
+"""What the residual stream's kernels become on GPUs that need not be there, in their shipped configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pgolf.kernels import _residual_kernels as kernels
+from tests.conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
+pytest.importorskip("triton")
+
+from tests.gates import check, compiling
+
+TOKENS, WIDTH, EPS = 98_304, 512, 1e-6
+# registers, warps an SM that these and the shared memory must leave room for (of bf16 on sm_90)
+LAUNCHES = {
+    "mix_forward": (80, 24),
+    "join_mix_forward": (128, 16),
+    "join_mix_forward_u": (128, 16),
+    "join_forward": (72, 24),
+    "mix_backward": (160, 12),
+    "mix_backward_carry": (160, 12),
+    "join_mix_backward_carry": (160, 12),
+    "join_mix_backward_all": (160, 12),
+    "join_backward": (104, 16),
+    "norm_forward": (64, 28),
+    "norm_forward_mean": (64, 28),
+    "norm_backward": (64, 28),
+    "norm_backward_mean": (64, 28),
+    "lanes_forward": (64, 24),
+    "lanes_backward": (104, 16),
+    "weight_gradient": (64, 28),
+}
+
+
+def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
+    x, vector, scale = torch.empty(1, TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype), torch.ones(())
+    mix, join, rstd = torch.empty(2, width, dtype=dtype), (x, vector, vector), torch.empty(1, TOKENS)
+    no_join, lanes = (None, None, None), (x, x, x, x, torch.empty(2, 2), torch.empty(2))
+    weight = torch.empty(512, 2048, dtype=dtype)
+    {
+        "mix_forward": lambda: kernels.mix_forward(x, x, mix, *no_join, scale, EPS, False, True, True),
+        "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True),
+        "join_mix_forward_u": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, False, True, True),
+        "join_forward": lambda: kernels.mix_forward(x, None, None, *join, None, EPS, True, False, False),
+        "mix_backward": lambda: kernels.mix_backward(None, x, x, None, x, x, mix, *no_join, scale, EPS),
+        "mix_backward_carry": lambda: kernels.mix_backward(x, x, x, x, x, x, mix, *no_join, scale, EPS),
+        "join_mix_backward_carry": lambda: kernels.mix_backward(x, None, x, x, x, x, mix, *join, scale, EPS),
+        "join_mix_backward_all": lambda: kernels.mix_backward(x, x, x, x, x, x, mix, *join, scale, EPS),
+        "join_backward": lambda: kernels.mix_backward(x, None, None, None, x, None, None, *join, None, EPS),
+        "norm_forward": lambda: kernels.norm_forward(x, None, scale, EPS),
+        "norm_forward_mean": lambda: kernels.norm_forward(x, x, None, EPS),
+        "norm_backward": lambda: kernels.norm_backward(x, x, x, rstd, scale, False),
+        "norm_backward_mean": lambda: kernels.norm_backward(None, x, x, rstd, None, True),
+        "lanes_forward": lambda: kernels.lanes_forward(*lanes),
+        "lanes_backward": lambda: kernels.lanes_backward(x, x, *lanes),
+        "weight_gradient": lambda: kernels.weight_gradient(weight.float(), weight, torch.empty(512, dtype=dtype)),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_shipped(name: str) -> None:
+    with compiling(90) as compiled:
+        launch(name, torch.bfloat16)
+    (kernel,) = compiled
+    registers, warps = LAUNCHES[name]
+    check(kernel, registers=registers, streams=True)
+    assert warps * 32 * -(-kernel.registers // 8) * 8 <= 65_536
+    if name != "weight_gradient":  # rows on their way while others are worked on
+        assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, "no asynchronous copies of 16 bytes"
+        in_a_program = 2 if name.startswith(("lanes_backward", "join_mix_backward")) else 1
+        assert warps // in_a_program * (kernel.shared_bytes + 1024) <= 233_472
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("name", ["join_mix_forward", "join_mix_backward_all", "norm_backward", "lanes_backward"])
+def test_other_chips(name: str, capability: int) -> None:
+    with compiling(capability) as compiled:
+        launch(name, torch.bfloat16)
+    (kernel,) = compiled
+    check(kernel, streams=True)
+
+
+@pytest.mark.parametrize("dtype, width", [(torch.float32, 512), (torch.bfloat16, 768), (torch.bfloat16, 1024)], ids=str)
+@pytest.mark.parametrize("name", ["join_mix_forward", "join_mix_backward_all", "norm_backward", "lanes_backward"])
+def test_other_dtypes_and_widths(name: str, dtype: torch.dtype, width: int) -> None:
+    with compiling(90) as compiled:
+        launch(name, dtype, width)
+    (kernel,) = compiled
+    check(kernel, streams=True)

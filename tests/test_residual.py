@@ -1,0 +1,415 @@
+"""The residual stream's ops: formulas, gradients, precision, what is handed through, edges; references and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import library
+
+from pgolf.kernels import _residual_kernels as kernels
+from pgolf.kernels import residual as family
+from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.residual import (
+    join_skip,
+    mix_lanes,
+    residual_linear,
+    residual_linear_norm,
+    residual_mix_norm,
+    scaled_rms_norm,
+)
+from pgolf.model import join_skip as model_join_skip
+from pgolf.model import rms_norm
+
+UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-21, torch.float64: 2**-48}  # of rounding
+ROWS = [(1, 1, 8), (2, 7, 12), (1, 9, 512), (3, 5, 70)]
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# By name: a function of (reference or op by name, leaves), and the shapes of its leaves ("x" an activation, "h" the
+# product's input, else a parameter's).
+Call = Callable[[Callable[[str], Callable], list], object]
+SCALE = 0.6
+MIX = ["x", "x", (2, "d")]
+
+
+def scale_of(x: torch.Tensor) -> torch.Tensor:
+    return torch.full((), SCALE, device=x.device)
+
+
+def mix_call(keep_u: bool = True, keep_x: bool = True) -> Call:
+    def call(op, leaves):
+        x, x0, mix, *rest = leaves
+        join = dict(zip(("skip", "weight", "gate"), rest, strict=False))
+        return op("residual_mix_norm")(x, x0, mix, scale_of(x), **join, keep_u=keep_u, keep_x=keep_x)
+
+    return call
+
+
+def linear_norm(op, leaves, **options):
+    return op("residual_linear_norm")(*leaves, scale_of(leaves[1]), **options)
+
+
+CALLS: dict[str, tuple[Call, list]] = {
+    "mix_norm": (mix_call(), MIX),
+    "mix_norm_n": (mix_call(keep_u=False), MIX),
+    "join_mix_norm": (mix_call(), [*MIX, "x", "d", "d"]),
+    "join_mix_norm_ungated": (mix_call(), [*MIX, "x", "d"]),
+    "join_mix_norm_un": (mix_call(keep_x=False), [*MIX, "x", "d", "d"]),
+    "join_mix_norm_n": (mix_call(keep_u=False, keep_x=False), [*MIX, "x", "d", "d"]),
+    "join": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d", "d"]),
+    "join_ungated": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d"]),
+    "norm": (lambda op, leaves: op("scaled_rms_norm")(leaves[0], scale_of(leaves[0])), ["x"]),
+    "norm_carry": (lambda op, leaves: op("scaled_rms_norm")(leaves[0], scale_of(leaves[0]), carry=True), ["x"]),
+    "norm_of_mean": (lambda op, leaves: op("scaled_rms_norm")(leaves[0], None, leaves[1]), ["x", "x"]),
+    "lanes": (lambda op, leaves: op("mix_lanes")(*leaves), ["x", "x", "x", "x", (2, 2), (2,)]),
+    "linear": (lambda op, leaves: op("residual_linear")(*leaves), ["x", "h", ("d", "k"), "d"]),
+    "linear_alone": (lambda op, leaves: op("residual_linear")(None, *leaves), ["h", ("d", "k"), "d"]),
+    "linear_norm": (linear_norm, ["x", "h", ("d", "k"), "d"]),
+    "linear_norm_inplace": (
+        lambda op, leaves: linear_norm(op, [leaves[0] * 1, *leaves[1:]], inplace=True), ["x", "h", ("d", "k"), "d"]
+    ),
+}  # fmt: skip
+
+
+def ours(name: str) -> Callable:
+    return getattr(family, name)
+
+
+def reference(name: str) -> Callable:
+    return getattr(family, f"{name}_reference")
+
+
+def leaves_of(case: str, shape=(2, 7, 12), dtype=torch.float64, parameters=None, device=DEVICE) -> list[torch.Tensor]:
+    sizes = {"d": shape[-1], "k": 20}
+
+    def one(kind) -> torch.Tensor:
+        if kind in ("x", "h"):
+            return torch.randn(*shape[:-1], shape[-1] if kind == "x" else sizes["k"], device=device).to(dtype)
+        dims = [sizes.get(dim, dim) for dim in (kind if isinstance(kind, tuple) else (kind,))]
+        return torch.randn(dims, device=device).to(parameters or dtype)
+
+    return [one(kind) for kind in CALLS[case][1]]
+
+
+def results(function: Callable, leaves, seed: int = 1) -> list[torch.Tensor]:
+    """The outputs of ``function`` of fresh leaves, then the leaves' gradients for random ones of the outputs."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    outputs = function(leaves)
+    outputs = [out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out is not None]
+    generator = torch.Generator().manual_seed(seed)
+    douts = [
+        torch.randn(out.shape, generator=generator).to(out.device, torch.bfloat16).to(out.dtype) for out in outputs
+    ]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, douts)]
+
+
+def assert_as_precise(case: str, leaves: list[torch.Tensor]) -> None:
+    """Outputs and gradients are as near to those of float64 as the reference's in the same dtype.
+
+    Where there are few elements, the reference can be exact by luck.
+    """
+    call = CALLS[case][0]
+    got, plain = results(lambda leaves: call(ours, leaves), leaves), results(lambda v: call(reference, v), leaves)
+    exact = results(lambda v: call(reference, v), [leaf.double() for leaf in leaves])
+    for i, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
+        assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device), f"result {i}"
+        size = c.norm().clamp(min=1e-30)
+        error, allowed = (float((tensor.double() - c).norm() / size) for tensor in (a, b))
+        floor = UNIT[leaves[0].dtype] * (1 + 8 * c.numel() ** -0.5)
+        assert error <= 1.5 * allowed + floor, f"result {i}: {error} where the reference has {allowed}"
+
+
+def compiled_for(function: Callable) -> Callable:
+    """``function`` through the whole compiler but its code generation."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def test_formulas_are_the_models() -> None:
+    """As `serial_block`, `parallel_block` and `join_skip` of pgolf.model write them."""
+    x, x0, mix, skip, weight, gate = leaves_of("join_mix_norm")
+    joined = model_join_skip(x, skip, weight, gate)
+    u = mix[0] * joined + mix[1] * x0
+    got = residual_mix_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
+    for a, b in zip(got, (u, rms_norm(u) * SCALE, joined, x0), strict=True):
+        assert torch.allclose(a, b, atol=1e-12, rtol=1e-6)
+    assert torch.allclose(join_skip(x, skip, weight), model_join_skip(x, skip, weight, None), atol=1e-12)
+    assert torch.allclose(scaled_rms_norm(x, None, x0), rms_norm(0.5 * (x + x0)), atol=1e-12)
+    lane0, lane1, a, f, post, resid = leaves_of("lanes")
+    new0, new1 = mix_lanes(lane0, lane1, a, f, post, resid)
+    assert torch.allclose(new0, resid[0] * lane0 + post[0, 0] * a + post[1, 0] * f, atol=1e-12)
+    assert torch.allclose(new1, resid[1] * lane1 + post[0, 1] * a + post[1, 1] * f, atol=1e-12)
+    residual, h, w, out_scale = leaves_of("linear_norm")
+    v = residual + out_scale * (h @ w.T)
+    got = residual_linear_norm(residual, h, w, out_scale, scale_of(h))
+    assert torch.allclose(got[0], v, atol=1e-12) and torch.allclose(got[1], rms_norm(v) * SCALE, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_gradients(case: str) -> None:
+    leaves = [leaf.requires_grad_() for leaf in leaves_of(case, (1, 2, 3))]
+
+    def function(*leaves):
+        outputs = CALLS[case][0](ours, list(leaves))
+        return tuple(out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out is not None)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CALLS)
+def test_precision(case: str, dtype: torch.dtype) -> None:
+    shapes = ROWS if dtype == torch.bfloat16 and "linear" not in case else ROWS[1::2]
+    for shape in shapes:
+        assert_as_precise(case, leaves_of(case, shape, dtype))
+    if dtype != torch.float64:  # a reference that rounds float32 parameters to its dtype first
+        assert_as_precise(case, leaves_of(case, ROWS[1], dtype, torch.float32))
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_more_rows_than_programs(case: str) -> None:
+    """Programs of many rows, of which the last has fewer."""
+    assert_as_precise(case, leaves_of(case, (1, 203, 16), torch.float32))
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_unused_outputs_have_no_gradient(case: str) -> None:
+    """A gradient that never came is one of zeros."""
+    call, leaves = CALLS[case][0], leaves_of(case)
+    outputs = call(reference, leaves)
+    for kept in range(len(outputs) if isinstance(outputs, tuple) else 0):
+        if outputs[kept] is not None:
+            got, plain = (
+                torch.autograd.grad(call(op, fresh)[kept].square().sum(), fresh, allow_unused=True)
+                for op in (ours, reference)
+                for fresh in [[leaf.clone().requires_grad_() for leaf in leaves]]
+            )
+            for leaf, *pair in zip(leaves, got, plain, strict=True):
+                a, b = (torch.zeros_like(leaf) if gradient is None else gradient for gradient in pair)
+                assert torch.allclose(a, b, atol=1e-9)
+
+
+def layers(op: Callable[[str], Callable], leaves: list[torch.Tensor]) -> torch.Tensor:
+    """Two serial layers with a skip, a join, two lanes and the final norm, with every input handed through."""
+    x, x0, mix, skip_weight, gate, w, out_scale, post, resid = leaves
+    scale, skips = scale_of(x), []
+    for _ in range(2):
+        u, n, _, x0 = op("residual_mix_norm")(x, x0, mix, scale)
+        v, n = op("residual_linear_norm")(u, n.tanh(), w, out_scale, scale, inplace=True)
+        x = op("residual_linear")(v, n.sin(), w, out_scale, inplace=True)
+        skips.append(x)
+    u, n, x, x0 = op("residual_mix_norm")(x, x0, mix, scale)  # a skip taken where it was handed through
+    skips[-1] = x
+    lane1 = u
+    for _ in range(2):
+        join = dict(skip=skips.pop(), weight=skip_weight, gate=gate)
+        _, n, u, x0 = op("residual_mix_norm")(u, x0, mix, scale, **join, keep_u=False)
+        n1, lane1 = op("scaled_rms_norm")(lane1, scale, carry=True)
+        attention, mlp = (op("residual_linear")(None, part, w, out_scale) for part in (n.cos(), n1.tanh()))
+        u, lane1 = op("mix_lanes")(u, lane1, attention, mlp, post, resid)
+    return op("scaled_rms_norm")(u, None, lane1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_layers(dtype: torch.dtype) -> None:
+    """Gradients that are handed back through many ops add up, and what is overwritten is not needed again."""
+    d = 16
+    shapes = [(1, 21, d), (1, 21, d), (2, d), (d,), (d,), (d, d), (d,), (2, 2), (2,)]
+    leaves = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+    got, plain = (results(lambda v, op=op: layers(op, v), leaves) for op in (ours, reference))
+    exact = results(lambda v: layers(reference, v), [leaf.double() for leaf in leaves])
+    for a, b, c in zip(got, plain, exact, strict=True):
+        error, allowed = (float((tensor.double() - c).norm() / c.norm()) for tensor in (a, b))
+        assert error <= 1.5 * allowed + 4 * UNIT[dtype]
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    for case in ("join_mix_norm", "lanes", "linear_norm", "norm_carry"):
+        leaves = leaves_of(case, dtype=torch.float32)
+        strided = [torch.stack([leaf, leaf], -1)[..., 0] for leaf in leaves]
+        call, (plain, got) = CALLS[case][0], [[leaf.requires_grad_() for leaf in v] for v in (leaves, strided)]
+        expected = torch.autograd.grad(
+            call(reference, plain)[0].expand(3, *plain[0].shape).sum(), plain, allow_unused=True
+        )
+        actual = torch.autograd.grad(call(ours, got)[0].expand(3, *plain[0].shape).sum(), got, allow_unused=True)
+        for a, b in zip(actual, expected, strict=True):
+            assert b is None or torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (8,)], ids=str)
+@pytest.mark.parametrize("case", CALLS)
+def test_no_rows_and_one(case: str, shape) -> None:
+    leaves = leaves_of(case, shape, torch.float32)
+    got, plain = (results(lambda v, op=op: CALLS[case][0](op, v), leaves) for op in (ours, reference))
+    for a, b in zip(got, plain, strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
+
+
+@needs_kernels
+def test_the_first_layer_reads_one_tensor_twice() -> None:
+    x, _, mix = leaves_of("mix_norm")
+    got, plain = (
+        torch.autograd.grad(op("residual_mix_norm")(leaf, leaf, mix, scale_of(x)).n.square().sum() + leaf.sum(), leaf)[
+            0
+        ]
+        for op in (ours, reference)
+        for leaf in [x.clone().requires_grad_()]
+    )
+    assert torch.allclose(got, plain, atol=1e-10)
+
+
+@needs_kernels
+def test_handed_through_without_a_copy() -> None:
+    x, x0, mix = (leaf.requires_grad_() for leaf in leaves_of("mix_norm"))
+    mixed = residual_mix_norm(x, x0, mix, scale_of(x))
+    assert mixed.x.data_ptr() == x.data_ptr() and mixed.x0.data_ptr() == x0.data_ptr()
+    u, h, w, out_scale = mixed.u, *leaves_of("linear_norm")[1:]
+    v, _ = residual_linear_norm(u, h, w, out_scale, scale_of(x), inplace=True)
+    assert v.data_ptr() == u.data_ptr()
+    v, n = residual_linear_norm(v, h, w, out_scale, scale_of(x))
+    y = residual_linear(v, h, w, out_scale, inplace=True)  # v is gone, and the norm's gradient does not need it
+    torch.autograd.grad(y.sum() + n.sum(), [x, x0, mix])
+    with torch.no_grad():
+        assert residual_linear(v, h, w, out_scale, inplace=True).data_ptr() == v.data_ptr()
+
+
+@needs_kernels
+def test_overwriting_what_others_need_is_an_error() -> None:
+    residual, h, w, out_scale = (leaf.requires_grad_() for leaf in leaves_of("linear"))
+    with pytest.raises(RuntimeError, match="in-place"):
+        residual_linear(residual, h, w, out_scale, inplace=True)
+    u = residual * 1
+    square = u.square()
+    residual_linear(u, h, w, out_scale, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+@needs_kernels
+def test_a_scale_of_zero() -> None:
+    x = leaves_of("norm")[0].requires_grad_()
+    n, carried = scaled_rms_norm(x, torch.zeros((), device=DEVICE), carry=True)
+    (dx,) = torch.autograd.grad(n.sum() + 2 * carried.sum(), x)
+    assert not n.any() and torch.equal(dx, torch.full_like(x, 2))
+
+
+@needs_kernels
+def test_repeats_bit_for_bit() -> None:
+    for case in ("join_mix_norm", "lanes", "linear_norm", "norm_of_mean"):
+        leaves = leaves_of(case, (1, 300 if DEVICE == "cuda" else 40, 64), torch.bfloat16)
+        repeats = 20 if DEVICE == "cuda" else 2
+        first, *others = (results(lambda v, c=case: CALLS[c][0](ours, v), leaves) for _ in range(repeats))
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_kernels
+def test_offsets_beyond_32_bits() -> None:
+    """Four rows of 2³⁰ elements, of which the kernel is given the first eight each."""
+    rows, width = 4, 2**30
+    if DEVICE == "cpu":  # pages never touched take no memory
+        x = torch.from_numpy(np.zeros((rows, width), np.float16))
+    else:
+        x = torch.zeros(rows, width, device=DEVICE, dtype=torch.float16)
+    x[:, :8] = torch.randn(rows, 8)
+    expected, weight = 3 * x[:, :8].float(), torch.full((8,), 2.0, device=DEVICE)
+    settings = dict(EPS=0.0, D=width, BLOCK=8, STAGES=1, ACC=kernels.tl.float32, num_warps=1)
+    unused = (None,) * 3
+    kernels._forward_kernel[(2,)](x, None, None, x, weight, None, None, x, *unused, rows, 2, **settings)
+    assert torch.allclose(x[:, :8].float(), expected, atol=1e-2)
+
+
+@needs_kernels
+def test_operators_are_registered_as_they_behave() -> None:
+    ops = torch.ops.pgolf
+    x, x0, mix, skip, weight, gate = (leaf.float().requires_grad_() for leaf in leaves_of("join_mix_norm"))
+    scale, rstd = scale_of(x), torch.ones(x.shape[:-1], device=DEVICE)
+    library.opcheck(ops.residual_mix.default, (x, x0, mix, skip, weight, gate, scale, 1e-6, True, True, True))
+    library.opcheck(ops.residual_mix.default, (x, x0, mix, None, None, None, scale, 1e-6, False, False, True))
+    library.opcheck(ops.residual_norm.default, (x, x0, scale, 1e-6))
+    lanes = [leaf.float().requires_grad_() for leaf in leaves_of("lanes")]
+    library.opcheck(ops.residual_lanes.default, lanes)
+    residual, h, w, out_scale = (leaf.float().requires_grad_() for leaf in leaves_of("linear"))
+    for norm in (True, False):
+        library.opcheck(ops.residual_linear.default, (residual, h, w, out_scale, scale, 1e-6, norm))
+    x, x0, mix, skip, weight, gate, residual, h, w, out_scale, *lanes = (
+        leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, out_scale, *lanes)
+    )
+    library.opcheck(ops.residual_mix_backward.default, (x, x, x, x, x, x0, mix, skip, weight, gate, scale, 1e-6))
+    library.opcheck(ops.residual_norm_backward.default, (None, x, x, rstd, scale, True))
+    library.opcheck(ops.residual_lanes_backward.default, (x, x, *lanes))
+    for parameters in (True, False):
+        library.opcheck(ops.residual_linear_backward.default, (residual, h, w, out_scale, w, parameters))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("case", ["mix_norm_n", "join_mix_norm", "join", "norm_carry", "lanes", "linear_norm_inplace"])
+def test_compiles_whole(case: str, autocast: bool) -> None:
+    if autocast and case.startswith("linear") and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("the reference's product follows autocast")
+    leaves = leaves_of(case, dtype=torch.float32)
+    function = lambda v: CALLS[case][0](ours, v)  # noqa: E731
+    with torch.autocast(DEVICE, torch.bfloat16) if autocast else nullcontext():
+        plain, whole = (results(call, leaves) for call in (function, compiled_for(function)))
+    assert plain[0].dtype == torch.float32
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(plain, whole, strict=True))
+
+
+def test_layers_compile_whole() -> None:
+    shapes = [(1, 5, 8), (1, 5, 8), (2, 8), (8,), (8,), (8, 8), (8,), (2, 2), (2,)]
+    leaves = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    plain = results(lambda v: layers(ours, v), leaves)
+    whole = results(compiled_for(lambda v: layers(ours, v)), leaves)
+    assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in zip(plain, whole, strict=True))
+
+
+@needs_kernels
+def test_second_derivative_is_refused() -> None:
+    x = leaves_of("norm")[0].requires_grad_()
+    (dx,) = torch.autograd.grad(scaled_rms_norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def test_errors_name_the_argument() -> None:
+    x, x0, mix, skip, weight, gate = leaves_of("join_mix_norm", device="cpu")
+    scale = torch.ones(())
+    with pytest.raises(ValueError, match=r"x0 must have x's shape \(2, 7, 12\), got \(2, 6, 12\)"):
+        residual_mix_norm(x, x0[:, :6], mix, scale)
+    with pytest.raises(TypeError, match="x0 must have x's dtype torch.float64, got torch.float32"):
+        residual_mix_norm(x, x0.float(), mix, scale)
+    with pytest.raises(ValueError, match=r"mix must have shape \(2, 12\), got \(2, 11\)"):
+        residual_mix_norm(x, x0, mix[:, 1:], scale)
+    with pytest.raises(ValueError, match=r"scale must be one element, got shape \(2,\)"):
+        residual_mix_norm(x, x0, mix, torch.ones(2))
+    with pytest.raises(ValueError, match="scale must be on x's device cpu, got meta"):
+        residual_mix_norm(x, x0, mix, torch.ones((), device="meta"))
+    with pytest.raises(ValueError, match="skip and weight go together"):
+        residual_mix_norm(x, x0, mix, scale, skip=skip)
+    with pytest.raises(TypeError, match="x must be bfloat16, float16, float32 or float64, got torch.int64"):
+        scaled_rms_norm(x.long())
+    with pytest.raises(ValueError, match="carry"):
+        scaled_rms_norm(x, None, x0, carry=True)
+    with pytest.raises(ValueError, match=r"gate must have shape \(12,\), got \(11,\)"):
+        join_skip(x, skip, weight, gate[1:])
+    lanes = leaves_of("lanes", device="cpu")
+    with pytest.raises(ValueError, match=r"post must have shape \(2, 2\), got \(2,\)"):
+        mix_lanes(*lanes[:4], lanes[5], lanes[5])
+    with pytest.raises(ValueError, match="mlp must have lane0's shape"):
+        mix_lanes(*lanes[:3], lanes[3][:1], *lanes[4:])
+    residual, h, w, out_scale = leaves_of("linear", device="cpu")
+    with pytest.raises(ValueError, match=r"weight must be \[d, k\], got shape \(12,\)"):
+        residual_linear(residual, h, out_scale, out_scale)
+    with pytest.raises(ValueError, match=r"weight must have shape \(12, 19\), got \(12, 20\)"):
+        residual_linear(residual, h[..., 1:], w, out_scale)
+    with pytest.raises(ValueError, match=r"out_scale must have shape \(12,\), got \(11,\)"):
+        residual_linear_norm(residual, h, w, out_scale[1:], scale)
+    with pytest.raises(ValueError, match=r"residual must have shape \(2, 7, 12\), got \(2, 7, 20\)"):
+        residual_linear(h, h, w, out_scale)
+    with pytest.raises(TypeError, match="residual must have x's dtype"):
+        residual_linear(residual.float(), h, w, out_scale)
