@@ -5,6 +5,8 @@
     residual_linear_norm  the same, and n = scale rms(v)
     join_skip             lerp(weight skip, x, σ(gate)); without a gate x + weight skip
     mix_lanes             lane_j' = resid[j] lane_j + post[0, j] attention + post[1, j] mlp
+    mix_lanes_norm        the same and, of the next layer, lane 0 joined with its skip and both lanes' norms
+    mix_lanes_final       the same and the final norm, rms of the lanes' mean
     scaled_rms_norm       scale rms(x), or of the mean of x and another
 
 with rms(u) = u / sqrt(mean(u²) + eps) over the last dimension. Activations are [..., d] of one dtype (bfloat16,
@@ -43,6 +45,16 @@ class Mixed(NamedTuple):
     u: Tensor | None
     n: Tensor
     x: Tensor | None  # x, or joined with the skip
+    x0: Tensor
+
+
+class Lanes(NamedTuple):
+    """What `mix_lanes_norm` returns."""
+
+    lane0: Tensor  # joined with the skip
+    lane1: Tensor
+    n0: Tensor
+    n1: Tensor
     x0: Tensor
 
 
@@ -86,6 +98,25 @@ def mix_lanes_reference(
         resid[0] * lane0 + post[0, 0] * attention + post[1, 0] * mlp,
         resid[1] * lane1 + post[0, 1] * attention + post[1, 1] * mlp,
     )
+
+
+def mix_lanes_norm_reference(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, x0: Tensor,
+    mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None, weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Lanes:  # fmt: skip
+    """Plain PyTorch; the contract of `mix_lanes_norm`, whose arguments it shares."""
+    lane0, lane1 = mix_lanes_reference(lane0, lane1, attention, mlp, post, resid)
+    _, n0, lane0, x0 = residual_mix_norm_reference(lane0, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
+    return Lanes(lane0, lane1, n0, _rms_norm(lane1, scale, eps), x0)
+
+
+def mix_lanes_final_reference(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, eps: float = RMS_EPS
+) -> Tensor:
+    """Plain PyTorch; the contract of `mix_lanes_final`, whose arguments it shares."""
+    lane0, lane1 = mix_lanes_reference(lane0, lane1, attention, mlp, post, resid)
+    return scaled_rms_norm_reference(lane0, None, lane1, eps)
 
 
 def residual_linear_reference(
@@ -161,7 +192,7 @@ _mix_backward_op = operator(
     kernels.mix_backward,
     lambda dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, eps: (
         *_empty(x, True, x0 is not None, skip is not None),
-        _sums(x, 2 * (mix is not None) + (skip is not None) + (gate is not None), x.size(-1)),
+        _sums(x, kernels.mix_sums(x, mix, skip, gate)),
     ),
 )
 _norm_backward_op = operator(
@@ -169,11 +200,21 @@ _norm_backward_op = operator(
     kernels.norm_backward,
     lambda dx_next, dn, n, rstd, scale, mean: n.new_empty(n.shape),
 )
+
+
+def _fake_lanes_backward(*arguments) -> tuple[Tensor, ...]:
+    lane0, (mix, skip, _, gate) = arguments[6], arguments[12:16]
+    outputs = _empty(lane0, mix is not None, True, True, True, True, skip is not None)
+    return *outputs, _sums(lane0, kernels.lanes_sums(lane0, mix, skip, gate))
+
+
 _lanes_backward_op = operator(
-    "residual_lanes_backward(Tensor dout0, Tensor dout1, Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, "
-    "Tensor post, Tensor resid) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "residual_lanes_backward(Tensor? dx0_next, Tensor? dout0, Tensor? dout1, Tensor? dn0, Tensor? dn1, Tensor? x0, "
+    "Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid, Tensor? mix, Tensor? skip, "
+    "Tensor? weight, Tensor? gate, Tensor? scale, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels.lanes_backward,
-    lambda dout0, dout1, lane0, *rest: (*_empty(lane0, True, True, True, True), _sums(lane0, 6)),
+    _fake_lanes_backward,
 )
 _linear_backward_op = operator(
     "residual_linear_backward(Tensor dv, Tensor x, Tensor weight, Tensor out_scale, Tensor folded, bool parameters) "
@@ -201,14 +242,8 @@ def _mix_gradients(ctx, djoined, du, dn, dx_next=None, dx0_next=None):
     x, x0, mix, skip, weight, gate, scale = ctx.saved_tensors
     gradients = (_given(djoined) if dx_next is None else dx_next, _given(du), _given(dn), dx0_next)
     dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps)
-    dmix = dweight = dgate = None
-    if mix is not None:
-        dmix, sums = sums[:2].to(mix.dtype), sums[2:]
-    if skip is not None:
-        dweight = sums[0].to(weight.dtype)
-        dgate = None if gate is None else sums[1].to(gate.dtype)
-    unused = (None,) * 5
-    return dx, None if x0 is None else dx0, dmix, None if skip is None else dskip, dweight, dgate, *unused
+    dmix, *djoin = _parameter_gradients(sums, mix, weight, gate)
+    return dx, None if x0 is None else dx0, dmix, None if skip is None else dskip, *djoin, *(None,) * 5
 
 
 def _save_norm(ctx, inputs, output) -> None:
@@ -226,15 +261,35 @@ def _norm_gradients(ctx, dn, drstd, dx_next=None):
     return dx, dx if ctx.mean else None, None, None
 
 
+def _parameter_gradients(sums: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Those of mix, weight and gate, from flat sums."""
+    gradients = []
+    for parameter in parameters:
+        size = 0 if parameter is None else parameter.numel()
+        gradients.append(None if parameter is None else sums[:size].view(parameter.shape).to(parameter.dtype))
+        sums = sums[size:]
+    return gradients
+
+
 def _save_lanes(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.eps, ctx.mean = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
 
 
 @once_differentiable
-def _lanes_gradients(ctx, dout0, dout1):
-    *_, post, resid = ctx.saved_tensors
-    *gradients, sums = _lanes_backward_op(dout0, dout1, *ctx.saved_tensors)
-    return *gradients, sums[2:].view(2, 2).to(post.dtype), sums[:2].to(resid.dtype)
+def _lanes_gradients(ctx, dout0, dout1, dn0, dn1, dx0_next=None):
+    _, lane0, _, _, _, post, resid, mix, skip, weight, gate, _ = ctx.saved_tensors
+    kept = (not ctx.mean, not ctx.mean, ctx.mean or mix is not None, mix is not None)
+    gradients = [
+        (torch.zeros_like(lane0) if _given(gradient) is None else gradient) if keep else None
+        for gradient, keep in zip((dout0, dout1, dn0, dn1), kept, strict=True)
+    ]
+    dx0, *dlanes, dskip, sums = _lanes_backward_op(dx0_next, *gradients, *ctx.saved_tensors, ctx.eps)
+    dmix, dweight, dgate = _parameter_gradients(sums, mix, weight, gate)
+    dresid, dpost = _parameter_gradients(sums[-6:], resid, post)
+    dx0, dskip = None if mix is None else dx0, None if skip is None else dskip
+    return dx0, *dlanes, dpost, dresid, dmix, dskip, dweight, dgate, None, None, None
 
 
 def _save_linear(ctx, inputs, output) -> None:
@@ -301,13 +356,22 @@ _norm_op = _carrying(
     _norm_gradients,
     carried=1,
 )
-_lanes_op = operator(
-    "residual_lanes(Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid) "
-    "-> (Tensor, Tensor)",
+
+
+def _fake_lanes(*arguments) -> tuple[Tensor, ...]:
+    mean, norm = arguments[-1], arguments[7] is not None
+    return _empty(arguments[1], not mean, not mean, mean or norm, norm)
+
+
+_lanes_op = _carrying(
+    "residual_lanes(Tensor? x0, Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid, "
+    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, bool mean) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     kernels.lanes_forward,
-    lambda lane0, *rest: _empty(lane0, True, True),
-    setup_context=_save_lanes,
-    backward=_lanes_gradients,
+    _fake_lanes,
+    _save_lanes,
+    _lanes_gradients,
+    carried=1,
 )
 _linear_op = operator(
     "residual_linear(Tensor? residual, Tensor x, Tensor weight, Tensor out_scale, Tensor? scale, float eps, bool norm) "
@@ -359,7 +423,22 @@ _JOIN_SKIP = {
     )[0],
 }  # fmt: skip
 _NORM = {"reference": scaled_rms_norm_reference, "triton": _scaled_rms_norm_triton}
-_LANES = {"reference": mix_lanes_reference, "triton": _lanes_op}
+_LANES = {
+    "reference": mix_lanes_reference,
+    "triton": lambda *lanes: _lanes_op(None, *lanes, None, None, None, None, None, 0.0, False)[:2],
+}
+_LANES_NORM = {
+    "reference": mix_lanes_norm_reference,
+    "triton": lambda *arguments, skip, weight, gate: Lanes(
+        *_lanes_op(arguments[6], *arguments[:6], arguments[7], skip, weight, gate, *arguments[8:], False)
+    ),
+}
+_LANES_FINAL = {
+    "reference": mix_lanes_final_reference,
+    "triton": lambda *arguments: _lanes_op(
+        None, *arguments[:6], None, None, None, None, None, arguments[6], True
+    )[2],
+}  # fmt: skip
 _LINEAR = {
     "reference": residual_linear_reference,
     "triton": lambda *args, inplace: _linear_triton(*args, None, 0.0, False, inplace=inplace)[0],
@@ -449,6 +528,11 @@ def scaled_rms_norm(
     return select("scaled_rms_norm", _NORM, x)(x, scale, other, eps, carry=carry)
 
 
+def _check_lanes(lane0, lane1, attention, mlp, post, resid) -> None:
+    activations = {"lane0": lane0, "lane1": lane1, "attention": attention, "mlp": mlp}
+    _check(activations, {"post": (post, (2, 2)), "resid": (resid, (2,))})
+
+
 def mix_lanes(
     lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -457,9 +541,33 @@ def mix_lanes(
     lane0, lane1, attention and mlp are [..., d], post is [2 sources, 2 lanes], resid [2]; differentiable once in all.
     Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
-    activations = {"lane0": lane0, "lane1": lane1, "attention": attention, "mlp": mlp}
-    _check(activations, {"post": (post, (2, 2)), "resid": (resid, (2,))})
+    _check_lanes(lane0, lane1, attention, mlp, post, resid)
     return select("mix_lanes", _LANES, lane0)(lane0, lane1, attention, mlp, post, resid)
+
+
+def mix_lanes_norm(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, x0: Tensor,
+    mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None, weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Lanes:  # fmt: skip
+    """`mix_lanes`, and what begins the next parallel layer, in one pass.
+
+    Lane 0 is joined with ``skip``, as by `join_skip`; n0 = scale rms(mix[0] lane0 + mix[1] x0), n1 = scale rms(lane1).
+    Arguments and errors as in `mix_lanes` and `residual_mix_norm`; take x0 from the result for later readers.
+    """
+    _check_lanes(lane0, lane1, attention, mlp, post, resid)
+    _check({"lane0": lane0, "x0": x0}, {"mix": (mix, (2, *lane0.shape[-1:])), "scale": (scale, ())})
+    _check_join(lane0, skip, weight, gate)
+    arguments = (lane0, lane1, attention, mlp, post, resid, x0, mix, scale, eps)
+    return select("mix_lanes_norm", _LANES_NORM, lane0)(*arguments, skip=skip, weight=weight, gate=gate)
+
+
+def mix_lanes_final(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, eps: float = RMS_EPS
+) -> Tensor:
+    """rms of the mean of both lanes after `mix_lanes`, which are not written; arguments and errors as there."""
+    _check_lanes(lane0, lane1, attention, mlp, post, resid)
+    return select("mix_lanes_final", _LANES_FINAL, lane0)(lane0, lane1, attention, mlp, post, resid, eps)
 
 
 def _check_linear(residual, x, weight, out_scale, scale) -> None:
