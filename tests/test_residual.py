@@ -179,6 +179,8 @@ def test_gradients(case: str) -> None:
 @pytest.mark.parametrize("case", CALLS)
 def test_precision(case: str, dtype: torch.dtype) -> None:
     for shape in SHAPES[dtype]:
+        if "linear" in case:  # a program for each of d rows
+            shape = (*shape[:-1], 64)
         assert_as_precise(case, leaves_of(case, shape, dtype))
     if dtype == torch.bfloat16:  # a reference that rounds float32 parameters first
         assert_as_precise(case, leaves_of(case, (2, 7, 12), dtype, torch.float32))
@@ -187,7 +189,7 @@ def test_precision(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CALLS)
 def test_more_rows_than_programs(case: str) -> None:
     """Programs of many rows, of which the last has fewer."""
-    assert_as_precise(case, leaves_of(case, (1, 45, 16), torch.float32))
+    assert_as_precise(case, leaves_of(case, (1, 29, 16), torch.float32))
 
 
 @pytest.mark.parametrize("case", CALLS)
