@@ -1,9 +1,10 @@
 """The residual stream between the matrix products, bf16: ``python -m bench.residual``.
 
-At the record model's 98,304 tokens of width 512. `mix_norm` begins a layer, `join_mix_norm` one with a skip, `lanes`
-ends a parallel one; `norm_of_mean` is the final norm. With `carry` the inputs are handed through and have later
-readers, whose gradients autograd adds for the opponents. `linear` is a product without residual (attention's, 512
-inputs), `layer` the stream through a whole serial layer with its products onto the residual (512 and 2048 inputs).
+At the record model's 98,304 tokens of width 512. `mix_norm` begins a layer, `join_mix_norm` one with a skip; `lanes`
+ends a parallel layer, `lanes_norm` begins the next one with it, `lanes_final` ends the last one with the final norm,
+which is `norm_of_mean` alone. With `carry` the inputs are handed through and have later readers, whose gradients
+autograd adds for the opponents. `linear` is a product without residual (attention's, 512 inputs), `layer` the stream
+through a whole serial layer with its products onto the residual (512 and 2048 inputs).
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ Tensor = torch.Tensor
 Op = Callable[[str], Callable]  # an op, or its reference, by name
 
 
+def _join(leaves: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip(("skip", "weight", "gate"), leaves, strict=False))
+
+
 def _mix(op: Op, scale: Tensor, x, x0, mix, *join, **keep):
-    options = dict(zip(("skip", "weight", "gate"), join, strict=False))
-    return op("residual_mix_norm")(x, x0, mix, scale, **options, **keep)
+    return op("residual_mix_norm")(x, x0, mix, scale, **_join(join), **keep)
 
 
 def _layer(op: Op, scale: Tensor, x, x0, mix, attention, out, attention_scale, hidden, down, mlp_scale):
@@ -49,6 +53,13 @@ OPS: dict[str, tuple[Callable, tuple[str, ...], int, int]] = {
     "norm_carry": (lambda op, scale, x: op("scaled_rms_norm")(x, scale, carry=True), ("x",), 2, 4),
     "norm_of_mean": (lambda op, scale, x, y: op("scaled_rms_norm")(x, None, y), ("x", "x"), 3, 3),
     "lanes": (lambda op, scale, *leaves: op("mix_lanes")(*leaves), ("x", "x", "x", "x", "post", "resid"), 6, 10),
+    "lanes_norm_carry": (
+        lambda op, scale, *leaves: op("mix_lanes_norm")(*leaves[:8], scale, **_join(leaves[8:])),
+        ("x", "x", "x", "x", "post", "resid", "x", "mix", "x", "vector", "vector"), 10, 17,
+    ),
+    "lanes_final": (
+        lambda op, scale, *leaves: op("mix_lanes_final")(*leaves), ("x", "x", "x", "x", "post", "resid"), 5, 9
+    ),
     "linear": (lambda op, scale, *leaves: op("residual_linear")(None, *leaves), ("x", "out", "vector"), 2, 4),
     "layer": (_layer, ("x", "x", "mix", "x", "out", "vector", "hidden", "down", "vector"), 15, 26),
 }  # fmt: skip
@@ -76,7 +87,7 @@ def build(name: str, backward: bool, device: torch.device, quick: bool) -> Case:
             leaf *= SHAPES[kind][1] ** -0.5
     scale = torch.full((), 0.5, device=device)
     # A share of what is multiplied with them, without which the parameters' gradients are sums of noise.
-    douts = [random(1, TOKENS, WIDTH) + 0.5 * leaves[0] for _ in range(4)]
+    douts = [random(1, TOKENS, WIDTH) + 0.5 * leaves[0] for _ in range(5)]
 
     def call(suffix: str) -> Callable:
         return partial(function, lambda op: getattr(residual, op + suffix), scale)
@@ -119,7 +130,9 @@ _ENTRIES = {
     "mix_backward": "mix_norm_carry_forward_backward", "join_mix_backward": "join_mix_norm_carry_forward_backward",
     "join_backward": "join_forward_backward", "norm_forward": "norm_carry_forward",
     "norm_backward": "norm_carry_forward_backward", "lanes_forward": "lanes_forward",
-    "lanes_backward": "lanes_forward_backward",
+    "lanes_backward": "lanes_forward_backward", "lanes_norm_forward": "lanes_norm_carry_forward",
+    "lanes_norm_backward": "lanes_norm_carry_forward_backward", "lanes_mean_forward": "lanes_final_forward",
+    "lanes_mean_backward": "lanes_final_forward_backward",
 }  # fmt: skip
 TUNING = {
     **{entry: Tuning(CASES[case], _CHOICES) for entry, case in _ENTRIES.items()},

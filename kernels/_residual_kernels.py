@@ -30,6 +30,67 @@ def _store(pointer, offsets, inside, value):
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=inside)
 
 
+@jit
+def _vector(pointer, columns, inside, ACC: tl.constexpr):
+    """A parameter of the columns, or 0 where there is none."""
+    return _load(pointer, columns, inside, ACC) if pointer is not None else 0.0
+
+
+@jit
+def _gate(pointer, columns, inside, ACC: tl.constexpr):
+    return tl.sigmoid(_load(pointer, columns, inside, ACC)) if pointer is not None else 0.0
+
+
+@jit
+def _scalar(pointer, ACC: tl.constexpr):
+    return tl.load(pointer).to(ACC) if pointer is not None else 1.0
+
+
+@jit
+def _join(value, skipped, w, sigma, GATED: tl.constexpr):
+    scaled = w * skipped
+    return scaled + sigma * (value - scaled) if GATED else value + scaled
+
+
+@jit
+def _join_gradient(g, value, skipped, w, sigma, GATED: tl.constexpr):
+    """Gradients of value and skipped, and a row's part in those of weight, over 1 - σ, and gate, over σ (1 - σ)."""
+    kept = sigma * g if GATED else g
+    passed = (g - kept) * w if GATED else g * w
+    return kept, passed, g * skipped, g * (value - w * skipped) if GATED else 0.0
+
+
+@jit
+def _norm(value, EPS: tl.constexpr, D: tl.constexpr):
+    return tl.rsqrt(tl.sum(value * value) / D + EPS)
+
+
+@jit
+def _norm_gradient(dy, normed, inverse, D: tl.constexpr):
+    return inverse * (dy - (tl.sum(dy * normed) / D) * normed)
+
+
+@jit
+def _store_sums(
+    partials, first, second, dweight, dgate, sigma, columns, inside, D: tl.constexpr, MIX: tl.constexpr,
+    JOIN: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """This program's parts of the gradients of mix, weight and gate; returns where the next may lie."""
+    if MIX:
+        tl.store(partials + columns, first, mask=inside)
+        tl.store(partials + D + columns, second, mask=inside)
+        partials += 2 * D
+    if JOIN:
+        if GATED:
+            tl.store(partials + columns, dweight * (1 - sigma), mask=inside)
+            tl.store(partials + D + columns, dgate * sigma * (1 - sigma), mask=inside)
+            partials += 2 * D
+        else:
+            tl.store(partials + columns, dweight, mask=inside)
+            partials += D
+    return partials
+
+
 @jit(do_not_specialize=("rows", "chunk"))
 def _forward_kernel(
     x, x0, mix, skip, weight, gate, scale, joined, u, n, rstd, rows, chunk, EPS: tl.constexpr, D: tl.constexpr,
@@ -37,34 +98,24 @@ def _forward_kernel(
 ):  # fmt: skip
     """joined = join(x, skip); u = mix[0] joined + mix[1] x0, without mix their mean; n = scale u rstd(u)."""
     columns, inside = _columns(D, BLOCK)
-    if skip is not None:
-        w = _load(weight, columns, inside, ACC)
-        if gate is not None:
-            sigma = tl.sigmoid(_load(gate, columns, inside, ACC))
-    first, second, factor = 0.5, 0.5, 1.0
+    w, sigma = _vector(weight, columns, inside, ACC), _gate(gate, columns, inside, ACC)
+    first, second, factor = 0.5, 0.5, _scalar(scale, ACC)
     if mix is not None:
         first, second = _load(mix, columns, inside, ACC), _load(mix + D, columns, inside, ACC)
-    if scale is not None:
-        factor = tl.load(scale).to(ACC)
     base = tl.program_id(0).to(tl.int64) * chunk
     for i in tl.range(0, tl.minimum(rows - base, chunk).to(tl.int32), num_stages=STAGES):
         offsets = (base + i) * D + columns
         value = _load(x, offsets, inside, ACC)
         if skip is not None:
-            scaled = w * _load(skip, offsets, inside, ACC)
-            if gate is not None:
-                value = scaled + sigma * (value - scaled)
-            else:
-                value += scaled
+            value = _join(value, _load(skip, offsets, inside, ACC), w, sigma, gate is not None)
             if joined is not None:
                 _store(joined, offsets, inside, value)
         if x0 is not None:
-            other = _load(x0, offsets, inside, ACC)
-            value = first * value + second * other
+            value = first * value + second * _load(x0, offsets, inside, ACC)
             if u is not None:
                 _store(u, offsets, inside, value)
         if n is not None:
-            inverse = tl.rsqrt(tl.sum(value * value) / D + EPS)
+            inverse = _norm(value, EPS, D)
             _store(n, offsets, inside, value * (inverse * factor))
             if rstd is not None:
                 tl.store(rstd + base + i, inverse)
@@ -74,49 +125,36 @@ def _forward_kernel(
 def _backward_kernel(
     dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, rstd, dx, dx0, dskip, partials, rows, chunk,
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-    HALF: tl.constexpr, SUMS: tl.constexpr,
+    HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of `_forward_kernel`. With rstd, x is n. dx_next is joined's gradient, dx0_next is added to dx0."""
     columns, inside = _columns(D, BLOCK)
-    if skip is not None:
-        w = _load(weight, columns, inside, ACC)
-        weight_sum = tl.zeros((BLOCK,), ACC)
-        if gate is not None:
-            sigma = tl.sigmoid(_load(gate, columns, inside, ACC))
-            gate_sum = tl.zeros((BLOCK,), ACC)
+    zeros = tl.zeros((BLOCK,), ACC)
+    w, sigma, factor = _vector(weight, columns, inside, ACC), _gate(gate, columns, inside, ACC), _scalar(scale, ACC)
+    weight_sum, gate_sum, first_sum, second_sum = zeros, zeros, zeros, zeros
     if mix is not None:
         first, second = _load(mix, columns, inside, ACC), _load(mix + D, columns, inside, ACC)
-        first_sum = tl.zeros((BLOCK,), ACC)
-        second_sum = tl.zeros((BLOCK,), ACC)
-    factor, unscale = 1.0, 1.0
-    if scale is not None:
-        factor = tl.load(scale).to(ACC)
-        unscale = tl.where(factor == 0, 0, 1 / factor)
     base = tl.program_id(0).to(tl.int64) * chunk
     for i in tl.range(0, tl.minimum(rows - base, chunk).to(tl.int32), num_stages=STAGES):
         offsets = (base + i) * D + columns
         value = _load(x, offsets, inside, ACC)
+        joined = value
         if skip is not None:
             skipped = _load(skip, offsets, inside, ACC)
-            if gate is not None:
-                difference = value - w * skipped
-                value = w * skipped + sigma * difference
-            else:
-                value += w * skipped
+            joined = _join(value, skipped, w, sigma, gate is not None)
+        u = joined
         if mix is not None:
-            joined = value
             other = _load(x0, offsets, inside, ACC)
-            value = first * value + second * other
-        g = _load(du, offsets, inside, ACC) if du is not None else tl.zeros((BLOCK,), ACC)
+            u = first * joined + second * other
+        g = _load(du, offsets, inside, ACC) if du is not None else zeros
         if dn is not None:
-            dy = _load(dn, offsets, inside, ACC)
             if rstd is not None:
                 inverse = tl.load(rstd + base + i)
-                normed = value * unscale
+                normed = u if scale is None else u * tl.where(factor == 0, 0, 1 / factor)
             else:
-                inverse = tl.rsqrt(tl.sum(value * value) / D + EPS)
-                normed = value * inverse
-            g += (factor * inverse) * (dy - (tl.sum(dy * normed) / D) * normed)
+                inverse = _norm(u, EPS, D)
+                normed = u * inverse
+            g += _norm_gradient(_load(dn, offsets, inside, ACC), normed, factor * inverse, D)
         if mix is not None:
             first_sum += g * joined
             second_sum += g * other
@@ -128,74 +166,133 @@ def _backward_kernel(
         if dx_next is not None:
             g += _load(dx_next, offsets, inside, ACC)
         if skip is not None:
-            weight_sum += g * skipped
-            if gate is not None:
-                gate_sum += g * difference
-                scaled = sigma * g
-                _store(dskip, offsets, inside, (g - scaled) * w)
-                g = scaled
-            else:
-                _store(dskip, offsets, inside, g * w)
-        if HALF:
-            g *= 0.5
-        _store(dx, offsets, inside, g)
-    if SUMS:
-        partials += tl.program_id(0).to(tl.int64) * (SUMS * D)
-    if mix is not None:
-        tl.store(partials + columns, first_sum, mask=inside)
-        tl.store(partials + D + columns, second_sum, mask=inside)
-        partials += 2 * D
-    if skip is not None:
-        if gate is not None:
-            tl.store(partials + D + columns, gate_sum * sigma * (1 - sigma), mask=inside)
-            weight_sum *= 1 - sigma
-        tl.store(partials + columns, weight_sum, mask=inside)
+            g, passed, part, gate_part = _join_gradient(g, value, skipped, w, sigma, gate is not None)
+            weight_sum += part
+            gate_sum += gate_part
+            _store(dskip, offsets, inside, passed)
+        _store(dx, offsets, inside, 0.5 * g if HALF else g)
+    if partials is not None:
+        partials += tl.program_id(0).to(tl.int64) * WIDTH
+        _store_sums(
+            partials, first_sum, second_sum, weight_sum, gate_sum, sigma, columns, inside, D, mix is not None,
+            skip is not None, gate is not None,
+        )  # fmt: skip
+
+
+@jit
+def _lane_scalars(post, resid, ACC: tl.constexpr):
+    return (
+        tl.load(resid).to(ACC), tl.load(resid + 1).to(ACC), tl.load(post).to(ACC), tl.load(post + 1).to(ACC),
+        tl.load(post + 2).to(ACC), tl.load(post + 3).to(ACC),
+    )  # fmt: skip
 
 
 @jit(do_not_specialize=("rows", "chunk"))
 def _lanes_kernel(
-    lane0, lane1, attention, mlp, post, resid, out0, out1, rows, chunk, D: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, ACC: tl.constexpr,
+    x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale, out0, out1, n0, n1, rows, chunk,
+    EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Both lanes after a layer; without out0 n0 is the norm of their mean, with mix n0 and n1 are the next layer's."""
     columns, inside = _columns(D, BLOCK)
-    r0, r1 = tl.load(resid).to(ACC), tl.load(resid + 1).to(ACC)
-    a0, a1, m0, m1 = (tl.load(post).to(ACC), tl.load(post + 1).to(ACC), tl.load(post + 2).to(ACC),
-                      tl.load(post + 3).to(ACC))  # fmt: skip
+    r0, r1, a0, a1, m0, m1 = _lane_scalars(post, resid, ACC)
+    w, sigma, factor = _vector(weight, columns, inside, ACC), _gate(gate, columns, inside, ACC), _scalar(scale, ACC)
+    if mix is not None:
+        first, second = _load(mix, columns, inside, ACC), _load(mix + D, columns, inside, ACC)
     base = tl.program_id(0).to(tl.int64) * chunk
     for i in tl.range(0, tl.minimum(rows - base, chunk).to(tl.int32), num_stages=STAGES):
         offsets = (base + i) * D + columns
         a, m = _load(attention, offsets, inside, ACC), _load(mlp, offsets, inside, ACC)
-        _store(out0, offsets, inside, r0 * _load(lane0, offsets, inside, ACC) + (a0 * a + m0 * m))
-        _store(out1, offsets, inside, r1 * _load(lane1, offsets, inside, ACC) + (a1 * a + m1 * m))
+        value0 = r0 * _load(lane0, offsets, inside, ACC) + (a0 * a + m0 * m)
+        value1 = r1 * _load(lane1, offsets, inside, ACC) + (a1 * a + m1 * m)
+        if out0 is not None:
+            if skip is not None:
+                value0 = _join(value0, _load(skip, offsets, inside, ACC), w, sigma, gate is not None)
+            _store(out0, offsets, inside, value0)
+            _store(out1, offsets, inside, value1)
+            if mix is not None:
+                _store(n1, offsets, inside, value1 * (_norm(value1, EPS, D) * factor))
+                u = first * value0 + second * _load(x0, offsets, inside, ACC)
+                _store(n0, offsets, inside, u * (_norm(u, EPS, D) * factor))
+        else:
+            u = 0.5 * (value0 + value1)
+            _store(n0, offsets, inside, u * (_norm(u, EPS, D) * factor))
+
+
+@jit
+def _thread_sum(values, BLOCK: tl.constexpr):
+    """Sums of eight neighbours, which one thread has."""
+    GROUP: tl.constexpr = 8 if BLOCK > 8 else BLOCK
+    return tl.sum(tl.reshape(values, (BLOCK // GROUP, GROUP)), 1)
 
 
 @jit(do_not_specialize=("rows", "chunk"))
 def _lanes_backward_kernel(
-    dout0, dout1, lane0, lane1, attention, mlp, post, resid, dlane0, dlane1, dattention, dmlp, partials, rows, chunk,
-    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+    dx0_next, dout0, dout1, dn0, dn1, x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale,
+    dx0, dlane0, dlane1, dattention, dmlp, dskip, partials, rows, chunk, EPS: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     columns, inside = _columns(D, BLOCK)
-    r0, r1 = tl.load(resid).to(ACC), tl.load(resid + 1).to(ACC)
-    a0, a1, m0, m1 = (tl.load(post).to(ACC), tl.load(post + 1).to(ACC), tl.load(post + 2).to(ACC),
-                      tl.load(post + 3).to(ACC))  # fmt: skip
-    zero = tl.zeros((BLOCK,), ACC)
-    r0_sum, r1_sum, a0_sum, a1_sum, m0_sum, m1_sum = zero, zero, zero, zero, zero, zero
+    zeros = tl.zeros((BLOCK,), ACC)
+    r0, r1, a0, a1, m0, m1 = _lane_scalars(post, resid, ACC)
+    w, sigma, factor = _vector(weight, columns, inside, ACC), _gate(gate, columns, inside, ACC), _scalar(scale, ACC)
+    weight_sum, gate_sum, first_sum, second_sum = zeros, zeros, zeros, zeros
+    if mix is not None:
+        first, second = _load(mix, columns, inside, ACC), _load(mix + D, columns, inside, ACC)
+    nothing = _thread_sum(zeros, BLOCK)
+    r0_sum, r1_sum, a0_sum, a1_sum, m0_sum, m1_sum = nothing, nothing, nothing, nothing, nothing, nothing
     base = tl.program_id(0).to(tl.int64) * chunk
     for i in tl.range(0, tl.minimum(rows - base, chunk).to(tl.int32), num_stages=STAGES):
         offsets = (base + i) * D + columns
-        g0, g1 = _load(dout0, offsets, inside, ACC), _load(dout1, offsets, inside, ACC)
+        a, m = _load(attention, offsets, inside, ACC), _load(mlp, offsets, inside, ACC)
+        l0, l1 = _load(lane0, offsets, inside, ACC), _load(lane1, offsets, inside, ACC)
+        value0 = r0 * l0 + (a0 * a + m0 * m)
+        value1 = r1 * l1 + (a1 * a + m1 * m)
+        if dout0 is not None:
+            g0, g1 = _load(dout0, offsets, inside, ACC), _load(dout1, offsets, inside, ACC)
+            joined = value0
+            if skip is not None:
+                skipped = _load(skip, offsets, inside, ACC)
+                joined = _join(value0, skipped, w, sigma, gate is not None)
+            if mix is not None:
+                inverse = _norm(value1, EPS, D)
+                g1 += _norm_gradient(_load(dn1, offsets, inside, ACC), value1 * inverse, factor * inverse, D)
+                other = _load(x0, offsets, inside, ACC)
+                u = first * joined + second * other
+                inverse = _norm(u, EPS, D)
+                du = _norm_gradient(_load(dn0, offsets, inside, ACC), u * inverse, factor * inverse, D)
+                first_sum += du * joined
+                second_sum += du * other
+                result = second * du
+                if dx0_next is not None:
+                    result += _load(dx0_next, offsets, inside, ACC)
+                _store(dx0, offsets, inside, result)
+                g0 += first * du
+            if skip is not None:
+                g0, passed, part, gate_part = _join_gradient(g0, value0, skipped, w, sigma, gate is not None)
+                weight_sum += part
+                gate_sum += gate_part
+                _store(dskip, offsets, inside, passed)
+        else:
+            u = 0.5 * (value0 + value1)
+            inverse = _norm(u, EPS, D)
+            dn = _load(dn0, offsets, inside, ACC)
+            g0 = 0.5 * _norm_gradient(dn, u * inverse, factor * inverse, D)
+            g1 = g0
         _store(dlane0, offsets, inside, r0 * g0)
         _store(dlane1, offsets, inside, r1 * g1)
         _store(dattention, offsets, inside, a0 * g0 + a1 * g1)
         _store(dmlp, offsets, inside, m0 * g0 + m1 * g1)
-        r0_sum += g0 * _load(lane0, offsets, inside, ACC)
-        r1_sum += g1 * _load(lane1, offsets, inside, ACC)
-        a, m = _load(attention, offsets, inside, ACC), _load(mlp, offsets, inside, ACC)
-        a0_sum += g0 * a
-        a1_sum += g1 * a
-        m0_sum += g0 * m
-        m1_sum += g1 * m
-    partials += tl.program_id(0).to(tl.int64) * 6
+        r0_sum += _thread_sum(g0 * l0, BLOCK)
+        r1_sum += _thread_sum(g1 * l1, BLOCK)
+        a0_sum += _thread_sum(g0 * a, BLOCK)
+        a1_sum += _thread_sum(g1 * a, BLOCK)
+        m0_sum += _thread_sum(g0 * m, BLOCK)
+        m1_sum += _thread_sum(g1 * m, BLOCK)
+    partials += tl.program_id(0).to(tl.int64) * WIDTH
+    partials = _store_sums(
+        partials, first_sum, second_sum, weight_sum, gate_sum, sigma, columns, inside, D, mix is not None,
+        skip is not None, gate is not None,
+    )  # fmt: skip
     tl.store(partials, tl.sum(r0_sum))
     tl.store(partials + 1, tl.sum(r1_sum))
     tl.store(partials + 2, tl.sum(a0_sum))
@@ -270,22 +367,27 @@ def mix_forward(
     return tuple(outputs)
 
 
+def mix_sums(x: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None) -> int:
+    """Length of `mix_backward`'s sums."""
+    return (2 * (mix is not None) + (skip is not None) + (gate is not None)) * x.size(-1)
+
+
 def mix_backward(
     dx_next: Tensor | None, du: Tensor | None, dn: Tensor | None, dx0_next: Tensor | None, x: Tensor,
     x0: Tensor | None, mix: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, x0 and skip, and the sums that are those of mix (two rows), weight and gate, where there are."""
-    sums = 2 * (mix is not None) + (skip is not None) + (gate is not None)
+    """Gradients of x, x0 and skip, and the flat sums, those of mix, weight and gate where there are any."""
+    width = mix_sums(x, mix, skip, gate)
     outputs = [_like(x, wanted) for wanted in (True, x0 is not None, skip is not None)]
     if not x.numel():
-        return *outputs, x.new_zeros(sums, x.size(-1), dtype=accumulator(x))
+        return *outputs, x.new_zeros(width, dtype=accumulator(x))
     grid, extent, settings = _plan(_case(mix, skip, "backward"), x)
-    partials = x.new_empty(*grid, sums, x.size(-1), dtype=accumulator(x))
+    partials = x.new_empty(*grid, width, dtype=accumulator(x))
     inputs = _contiguous(dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale)
     with torch.cuda.device_of(x):
         _backward_kernel[grid](
-            *inputs, None, *map(_pointer, outputs), partials, *extent, EPS=eps, HALF=False, SUMS=sums, **settings
+            *inputs, None, *map(_pointer, outputs), partials, *extent, EPS=eps, HALF=False, WIDTH=width, **settings
         )
     return *outputs, partials.sum(0)
 
@@ -314,38 +416,59 @@ def norm_backward(
         with torch.cuda.device_of(n):
             _backward_kernel[grid](
                 None, dx_next, dn, None, n, None, None, None, None, None, scale, rstd, dx, None, None, None, *extent,
-                EPS=0.0, HALF=mean, SUMS=0, **settings,
+                EPS=0.0, HALF=mean, WIDTH=0, **settings,
             )  # fmt: skip
     return dx
 
 
+def _lanes_case(mix: Tensor | None, mean: bool, direction: str) -> str:
+    return f"lanes_{'mean_' * mean}{'norm_' * (mix is not None)}{direction}"
+
+
 def lanes_forward(
-    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both lanes after a layer."""
-    outputs = _like(lane0, True), _like(lane0, True)
+    x0: Tensor | None, lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor,
+    mix: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+    eps: float, mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(lane 0, lane 1, n0, n1); n0 and n1 are empty without mix; with ``mean`` n0 alone is kept."""
+    norm = mix is not None
+    outputs = [_like(lane0, wanted) for wanted in (not mean, not mean, norm or mean, norm)]
     if lane0.numel():
-        grid, extent, settings = _plan("lanes_forward", lane0)
-        inputs = _contiguous(lane0, lane1, attention, mlp, post, resid)
+        grid, extent, settings = _plan(_lanes_case(mix, mean, "forward"), lane0)
+        inputs = _contiguous(x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale)
         with torch.cuda.device_of(lane0):
-            _lanes_kernel[grid](*inputs, *outputs, *extent, **settings)
-    return outputs
+            _lanes_kernel[grid](*inputs, *map(_pointer, outputs), *extent, EPS=eps, **settings)
+    return tuple(outputs)
 
 
 def lanes_backward(
-    dout0: Tensor, dout1: Tensor, lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor,
-    resid: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of lane0, lane1, attention and mlp, and the six of resid [2] and post [2, 2]."""
-    outputs = [_like(lane0, True) for _ in range(4)]
+    dx0_next: Tensor | None, dout0: Tensor | None, dout1: Tensor | None, dn0: Tensor | None, dn1: Tensor | None,
+    x0: Tensor | None, lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor,
+    mix: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x0, lane0, lane1, attention, mlp, skip; then, flat, of mix, weight, gate, resid and post.
+
+    Without dout0, of the norm of the lanes' mean.
+    """
+    width = lanes_sums(lane0, mix, skip, gate)
+    outputs = [_like(lane0, wanted) for wanted in (mix is not None, True, True, True, True, skip is not None)]
     if not lane0.numel():
-        return *outputs, lane0.new_zeros(6, dtype=accumulator(lane0))
-    grid, extent, settings = _plan("lanes_backward", lane0)
-    partials = lane0.new_empty(*grid, 6, dtype=accumulator(lane0))
-    inputs = _contiguous(dout0, dout1, lane0, lane1, attention, mlp, post, resid)
+        return *outputs, lane0.new_zeros(width, dtype=accumulator(lane0))
+    grid, extent, settings = _plan(_lanes_case(mix, dout0 is None, "backward"), lane0)
+    partials = lane0.new_empty(*grid, width, dtype=accumulator(lane0))
+    inputs = (dx0_next, dout0, dout1, dn0, dn1, x0, lane0, lane1, attention, mlp, post, resid)
+    inputs = _contiguous(*inputs, mix, skip, weight, gate, scale)
     with torch.cuda.device_of(lane0):
-        _lanes_backward_kernel[grid](*inputs, *outputs, partials, *extent, **settings)
+        _lanes_backward_kernel[grid](
+            *inputs, *map(_pointer, outputs), partials, *extent, EPS=eps, WIDTH=width, **settings
+        )
     return *outputs, partials.sum(0)
+
+
+def lanes_sums(lane0: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None) -> int:
+    """Length of `lanes_backward`'s sums."""
+    return mix_sums(lane0, mix, skip, gate) + 6
 
 
 def weight_gradient(dfolded: Tensor, weight: Tensor, out_scale: Tensor) -> tuple[Tensor, Tensor]:

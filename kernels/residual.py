@@ -5,6 +5,8 @@
     residual_linear_norm  the same, and n = scale rms(v)
     join_skip             lerp(weight skip, x, σ(gate)); without a gate x + weight skip
     mix_lanes             lane_j' = resid[j] lane_j + post[0, j] attention + post[1, j] mlp
+    mix_lanes_norm        the same and, of the next layer, lane 0 joined with its skip and both lanes' norms
+    mix_lanes_final       the same and the final norm, rms of the lanes' mean
     scaled_rms_norm       scale rms(x), or of the mean of x and another
 
 with rms(u) = u / sqrt(mean(u²) + eps) over the last dimension. Activations are [..., d] of one dtype (bfloat16,
@@ -22,15 +24,13 @@ back is added where the op's own is written. Under torch.compile the inputs are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from . import _residual_kernels as kernels
-from ._launch import _traced, operator, select
+from . import _residual_ops as ops
+from ._launch import select
 
 Tensor = torch.Tensor
 RMS_EPS = torch.finfo(torch.float32).eps
@@ -43,6 +43,16 @@ class Mixed(NamedTuple):
     u: Tensor | None
     n: Tensor
     x: Tensor | None  # x, or joined with the skip
+    x0: Tensor
+
+
+class Lanes(NamedTuple):
+    """What `mix_lanes_norm` returns."""
+
+    lane0: Tensor  # joined with the skip
+    lane1: Tensor
+    n0: Tensor
+    n1: Tensor
     x0: Tensor
 
 
@@ -88,6 +98,25 @@ def mix_lanes_reference(
     )
 
 
+def mix_lanes_norm_reference(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, x0: Tensor,
+    mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None, weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Lanes:  # fmt: skip
+    """Plain PyTorch; the contract of `mix_lanes_norm`, whose arguments it shares."""
+    lane0, lane1 = mix_lanes_reference(lane0, lane1, attention, mlp, post, resid)
+    _, n0, lane0, x0 = residual_mix_norm_reference(lane0, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
+    return Lanes(lane0, lane1, n0, _rms_norm(lane1, scale, eps), x0)
+
+
+def mix_lanes_final_reference(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, eps: float = RMS_EPS
+) -> Tensor:
+    """Plain PyTorch; the contract of `mix_lanes_final`, whose arguments it shares."""
+    lane0, lane1 = mix_lanes_reference(lane0, lane1, attention, mlp, post, resid)
+    return scaled_rms_norm_reference(lane0, None, lane1, eps)
+
+
 def residual_linear_reference(
     residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, *, inplace: bool = False
 ) -> Tensor:
@@ -105,268 +134,49 @@ def residual_linear_norm_reference(
     return v, _rms_norm(v, norm_scale, eps)
 
 
-def fold(weight: Tensor, out_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """out_scale[:, None] * weight, rounded once."""
-    return (out_scale[:, None] * weight).to(dtype)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in this dtype, autocast or not."""
-    if dtype != a.dtype and a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.to(dtype), b.to(dtype), out=a.new_empty(a.size(0), b.size(1), dtype=dtype))
-
-
-def _linear(
-    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, scale: Tensor | None, eps: float,
-    norm: bool, inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(v, n, rstd, folded weight); n and rstd are empty without the norm."""
-    folded = fold(weight, out_scale, x.dtype)
-    rows = x.reshape(-1, x.size(-1))
-    if residual is None:
-        v = _product(rows, folded.T, x.dtype).view(*x.shape[:-1], weight.size(0))
-    else:
-        v = residual if inplace else residual.clone(memory_format=torch.contiguous_format)
-        v.view(-1, v.size(-1)).addmm_(rows, folded.T)
-    if norm:
-        return v, *kernels.norm_forward(v, None, scale, eps), folded
-    return v, x.new_empty(0), x.new_empty(0, dtype=kernels.accumulator(x)), folded
-
-
-def _linear_backward(
-    dv: Tensor, x: Tensor, weight: Tensor, out_scale: Tensor, folded: Tensor, parameters: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and, with ``parameters``, of weight and out_scale."""
-    dv, rows = dv.reshape(-1, dv.size(-1)), x.reshape(-1, x.size(-1))
-    dx = _product(dv, folded, x.dtype).view(x.shape)
-    if not parameters:
-        return dx, weight.new_empty(0), out_scale.new_empty(0)
-    dfolded = _product(dv.T, rows, kernels.accumulator(dv))
-    return dx, *kernels.weight_gradient(dfolded, weight, out_scale)
-
-
-def _empty(x: Tensor, *kept: bool) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape if keep else 0) for keep in kept)
-
-
-def _sums(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty(shape, dtype=kernels.accumulator(x))
-
-
-_mix_backward_op = operator(
-    "residual_mix_backward(Tensor? dx_next, Tensor? du, Tensor? dn, Tensor? dx0_next, Tensor x, Tensor? x0, "
-    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    kernels.mix_backward,
-    lambda dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, eps: (
-        *_empty(x, True, x0 is not None, skip is not None),
-        _sums(x, 2 * (mix is not None) + (skip is not None) + (gate is not None), x.size(-1)),
-    ),
-)
-_norm_backward_op = operator(
-    "residual_norm_backward(Tensor? dx_next, Tensor dn, Tensor n, Tensor rstd, Tensor? scale, bool mean) -> Tensor",
-    kernels.norm_backward,
-    lambda dx_next, dn, n, rstd, scale, mean: n.new_empty(n.shape),
-)
-_lanes_backward_op = operator(
-    "residual_lanes_backward(Tensor dout0, Tensor dout1, Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, "
-    "Tensor post, Tensor resid) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernels.lanes_backward,
-    lambda dout0, dout1, lane0, *rest: (*_empty(lane0, True, True, True, True), _sums(lane0, 6)),
-)
-_linear_backward_op = operator(
-    "residual_linear_backward(Tensor dv, Tensor x, Tensor weight, Tensor out_scale, Tensor folded, bool parameters) "
-    "-> (Tensor, Tensor, Tensor)",
-    _linear_backward,
-    lambda dv, x, weight, out_scale, folded, parameters: (
-        x.new_empty(x.shape), *(p.new_empty(p.shape if parameters else 0) for p in (weight, out_scale))
-    ),
-)  # fmt: skip
-
-
-def _given(gradient: Tensor | None) -> Tensor | None:
-    """None for the gradient of an output that was not kept, which the dispatcher makes zeros."""
-    return gradient if gradient is not None and gradient.numel() else None
-
-
-def _save_mix(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs[:8]
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _mix_gradients(ctx, djoined, du, dn, dx_next=None, dx0_next=None):
-    x, x0, mix, skip, weight, gate, scale = ctx.saved_tensors
-    gradients = (_given(djoined) if dx_next is None else dx_next, _given(du), _given(dn), dx0_next)
-    dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps)
-    dmix = dweight = dgate = None
-    if mix is not None:
-        dmix, sums = sums[:2].to(mix.dtype), sums[2:]
-    if skip is not None:
-        dweight = sums[0].to(weight.dtype)
-        dgate = None if gate is None else sums[1].to(gate.dtype)
-    unused = (None,) * 5
-    return dx, None if x0 is None else dx0, dmix, None if skip is None else dskip, dweight, dgate, *unused
-
-
-def _save_norm(ctx, inputs, output) -> None:
-    _, other, scale, _ = inputs
-    ctx.save_for_backward(*output, scale)
-    ctx.mean = other is not None
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _norm_gradients(ctx, dn, drstd, dx_next=None):
-    n, rstd, scale = ctx.saved_tensors
-    dx = dx_next if dn is None else _norm_backward_op(dx_next, dn, n, rstd, scale, ctx.mean)
-    return dx, dx if ctx.mean else None, None, None
-
-
-def _save_lanes(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-@once_differentiable
-def _lanes_gradients(ctx, dout0, dout1):
-    *_, post, resid = ctx.saved_tensors
-    *gradients, sums = _lanes_backward_op(dout0, dout1, *ctx.saved_tensors)
-    return *gradients, sums[2:].view(2, 2).to(post.dtype), sums[:2].to(resid.dtype)
-
-
-def _save_linear(ctx, inputs, output) -> None:
-    residual, x, weight, out_scale, scale, *_ = inputs
-    _, n, rstd, folded = output
-    ctx.save_for_backward(x, weight, out_scale, scale, n, rstd, folded)
-    ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(rstd, folded)
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _linear_gradients(ctx, dv, dn, drstd, dfolded):
-    x, weight, out_scale, scale, n, rstd, folded = ctx.saved_tensors
-    if (dn := _given(dn)) is not None:
-        dv = _norm_backward_op(dv, dn, n, rstd, scale, False)
-    if dv is None:
-        return (None,) * 7
-    parameters = any(ctx.needs_input_grad[2:4])
-    dx, dweight, dout_scale = _linear_backward_op(dv, x, weight, out_scale, folded, parameters)
-    dparameters = (dweight, dout_scale) if parameters else (None, None)
-    return dv if ctx.has_residual else None, dx, *dparameters, None, None, None
-
-
-def _carrying(
-    schema: str, implementation: Callable, fake: Callable, setup_context: Callable, backward: Callable, carried: int
-) -> Callable:
-    """`operator`, whose function returns its first ``carried`` arguments after the outputs.
-
-    In eager mode their gradients come to ``backward``; an operator may not return its arguments.
-    """
-    op = operator(schema, implementation, fake, setup_context=setup_context, backward=backward)
-
-    def forward(ctx, *args):
-        outputs = implementation(*args)
-        setup_context(ctx, args, outputs)
-        return *outputs, *args[:carried]
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"{schema.partition('(')[0]}_function", (torch.autograd.Function,), members)
-
-    def call(*args):
-        if _traced(args) or not torch.is_grad_enabled():
-            return *op(*args), *args[:carried]
-        return function.apply(*args)
-
-    return call
-
-
-_mix_op = _carrying(
-    "residual_mix(Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, "
-    "float eps, bool keep_joined, bool keep_u, bool keep_n) -> (Tensor, Tensor, Tensor)",
-    kernels.mix_forward,
-    lambda x, x0, mix, skip, weight, gate, scale, eps, *keep: _empty(x, *keep),
-    _save_mix,
-    _mix_gradients,
-    carried=2,
-)
-_norm_op = _carrying(
-    "residual_norm(Tensor x, Tensor? other, Tensor? scale, float eps) -> (Tensor, Tensor)",
-    kernels.norm_forward,
-    lambda x, other, scale, eps: (x.new_empty(x.shape), _sums(x, *x.shape[:-1])),
-    _save_norm,
-    _norm_gradients,
-    carried=1,
-)
-_lanes_op = operator(
-    "residual_lanes(Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid) "
-    "-> (Tensor, Tensor)",
-    kernels.lanes_forward,
-    lambda lane0, *rest: _empty(lane0, True, True),
-    setup_context=_save_lanes,
-    backward=_lanes_gradients,
-)
-_linear_op = operator(
-    "residual_linear(Tensor? residual, Tensor x, Tensor weight, Tensor out_scale, Tensor? scale, float eps, bool norm) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _linear,
-    lambda residual, x, weight, out_scale, scale, eps, norm: (
-        v := x.new_empty(*x.shape[:-1], weight.size(0)), v.new_empty(v.shape if norm else 0),
-        _sums(x, *(x.shape[:-1] if norm else (0,))), x.new_empty(weight.shape),
-    ),
-    setup_context=_save_linear,
-    backward=_linear_gradients,
-)  # fmt: skip
-
-
-class _LinearInplace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        outputs = _linear(*args, inplace=True)
-        ctx.mark_dirty(args[0])
-        _save_linear(ctx, args, outputs)
-        return outputs
-
-    backward = staticmethod(_linear_gradients)
-
-
-def _linear_triton(*args, inplace: bool = False):
-    if inplace and args[0] is not None and args[0].is_contiguous() and not _traced(args):
-        return _LinearInplace.apply(*args)
-    return _linear_op(*args)
-
-
 def _mix_norm_triton(x, x0, mix, scale, eps, *, skip, weight, gate, keep_u, keep_x) -> Mixed:
     keep_joined = skip is not None and keep_x
-    joined, u, n, x, x0 = _mix_op(x, x0, mix, skip, weight, gate, scale, eps, keep_joined, keep_u, True)
+    joined, u, n, x, x0 = ops.mix_op(x, x0, mix, skip, weight, gate, scale, eps, keep_joined, keep_u, True)
     x = x if skip is None else joined if keep_joined else None
     return Mixed(u if keep_u else None, n, x, x0)
 
 
 def _scaled_rms_norm_triton(x, scale, other, eps, *, carry):
-    n, _, x = _norm_op(x, other, scale, eps)
+    n, _, x = ops.norm_op(x, other, scale, eps)
     return (n, x) if carry else n
 
 
 _MIX_NORM = {"reference": residual_mix_norm_reference, "triton": _mix_norm_triton}
 _JOIN_SKIP = {
     "reference": join_skip_reference,
-    "triton": lambda x, skip, weight, gate: _mix_op(
+    "triton": lambda x, skip, weight, gate: ops.mix_op(
         x, None, None, skip, weight, gate, None, 0.0, True, False, False
     )[0],
 }  # fmt: skip
 _NORM = {"reference": scaled_rms_norm_reference, "triton": _scaled_rms_norm_triton}
-_LANES = {"reference": mix_lanes_reference, "triton": _lanes_op}
+_LANES = {
+    "reference": mix_lanes_reference,
+    "triton": lambda *lanes: ops.lanes_op(None, *lanes, None, None, None, None, None, 0.0, False)[:2],
+}
+_LANES_NORM = {
+    "reference": mix_lanes_norm_reference,
+    "triton": lambda *arguments, skip, weight, gate: Lanes(
+        *ops.lanes_op(arguments[6], *arguments[:6], arguments[7], skip, weight, gate, *arguments[8:], False)
+    ),
+}
+_LANES_FINAL = {
+    "reference": mix_lanes_final_reference,
+    "triton": lambda *arguments: ops.lanes_op(
+        None, *arguments[:6], None, None, None, None, None, arguments[6], True
+    )[2],
+}  # fmt: skip
 _LINEAR = {
     "reference": residual_linear_reference,
-    "triton": lambda *args, inplace: _linear_triton(*args, None, 0.0, False, inplace=inplace)[0],
+    "triton": lambda *args, inplace: ops.linear(*args, None, 0.0, False, inplace=inplace)[0],
 }
 _LINEAR_NORM = {
     "reference": residual_linear_norm_reference,
-    "triton": lambda *args, inplace: _linear_triton(*args, True, inplace=inplace)[:2],
+    "triton": lambda *args, inplace: ops.linear(*args, True, inplace=inplace)[:2],
 }
 
 
@@ -449,6 +259,11 @@ def scaled_rms_norm(
     return select("scaled_rms_norm", _NORM, x)(x, scale, other, eps, carry=carry)
 
 
+def _check_lanes(lane0, lane1, attention, mlp, post, resid) -> None:
+    activations = {"lane0": lane0, "lane1": lane1, "attention": attention, "mlp": mlp}
+    _check(activations, {"post": (post, (2, 2)), "resid": (resid, (2,))})
+
+
 def mix_lanes(
     lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -457,9 +272,33 @@ def mix_lanes(
     lane0, lane1, attention and mlp are [..., d], post is [2 sources, 2 lanes], resid [2]; differentiable once in all.
     Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
-    activations = {"lane0": lane0, "lane1": lane1, "attention": attention, "mlp": mlp}
-    _check(activations, {"post": (post, (2, 2)), "resid": (resid, (2,))})
+    _check_lanes(lane0, lane1, attention, mlp, post, resid)
     return select("mix_lanes", _LANES, lane0)(lane0, lane1, attention, mlp, post, resid)
+
+
+def mix_lanes_norm(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, x0: Tensor,
+    mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None, weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Lanes:  # fmt: skip
+    """`mix_lanes`, and what begins the next parallel layer, in one pass.
+
+    Lane 0 is joined with ``skip``, as by `join_skip`; n0 = scale rms(mix[0] lane0 + mix[1] x0), n1 = scale rms(lane1).
+    Arguments and errors as in `mix_lanes` and `residual_mix_norm`; take x0 from the result for later readers.
+    """
+    _check_lanes(lane0, lane1, attention, mlp, post, resid)
+    _check({"lane0": lane0, "x0": x0}, {"mix": (mix, (2, *lane0.shape[-1:])), "scale": (scale, ())})
+    _check_join(lane0, skip, weight, gate)
+    arguments = (lane0, lane1, attention, mlp, post, resid, x0, mix, scale, eps)
+    return select("mix_lanes_norm", _LANES_NORM, lane0)(*arguments, skip=skip, weight=weight, gate=gate)
+
+
+def mix_lanes_final(
+    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, eps: float = RMS_EPS
+) -> Tensor:
+    """rms of the mean of both lanes after `mix_lanes`, which are not written; arguments and errors as there."""
+    _check_lanes(lane0, lane1, attention, mlp, post, resid)
+    return select("mix_lanes_final", _LANES_FINAL, lane0)(lane0, lane1, attention, mlp, post, resid, eps)
 
 
 def _check_linear(residual, x, weight, out_scale, scale) -> None:

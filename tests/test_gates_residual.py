@@ -31,23 +31,34 @@ LAUNCHES = {
     "norm_backward": (64, 28),
     "norm_backward_mean": (64, 28),
     "lanes_forward": (64, 24),
-    "lanes_backward": (104, 16),
+    "lanes_backward": (80, 16),
+    "lanes_norm_forward": (104, 16),
+    "lanes_norm_join_forward": (128, 16),
+    "lanes_norm_backward": (168, 8),
+    "lanes_norm_join_backward": (232, 8),
+    "lanes_mean_forward": (64, 24),
+    "lanes_mean_backward": (128, 16),
     "weight_gradient": (64, 28),
 }
+
+
+FOR_OTHERS = [
+    "join_mix_forward", "join_mix_backward_all", "norm_backward", "lanes_norm_join_forward", "lanes_norm_join_backward"
+]  # fmt: skip
 
 
 def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
     x, vector, scale = torch.empty(1, TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype), torch.ones(())
     mix, join, rstd = torch.empty(2, width, dtype=dtype), (x, vector, vector), torch.empty(1, TOKENS)
-    no_join, lanes = (None, None, None), (x, x, x, x, torch.empty(2, 2), torch.empty(2))
+    none, lanes = (None,) * 3, (x, x, x, x, torch.empty(2, 2), torch.empty(2))
     weight = torch.empty(512, 2048, dtype=dtype)
     {
-        "mix_forward": lambda: kernels.mix_forward(x, x, mix, *no_join, scale, EPS, False, True, True),
+        "mix_forward": lambda: kernels.mix_forward(x, x, mix, *none, scale, EPS, False, True, True),
         "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True),
         "join_mix_forward_u": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, False, True, True),
         "join_forward": lambda: kernels.mix_forward(x, None, None, *join, None, EPS, True, False, False),
-        "mix_backward": lambda: kernels.mix_backward(None, x, x, None, x, x, mix, *no_join, scale, EPS),
-        "mix_backward_carry": lambda: kernels.mix_backward(x, x, x, x, x, x, mix, *no_join, scale, EPS),
+        "mix_backward": lambda: kernels.mix_backward(None, x, x, None, x, x, mix, *none, scale, EPS),
+        "mix_backward_carry": lambda: kernels.mix_backward(x, x, x, x, x, x, mix, *none, scale, EPS),
         "join_mix_backward_carry": lambda: kernels.mix_backward(x, None, x, x, x, x, mix, *join, scale, EPS),
         "join_mix_backward_all": lambda: kernels.mix_backward(x, x, x, x, x, x, mix, *join, scale, EPS),
         "join_backward": lambda: kernels.mix_backward(x, None, None, None, x, None, None, *join, None, EPS),
@@ -55,8 +66,14 @@ def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
         "norm_forward_mean": lambda: kernels.norm_forward(x, x, None, EPS),
         "norm_backward": lambda: kernels.norm_backward(x, x, x, rstd, scale, False),
         "norm_backward_mean": lambda: kernels.norm_backward(None, x, x, rstd, None, True),
-        "lanes_forward": lambda: kernels.lanes_forward(*lanes),
-        "lanes_backward": lambda: kernels.lanes_backward(x, x, *lanes),
+        "lanes_forward": lambda: kernels.lanes_forward(None, *lanes, None, *none, None, EPS, False),
+        "lanes_backward": lambda: kernels.lanes_backward(None, x, x, *none, *lanes, None, *none, None, EPS),
+        "lanes_norm_forward": lambda: kernels.lanes_forward(x, *lanes, mix, *none, scale, EPS, False),
+        "lanes_norm_join_forward": lambda: kernels.lanes_forward(x, *lanes, mix, *join, scale, EPS, False),
+        "lanes_norm_backward": lambda: kernels.lanes_backward(*[x] * 6, *lanes, mix, *none, scale, EPS),
+        "lanes_norm_join_backward": lambda: kernels.lanes_backward(*[x] * 6, *lanes, mix, *join, scale, EPS),
+        "lanes_mean_forward": lambda: kernels.lanes_forward(None, *lanes, None, *none, None, EPS, True),
+        "lanes_mean_backward": lambda: kernels.lanes_backward(*none, x, None, None, *lanes, None, *none, None, EPS),
         "weight_gradient": lambda: kernels.weight_gradient(weight.float(), weight, torch.empty(512, dtype=dtype)),
     }[name]()
 
@@ -71,12 +88,12 @@ def test_shipped(name: str) -> None:
     assert warps * 32 * -(-kernel.registers // 8) * 8 <= 65_536
     if name != "weight_gradient":  # rows on their way while others are worked on
         assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, "no asynchronous copies of 16 bytes"
-        in_a_program = 2 if name.startswith(("lanes_backward", "join_mix_backward")) else 1
+        in_a_program = 2 if name.startswith(("join_mix_backward", "lanes_norm")) and "backward" in name else 1
         assert warps // in_a_program * (kernel.shared_bytes + 1024) <= 233_472
 
 
 @pytest.mark.parametrize("capability", [80, 100])
-@pytest.mark.parametrize("name", ["join_mix_forward", "join_mix_backward_all", "norm_backward", "lanes_backward"])
+@pytest.mark.parametrize("name", FOR_OTHERS)
 def test_other_chips(name: str, capability: int) -> None:
     with compiling(capability) as compiled:
         launch(name, torch.bfloat16)
@@ -85,7 +102,7 @@ def test_other_chips(name: str, capability: int) -> None:
 
 
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 512), (torch.bfloat16, 768), (torch.bfloat16, 1024)], ids=str)
-@pytest.mark.parametrize("name", ["join_mix_forward", "join_mix_backward_all", "norm_backward", "lanes_backward"])
+@pytest.mark.parametrize("name", FOR_OTHERS)
 def test_other_dtypes_and_widths(name: str, dtype: torch.dtype, width: int) -> None:
     with compiling(90) as compiled:
         launch(name, dtype, width)

@@ -1,0 +1,283 @@
+"""The operators of `residual` and their derivatives; formulas and shapes are there.
+
+Outputs that are not wanted are empty: an operator's number of results is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import _residual_kernels as kernels
+from ._launch import _traced, operator
+
+Tensor = torch.Tensor
+
+
+def fold(weight: Tensor, out_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """out_scale[:, None] * weight, rounded once."""
+    return (out_scale[:, None] * weight).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in this dtype, autocast or not."""
+    if dtype != a.dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype), out=a.new_empty(a.size(0), b.size(1), dtype=dtype))
+
+
+def _linear(
+    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, scale: Tensor | None, eps: float,
+    norm: bool, inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(v, n, rstd, folded weight); n and rstd are empty without the norm."""
+    folded = fold(weight, out_scale, x.dtype)
+    rows = x.reshape(-1, x.size(-1))
+    if residual is None:
+        v = _product(rows, folded.T, x.dtype).view(*x.shape[:-1], weight.size(0))
+    else:
+        v = residual if inplace else residual.clone(memory_format=torch.contiguous_format)
+        v.view(-1, v.size(-1)).addmm_(rows, folded.T)
+    if norm:
+        return v, *kernels.norm_forward(v, None, scale, eps), folded
+    return v, x.new_empty(0), x.new_empty(0, dtype=kernels.accumulator(x)), folded
+
+
+def _linear_backward(
+    dv: Tensor, x: Tensor, weight: Tensor, out_scale: Tensor, folded: Tensor, parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, with ``parameters``, of weight and out_scale."""
+    dv, rows = dv.reshape(-1, dv.size(-1)), x.reshape(-1, x.size(-1))
+    dx = _product(dv, folded, x.dtype).view(x.shape)
+    if not parameters:
+        return dx, weight.new_empty(0), out_scale.new_empty(0)
+    dfolded = _product(dv.T, rows, kernels.accumulator(dv))
+    return dx, *kernels.weight_gradient(dfolded, weight, out_scale)
+
+
+def _empty(x: Tensor, *kept: bool) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape if keep else 0) for keep in kept)
+
+
+def _sums(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=kernels.accumulator(x))
+
+
+_mix_backward_op = operator(
+    "residual_mix_backward(Tensor? dx_next, Tensor? du, Tensor? dn, Tensor? dx0_next, Tensor x, Tensor? x0, "
+    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    kernels.mix_backward,
+    lambda dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, eps: (
+        *_empty(x, True, x0 is not None, skip is not None),
+        _sums(x, kernels.mix_sums(x, mix, skip, gate)),
+    ),
+)
+_norm_backward_op = operator(
+    "residual_norm_backward(Tensor? dx_next, Tensor dn, Tensor n, Tensor rstd, Tensor? scale, bool mean) -> Tensor",
+    kernels.norm_backward,
+    lambda dx_next, dn, n, rstd, scale, mean: n.new_empty(n.shape),
+)
+
+
+def _fake_lanes_backward(*arguments) -> tuple[Tensor, ...]:
+    lane0, (mix, skip, _, gate) = arguments[6], arguments[12:16]
+    outputs = _empty(lane0, mix is not None, True, True, True, True, skip is not None)
+    return *outputs, _sums(lane0, kernels.lanes_sums(lane0, mix, skip, gate))
+
+
+_lanes_backward_op = operator(
+    "residual_lanes_backward(Tensor? dx0_next, Tensor? dout0, Tensor? dout1, Tensor? dn0, Tensor? dn1, Tensor? x0, "
+    "Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid, Tensor? mix, Tensor? skip, "
+    "Tensor? weight, Tensor? gate, Tensor? scale, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernels.lanes_backward,
+    _fake_lanes_backward,
+)
+_linear_backward_op = operator(
+    "residual_linear_backward(Tensor dv, Tensor x, Tensor weight, Tensor out_scale, Tensor folded, bool parameters) "
+    "-> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    lambda dv, x, weight, out_scale, folded, parameters: (
+        x.new_empty(x.shape), *(p.new_empty(p.shape if parameters else 0) for p in (weight, out_scale))
+    ),
+)  # fmt: skip
+
+
+def _given(gradient: Tensor | None) -> Tensor | None:
+    """None for the gradient of an output that was not kept, which the dispatcher makes zeros."""
+    return gradient if gradient is not None and gradient.numel() else None
+
+
+def _save_mix(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs[:8]
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _mix_gradients(ctx, djoined, du, dn, dx_next=None, dx0_next=None):
+    x, x0, mix, skip, weight, gate, scale = ctx.saved_tensors
+    gradients = (_given(djoined) if dx_next is None else dx_next, _given(du), _given(dn), dx0_next)
+    dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps)
+    dmix, *djoin = _parameter_gradients(sums, mix, weight, gate)
+    return dx, None if x0 is None else dx0, dmix, None if skip is None else dskip, *djoin, *(None,) * 5
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    _, other, scale, _ = inputs
+    ctx.save_for_backward(*output, scale)
+    ctx.mean = other is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _norm_gradients(ctx, dn, drstd, dx_next=None):
+    n, rstd, scale = ctx.saved_tensors
+    dx = dx_next if dn is None else _norm_backward_op(dx_next, dn, n, rstd, scale, ctx.mean)
+    return dx, dx if ctx.mean else None, None, None
+
+
+def _parameter_gradients(sums: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Those of mix, weight and gate, from flat sums."""
+    gradients = []
+    for parameter in parameters:
+        size = 0 if parameter is None else parameter.numel()
+        gradients.append(None if parameter is None else sums[:size].view(parameter.shape).to(parameter.dtype))
+        sums = sums[size:]
+    return gradients
+
+
+def _save_lanes(ctx, inputs, output) -> None:
+    *tensors, ctx.eps, ctx.mean = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _lanes_gradients(ctx, dout0, dout1, dn0, dn1, dx0_next=None):
+    _, lane0, _, _, _, post, resid, mix, skip, weight, gate, _ = ctx.saved_tensors
+    kept = (not ctx.mean, not ctx.mean, ctx.mean or mix is not None, mix is not None)
+    gradients = [
+        (torch.zeros_like(lane0) if _given(gradient) is None else gradient) if keep else None
+        for gradient, keep in zip((dout0, dout1, dn0, dn1), kept, strict=True)
+    ]
+    dx0, *dlanes, dskip, sums = _lanes_backward_op(dx0_next, *gradients, *ctx.saved_tensors, ctx.eps)
+    dmix, dweight, dgate = _parameter_gradients(sums, mix, weight, gate)
+    dresid, dpost = _parameter_gradients(sums[-6:], resid, post)
+    dx0, dskip = None if mix is None else dx0, None if skip is None else dskip
+    return dx0, *dlanes, dpost, dresid, dmix, dskip, dweight, dgate, None, None, None
+
+
+def _save_linear(ctx, inputs, output) -> None:
+    residual, x, weight, out_scale, scale, *_ = inputs
+    _, n, rstd, folded = output
+    ctx.save_for_backward(x, weight, out_scale, scale, n, rstd, folded)
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(rstd, folded)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _linear_gradients(ctx, dv, dn, drstd, dfolded):
+    x, weight, out_scale, scale, n, rstd, folded = ctx.saved_tensors
+    if (dn := _given(dn)) is not None:
+        dv = _norm_backward_op(dv, dn, n, rstd, scale, False)
+    if dv is None:
+        return (None,) * 7
+    parameters = any(ctx.needs_input_grad[2:4])
+    dx, dweight, dout_scale = _linear_backward_op(dv, x, weight, out_scale, folded, parameters)
+    dparameters = (dweight, dout_scale) if parameters else (None, None)
+    return dv if ctx.has_residual else None, dx, *dparameters, None, None, None
+
+
+def _carrying(
+    schema: str, implementation: Callable, fake: Callable, setup_context: Callable, backward: Callable, carried: int
+) -> Callable:
+    """`operator`, whose function returns its first ``carried`` arguments after the outputs.
+
+    In eager mode their gradients come to ``backward``; an operator may not return its arguments.
+    """
+    op = operator(schema, implementation, fake, setup_context=setup_context, backward=backward)
+
+    def forward(ctx, *args):
+        outputs = implementation(*args)
+        setup_context(ctx, args, outputs)
+        return *outputs, *args[:carried]
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(f"{schema.partition('(')[0]}_function", (torch.autograd.Function,), members)
+
+    def call(*args):
+        if _traced(args) or not torch.is_grad_enabled():
+            return *op(*args), *args[:carried]
+        return function.apply(*args)
+
+    return call
+
+
+mix_op = _carrying(
+    "residual_mix(Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, "
+    "float eps, bool keep_joined, bool keep_u, bool keep_n) -> (Tensor, Tensor, Tensor)",
+    kernels.mix_forward,
+    lambda x, x0, mix, skip, weight, gate, scale, eps, *keep: _empty(x, *keep),
+    _save_mix,
+    _mix_gradients,
+    carried=2,
+)
+norm_op = _carrying(
+    "residual_norm(Tensor x, Tensor? other, Tensor? scale, float eps) -> (Tensor, Tensor)",
+    kernels.norm_forward,
+    lambda x, other, scale, eps: (x.new_empty(x.shape), _sums(x, *x.shape[:-1])),
+    _save_norm,
+    _norm_gradients,
+    carried=1,
+)
+
+
+def _fake_lanes(*arguments) -> tuple[Tensor, ...]:
+    mean, norm = arguments[-1], arguments[7] is not None
+    return _empty(arguments[1], not mean, not mean, mean or norm, norm)
+
+
+lanes_op = _carrying(
+    "residual_lanes(Tensor? x0, Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid, "
+    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, bool mean) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    kernels.lanes_forward,
+    _fake_lanes,
+    _save_lanes,
+    _lanes_gradients,
+    carried=1,
+)
+_linear_op = operator(
+    "residual_linear(Tensor? residual, Tensor x, Tensor weight, Tensor out_scale, Tensor? scale, float eps, bool norm) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _linear,
+    lambda residual, x, weight, out_scale, scale, eps, norm: (
+        v := x.new_empty(*x.shape[:-1], weight.size(0)), v.new_empty(v.shape if norm else 0),
+        _sums(x, *(x.shape[:-1] if norm else (0,))), x.new_empty(weight.shape),
+    ),
+    setup_context=_save_linear,
+    backward=_linear_gradients,
+)  # fmt: skip
+
+
+class _LinearInplace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = _linear(*args, inplace=True)
+        ctx.mark_dirty(args[0])
+        _save_linear(ctx, args, outputs)
+        return outputs
+
+    backward = staticmethod(_linear_gradients)
+
+
+def linear(*args, inplace: bool = False):
+    if inplace and args[0] is not None and args[0].is_contiguous() and not _traced(args):
+        return _LinearInplace.apply(*args)
+    return _linear_op(*args)
