@@ -1,0 +1,372 @@
+"""The MLP, residual + out_scale (leaky_relu(x upᵀ, 0.5)² downᵀ), with all that is elementwise inside the products.
+
+    forward     pre = x upᵀ,   hidden = leaky_relu(pre, 0.5)²,   out = residual + hidden W'ᵀ,   W' = out_scale down
+    backward    dpre = (dout W') 2 a a',   dx = dpre up,   dup = dpreᵀ x,   dW' = doutᵀ hidden,
+                ddown = out_scale dW',   dout_scale = Σ_m down dW',   dresidual = dout
+
+pre is never in memory. The first product's epilogue writes hidden, whose last mantissa bit is the sign of pre where a
+gradient is wanted: |2 a a'| is √hidden times 2 or 1, so that hidden is all that the backward needs, for dpre in the
+epilogue of its first product as for dW'. Its error then is up to one unit in the last place instead of half of one;
+pre rounded to the same dtype and squared would have as much. Folding out_scale into the weights leaves out a pass.
+
+The products with an epilogue are one persistent Triton kernel, the others cuBLAS's.
+
+Shapes: residual and x [..., d]; up [m, d]; down [d, m]; out_scale [d].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from ._launch import constexpr, jit, launch_parameters, multiprocessors, operator, select, tl
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SQUARE, MARKED_SQUARE, GRADIENT, ADD = (constexpr(k) for k in range(4))  # epilogues; the last two read a matrix
+
+
+def residual_mlp_reference(
+    residual: torch.Tensor | None,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    out_scale: torch.Tensor,
+) -> torch.Tensor:
+    """Plain PyTorch; the contract of `residual_mlp`, whose arguments it shares."""
+    out = out_scale * F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
+    return out if residual is None else residual + out
+
+
+@jit
+def _square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
+    """leaky_relu(pre, 0.5)² in dtype, with MARK the sign of pre in its last bit."""
+    if MARK and dtype == tl.bfloat16:
+        # Cut to the even number below, the odd one next to it for a negative pre: too small by one unit in the last
+        # place for a positive pre, 0.56 % on average, by which those are made larger before.
+        root = tl.maximum(pre * 1.0028136, pre * 0.5)
+        bits, sign = (root * root).to(tl.int32, bitcast=True), pre.to(tl.int32, bitcast=True) >> 15
+        hidden = (((bits & ~0x1FFFF) | (sign & 0x1FFFF)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        root = tl.maximum(pre, pre * 0.5)
+        hidden = (root * root).to(dtype)
+        if MARK:
+            INTEGER: tl.constexpr = tl.int16 if dtype == tl.float16 else tl.int32
+            bits = hidden.to(INTEGER, bitcast=True)
+            hidden = ((bits & -2) | (pre < 0).to(INTEGER)).to(dtype, bitcast=True)
+    return hidden
+
+
+@jit
+def _slope(hidden):
+    """The derivative of leaky_relu(pre, 0.5)² by pre, from hidden as `_square` marks it."""
+    INTEGER: tl.constexpr = tl.int32 if hidden.dtype == tl.float32 else tl.int16
+    negative = hidden.to(INTEGER, bitcast=True) & 1
+    root = tl.sqrt(hidden.to(tl.float32))
+    return tl.where(negative != 0, -root, 2 * root)
+
+
+@jit
+def _place(matrix, row, column, height, width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to a tile of a matrix and which of its elements are inside; offsets in a tile fit 32 bits."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = (columns < width - column) | (width % COLUMNS == 0)
+    start = matrix + row.to(tl.int64) * width + column
+    return start + (rows[:, None] * width + columns[None, :]), (rows < height - row)[:, None] & inside[None, :]
+
+
+@jit
+def _load(
+    matrix, row, column, height, width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    if DESCRIPTORS:
+        tile = matrix.load([row, column])
+    else:
+        pointers, inside = _place(matrix, row, column, height, width, ROWS, COLUMNS)
+        tile = tl.load(pointers, mask=inside, other=0)
+    return tile
+
+
+@jit
+def _store(
+    product, other, out, row, column, M, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """A part of a tile, with what the epilogue makes of it and of another matrix's."""
+    if EPILOGUE < GRADIENT:
+        result = _square(product, EPILOGUE == MARKED_SQUARE, dtype)
+    elif EPILOGUE == GRADIENT:
+        result = (product * _slope(other)).to(dtype)
+    else:
+        result = (product + other.to(tl.float32)).to(dtype)
+    if DESCRIPTORS:
+        out.store([row, column], result)
+    else:
+        pointers, inside = _place(out, row, column, M, N, ROWS, COLUMNS)
+        tl.store(pointers, result, mask=inside)
+
+
+@jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+
+@jit
+def _finish(
+    product, aux, out, row, column, M, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SUBTILES: tl.constexpr, EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of a tile, in ``SUBTILES`` parts one after the other through less shared memory."""
+    if SUBTILES > 1:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = _halves(product, ROWS, COLUMNS)
+        _finish(left, aux, out, row, column, M, N, ROWS, HALF, SUBTILES // 2, EPILOGUE, DESCRIPTORS, dtype)
+        column += HALF
+        _finish(right, aux, out, row, column, M, N, ROWS, HALF, SUBTILES // 2, EPILOGUE, DESCRIPTORS, dtype)
+    else:
+        other = None
+        if EPILOGUE >= GRADIENT:
+            other = _load(aux, row, column, M, N, ROWS, COLUMNS, DESCRIPTORS)
+        _store(product, other, out, row, column, M, N, ROWS, COLUMNS, EPILOGUE, DESCRIPTORS, dtype)
+
+
+@jit
+def _product_kernel(
+    a, b, aux, out, M, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SUBTILES: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr, EARLY: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a bᵀ, a [M, K] and b [N, K]; tiles of a row follow each other, so a comes from memory once.
+
+    FLATTEN: one loop over tiles and depth, the next tile's operands are on their way during the epilogue. EARLY: aux
+    is on its way into registers during the product, which is for more programs to a multiprocessor.
+    """
+    across = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_M) * across
+    PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
+    HALF: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        row, column = tile // across * BLOCK_M, tile % across * BLOCK_N
+        if EARLY:
+            first = _load(aux, row, column, M, N, BLOCK_M, HALF, False)
+            second = _load(aux, row, column + HALF, M, N, BLOCK_M, HALF, False)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            left = _load(a, row, k, M, K, BLOCK_M, BLOCK_K, DESCRIPTORS)
+            right = _load(b, column, k, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS)
+            product = tl.dot(left, right.T, product, input_precision=PRECISION)
+        if EARLY:
+            left, right = _halves(product, BLOCK_M, BLOCK_N)
+            _store(left, first, out, row, column, M, N, BLOCK_M, HALF, EPILOGUE, DESCRIPTORS, dtype)
+            _store(right, second, out, row, column + HALF, M, N, BLOCK_M, HALF, EPILOGUE, DESCRIPTORS, dtype)
+        else:
+            _finish(
+                product, aux, out, row, column, M, N, BLOCK_M, BLOCK_N, SUBTILES, EPILOGUE, DESCRIPTORS, dtype
+            )  # fmt: skip
+
+
+@jit
+def _scale_gradient_kernel(gradient, down, scale, ddown, dscale, M, BLOCK: tl.constexpr):
+    """A row of dW' into ddown = out_scale dW' and dout_scale = Σ_m down dW'."""
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    factor = tl.load(scale + row).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, M, BLOCK):
+        inside, place = start + columns < M, row * M + start + columns
+        dw = tl.load(gradient + place, mask=inside, other=0)
+        total += dw * tl.load(down + place, mask=inside, other=0).to(tl.float32)
+        tl.store(ddown + place, (factor * dw).to(ddown.dtype.element_ty), mask=inside)
+    tl.store(dscale + row, tl.sum(total).to(dscale.dtype.element_ty))
+
+
+def _settings(case: str, a: torch.Tensor, *others: torch.Tensor) -> dict[str, int]:
+    """Launch parameters of a case; "odd" is for fp32 and for rows or addresses that are not of whole 16 bytes."""
+    regular = a.element_size() == 2 and not any(t.size(-1) % 8 or t.data_ptr() % 16 for t in (a, *others))
+    return launch_parameters("residual_mlp", case if regular else "odd", a.device)
+
+
+def _product(case: str, epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | None = None):
+    """``epilogue`` of a bᵀ, with aux of the result's shape; all contiguous, a [M, K] and b [N, K]."""
+    (M, K), N = a.shape, b.size(0)
+    out = a.new_empty(M, N)
+    if not out.numel():
+        return out
+    early, aux = aux is not None, out if aux is None else aux
+    tuned = _settings(case, a, b, aux)
+    m, n, k, parts = (tuned[name] for name in ("block_m", "block_n", "block_k", "subtiles"))
+    early, descriptors = bool(early and tuned["early"]), bool(tuned["descriptors"])
+    parts = 2 if early else parts
+    left, right, other, result = a, b, aux, out
+    if descriptors:
+        left, right, result = (
+            TensorDescriptor.from_tensor(tensor, block)
+            for tensor, block in ((a, [m, k]), (b, [n, k]), (out, [m, n // parts]))
+        )
+        other = aux if early else TensorDescriptor.from_tensor(aux, [m, n // parts])
+    programs = min(multiprocessors(a.device) * tuned["programs"], -(-M // m) * -(-N // n))
+    with torch.cuda.device_of(a):  # Triton launches on the current device
+        _product_kernel[(programs,)](
+            left, right, other, result, M, N=N, K=K, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SUBTILES=parts,
+            STAGES=tuned["stages"], EPILOGUE=epilogue, DESCRIPTORS=descriptors, FLATTEN=bool(tuned["flatten"]),
+            EARLY=early, dtype=getattr(tl, str(a.dtype).removeprefix("torch.")), num_warps=tuned["warps"],
+        )  # fmt: skip
+    return out
+
+
+def _folded(down: torch.Tensor, out_scale: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """W' = out_scale[:, None] * down, rounded once; [m, d] if transposed."""
+    if transposed:
+        return torch.mul(down.t(), out_scale, out=down.new_empty(down.shape[::-1]))
+    return down * out_scale[:, None]
+
+
+def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in fp32, whatever a's and b's dtype."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _scale_gradient(gradient: torch.Tensor, down: torch.Tensor, scale: torch.Tensor) -> tuple:
+    """Gradients of down and out_scale from that of W', all contiguous."""
+    ddown, dscale = torch.empty_like(down), torch.empty_like(scale)
+    width = down.size(1)
+    block = min(4096, 1 << max(0, width - 1).bit_length())
+    warps = min(32, max(1, block // launch_parameters("residual_mlp", "scale", down.device)["columns_per_warp"]))
+    if dscale.numel():
+        with torch.cuda.device_of(down):
+            _scale_gradient_kernel[(down.size(0),)](
+                gradient, down, scale, ddown, dscale, width, BLOCK=block, num_warps=warps
+            )
+    return ddown, dscale
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., d] as a contiguous [T, d]."""
+    return tensor.reshape(-1, tensor.size(-1)).contiguous()
+
+
+def _forward(
+    residual: torch.Tensor | None, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, out_scale: torch.Tensor,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The result, and hidden for the backward, or where it is not to be kept nothing."""
+    epilogue = MARKED_SQUARE if keep else SQUARE
+    hidden = _product("up", epilogue.value, _rows(x), up.contiguous())
+    weight = _folded(down.contiguous(), out_scale, False)
+    if residual is None:
+        out = hidden @ weight.t()
+    elif _settings("down", hidden, residual := _rows(residual))["cublas"]:
+        out = torch.addmm(residual, hidden, weight.t())
+    else:
+        out = _product("down", ADD.value, hidden, weight, residual)
+    return out.view(x.shape), hidden if keep else x.new_empty(0)
+
+
+def _backward(
+    dout: torch.Tensor, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, out_scale: torch.Tensor,
+    hidden: torch.Tensor, need_x: bool, need_up: bool, need_down: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x, up, down and out_scale, empty where not needed."""
+    dout, down = _rows(dout), down.contiguous()
+    dx, dup, ddown, dscale = (x.new_empty(0) for _ in range(4))
+    if need_x or need_up:
+        dpre = _product("gradient", GRADIENT.value, dout, _folded(down, out_scale, True), hidden)
+        if need_x:
+            dx = (dpre @ up).view(x.shape)
+        if need_up:
+            dup = dpre.t() @ _rows(x)
+    if need_down:
+        ddown, dscale = _scale_gradient(_wide_product(dout.t(), hidden), down, out_scale.contiguous())
+    return dx, dup, ddown, dscale
+
+
+def _fake_forward(residual, x, up, down, out_scale, keep):
+    tokens = x.numel() // x.size(-1)
+    return x.new_empty(x.shape), x.new_empty((tokens, up.size(0)) if keep else (0,))
+
+
+def _fake_backward(dout, x, up, down, out_scale, hidden, need_x, need_up, need_down):
+    needs = ((x, need_x), (up, need_up), (down, need_down), (out_scale, need_down))
+    return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in needs)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # none is needed for hidden
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[1:5], output[1])
+
+
+@once_differentiable
+def _gradients(ctx, dout, _):
+    if dout is None:
+        return (None,) * 6
+    of_residual, *needs = ctx.needs_input_grad[:5]
+    needs = [needs[0], needs[1], needs[2] or needs[3]]
+    gradients = _backward_op(dout, *ctx.saved_tensors, *needs) if any(needs) else (None,) * 4
+    wanted = ctx.needs_input_grad[1:5]
+    gradients = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return dout if of_residual else None, *gradients, None
+
+
+_backward_op = operator(
+    "residual_mlp_backward(Tensor dout, Tensor x, Tensor up, Tensor down, Tensor out_scale, Tensor hidden, "
+    "bool need_x, bool need_up, bool need_down) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+_forward_op = operator(
+    "residual_mlp(Tensor? residual, Tensor x, Tensor up, Tensor down, Tensor out_scale, bool keep) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    setup_context=_save,
+    backward=_gradients,
+)
+
+
+def _residual_mlp_triton(residual, x, up, down, out_scale) -> torch.Tensor:
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, up, down, out_scale))
+    return _forward_op(residual, x, up, down, out_scale, keep)[0]
+
+
+_RESIDUAL_MLP = {"reference": residual_mlp_reference, "triton": _residual_mlp_triton}
+
+
+def residual_mlp(
+    residual: torch.Tensor | None,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    out_scale: torch.Tensor,
+) -> torch.Tensor:
+    """residual + out_scale * (leaky_relu(x upᵀ, 0.5)² downᵀ); see the module's docstring for shapes.
+
+    ``residual`` may be None. Differentiable once in every tensor; all have one dtype, bfloat16, float16, float32 or
+    float64. Kernels sum in fp32; float64 is left to the reference. With a gradient wanted, hidden is rounded to even
+    or odd numbers and an infinite hidden of a negative pre becomes NaN.
+
+    Returns x's shape and dtype. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
+    """
+    if x.ndim < 1 or up.ndim != 2 or up.size(1) != x.size(-1):
+        raise ValueError(f"up must be [m, d] for x [..., d], got {tuple(up.shape)}, {tuple(x.shape)}")
+    expected = {"down": up.shape[::-1], "out_scale": x.shape[-1:], "residual": x.shape}
+    for argument, tensor in (("x", x), ("up", up), ("down", down), ("out_scale", out_scale), ("residual", residual)):
+        if tensor is None:
+            continue
+        if argument in expected and tensor.shape != torch.Size(expected[argument]):
+            raise ValueError(f"{argument} must be {tuple(expected[argument])}, got {tuple(tensor.shape)}")
+        if tensor.dtype not in _DTYPES or tensor.dtype != x.dtype:
+            allowed = "bfloat16, float16, float32 or float64" if argument == "x" else f"x's dtype {x.dtype}"
+            raise TypeError(f"{argument} must be {allowed}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{argument} must be on x's device {x.device}, got {tensor.device}")
+    chosen = residual_mlp_reference
+    if x.dtype != torch.float64:
+        chosen = select("residual_mlp", _RESIDUAL_MLP, x)
+    return chosen(residual, x, up, down, out_scale)

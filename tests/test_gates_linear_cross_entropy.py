@@ -1,0 +1,38 @@
+"""What the softcapped cross-entropy's kernel becomes on GPUs that need not be there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pgolf.kernels import linear_cross_entropy as family
+from tests.conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
+pytest.importorskip("triton")
+
+from tests.gates import check, compiling
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("vocabulary, softcap, registers", [(8192, 30.0, 64), (8192, 100.0, 96), (50_304, 30.0, 72)])
+def test_a_row_in_registers(vocabulary: int, softcap: float, registers: int, gradient: bool, capability: int) -> None:
+    z, targets = torch.empty(4, vocabulary, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64)
+    with compiling(capability) as kernels:
+        family._launch(z, targets, torch.empty(4), softcap, vocabulary, gradient)
+    (kernel,) = kernels
+    check(kernel, registers=registers, shared=1024, streams=gradient)
+    wide, all_loads = kernel.count(r"LDG\.E\S*\.128"), kernel.count(r"LDG\.E")
+    assert wide and all_loads == wide + 2, f"{kernel.name}: narrow loads besides the target and its logit"
+    if vocabulary == 8192 and softcap == 30.0:
+        assert kernel.count("MUFU") <= 3 * 32 + 6, f"{kernel.name}: more than three special functions an element"
+        assert kernel.count("BAR") <= 3
+
+
+def test_vocabulary_of_odd_size() -> None:
+    z = torch.empty(4, family._row_length(8191), dtype=torch.bfloat16)
+    with compiling(90) as kernels:
+        family._launch(z, torch.empty(4, dtype=torch.int32), torch.empty(4), 30.0, 8191, True)
+    check(kernels[0], registers=72, shared=1024)

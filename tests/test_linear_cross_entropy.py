@@ -1,0 +1,285 @@
+"""Softcapped linear cross-entropy: formula, gradients, precision, edges; kernels run on a GPU or interpreted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import library
+
+from pgolf.kernels import linear_cross_entropy as family
+from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-5}  # of a relative error
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def inputs(device, tokens=(2, 5), width=8, vocabulary=24, dtype=torch.float32, size=2.0):
+    h = (size * torch.randn(*tokens, width, device=device)).to(dtype)
+    table = torch.randn(vocabulary, width, device=device).to(dtype)
+    return h, table, torch.randint(0, vocabulary, tokens, device=device)
+
+
+def results(function, h, table, dloss):
+    """The loss of fresh leaves and its gradients for the loss's gradient ``dloss``."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (h, table)]
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, dloss.to(loss).expand_as(loss))]
+
+
+def assert_as_precise(h, table, targets, softcap, dloss, **options) -> None:
+    """Loss and gradients are as near to those of float64 as the reference's in the same dtype."""
+    arguments = targets, softcap
+    got = results(lambda h, table: linear_cross_entropy(h, table, *arguments, **options), h, table, dloss)
+    reference = lambda h, table: linear_cross_entropy_reference(h, table, *arguments, **options)  # noqa: E731
+    plain, exact = results(reference, h, table, dloss), results(reference, h.double(), table.double(), dloss.double())
+    for name, a, b, c in zip(("loss", "h", "table"), got, plain, exact, strict=True):
+        assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device), name
+        error, allowed = (float((tensor.double() - c).norm() / c.norm().clamp(min=1e-12)) for tensor in (a, b))
+        assert error <= 1.5 * allowed + FLOOR[h.dtype], f"{name}: {error} where the reference has {allowed}"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("softcap", [3.0, 30.0, 100.0])
+def test_formula(device, softcap: float, reduction: str) -> None:
+    h, table, targets = inputs(device)
+    z = h.double() @ table.double().T
+    logits = softcap * torch.tanh(z / softcap)
+    expected = torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None])[..., 0]
+    got = linear_cross_entropy(h, table, targets.int(), softcap, reduction)
+    expected = expected.mean() if reduction == "mean" else expected
+    assert got.dtype == torch.float32 and got.shape == expected.shape
+    assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients(device, reduction: str) -> None:
+    h, table, targets = inputs(device, (2, 2), 3, 5, torch.float64)
+    leaves = [h.requires_grad_(), table.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda h, table: linear_cross_entropy(h, table, targets, 4.0, reduction), leaves)
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("vocabulary", [2, 24, 70, 512])
+@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0])
+def test_precision(device, softcap: float, vocabulary: int, dtype) -> None:
+    h, table, targets = inputs(device, (3, 7), 16, vocabulary, dtype)
+    for dloss in (torch.ones((), device=device), torch.tensor(0.3, device=device)):
+        assert_as_precise(h, table, targets, softcap, dloss)
+    assert_as_precise(h, table, targets, softcap, torch.randn(3, 7, device=device), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("chunk", [1, 4, 21, 50])
+def test_chunks(device, chunk: int, dtype) -> None:
+    h, table, targets = inputs(device, (3, 7), 16, 70, dtype)
+    assert_as_precise(h, table, targets, 30.0, torch.tensor(1.5, device=device), chunk_tokens=chunk)
+    dloss = torch.randn(3, 7, device=device)
+    assert_as_precise(h, table, targets, 30.0, dloss, reduction="none", chunk_tokens=chunk)
+    with torch.no_grad():
+        losses = [linear_cross_entropy(h, table, targets, 30.0, "none", size) for size in (chunk, None)]
+    assert torch.allclose(*losses, rtol=1e-2)  # products of other sizes may sum in another order
+
+
+@needs_kernels
+def test_chunks_by_memory(monkeypatch) -> None:
+    h, table, targets = inputs(DEVICE, (20,), 16, 64, torch.bfloat16)
+    whole = results(lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0), h, table, torch.ones(()))
+    monkeypatch.setattr(family, "ONE_CHUNK_BYTES", 20 * 128 - 1)
+    monkeypatch.setattr(family, "CHUNK_BYTES", 6 * 128)
+    chunks, launch = [], family._launch
+    monkeypatch.setattr(family, "_launch", lambda z, *rest: (chunks.append(len(z)), launch(z, *rest)))
+    parts = results(lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0), h, table, torch.ones(()))
+    assert chunks == [6, 6, 6, 2]
+    assert all(torch.allclose(a, b, rtol=2e-2, atol=1e-3) for a, b in zip(whole, parts, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("softcap", [30.0, 100.0])
+@pytest.mark.parametrize("vocabulary", [33, 70, 96])
+def test_rows_in_blocks(monkeypatch, vocabulary: int, softcap: float) -> None:
+    """Rows longer than a program keeps in registers, here of 32 elements."""
+    monkeypatch.setattr(family, "ROW_ELEMENTS", 32)
+    monkeypatch.setattr(family, "launch_parameters", lambda *_: dict(block=32, columns_per_warp=32))
+    h, table, targets = inputs(DEVICE, (9,), 16, vocabulary, torch.bfloat16)
+    assert_as_precise(h, table, targets, softcap, torch.ones((), device=DEVICE))
+
+
+@pytest.mark.parametrize("which", ["h", "table", "neither"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_gradients_of_some(device, which: str, chunk: int | None) -> None:
+    h, table, targets = inputs(device)
+    leaves = {"h": h, "table": table}
+    expected = results(lambda h, table: linear_cross_entropy(h, table, targets, 30.0), h, table, torch.ones(()))
+    if which in leaves:
+        leaves[which].requires_grad_()
+    loss = linear_cross_entropy(h, table, targets, 30.0, chunk_tokens=chunk)
+    assert loss.requires_grad == (which in leaves)
+    if which in leaves:
+        for _ in range(2):  # what is kept for the backward outlives it
+            (gradient,) = torch.autograd.grad(loss, leaves[which], retain_graph=True)
+            assert torch.allclose(gradient, expected[1 + (which == "table")], rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_that_are_not_contiguous(device) -> None:
+    h = torch.randn(8, 7, 3, device=device).permute(2, 1, 0)
+    table, targets = torch.randn(16, 20, device=device)[::2].T, torch.randint(0, 20, (7, 3), device=device).T
+    assert_as_precise(h, table, targets, 30.0, torch.ones((), device=device))
+    assert_as_precise(h, table, targets, 30.0, torch.randn(7, 3, device=device).T, reduction="none")
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_no_tokens(device, chunk: int | None) -> None:
+    h, table, targets = inputs(device, (0, 4))
+    loss, dh, dtable = results(
+        lambda h, table: linear_cross_entropy(h, table, targets, 30.0, "none", chunk), h, table, torch.ones(0, 4)
+    )
+    assert loss.shape == (0, 4) and dh.shape == h.shape and not dtable.any()
+    assert linear_cross_entropy(h, table, targets, 30.0, chunk_tokens=chunk).isnan()
+
+
+def test_one_token(device) -> None:
+    h, table, targets = inputs(device, ())
+    assert_as_precise(h, table, targets, 30.0, torch.ones((), device=device))
+    assert_as_precise(h, table, targets, 30.0, torch.ones((), device=device), reduction="none")
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 40.0, 1000.0])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e4])
+def test_logits_of_any_size(device, size: float, softcap: float) -> None:
+    """At their caps or all equal: finite, and zero gradients where tanh is flat."""
+    h, table, targets = inputs(device, (4,), size=size)
+    table = torch.cat([table, -table])
+    loss, dh, dtable = results(
+        lambda *leaves: linear_cross_entropy(*leaves, targets, softcap), h, table, torch.ones(())
+    )
+    expected = linear_cross_entropy_reference(h.double(), table.double(), targets, softcap)
+    assert torch.allclose(loss.double(), expected, rtol=1e-4, atol=1e-3)
+    assert dh.isfinite().all() and dtable.isfinite().all()
+
+
+def test_one_word(device) -> None:
+    h, table, targets = inputs(device, vocabulary=1)
+    loss, *gradients = results(lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0), h, table, torch.ones(()))
+    assert loss.abs() < 1e-5 and all(gradient.abs().max() < 1e-5 for gradient in gradients)
+
+
+@needs_kernels
+@pytest.mark.parametrize("wild", [-1, 24, 2**40])
+def test_a_target_outside_the_table_makes_its_loss_nan(wild: int) -> None:
+    h, table, targets = inputs(DEVICE, (6,))
+    expected = linear_cross_entropy_reference(h, table, targets, 30.0, "none")
+    targets[2] = wild
+    h.requires_grad_()
+    losses = family._linear_cross_entropy_triton(h, table, targets, 30.0, "none", None)
+    assert losses[2].isnan() and losses.isnan().sum() == 1
+    others = torch.arange(6, device=DEVICE) != 2
+    assert torch.allclose(losses[others], expected[others], rtol=1e-4)
+    losses.sum().backward()
+    assert h.grad[others].isfinite().all()
+
+
+@needs_kernels
+def test_padding_of_rows_is_left_alone() -> None:
+    z, targets = torch.randn(3, 64, device=DEVICE), torch.zeros(3, device=DEVICE, dtype=torch.int64)
+    before, losses = z.clone(), torch.empty(3, device=DEVICE)
+    family._launch(z, targets, losses, 30.0, 41, True)
+    assert torch.equal(z[:, 41:], before[:, 41:]) and not torch.equal(z[:, :41], before[:, :41])
+
+
+@needs_kernels
+def test_offsets_beyond_32_bits() -> None:
+    """The second row begins behind element 2³¹."""
+    stride = 2**31 + 64
+    if DEVICE == "cpu":  # pages never touched take no memory
+        memory = torch.from_numpy(np.zeros(stride + 64, np.float16))
+    else:
+        memory = torch.zeros(stride + 64, device=DEVICE, dtype=torch.float16)
+    z, losses = memory.as_strided((2, 32), (stride, 1)), torch.empty(2, device=DEVICE)
+    z.copy_(torch.randn(2, 32))
+    targets, logits = torch.tensor([3, 5], device=DEVICE), 30 * torch.tanh(z.double() / 30)
+    family._launch(z, targets, losses, 30.0, 32, True)
+    assert torch.allclose(losses, torch.nn.functional.cross_entropy(logits, targets, reduction="none").float())
+    dz = (logits.softmax(-1) - torch.eye(32, device=DEVICE)[targets]) * (1 - (logits / 30) ** 2)
+    assert torch.allclose(z.double(), dz, atol=1e-3)
+
+
+@needs_kernels
+def test_repeats_bit_for_bit() -> None:
+    h, table, targets = inputs(DEVICE, (40,), 32, 200, torch.bfloat16)
+    for chunk in (None, 16):
+        function = lambda *leaves, c=chunk: linear_cross_entropy(*leaves, targets, 30.0, chunk_tokens=c)  # noqa: E731
+        first, *others = (results(function, h, table, torch.ones(())) for _ in range(20 if DEVICE == "cuda" else 2))
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_kernels
+def test_operators_are_registered_as_they_behave() -> None:
+    h, table, targets = inputs(DEVICE, (6,), 8, 25)
+    leaves = [h.requires_grad_(), table.requires_grad_()]
+    ops = torch.ops.pgolf
+    for chunk in (6, 4):
+        library.opcheck(ops.linear_cross_entropy.default, (*leaves, targets, 30.0, chunk, True, True, True))
+    library.opcheck(ops.linear_cross_entropy.default, (*leaves, targets, 30.0, 6, False, True, True))
+    h, table = h.detach(), table.detach()
+    library.opcheck(ops.linear_cross_entropy.default, (h, table, targets, 30.0, 4, True, False, False))
+    for chunk, mean in ((6, True), (6, False), (4, True)):
+        loss, *kept = family._forward(h, table, targets, 30.0, chunk, mean, True, True)
+        arguments = (torch.ones_like(loss), h, table, *kept, chunk == 6, True, True)
+        library.opcheck(ops.linear_cross_entropy_backward.default, arguments)
+
+
+@pytest.mark.parametrize("reduction, chunk", [("mean", None), ("mean", 4), ("none", None)])
+def test_compiles_whole(device, reduction: str, chunk: int | None) -> None:
+    h, table, targets = inputs(device)
+
+    def function(h, table):
+        return linear_cross_entropy(h, table, targets, 30.0, reduction, chunk)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    plain, whole = (results(call, h, table, torch.ones((), device=device)) for call in (function, compiled))
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(plain, whole, strict=True))
+    with torch.no_grad():
+        assert torch.allclose(compiled(h, table), plain[0], rtol=1e-5)
+
+
+@needs_kernels
+def test_second_derivative_is_refused() -> None:
+    h, table, targets = inputs(DEVICE)
+    loss = linear_cross_entropy(h.requires_grad_(), table, targets, 30.0)
+    (dh,) = torch.autograd.grad(loss.square(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dh.sum().backward()
+
+
+def test_errors_name_the_argument() -> None:
+    h, table, targets = inputs("cpu")
+    with pytest.raises(ValueError, match=r"table must be \[V, d\]"):
+        linear_cross_entropy(h, table[:, :4], targets, 30.0)
+    with pytest.raises(ValueError, match=r"table must be \[V, d\]"):
+        linear_cross_entropy(h, table[:0], targets, 30.0)
+    with pytest.raises(ValueError, match="targets must have h's shape"):
+        linear_cross_entropy(h, table, targets[:1], 30.0)
+    with pytest.raises(TypeError, match="h must be bfloat16, float16, float32 or float64, got torch.int64"):
+        linear_cross_entropy(h.long(), table.long(), targets, 30.0)
+    with pytest.raises(TypeError, match="table must have h's dtype torch.float32, got torch.bfloat16"):
+        linear_cross_entropy(h, table.bfloat16(), targets, 30.0)
+    with pytest.raises(TypeError, match="targets must be int32 or int64"):
+        linear_cross_entropy(h, table, targets.float(), 30.0)
+    with pytest.raises(ValueError, match="table must be on h's device cpu, got meta"):
+        linear_cross_entropy(h, table.to("meta"), targets, 30.0)
+    for softcap in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="softcap must be positive and finite"):
+            linear_cross_entropy(h, table, targets, softcap)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'none', got 'sum'"):
+        linear_cross_entropy(h, table, targets, 30.0, "sum")
+    with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
+        linear_cross_entropy(h, table, targets, 30.0, chunk_tokens=0)
+    for wild in (24, -1):
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, 24\), got {wild}"):
+            linear_cross_entropy(h, table, targets.clone().fill_(wild), 30.0)
