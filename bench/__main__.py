@@ -1,6 +1,6 @@
 """All kernel benchmarks: ``python -m bench``.
 
-One alone: ``python -m bench.newton_schulz``, ``bench.dequant``, ``bench.smear_gate``. Besides: ``bench.tune`` sweeps
+One family alone: ``python -m bench.newton_schulz``, and so on by the names in BENCHES. Besides: ``bench.tune`` sweeps
 launch parameters, ``bench.plots`` draws the results, ``bench.train_step`` times a training step and
 ``bench.reference_runs`` makes the runs behind the README's tables.
 """
@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import sys
 
-from bench import dequant, newton_schulz, smear_gate
+from bench import (
+    dequant,
+    gated_attention,
+    linear_cross_entropy,
+    newton_schulz,
+    residual,
+    residual_mlp,
+    smear_gate,
+    varlen_attention,
+)
 from bench.harness import main
 
-BENCHES = {"newton_schulz": newton_schulz.CASES, "dequant": dequant.CASES, "smear_gate": smear_gate.CASES}
+FAMILIES = (
+    newton_schulz, dequant, smear_gate, residual, varlen_attention, gated_attention, residual_mlp, linear_cross_entropy,
+)  # fmt: skip
+BENCHES = {family.__name__.removeprefix("bench."): family.CASES for family in FAMILIES}
 
 if __name__ == "__main__":
     sys.exit(main(BENCHES, __doc__.partition("\n\n")[2]))

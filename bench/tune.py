@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import dequant, newton_schulz, smear_gate
+from bench.__main__ import FAMILIES as MODULES
 from bench.harness import OURS, REFERENCE, Case, Tuning, as_tensors, check, limits, one_line, require
 from bench.report import describe
 from bench.timing import capture, chip_name, default_device, time_calls
@@ -26,9 +26,7 @@ from pgolf.kernels import _launch
 from pgolf.progress import format_table
 
 FAMILIES: dict[str, Mapping[str, Tuning]] = {
-    "newton_schulz": newton_schulz.TUNING,
-    "dequant": dequant.TUNING,
-    "smear_gate": smear_gate.TUNING,
+    module.__name__.removeprefix("bench."): module.TUNING for module in MODULES
 }
 GAIN = 0.995  # a candidate replaces the best one only below so much of its time
 Parameters = dict[str, int]

@@ -72,11 +72,13 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
 
-def _attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, core: str = "auto"
+) -> Tensor:
     """Causal attention of q [B, T, H, D] on k, v [B, T, K, D] in rows, or in the segments of a single one."""
     if cu_seqlens is None:
         return _dense(q, k, v)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if core != "sdpa" and resolve_core("auto", q.device, q.dtype, q.size(-1)) == "flash":
         bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
         return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(-1, 0), **_GROUPED)[None]
     if torch.compiler.is_compiling():  # the compiler cannot know how long segments are
@@ -92,7 +94,7 @@ def _gated_attention_reference(
 ) -> Tensor:
     q, k, v, rest = projected.split([H * D, K * D, K * D, projected.size(-1) - (H + 2 * K) * D], dim=-1)
     q, k, v = (x.unflatten(-1, (-1, D)) for x in (q, k, v))
-    o = _attention_reference(*prologue_reference(q, k, cos, sin, q_gain, eps), v, cu_seqlens, max_seqlen)
+    o = attention_reference(*prologue_reference(q, k, cos, sin, q_gain, eps), v, cu_seqlens, max_seqlen, core)
     return epilogue_reference(o, v, rest[..., :H] if gated else None, exclude_own_value).flatten(2)
 
 
@@ -175,11 +177,19 @@ CORES = {
 }
 
 
-def _core(name: str, projected: Tensor, D: int) -> str:
-    if name != "auto":
-        return name
-    half = projected.dtype in (torch.bfloat16, torch.float16)
-    return "flash" if projected.is_cuda and half and D % 8 == 0 and D <= 256 else "sdpa"
+def resolve_core(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+    """``auto`` made definite: which core computes attention there.
+
+    Raises ValueError for an unknown name and where ``flash`` is asked for and cannot be had.
+    """
+    if name not in ("auto", *CORES):
+        raise ValueError(f"attention has the cores auto, {', '.join(CORES)}, and {name!r} is none of them")
+    half, on_cuda = dtype in (torch.bfloat16, torch.float16), torch.device(device).type == "cuda"
+    flash = on_cuda and half and head_dim % 8 == 0 and head_dim <= 256
+    if name == "flash" and not flash:
+        raise ValueError(f"flash attention needs CUDA, half precision and heads of a multiple of 8 up to 256, and this "
+                         f"is {device}, {dtype}, {head_dim}; use auto or sdpa")  # fmt: skip
+    return name if name != "auto" else "flash" if flash else "sdpa"
 
 
 # --- The op ---
@@ -285,7 +295,7 @@ _op = operator(
 _GATED_ATTENTION = {"reference": _gated_attention_reference, "triton": lambda *arguments: _op(*arguments)[0]}
 
 
-def _check(projected, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, core) -> None:
+def _check(projected, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated) -> None:
     if H < 1 or K < 1 or H % K:
         raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {H} and {K}")
     columns = (H + 2 * K) * D + H * gated
@@ -312,8 +322,6 @@ def _check(projected, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, 
             raise ValueError(f"projected must be one row with cu_seqlens, got {projected.size(0)} rows")
         if max_seqlen < 1 and projected.size(1):
             raise ValueError(f"max_seqlen must be the longest segment's length or more, got {max_seqlen}")
-    if core not in CORES:
-        raise ValueError(f"core must be auto or one of {', '.join(CORES)}, got {core!r}")
 
 
 def gated_attention(
@@ -355,8 +363,8 @@ def gated_attention(
     if head_dim is None:
         head_dim = (projected.size(-1) - num_heads * gated) // max(num_heads + 2 * num_kv_heads, 1)
     whole = projected if projected.ndim == 3 else projected[None]
-    core = _core(core, projected, head_dim)
-    _check(whole, cos, sin, q_gain, cu_seqlens, max_seqlen, num_heads, num_kv_heads, head_dim, gated, core)
+    core = resolve_core(core, projected.device, projected.dtype, head_dim)
+    _check(whole, cos, sin, q_gain, cu_seqlens, max_seqlen, num_heads, num_kv_heads, head_dim, gated)
     y = select("gated_attention", _GATED_ATTENTION, projected)(
         whole, cos, sin, q_gain, cu_seqlens, max_seqlen, num_heads, num_kv_heads, head_dim, exclude_own_value, gated,
         eps, core,
@@ -369,7 +377,7 @@ def gated_attention_reference(
     num_heads: int, num_kv_heads: int, *, exclude_own_value: bool, gated: bool, head_dim: int | None = None,
     eps: float = RMS_EPS, core: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Plain PyTorch; the contract of `gated_attention`, whose arguments it shares; takes no notice of ``core``."""
+    """Plain PyTorch; the contract of `gated_attention`, whose arguments it shares; ``sdpa`` keeps it from flash."""
     if head_dim is None:
         head_dim = (projected.size(-1) - num_heads * gated) // (num_heads + 2 * num_kv_heads)
     whole = projected if projected.ndim == 3 else projected[None]

@@ -210,15 +210,15 @@ def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) 
 
 def _log_choices(config: RunConfig, world: Any) -> None:
     """Which settings differ from the preset, and which code will run."""
-    from pgolf.attention import resolve_backend
     from pgolf.kernels._launch import backend, set_backend
+    from pgolf.model import attention_core
 
     set_backend(config.kernels)
     preset = dataclasses.asdict(RunConfig.preset(config.preset_name))
     for name, value in dataclasses.asdict(config).items():
         if value != preset[name]:
             world.log(f"  {name} = {value!r} (preset: {preset[name]!r})")
-    world.log(f"  attention: {resolve_backend(config.attention_backend, world.device)}, kernels: {backend()}")
+    world.log(f"  attention: {attention_core(config, world.device)}, kernels: {backend()}")
 
 
 def _run_name(config: RunConfig) -> str:

@@ -69,7 +69,9 @@ class RunConfig:
         choices=("auto", "reference", "triton"),
     )
     attention_backend: str = _field(
-        "auto", "auto: varlen FlashAttention on CUDA, SDPA per segment elsewhere", choices=("auto", "varlen", "sdpa")
+        "auto",
+        "triton: our kernel; flash: PyTorch's FlashAttention; sdpa: segment by segment; auto: the best there is",
+        choices=("auto", "triton", "flash", "sdpa"),
     )
 
     # Data

@@ -15,25 +15,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgolf.attention import causal_attention, resolve_backend
-from pgolf.config import RunConfig
-from pgolf.kernels.smear_gate import RMS_EPS, embed_smear_norm
+from pgolf.config import ConfigError, RunConfig
+from pgolf.kernels._launch import runs_kernel, using
+from pgolf.kernels.gated_attention import gated_attention, resolve_core
+from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
+from pgolf.kernels.residual import (
+    join_skip,
+    mix_lanes,
+    residual_linear,
+    residual_linear_norm,
+    residual_mix_norm,
+    scaled_rms_norm,
+)
+from pgolf.kernels.residual_mlp import residual_mlp
+from pgolf.kernels.smear_gate import embed_smear_norm
 
 BOS_ID = 1
 Observe = Callable[[str, Tensor], None]
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights in the compute dtype, heads and gains as in the state dict."""
+    """One layer's weights in the compute dtype, gains and scales as in the state dict."""
 
-    q: Tensor  # [d, d]
-    k: Tensor  # [K head_dim, d]
-    v: Tensor  # [K head_dim, d]
+    inputs: Tensor  # [N, d]: rows for H queries, K keys and K values of head_dim, H gates, then zeros
     out: Tensor  # [d, d]
     up: Tensor  # [mlp, d]
     down: Tensor  # [d, mlp]
     q_gain: Tensor  # [H]
-    attn_gate: Tensor | None  # [H, gate_attn_width]
     attn_scale: Tensor  # [d]
     mlp_scale: Tensor  # [d]
     resid_mix: Tensor  # [2, d]
@@ -58,118 +66,136 @@ class Adapters(NamedTuple):
     scale: float
 
 
-class Segments(NamedTuple):
-    """What attention needs to know of the token stream."""
+class Heads(NamedTuple):
+    """What attention needs to know besides its input: the heads and the segments of the token stream."""
 
+    count: int
+    kv_count: int
+    gated: bool
     cos: Tensor  # [T, rope_dims / 2]
     sin: Tensor  # [T, rope_dims / 2]
     cu_seqlens: Tensor | None
     max_seqlen: int
-    backend: str
+    core: str
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x²) + eps) over the last dimension, eps that of float32."""
-    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+class Skip(NamedTuple):
+    """An encoder layer's output that joins the decoder: lerp(weight skip, x, σ(gate)), or x + weight skip."""
+
+    skip: Tensor  # [B, T, d]
+    weight: Tensor  # [d]
+    gate: Tensor | None  # [d]
 
 
-def low_rank(x: Tensor, factors: tuple[Tensor, Tensor] | None, scale: float) -> Tensor | float:
-    """scale (x Aᵀ) Bᵀ, row by row; 0 without factors."""
-    if factors is None:
-        return 0.0
+def low_rank(x: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """scale (x Aᵀ) Bᵀ, row by row."""
     A, B = (factor.to(x.dtype) for factor in factors)
     return scale * ((x @ A.mT) @ B.mT)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading 2 cos.size(-1) dimensions of x [B, T, heads, head_dim]; pairs are (j, j + half)."""
-    half = cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
-
-
-def attention_sublayer(
-    n: Tensor, w: LayerWeights, s: Segments, xsa: bool, lora: LayerAdapters | None, scale: float, tap: Observe | None
+def attention(
+    n: Tensor, w: LayerWeights, heads: Heads, xsa: bool, lora: LayerAdapters | None, scale: float, tap: Observe | None
 ) -> Tensor:
-    """Attention of the normalised input n [B, T, d], before the residual scale."""
-    head_dim = w.q.size(0) // w.q_gain.numel()
-    q, k, v = F.linear(n, w.q), F.linear(n, w.k), F.linear(n, w.v)
+    """Attention of the normalised input n [B, T, d], before the output projection."""
+    projected = F.linear(n, w.inputs)
     if lora is not None:
-        q, k, v = (x + low_rank(n, f, scale) for x, f in ((q, lora.q), (k, lora.k), (v, lora.v)))
+        projected = projected + _input_updates(n, lora, scale, projected.size(-1), heads)
+    y = gated_attention(
+        projected, heads.cos, heads.sin, w.q_gain, heads.cu_seqlens, heads.max_seqlen, heads.count, heads.kv_count,
+        head_dim=n.size(-1) // heads.count, exclude_own_value=xsa, gated=heads.gated, core=heads.core,
+    )  # fmt: skip
     if tap is not None:
         tap("attn.qkv", n)
-    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
-    q = rotate(rms_norm(q), s.cos, s.sin) * w.q_gain[:, None]
-    k = rotate(rms_norm(k), s.cos, s.sin)
-    y = causal_attention(q, k, v, s.cu_seqlens, s.max_seqlen, s.backend)
-    if xsa:  # take out what lies along the token's own value
-        own = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
-        grouped = y.unflatten(2, (v.size(2), -1))
-        y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
-    if w.attn_gate is not None:
-        y = y * (2 * torch.sigmoid(F.linear(n[..., : w.attn_gate.size(1)], w.attn_gate)))[..., None]
-    y = y.flatten(2)
-    if tap is not None:
         tap("attn.proj", y)
-    out = F.linear(y, w.out)
-    return out if lora is None else out + low_rank(n, lora.out, scale)
+    return y
 
 
-def mlp_sublayer(n: Tensor, w: LayerWeights, lora: LayerAdapters | None, scale: float, tap: Observe | None) -> Tensor:
-    """leaky_relu(n W_upᵀ, 0.5)² W_downᵀ of the normalised input n [B, T, d]."""
-    hidden = F.leaky_relu(F.linear(n, w.up), 0.5).square()
+def _input_updates(n: Tensor, lora: LayerAdapters, scale: float, width: int, heads: Heads) -> Tensor:
+    """What the adapters add to an input projection of this width; nothing for gates."""
+    kv = n.size(-1) // heads.count * heads.kv_count
+    parts = [(lora.q, n.size(-1)), (lora.k, kv), (lora.v, kv), (None, width - n.size(-1) - 2 * kv)]
+    zeros = n.new_zeros(1, 1, 1)
+    updates = [
+        zeros.expand(*n.shape[:-1], columns) if factors is None else low_rank(n, factors, scale)
+        for factors, columns in parts
+    ]
+    return torch.cat(updates, dim=-1)
+
+
+def mlp(
+    residual: Tensor | None, n: Tensor, w: LayerWeights, lora: LayerAdapters | None, scale: float, tap: Observe | None
+) -> Tensor:
+    """residual + mlp_scale leaky_relu(n W_upᵀ, 0.5)² W_downᵀ of the normalised input n [B, T, d]."""
     if tap is not None:
         tap("mlp.fc", n)
-        tap("mlp.proj", hidden)
-    out = F.linear(hidden, w.down)
-    return out if lora is None else out + low_rank(n, lora.mlp, scale)
+        tap("mlp.proj", F.leaky_relu(F.linear(n, w.up), 0.5).square())
+    if lora is not None:
+        residual = _adapted(residual, w.mlp_scale, n, lora.mlp, scale)
+    return residual_mlp(residual, n, w.up, w.down, w.mlp_scale)
+
+
+def _adapted(
+    residual: Tensor | None, out_scale: Tensor, n: Tensor, factors: tuple[Tensor, Tensor] | None, scale: float
+) -> Tensor | None:
+    """The residual with what an adapter adds to a sublayer's output."""
+    if factors is None:
+        return residual
+    update = out_scale * low_rank(n, factors, scale)
+    return update if residual is None else residual + update
 
 
 def serial_block(
     x: Tensor,
     x0: Tensor,
+    skip: Skip | None,
     w: LayerWeights,
-    s: Segments,
+    heads: Heads,
     xsa: bool,
     lora: LayerAdapters | None = None,
     scale: float = 1.0,
     tap: Observe | None = None,
-) -> Tensor:
-    """u = m0 x + m1 x0;  v = u + attn_scale Attn(c rms(u));  v + mlp_scale MLP(c rms(v))."""
-    u = w.resid_mix[0] * x + w.resid_mix[1] * x0
-    v = u + w.attn_scale * attention_sublayer(rms_norm(u) * w.ln_scale, w, s, xsa, lora, scale, tap)
-    return v + w.mlp_scale * mlp_sublayer(rms_norm(v) * w.ln_scale, w, lora, scale, tap)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """u = m0 x + m1 x0;  v = u + attn_scale Attn(c rms(u)) W_outᵀ;  v + mlp_scale MLP(c rms(v)).
+
+    x is joined with the skip first. Returns that, then x and x0 for later readers (see `pgolf.kernels.residual`).
+    """
+    u, n, x, x0 = residual_mix_norm(x, x0, w.resid_mix, w.ln_scale, **_joined(skip), keep_x=skip is None)
+    y = attention(n, w, heads, xsa, lora, scale, tap)
+    if lora is not None:
+        u = _adapted(u, w.attn_scale, n, lora.out, scale)
+    v, n = residual_linear_norm(u, y, w.out, w.attn_scale, w.ln_scale, inplace=True)
+    return mlp(v, n, w, lora, scale, tap), x, x0
 
 
 def parallel_block(
     lane0: Tensor,
     lane1: Tensor,
     x0: Tensor,
+    skip: Skip | None,
     w: LayerWeights,
     post: Tensor,
     resid: Tensor,
-    s: Segments,
+    heads: Heads,
     xsa: bool,
     lora: LayerAdapters | None = None,
     scale: float = 1.0,
     tap: Observe | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention reads lane 0, the MLP lane 1; lane j becomes ρ_j lane_j + P_0j attention + P_1j MLP.
 
-    post is P [2 sources, 2 lanes], resid is ρ [2].
+    post is P [2 sources, 2 lanes], resid is ρ [2]; lane 0 is joined with the skip first. Returns the lanes and x0.
     """
-    r = w.resid_mix[0] * lane0 + w.resid_mix[1] * x0
-    a = w.attn_scale * attention_sublayer(rms_norm(r) * w.ln_scale, w, s, xsa, lora, scale, tap)
-    f = w.mlp_scale * mlp_sublayer(rms_norm(lane1) * w.ln_scale, w, lora, scale, tap)
-    return resid[0] * lane0 + post[0, 0] * a + post[1, 0] * f, resid[1] * lane1 + post[0, 1] * a + post[1, 1] * f
+    _, n, lane0, x0 = residual_mix_norm(lane0, x0, w.resid_mix, w.ln_scale, **_joined(skip), keep_u=False)
+    y = attention(n, w, heads, xsa, lora, scale, tap)
+    update = None if lora is None else _adapted(None, w.attn_scale, n, lora.out, scale)
+    a = residual_linear(update, y, w.out, w.attn_scale)
+    n, lane1 = scaled_rms_norm(lane1, w.ln_scale, carry=True)
+    lanes = mix_lanes(lane0, lane1, a, mlp(None, n, w, lora, scale, tap), post, resid)
+    return *lanes, x0
 
 
-def join_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """lerp(weight skip, x, σ(gate)); without a gate, x + weight skip."""
-    if gate is None:
-        return x + weight * skip
-    return torch.lerp(weight * skip, x, torch.sigmoid(gate))
+def _joined(skip: Skip | None) -> dict[str, Tensor | None]:
+    return {} if skip is None else skip._asdict()
 
 
 def softcapped_logits(h: Tensor, table: Tensor, cap: float, lora: tuple | None, scale: float, fp32: bool) -> Tensor:
@@ -194,6 +220,46 @@ def head_losses(
     """Cross-entropy of every target in nats, float32 [B, T]."""
     logits = softcapped_logits(h, table, cap, lora, scale, fp32).float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+class Regions(NamedTuple):
+    """The functions that a model is computed with, as they are or compiled."""
+
+    serial: Callable
+    parallel: Callable
+    join: Callable
+    losses: Callable
+
+
+PLAIN = Regions(serial_block, parallel_block, join_skip, head_losses)
+LAYER_KERNELS = (
+    "residual_mix_norm", "gated_attention", "residual_linear_norm", "residual_linear", "residual_mlp", "mix_lanes",
+    "join_skip", "scaled_rms_norm", "linear_cross_entropy",
+)  # fmt: skip
+
+
+def _of_references(compiled: Callable) -> Callable:
+    """A compiled region, made of the references, which the compiler sees through and fuses."""
+
+    def call(*args: Any) -> Any:
+        with using("reference"):
+            return compiled(*args)
+
+    return call
+
+
+def _compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    if config.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.compute_dtype)
+
+
+def attention_core(config: RunConfig, device: torch.device) -> str:
+    """The code that will compute attention there; raises ConfigError where the setting asks for what cannot be."""
+    try:
+        return resolve_core(config.attention_backend, device, _compute_dtype(config, device), config.head_dim)
+    except ValueError as error:
+        raise ConfigError(f"attention_backend: {error}") from None
 
 
 class Attention(nn.Module):
@@ -262,25 +328,24 @@ class GPT(nn.Module):
                 parameter.copy_(parameter.bfloat16())
         if not config.embed_fp32_master:
             self.tok_emb.to(torch.bfloat16)
-        self._serial, self._parallel, self._join, self._losses = serial_block, parallel_block, join_skip, head_losses
-        self._compiled = False
+        self._compiled: Regions | None = None
 
     def compile_regions(self) -> None:
         """Compile the blocks, the skips and the head; each compiles once and serves all layers and loop states."""
-        # SDPA takes packed segments one by one, in a Python loop over lengths that the compiler cannot know.
-        whole = resolve_backend(self.config.attention_backend, self.qo_bank.device) == "varlen"
-        regions = (serial_block, parallel_block, join_skip, head_losses)
-        self._serial, self._parallel, self._join, self._losses = (
-            torch.compile(region, fullgraph=whole) for region in regions
-        )
-        self._compiled = True
+        self._compiled = Regions(*(_of_references(torch.compile(region, fullgraph=True)) for region in PLAIN))
+
+    def runs_kernels(self) -> bool:
+        """Whether a layer's kernels are on; without adapters the compiler then has nothing to do."""
+        return all(runs_kernel(op, self.qo_bank) for op in LAYER_KERNELS)
+
+    def _regions(self, adapters: Adapters | None) -> Regions:
+        plain = self._compiled is None or (adapters is None and self.runs_kernels())
+        return PLAIN if plain else self._compiled
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of activations: the configuration's, or by the device the weights are on."""
-        if self.config.compute_dtype == "auto":
-            return torch.bfloat16 if self.qo_bank.is_cuda else torch.float32
-        return getattr(torch, self.config.compute_dtype)
+        return _compute_dtype(self.config, self.qo_bank.device)
 
     @property
     def head_weight(self) -> Tensor:
@@ -297,20 +362,22 @@ class GPT(nn.Module):
         return order[: len(order) // 2], order[len(order) // 2 :]
 
     def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
-        n = self.config.num_layers
-        qo, kv = self.qo_bank.to(dtype).unbind(), self.kv_bank.to(dtype).unbind()
+        n, d, blocks = self.config.num_layers, self.config.model_dim, self.blocks
+        q, out = self.qo_bank.to(dtype).split(n)
+        inputs = [q, *self.kv_bank.to(dtype).split(n)]
+        if self.config.gate_attn_out:
+            gates = torch.stack([block.attn.attn_gate_proj.weight for block in blocks]).to(dtype)
+            rows = sum(part.size(1) for part in inputs) + gates.size(1)
+            inputs.append(F.pad(gates, (0, d - gates.size(2), 0, -rows % 16)))
         up, down = self.mlp_up_bank.to(dtype).unbind(), self.mlp_down_bank.to(dtype).unbind()
-        layers = []
-        for i, block in enumerate(self.blocks):
-            gate = block.attn.attn_gate_proj.weight.to(dtype) if self.config.gate_attn_out else None
-            scales = (block.attn_scale.to(dtype), block.mlp_scale.to(dtype), block.resid_mix.to(dtype))
-            gain, ln_scale = block.attn.q_gain.to(dtype), self.ln_scales[i]
-            layers.append(
-                LayerWeights(qo[i], kv[i], kv[n + i], qo[n + i], up[i], down[i], gain, gate, *scales, ln_scale)
-            )
-        return layers
+        matrices = zip(torch.cat(inputs, dim=1).unbind(), out.unbind(), up, down, strict=True)
+        vectors = ((block.attn.q_gain, block.attn_scale, block.mlp_scale, block.resid_mix) for block in blocks)
+        return [
+            LayerWeights(*matrix, *(vector.to(dtype) for vector in group), self.ln_scales[i])
+            for i, (matrix, group) in enumerate(zip(matrices, vectors, strict=True))
+        ]
 
-    def _segments(self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, dtype: torch.dtype) -> Segments:
+    def _heads(self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, dtype: torch.dtype) -> Heads:
         c = self.config
         tokens = ids.size(1)
         positions = torch.arange(tokens, device=ids.device)
@@ -326,15 +393,16 @@ class GPT(nn.Module):
         angles = positions.float()[:, None] * frequencies
         if cu_seqlens is not None and max_seqlen <= 0:
             max_seqlen = int(cu_seqlens.diff().max())
-        backend = resolve_backend(c.attention_backend, ids.device)
-        if self._compiled and cu_seqlens is not None:
+        core = attention_core(c, ids.device)
+        if self._compiled is not None and cu_seqlens is not None:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # or every number of documents would compile anew
-        return Segments(angles.cos().to(dtype), angles.sin().to(dtype), cu_seqlens, max_seqlen, backend)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return Heads(c.num_heads, c.num_kv_heads, c.gate_attn_out, cos, sin, cu_seqlens, max_seqlen, core)
 
     def _prologue(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         table = self.tok_emb.weight.to(dtype)
         if not self.config.smear_gate:
-            return rms_norm(F.embedding(ids, table))
+            return scaled_rms_norm(F.embedding(ids, table))
         bos = BOS_ID if self.config.smear_gate_bos_mask else None
         return embed_smear_norm(ids, table, self.smear_gate.weight, self.smear_lambda, bos)
 
@@ -357,47 +425,51 @@ class GPT(nn.Module):
             observe: called with (group of tensors, activation) at the input of every quantised product.
         """
         c, dtype = self.config, self.compute_dtype
-        layers, segments = self._layers(dtype), self._segments(input_ids, cu_seqlens, max_seqlen, dtype)
-        serial, parallel, join = self._serial, self._parallel, self._join
-        if observe is not None:  # a Python callback cannot be compiled
-            serial, parallel, join = serial_block, parallel_block, join_skip
+        layers, heads = self._layers(dtype), self._heads(input_ids, cu_seqlens, max_seqlen, dtype)
+        regions = PLAIN if observe is not None else self._regions(adapters)  # a Python callback cannot be compiled
         encoder, decoder = self.execution_lists()
         scale = 1.0 if adapters is None else adapters.scale
 
         def layer_arguments(virtual: int, i: int) -> tuple:
             tap = None if observe is None else lambda name, x: observe(f"blocks.{i}.{name}", x)
             lora = None if adapters is None else adapters.layers[virtual]
-            return segments, i >= c.num_layers - c.xsa_last_n, lora, scale, tap
+            return heads, i >= c.num_layers - c.xsa_last_n, lora, scale, tap
 
         def any_shape(x: Tensor) -> Tensor:
             # Rows and lengths change all the time in test-time training: one compilation for all.
             return _mark_dynamic(x, (0, 1)) if self._compiled and adapters is not None else x
 
         if self._compiled and adapters is not None:
-            _mark_dynamic((segments.cos, segments.sin, adapters.layers, adapters.head), (0,))
+            _mark_dynamic((heads.cos, heads.sin, adapters.layers, adapters.head), (0,))
         x0 = any_shape(self._prologue(input_ids, dtype))
         # view_as makes a second tensor object of the same memory: the compiler would specialise on x being x0.
         x, lanes, skips = any_shape(x0.view_as(x0)), None, []
         for virtual, i in enumerate(encoder):
-            x = any_shape(serial(x, x0, layers[i], *layer_arguments(virtual, i)))
-            skips.append(x)
+            output, x, x0 = regions.serial(x, x0, None, layers[i], *layer_arguments(virtual, i))
+            skips += [x] if virtual else []
+            x = any_shape(output)
+        skips.append(x)
         for position, i in enumerate(decoder):
             if i >= c.parallel_start_layer and lanes is None:
                 lanes = any_shape(x.view_as(x))
+            skip = None
             if position < self.skip_weights.size(0) and skips:
                 gate = self.skip_gates[position].to(dtype) if c.skip_gates_enabled else None
                 skip = skips.pop()
-                skip = any_shape(skip.view_as(skip))
-                x = any_shape(join(x, skip, self.skip_weights[position].to(dtype), gate))
+                skip = Skip(any_shape(skip.view_as(skip)), self.skip_weights[position].to(dtype), gate)
+                if regions is not PLAIN:  # one compiled block serves with and without a skip
+                    x, skip = any_shape(regions.join(x, *skip)), None
             arguments = layer_arguments(len(encoder) + position, i)
             if lanes is None:
-                x = any_shape(serial(x, x0, layers[i], *arguments))
+                x, _, x0 = regions.serial(x, x0, skip, layers[i], *arguments)
+                x = any_shape(x)
             else:
                 post, resid = self.parallel_post_lambdas[i].to(dtype), self.parallel_resid_lambdas[i].to(dtype)
-                x, lanes = map(any_shape, parallel(x, lanes, x0, layers[i], post, resid, *arguments))
+                x, lanes, x0 = regions.parallel(x, lanes, x0, skip, layers[i], post, resid, *arguments)
+                x, lanes = any_shape(x), any_shape(lanes)
         if lanes is not None:
-            x = {"mean": 0.5 * (x + lanes), "mlp": lanes, "attn": x}[c.parallel_final_lane]
-        h = rms_norm(x)
+            x, lanes = {"mean": (x, lanes), "mlp": (lanes, None), "attn": (x, None)}[c.parallel_final_lane]
+        h = scaled_rms_norm(x, None, lanes)
         if observe is not None:
             observe("tok_emb", h)
         return h
@@ -424,13 +496,17 @@ class GPT(nn.Module):
         h = self.hidden(input_ids, cu_seqlens, max_seqlen, adapters=adapters)
         head, scale = (None, 1.0) if adapters is None else (adapters.head, adapters.scale)
         table = self.head_weight.to(h.dtype)
-        return self._losses(h, table, target_ids, self.config.logit_softcap, head, scale, logits_fp32)
+        losses = self._regions(adapters).losses
+        return losses(h, table, target_ids, self.config.logit_softcap, head, scale, logits_fp32)
 
     def forward(
         self, input_ids: Tensor, target_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0
     ) -> Tensor:
         """Mean cross-entropy in nats; arguments as in `hidden`."""
-        return self.token_losses(input_ids, target_ids, cu_seqlens, max_seqlen).mean()
+        if not self.runs_kernels():
+            return self.token_losses(input_ids, target_ids, cu_seqlens, max_seqlen).mean()
+        h = self.hidden(input_ids, cu_seqlens, max_seqlen)
+        return linear_cross_entropy(h, self.head_weight.to(h.dtype), target_ids, self.config.logit_softcap)
 
 
 def _mark_dynamic(tensors: Any, dims: tuple[int, ...]) -> Any:

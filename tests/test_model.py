@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf.attention import causal_attention, resolve_backend
 from pgolf.config import RunConfig
-from pgolf.model import GPT, Adapters, LayerAdapters, rebank, unbank
+from pgolf.model import GPT, Adapters, LayerAdapters, attention_core, rebank, unbank
 
 SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())
 TINY = RunConfig.preset("record").replace(**SCALARS["config"])
@@ -195,32 +194,10 @@ def test_unbank_and_rebank_are_inverse(golden) -> None:
 
 
 def test_attention_backends() -> None:
-    assert resolve_backend("auto", "cpu") == "sdpa" and resolve_backend("auto", "cuda") == "varlen"
-    with pytest.raises(ValueError, match="needs CUDA"):
-        resolve_backend("varlen", "cpu")
-    with pytest.raises(ValueError, match="one row"):
-        causal_attention(*torch.zeros(3, 2, 8, 2, 4), torch.tensor([0, 8], dtype=torch.int32))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_varlen_attention_equals_segments() -> None:
-    """FlashAttention's error against float64 is at most twice that of bfloat16 SDPA, forward and backward."""
-    torch.manual_seed(0)
-    cu_seqlens = torch.tensor([0, 3, 130, 700, 1024, 1024], dtype=torch.int32, device="cuda")
-    shapes = [(1, 1024, 8, 64), (1, 1024, 4, 64), (1, 1024, 4, 64)]
-    exact = [torch.randn(shape, device="cuda", dtype=torch.float64, requires_grad=True) for shape in shapes]
-    weight = torch.randn(shapes[0], device="cuda", dtype=torch.float64)
-
-    def outputs(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-        qkv = [x.detach().to(dtype).requires_grad_() for x in exact]
-        y = causal_attention(*qkv, cu_seqlens, 1024, backend)
-        return [y, *torch.autograd.grad((y * weight.to(dtype)).sum(), qkv)]
-
-    reference = outputs(torch.float64, "sdpa")
-    for flash, plain, true in zip(
-        outputs(torch.bfloat16, "varlen"), outputs(torch.bfloat16, "sdpa"), reference, strict=True
-    ):
-        assert (flash.double() - true).norm() <= 2 * (plain.double() - true).norm()
+    config, cpu, cuda = RunConfig(), torch.device("cpu"), torch.device("cuda")
+    assert attention_core(config, cpu) == "sdpa" and attention_core(config, cuda) != "sdpa"
+    with pytest.raises(ValueError, match="attention_backend: flash attention needs CUDA"):
+        attention_core(config.replace(attention_backend="flash"), cpu)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
