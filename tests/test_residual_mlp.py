@@ -233,7 +233,8 @@ def test_compiles_whole(device, frozen: bool) -> None:
     leaves = leaves[:2] if frozen else leaves
 
     def function(*leaves):
-        return residual_mlp(*leaves, *fixed)
+        x = leaves[1].tanh()  # of which the compiler must know that it wants a gradient
+        return residual_mlp(leaves[0], x, *leaves[2:], *fixed)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

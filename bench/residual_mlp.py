@@ -1,0 +1,117 @@
+"""The MLP with residual and scale, bf16: ``python -m bench.residual_mlp``.
+
+`forward` and `forward_backward` are the whole at the record model's 98,304 tokens, width 512 and 2048 hidden units.
+`up`, `gradient` and `down` are its three products with an epilogue alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from bench.harness import Builder, Case, Function, Tuning, compiled, main
+from bench.smear_gate import with_backward
+from pgolf.kernels import residual_mlp as family
+from pgolf.kernels.residual_mlp import residual_mlp, residual_mlp_reference
+
+TOKENS, WIDTH, HIDDEN = 98_304, 512, 2048
+Tensor = torch.Tensor
+
+
+def _inputs(tokens: int, width: int, hidden: int, device: torch.device, quick: bool) -> list[Tensor]:
+    """residual, x, up, down and out_scale."""
+    tokens = -(-tokens // 256) if quick or device.type != "cuda" else tokens
+    shapes = (tokens, width), (tokens, width), (hidden, width), (width, hidden), (width,)
+    sizes = 1, 1, width**-0.5, hidden**-0.5, 1
+    return [(size * torch.randn(shape, device=device)).bfloat16() for shape, size in zip(shapes, sizes, strict=True)]
+
+
+def build(backward: bool, tokens: int, width: int, hidden: int, device: torch.device, quick: bool) -> Case:
+    """The whole MLP."""
+    inputs = _inputs(tokens, width, hidden, device, quick)
+    dout = torch.randn_like(inputs[0])
+
+    def provider(op: Callable[..., Tensor], compiles: bool = False) -> Function:
+        run = compiled(op, device) if compiles else op
+        if not backward:
+            return partial(torch.no_grad()(run), *inputs)
+        return partial(with_backward, run, tuple(value.requires_grad_() for value in inputs), dout)
+
+    def exact() -> tuple[Tensor, ...]:
+        double = tuple(value.detach().double().requires_grad_() for value in inputs)
+        results = with_backward(residual_mlp_reference, double, dout.double())
+        return results if backward else results[:1]
+
+    providers = {
+        "eager": lambda: provider(residual_mlp_reference),
+        "compile": lambda: provider(residual_mlp_reference, compiles=True),
+        "pgolf": lambda: provider(residual_mlp),
+    }
+    products = 4 * inputs[0].numel() * hidden
+    weights = sum(value.nbytes for value in inputs[2:])
+    activations = (6 if backward else 3) * inputs[0].nbytes
+    return Case(providers, exact, activations + (2 if backward else 1) * weights, (3 if backward else 1) * products)
+
+
+def _square(x: Tensor, up: Tensor) -> Tensor:
+    return F.leaky_relu(F.linear(x, up), 0.5).square()
+
+
+def _add(hidden: Tensor, down: Tensor, residual: Tensor) -> Tensor:
+    return residual + F.linear(hidden, down)
+
+
+def _gradient(dout: Tensor, weight: Tensor, pre: Tensor) -> Tensor:
+    return F.linear(dout, weight) * torch.where(pre < 0, 0.5, 2.0) * pre
+
+
+def build_product(name: str, device: torch.device, quick: bool) -> Case:
+    """One product with its epilogue, as the forward with a gradient wanted and the backward have it."""
+    residual, x, up, down, _ = _inputs(TOKENS, WIDTH, HIDDEN, device, quick)
+    operands = {"up": (x, up), "down": (_square(x, up), down, residual), "gradient": (residual, up, F.linear(x, up))}
+    plain = {"up": _square, "down": _add, "gradient": _gradient}[name]
+    epilogue = {"up": family.MARKED_SQUARE, "down": family.ADD, "gradient": family.GRADIENT}[name]
+
+    def ours() -> Function:
+        if device.type != "cuda":  # where kernels are interpreted at most
+            return partial(plain, *operands[name])
+        a, b, *aux = operands[name]
+        if name == "gradient":  # from hidden instead of pre
+            aux = [family._product("up", family.MARKED_SQUARE.value, x, up)]
+        return partial(family._product, name, epilogue.value, a, b, *aux)
+
+    providers = {
+        "eager": lambda: partial(plain, *operands[name]),
+        "compile": lambda: partial(compiled(plain, device), *operands[name]),
+        "pgolf": ours,
+    }
+    moved = sum(value.nbytes for value in operands[name]) + (x if name == "down" else operands["gradient"][2]).nbytes
+    operations = 2 * x.numel() * HIDDEN
+    return Case(providers, lambda: plain(*(value.double() for value in operands[name])), moved, operations)
+
+
+CASES: dict[str, Builder] = {
+    **{name: partial(build_product, name) for name in ("up", "gradient", "down")},
+    "forward": partial(build, False, TOKENS, WIDTH, HIDDEN),
+    "forward_backward": partial(build, True, TOKENS, WIDTH, HIDDEN),
+    "forward_backward_65536x768": partial(build, True, 65_536, 768, 3072),
+}
+# `early` is for a matrix that the epilogue reads, in two subtiles, without `flatten`. What pays comes in combinations
+# (two programs of 128 columns and 4 warps, or one of 256 and 8), so that one change at a time does not find it.
+_CHOICES = dict(
+    block_m=(64, 128), block_n=(128, 256), block_k=(32, 64), subtiles=(1, 2, 4), stages=(2, 3, 4), warps=(4, 8),
+    programs=(1, 2, 3), descriptors=(0, 1), flatten=(0, 1), early=(0, 1), cublas=(),
+)  # fmt: skip
+TUNING = {
+    "up": Tuning(CASES["up"], {**_CHOICES, "early": ()}),
+    "gradient": Tuning(CASES["gradient"], _CHOICES),
+    "down": Tuning(CASES["down"], _CHOICES),  # whether cuBLAS does it better, `forward` shows
+    "scale": Tuning(CASES["forward_backward"], dict(columns_per_warp=(128, 256, 512, 1024))),
+}
+
+if __name__ == "__main__":
+    sys.exit(main({"residual_mlp": CASES}, __doc__.splitlines()[0]))
