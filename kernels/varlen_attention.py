@@ -73,29 +73,13 @@ def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: t
     return rows % TOKENS * stride_t + rows // TOKENS * stride_h + tl.arange(0, D)[None, :]
 
 
-@jit
-def _forward_step(
-    q, k, v, acc, top, total, queries, keys, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """One tile of keys: scores, the new maximum, what was summed so far scaled to it, probabilities times values."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
-        s = tl.where(queries[:, None] >= keys[None, :], s, float("-inf"))
-    higher = tl.maximum(top, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - higher[:, None])
-    shrunk = tl.exp2(top - higher)
-    total = total * shrunk + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrunk[:, None], input_precision=PRECISION)
-    return acc, higher, total
-
-
 @jit(do_not_specialize=["S"])
 def _forward_kernel(
     q, k, v, o, lse, cu_seqlens, q_t, q_h, k_t, k_h, v_t, v_h, T, S, scale, H: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % (H // HEADS) * HEADS
+    head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // HEADS), S, QUERIES)
     if first >= length:
         return
@@ -104,157 +88,134 @@ def _forward_kernel(
     inside = queries < length
     q += (start + first) * q_t + head * q_h
     q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    keys = tl.arange(0, KEYS)
     k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
     v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
     acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
     top = tl.full((QUERIES * HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES * HEADS,), tl.float32)
-    whole = first // KEYS * KEYS  # keys before all queries of the tile, in tiles
-    for at in tl.range(whole, tl.minimum(first + QUERIES, length), KEYS, num_stages=1):
-        keys = at + tl.arange(0, KEYS)
-        near = tl.load(k + tl.cast(at, tl.int64) * k_t, mask=keys[:, None] < length, other=0)
-        value = tl.load(v + tl.cast(at, tl.int64) * v_t, mask=keys[:, None] < length, other=0)
-        acc, top, total = _forward_step(q, near, value, acc, top, total, queries, keys, scale, True, PRECISION)
-    for _ in tl.range(0, whole, KEYS, num_stages=STAGES):
-        acc, top, total = _forward_step(
-            q, tl.load(k), tl.load(v), acc, top, total, queries, queries, scale, False, PRECISION
-        )
+    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
+        valid = keys[:, None] < length - at
+        s = tl.dot(q, tl.trans(tl.load(k, mask=valid, other=0)), input_precision=PRECISION)
+        if at + KEYS > first:  # a tile on the diagonal
+            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
+        shrunk = tl.exp2(top - higher)
+        total = total * shrunk + tl.sum(p, 1)
+        value = tl.load(v, mask=valid, other=0)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrunk[:, None], input_precision=PRECISION)
+        top = higher
         k += KEYS * k_t
         v += KEYS * v_t
     o += ((start + first) * H + head) * D
     acc /= total[:, None]
     tl.store(o + _offsets(H * D, D, QUERIES, HEADS, D), acc.to(o.dtype.element_ty), mask=inside[:, None])
-    lse += start + first + head.to(tl.int64) * T
+    lse += start + first + head * T
     tl.store(lse + rows // QUERIES * T + rows % QUERIES, top + tl.log2(total), mask=inside)
-
-
-@jit
-def _queries_step(
-    q, do, k, v, dq, lse, delta, queries, keys, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    p = tl.exp2(s * scale - lse[:, None])
-    if MASKED:
-        p = tl.where(queries[:, None] >= keys[None, :], p, 0)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @jit(do_not_specialize=["S"])
 def _queries_kernel(
-    do, q, k, v, o, lse, delta, dq, cu_seqlens, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, T, S, scale,
+    do, q, k, v, lse, delta, pairs, dq, cu_seqlens, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, T, S, scale,
     factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, DELTA: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries; with DELTA also their delta."""
-    head = tl.program_id(0) % (H // HEADS) * HEADS
+    head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // HEADS), S, QUERIES)
     if first >= length:
         return
     rows = tl.arange(0, QUERIES * HEADS)
     queries = first + rows % QUERIES
     inside = queries < length
-    at = start + first
-    do = tl.load(
-        do + at * do_t + head * do_h + _offsets(do_t, do_h, QUERIES, HEADS, D), mask=inside[:, None], other=0
-    )
-    at_heads = at + head.to(tl.int64) * T + rows // QUERIES * T + rows % QUERIES
+    at_first = start + first
+    do += at_first * do_t + head * do_h
+    do = tl.load(do + _offsets(do_t, do_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
     if DELTA:
-        o += (at * H + head) * D
-        o = tl.load(o + _offsets(H * D, D, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+        delta += (at_first * H + head) * D  # what is given is o
+        o = tl.load(delta + _offsets(H * D, D, QUERIES, HEADS, D), mask=inside[:, None], other=0)
         own = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        tl.store(delta + at_heads, own, mask=inside)
     else:
-        own = tl.load(delta + at_heads, mask=inside, other=0)
-    lse = tl.load(lse + at_heads, mask=inside, other=0)
-    q = tl.load(q + at * q_t + head * q_h + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+        own = tl.load(delta + at_rows, mask=inside, other=0)
+    lse = tl.load(lse + at_rows, mask=inside, other=0)
+    pair = tl.arange(0, WIDTH)[None, :]
+    pairs += at_rows[:, None] * WIDTH + pair
+    tl.store(pairs, tl.where(pair % 2 == 0, lse[:, None], own[:, None]), mask=inside[:, None])
+    q += at_first * q_t + head * q_h
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    keys = tl.arange(0, KEYS)
     k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
     v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
     acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
-    whole = first // KEYS * KEYS
-    for near in tl.range(whole, tl.minimum(first + QUERIES, length), KEYS, num_stages=1):
-        keys = near + tl.arange(0, KEYS)
-        near = tl.cast(near, tl.int64)
-        key = tl.load(k + near * k_t, mask=keys[:, None] < length, other=0)
-        value = tl.load(v + near * v_t, mask=keys[:, None] < length, other=0)
-        acc = _queries_step(q, do, key, value, acc, lse, own, queries, keys, scale, True, PRECISION)
-    for _ in tl.range(0, whole, KEYS, num_stages=STAGES):
-        acc = _queries_step(
-            q, do, tl.load(k), tl.load(v), acc, lse, own, queries, queries, scale, False, PRECISION
-        )
+    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
+        valid = keys[:, None] < length - at
+        key = tl.load(k, mask=valid, other=0)
+        s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+        if at + KEYS > first:
+            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+        dp = tl.dot(do, tl.trans(tl.load(v, mask=valid, other=0)), input_precision=PRECISION)
+        ds = tl.exp2(s * scale - lse[:, None]) * (dp - own[:, None])
+        acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
         k += KEYS * k_t
         v += KEYS * v_t
-    dq += at * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
+    dq += at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
     tl.store(dq, (acc * factor).to(dq.dtype.element_ty), mask=inside[:, None])
-
-
-@jit
-def _keys_step(
-    q, do, k, v, dk, dv, lse, delta, queries, keys, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Everything transposed, so that probabilities and their gradients are left operands, from registers."""
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p = tl.exp2(s * scale - lse[None, :])
-    if MASKED:
-        p = tl.where(queries[None, :] >= keys[:, None], p, 0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
 
 
 @jit(do_not_specialize=["S"])
 def _keys_kernel(
-    do, q, k, v, lse, delta, dk, dv, cu_seqlens, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, S,
+    do, q, k, v, pairs, dk, dv, cu_seqlens, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, S,
     scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys."""
-    head = tl.program_id(0) % (H // GROUP)
+    """dk and dv of a tile of keys; scores transposed, so that their gradients are left operands, from registers."""
+    head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
     start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // GROUP), S, KEYS)
     if first >= length:
         return
     keys = first + tl.arange(0, KEYS)
     inside = keys[:, None] < length
-    at = start + first
-    k = tl.load(k + at * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
-    v = tl.load(v + at * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
+    at_first = start + first
+    k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
+    v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
     rows = tl.arange(0, QUERIES * HEADS)
-    dk_acc = tl.zeros((KEYS, D), tl.float32)
-    dv_acc = tl.zeros((KEYS, D), tl.float32)
+    queries = rows % QUERIES
+    acc_k = tl.zeros((KEYS, D), tl.float32)
+    acc_v = tl.zeros((KEYS, D), tl.float32)
     begin = first // QUERIES * QUERIES
-    behind = tl.minimum((first + KEYS + QUERIES - 1) // QUERIES * QUERIES, length)  # queries that see all keys
     for part in tl.static_range(0, GROUP, HEADS):
+        at_begin = start + begin
         query_head = head * GROUP + part
-        q_rows = q + start * q_t + query_head * q_h + _offsets(q_t, q_h, QUERIES, HEADS, D)
-        do_rows = do + start * do_t + query_head * do_h + _offsets(do_t, do_h, QUERIES, HEADS, D)
-        at_heads = start + tl.cast(query_head, tl.int64) * T + rows // QUERIES * T + rows % QUERIES
-        for near in tl.range(begin, behind, QUERIES, num_stages=1):
-            queries = near + rows % QUERIES
-            valid = queries < length
-            near = tl.cast(near, tl.int64)
-            dk_acc, dv_acc = _keys_step(
-                tl.load(q_rows + near * q_t, mask=valid[:, None], other=0),
-                tl.load(do_rows + near * do_t, mask=valid[:, None], other=0), k, v, dk_acc, dv_acc,
-                tl.load(lse + at_heads + near, mask=valid, other=float("inf")),
-                tl.load(delta + at_heads + near, mask=valid, other=0), queries, keys, scale, True, PRECISION,
-            )  # fmt: skip
-        for near in tl.range(behind, length, QUERIES, num_stages=STAGES):
-            queries = near + rows % QUERIES
-            valid = queries < length
-            near = tl.cast(near, tl.int64)
-            dk_acc, dv_acc = _keys_step(
-                tl.load(q_rows + near * q_t, mask=valid[:, None], other=0),
-                tl.load(do_rows + near * do_t, mask=valid[:, None], other=0), k, v, dk_acc, dv_acc,
-                tl.load(lse + at_heads + near, mask=valid, other=float("inf")),
-                tl.load(delta + at_heads + near, mask=valid, other=0), queries, keys, scale, False, PRECISION,
-            )  # fmt: skip
-    dk += at * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
-    tl.store(dk, (dk_acc * factor).to(dk.dtype.element_ty), mask=inside)
-    dv += at * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
-    tl.store(dv, dv_acc.to(dv.dtype.element_ty), mask=inside)
+        q_rows = q + at_begin * q_t + query_head * q_h + _offsets(q_t, q_h, QUERIES, HEADS, D)
+        do_rows = do + at_begin * do_t + query_head * do_h + _offsets(do_t, do_h, QUERIES, HEADS, D)
+        at_rows = at_begin + query_head * T + rows // QUERIES * T + queries
+        of_rows = pairs + at_rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        for at in tl.range(begin, length, QUERIES, num_stages=STAGES):
+            valid = queries[:, None] < length - at
+            query = tl.load(q_rows, mask=valid, other=0)
+            gradient = tl.load(do_rows, mask=valid, other=0)
+            both = tl.load(of_rows, mask=valid, other=0).reshape(QUERIES * HEADS, WIDTH // 2, 2)
+            for _ in tl.static_range(WIDTH // 4):  # the first of 1, 2 or 4 pairs
+                both = both.reshape(QUERIES * HEADS, 2, both.shape[1] // 2, 2).permute(0, 2, 3, 1)
+                both = tl.split(both)[0]
+            lse, delta = tl.split(both.reshape(QUERIES * HEADS, 2))
+            s = tl.dot(k, tl.trans(query), input_precision=PRECISION)
+            if at < first + KEYS:
+                s = tl.where(queries[None, :] + at >= keys[:, None], s, float("-inf"))
+            dp = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
+            p = tl.exp2(s * scale - lse[None, :])
+            acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision=PRECISION)
+            q_rows += QUERIES * q_t
+            do_rows += QUERIES * do_t
+            of_rows += QUERIES * WIDTH
+    dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
+    tl.store(dk, (acc_k * factor).to(dk.dtype.element_ty), mask=inside)
+    dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
+    tl.store(dv, acc_v.to(dv.dtype.element_ty), mask=inside)
 
 
 def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
@@ -267,12 +228,14 @@ def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
     return dict(
         H=heads, GROUP=group, D=width, QUERIES=tuned["rows"] // together, HEADS=together, KEYS=tuned["keys"],
         STAGES=tuned["stages"], PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tuned["warps"],
+        maxnreg=tuned["maxnreg"],
     )  # fmt: skip
 
 
 def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors with contiguous rows."""
-    return tuple(x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous() for x in tensors)
+    """The tensors with contiguous rows, and so that offsets in a tile are 32 bit."""
+    fits = (x.stride(-1) == 1 and x.stride(0) < 2**22 and x.stride(1) < 2**26 for x in tensors)
+    return tuple(x if fit else x.contiguous() for x, fit in zip(tensors, fits, strict=True))
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -283,7 +246,7 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o and the base 2 logarithm of each row's sum of exponentials, float32 [H, T]."""
-    tokens, heads, width = q.shape
+    tokens, heads, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=torch.float32)
     if o.numel():
         q, k, v = _rows(q, k, v)
@@ -306,28 +269,29 @@ def _backward(
 
     lse is `_forward`'s; delta float32 [H, T] the rows' Σ do o, computed from o where it is not given.
     """
-    tokens, heads, width = q.shape
+    tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
     dk = k.new_empty(k.shape) if dk is None else dk
     dv = v.new_empty(v.shape) if dv is None else dv
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     do, q, k, v = _rows(do, q, k, v)
-    own = delta is None
-    delta = torch.empty_like(lse) if own else delta
+    by_queries, by_keys = _settings("queries", q, k), _settings("keys", q, k)
+    # lse and delta side by side, repeated up to an element a thread: what is less is copied by all threads for each.
+    rows = by_keys["QUERIES"] * by_keys["HEADS"]
+    width = min(8, max(2, 32 * by_keys["num_warps"] // rows))
+    pairs = lse.new_empty(*lse.shape, width)
     segments = cu_seqlens.numel() - 1
     rest = tokens, segments, scale * math.log2(math.e), scale
+    grid = ((tokens // by_queries["QUERIES"] + segments) * (heads // by_queries["HEADS"]),)
     with torch.cuda.device_of(q):
-        settings = _settings("queries", q, k)
-        grid = ((tokens // settings["QUERIES"] + segments) * (heads // settings["HEADS"]),)
         _queries_kernel[grid](
-            do, q, k, v, o.contiguous(), lse, delta, dq, cu_seqlens, *_strides(do, q, k, v, dq), *rest, DELTA=own,
-            **settings,
+            do, q, k, v, lse, o.contiguous() if delta is None else delta, pairs, dq, cu_seqlens,
+            *_strides(do, q, k, v, dq), *rest, DELTA=delta is None, WIDTH=width, **by_queries,
         )  # fmt: skip
-        settings = _settings("keys", q, k)
-        grid = ((tokens // settings["KEYS"] + segments) * k.size(1),)
+        grid = ((tokens // by_keys["KEYS"] + segments) * k.size(1),)
         _keys_kernel[grid](
-            do, q, k, v, lse, delta, dk, dv, cu_seqlens, *_strides(do, q, k, v, dk, dv), *rest, **settings
+            do, q, k, v, pairs, dk, dv, cu_seqlens, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width, **by_keys
         )
     return dq, dk, dv
 
@@ -426,6 +390,8 @@ def varlen_attention(
     """
     _check(q, k, v, cu_seqlens, max_seqlen)
     scale = q.size(-1) ** -0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     chosen = select("varlen_attention", _IMPLEMENTATIONS, q)
     if q.dtype == torch.float64 or q.size(-1) > _WIDEST:
         chosen = varlen_attention_reference
