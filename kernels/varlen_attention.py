@@ -38,13 +38,13 @@ def varlen_attention_reference(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Plain PyTorch; the contract of `varlen_attention`, whose arguments it shares."""
-    tokens = torch.arange(q.size(0), device=q.device)
-    bounds = cu_seqlens.long()
-    places = bounds[:-1, None] + torch.arange(max(1, min(max_seqlen, q.size(0))), device=q.device)
-    rows = places.clamp(max=max(q.size(0) - 1, 0))  # behind a segment's end: rows whose results no one takes
     if not q.numel():
         return q + 0 * (k.sum() + v.sum())
-    padded = (x[rows].transpose(1, 2) for x in (q, k, v))
+    tokens, bounds = torch.arange(q.size(0), device=q.device), cu_seqlens.long()
+    rows = bounds[:-1, None] + tokens[: min(max_seqlen, q.size(0))]
+    valid = (rows < bounds[1:, None])[:, :, None, None]
+    rows = rows.clamp(max=q.size(0) - 1)
+    padded = (torch.where(valid, x[rows], 0).transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
     segment = torch.searchsorted(bounds, tokens, right=True) - 1
     return o[segment, tokens - bounds[segment]]
@@ -365,7 +365,7 @@ def _triton(q, k, v, cu_seqlens, max_seqlen, scale):
     width = q.size(-1)
     if width & (width - 1) or width < 16:  # the tiles' widths are powers of two
         q, k, v = (F.pad(x, (0, max(16, 1 << (width - 1).bit_length()) - width)) for x in (q, k, v))
-    return _forward_op(q, k, v, cu_seqlens, max_seqlen, scale)[0][..., :width]
+    return _forward_op(q, k, v, cu_seqlens, max_seqlen, scale)[0][..., :width].contiguous()
 
 
 _IMPLEMENTATIONS = {"reference": varlen_attention_reference, "triton": _triton}
