@@ -1,0 +1,398 @@
+"""Causal attention over segments of a packed token stream, with grouped key/value heads.
+
+    o_i = Σ_j p_ij v_j,   p_ij = exp(scale q_i · k_j - lse_i),   j <= i in the segment of i
+
+q, o [T, H, D]; k, v [T, K, D] with H a multiple of K, query head h reading key head h // (H // K). ``cu_seqlens`` int32
+[S + 1] has the segments' boundaries from 0 to T; equal ones are empty segments.
+
+Kernels: a program's tile holds the queries of a piece of one segment for all heads that share a key head, so keys are
+read once for them and their gradients need no further sum. Tiles begin where their segment does: only those on the
+diagonal need a mask, and these come first, so that every row's maximum is finite from then on. Segment s owns the tiles
+from ``cu_seqlens[s] // BLOCK + s``, which is enough for it and known without a sum over segments: programs search for
+their own, the grid is T // BLOCK + S, and few of them have nothing to do. Backward is one kernel for dq (which also
+leaves delta = Σ do o behind) and one for dk and dv, each with probabilities recomputed from the base 2 ``lse``: two
+products more than a single kernel, which would have to add to dq in memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from ._launch import constexpr, jit, launch_parameters, operator, select, tl
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_WIDEST = 128
+_SEARCHED = constexpr(256)  # segments that a program compares with its tile at once
+
+
+def varlen_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Plain PyTorch; the contract of `varlen_attention`, whose arguments it shares."""
+    if not q.numel():
+        return q + 0 * (k.sum() + v.sum())
+    tokens, bounds = torch.arange(q.size(0), device=q.device), cu_seqlens.long()
+    rows = bounds[:-1, None] + tokens[: min(max_seqlen, q.size(0))]
+    valid = (rows < bounds[1:, None])[:, :, None, None]
+    rows = rows.clamp(max=q.size(0) - 1)
+    padded = (torch.where(valid, x[rows], 0).transpose(1, 2) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    segment = torch.searchsorted(bounds, tokens, right=True) - 1
+    return o[segment, tokens - bounds[segment]]
+
+
+@jit
+def _locate(cu_seqlens, slot, S, BLOCK: tl.constexpr):
+    """The segment that owns tile ``slot``: its first token (int64), its length, the tile's first token in it."""
+    low, high = slot * 0, slot * 0 + S
+    while high - low > _SEARCHED:
+        middle = (low + high) // 2
+        owned = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
+        low, high = tl.where(owned, middle, low), tl.where(owned, high, middle)
+    s = low + tl.arange(0, _SEARCHED)
+    owned = (tl.load(cu_seqlens + s, mask=s < high, other=0) // BLOCK + s <= slot) & (s < high)
+    segment = low + tl.sum(owned.to(tl.int32)) - 1
+    start = tl.load(cu_seqlens + segment)
+    first = (slot - start // BLOCK - segment) * BLOCK
+    return start.to(tl.int64), tl.load(cu_seqlens + segment + 1) - start, first
+
+
+@jit
+def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
+    """Of the rows of a tile of tokens and heads, head by head, and their columns."""
+    rows = tl.arange(0, TOKENS * HEADS)[:, None]
+    return rows % TOKENS * stride_t + rows // TOKENS * stride_h + tl.arange(0, D)[None, :]
+
+
+@jit(do_not_specialize=["S"])
+def _forward_kernel(
+    q, k, v, o, lse, cu_seqlens, q_t, q_h, k_t, k_h, v_t, v_h, T, S, scale, H: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
+    start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // HEADS), S, QUERIES)
+    if first >= length:
+        return
+    rows = tl.arange(0, QUERIES * HEADS)
+    queries = first + rows % QUERIES
+    inside = queries < length
+    q += (start + first) * q_t + head * q_h
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    keys = tl.arange(0, KEYS)
+    k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
+    v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
+    acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
+    top = tl.full((QUERIES * HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES * HEADS,), tl.float32)
+    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
+        valid = keys[:, None] < length - at
+        s = tl.dot(q, tl.trans(tl.load(k, mask=valid, other=0)), input_precision=PRECISION)
+        if at + KEYS > first:  # a tile on the diagonal
+            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
+        shrunk = tl.exp2(top - higher)
+        total = total * shrunk + tl.sum(p, 1)
+        value = tl.load(v, mask=valid, other=0)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrunk[:, None], input_precision=PRECISION)
+        top = higher
+        k += KEYS * k_t
+        v += KEYS * v_t
+    o += ((start + first) * H + head) * D
+    acc /= total[:, None]
+    tl.store(o + _offsets(H * D, D, QUERIES, HEADS, D), acc.to(o.dtype.element_ty), mask=inside[:, None])
+    lse += start + first + head * T
+    tl.store(lse + rows // QUERIES * T + rows % QUERIES, top + tl.log2(total), mask=inside)
+
+
+@jit(do_not_specialize=["S"])
+def _queries_kernel(
+    do, q, k, v, lse, delta, pairs, dq, cu_seqlens, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, T, S, scale,
+    factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, DELTA: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries; with DELTA also their delta."""
+    head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
+    start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // HEADS), S, QUERIES)
+    if first >= length:
+        return
+    rows = tl.arange(0, QUERIES * HEADS)
+    queries = first + rows % QUERIES
+    inside = queries < length
+    at_first = start + first
+    do += at_first * do_t + head * do_h
+    do = tl.load(do + _offsets(do_t, do_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
+    if DELTA:
+        delta += (at_first * H + head) * D  # what is given is o
+        o = tl.load(delta + _offsets(H * D, D, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+        own = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    else:
+        own = tl.load(delta + at_rows, mask=inside, other=0)
+    lse = tl.load(lse + at_rows, mask=inside, other=0)
+    pair = tl.arange(0, WIDTH)[None, :]
+    pairs += at_rows[:, None] * WIDTH + pair
+    tl.store(pairs, tl.where(pair % 2 == 0, lse[:, None], own[:, None]), mask=inside[:, None])
+    q += at_first * q_t + head * q_h
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    keys = tl.arange(0, KEYS)
+    k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
+    v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
+    acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
+    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
+        valid = keys[:, None] < length - at
+        key = tl.load(k, mask=valid, other=0)
+        s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+        if at + KEYS > first:
+            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+        dp = tl.dot(do, tl.trans(tl.load(v, mask=valid, other=0)), input_precision=PRECISION)
+        ds = tl.exp2(s * scale - lse[:, None]) * (dp - own[:, None])
+        acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
+        k += KEYS * k_t
+        v += KEYS * v_t
+    dq += at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
+    tl.store(dq, (acc * factor).to(dq.dtype.element_ty), mask=inside[:, None])
+
+
+@jit(do_not_specialize=["S"])
+def _keys_kernel(
+    do, q, k, v, pairs, dk, dv, cu_seqlens, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, S,
+    scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys; scores transposed, so that their gradients are left operands, from registers."""
+    head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
+    start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // GROUP), S, KEYS)
+    if first >= length:
+        return
+    keys = first + tl.arange(0, KEYS)
+    inside = keys[:, None] < length
+    at_first = start + first
+    k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
+    v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
+    rows = tl.arange(0, QUERIES * HEADS)
+    queries = rows % QUERIES
+    acc_k = tl.zeros((KEYS, D), tl.float32)
+    acc_v = tl.zeros((KEYS, D), tl.float32)
+    begin = first // QUERIES * QUERIES
+    for part in tl.static_range(0, GROUP, HEADS):
+        at_begin = start + begin
+        query_head = head * GROUP + part
+        q_rows = q + at_begin * q_t + query_head * q_h + _offsets(q_t, q_h, QUERIES, HEADS, D)
+        do_rows = do + at_begin * do_t + query_head * do_h + _offsets(do_t, do_h, QUERIES, HEADS, D)
+        at_rows = at_begin + query_head * T + rows // QUERIES * T + queries
+        of_rows = pairs + at_rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        for at in tl.range(begin, length, QUERIES, num_stages=STAGES):
+            valid = queries[:, None] < length - at
+            query = tl.load(q_rows, mask=valid, other=0)
+            gradient = tl.load(do_rows, mask=valid, other=0)
+            both = tl.load(of_rows, mask=valid, other=0).reshape(QUERIES * HEADS, WIDTH // 2, 2)
+            for _ in tl.static_range(WIDTH // 4):  # the first of 1, 2 or 4 pairs
+                both = both.reshape(QUERIES * HEADS, 2, both.shape[1] // 2, 2).permute(0, 2, 3, 1)
+                both = tl.split(both)[0]
+            lse, delta = tl.split(both.reshape(QUERIES * HEADS, 2))
+            s = tl.dot(k, tl.trans(query), input_precision=PRECISION)
+            if at < first + KEYS:
+                s = tl.where(queries[None, :] + at >= keys[:, None], s, float("-inf"))
+            dp = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
+            p = tl.exp2(s * scale - lse[None, :])
+            acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision=PRECISION)
+            q_rows += QUERIES * q_t
+            do_rows += QUERIES * do_t
+            of_rows += QUERIES * WIDTH
+    dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
+    tl.store(dk, (acc_k * factor).to(dk.dtype.element_ty), mask=inside)
+    dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
+    tl.store(dv, acc_v.to(dv.dtype.element_ty), mask=inside)
+
+
+def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
+    """Constants and options of a case's launch."""
+    heads, width = q.shape[1:]
+    group = heads // k.size(1)
+    name = "float32" if q.dtype == torch.float32 else f"{case}_wide" if width > 64 else case
+    tuned = launch_parameters("varlen_attention", name, q.device)
+    together = min(group & -group, tuned["rows"] // 16)  # as many heads of a group as a power of two divides it
+    return dict(
+        H=heads, GROUP=group, D=width, QUERIES=tuned["rows"] // together, HEADS=together, KEYS=tuned["keys"],
+        STAGES=tuned["stages"], PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tuned["warps"],
+        maxnreg=tuned["maxnreg"],
+    )  # fmt: skip
+
+
+def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors with contiguous rows, and so that offsets in a tile are 32 bit."""
+    fits = (x.stride(-1) == 1 and x.stride(0) < 2**22 and x.stride(1) < 2**26 for x in tensors)
+    return tuple(x if fit else x.contiguous() for x, fit in zip(tensors, fits, strict=True))
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and the base 2 logarithm of each row's sum of exponentials, float32 [H, T]."""
+    tokens, heads, _ = q.shape
+    o, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=torch.float32)
+    if o.numel():
+        q, k, v = _rows(q, k, v)
+        settings = _settings("forward", q, k)
+        segments = cu_seqlens.numel() - 1
+        grid = ((tokens // settings["QUERIES"] + segments) * (heads // settings["HEADS"]),)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            _forward_kernel[grid](
+                q, k, v, o, lse, cu_seqlens, *_strides(q, k, v), tokens, segments, scale * math.log2(math.e), **settings
+            )
+    return o, lse
+
+
+def _backward(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
+    cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, delta: torch.Tensor | None = None,
+    dq: torch.Tensor | None = None, dk: torch.Tensor | None = None, dv: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dq, dk, dv, written into those given, whose rows must be contiguous.
+
+    lse is `_forward`'s; delta float32 [H, T] the rows' Σ do o, computed from o where it is not given.
+    """
+    tokens, heads, _ = q.shape
+    dq = q.new_empty(q.shape) if dq is None else dq
+    dk = k.new_empty(k.shape) if dk is None else dk
+    dv = v.new_empty(v.shape) if dv is None else dv
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    do, q, k, v = _rows(do, q, k, v)
+    by_queries, by_keys = _settings("queries", q, k), _settings("keys", q, k)
+    # lse and delta side by side, repeated up to an element a thread: what is less is copied by all threads for each.
+    rows = by_keys["QUERIES"] * by_keys["HEADS"]
+    width = min(8, max(2, 32 * by_keys["num_warps"] // rows))
+    pairs = lse.new_empty(*lse.shape, width)
+    segments = cu_seqlens.numel() - 1
+    rest = tokens, segments, scale * math.log2(math.e), scale
+    grid = ((tokens // by_queries["QUERIES"] + segments) * (heads // by_queries["HEADS"]),)
+    with torch.cuda.device_of(q):
+        _queries_kernel[grid](
+            do, q, k, v, lse, o.contiguous() if delta is None else delta, pairs, dq, cu_seqlens,
+            *_strides(do, q, k, v, dq), *rest, DELTA=delta is None, WIDTH=width, **by_queries,
+        )  # fmt: skip
+        grid = ((tokens // by_keys["KEYS"] + segments) * k.size(1),)
+        _keys_kernel[grid](
+            do, q, k, v, pairs, dk, dv, cu_seqlens, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width, **by_keys
+        )
+    return dq, dk, dv
+
+
+def _check(q, k, v, cu_seqlens, max_seqlen) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [T, heads, D], got shape {tuple(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if (q.size(0), q.size(2)) != (k.size(0), k.size(2)):
+        raise ValueError(f"k must be [{q.size(0)}, heads, {q.size(2)}] as q is, got {tuple(k.shape)}")
+    if not k.size(1) or q.size(1) % k.size(1):
+        raise ValueError(f"q's {q.size(1)} heads must be a multiple of the {k.size(1)} of k and v")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 + (q.size(0) > 0):
+        raise ValueError(f"cu_seqlens must be [segments + 1], got shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    if max_seqlen < (q.size(0) > 0):
+        raise ValueError(f"max_seqlen must be at least the longest segment, got {max_seqlen}")
+
+
+def _fake_forward(q, k, v, cu_seqlens, max_seqlen, scale):
+    return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+
+
+def _backward_triton(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
+    cu_seqlens: torch.Tensor, max_seqlen: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, scale)
+
+
+_backward_op = operator(
+    "varlen_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens, "
+    "int max_seqlen, float scale) -> (Tensor, Tensor, Tensor)",
+    _backward_triton,
+    lambda do, q, k, v, o, lse, cu_seqlens, max_seqlen, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+    ctx.rest = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+
+
+@once_differentiable
+def _differentiate(ctx, do, _):
+    return *_backward_op(do, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+_forward_op = operator(
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float scale) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    setup_context=_save,
+    backward=_differentiate,
+)
+
+
+def _triton(q, k, v, cu_seqlens, max_seqlen, scale):
+    width = q.size(-1)
+    if width & (width - 1) or width < 16:  # the tiles' widths are powers of two
+        q, k, v = (F.pad(x, (0, max(16, 1 << (width - 1).bit_length()) - width)) for x in (q, k, v))
+    return _forward_op(q, k, v, cu_seqlens, max_seqlen, scale)[0][..., :width].contiguous()
+
+
+_IMPLEMENTATIONS = {"reference": varlen_attention_reference, "triton": _triton}
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale q kᵀ) v over each token's own segment and past; see the module's docstring for shapes.
+
+    q, k, v are of one dtype, bfloat16, float16, float32 or float64, and may be strided. ``scale`` is 1 / √D by default.
+    Products of 16 bit inputs take probabilities in their dtype and sum in float32. Differentiable once in q, k and v.
+    The values of ``cu_seqlens`` are not looked at on the host; tokens behind its last are in no segment and get
+    anything. ``max_seqlen`` is at least the longest segment. float64 and D > 128 always take the reference.
+
+    Returns o [T, H, D]. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
+    """
+    _check(q, k, v, cu_seqlens, max_seqlen)
+    scale = q.size(-1) ** -0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    chosen = select("varlen_attention", _IMPLEMENTATIONS, q)
+    if q.dtype == torch.float64 or q.size(-1) > _WIDEST:
+        chosen = varlen_attention_reference
+    return chosen(q, k, v, cu_seqlens, max_seqlen, scale)

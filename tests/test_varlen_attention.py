@@ -1,0 +1,259 @@
+"""Variable-length attention: formula, segments, gradients, precision, edges; kernels run on a GPU or interpreted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import library
+
+from pgolf.kernels import varlen_attention as family
+from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.varlen_attention import varlen_attention, varlen_attention_reference
+
+FLOOR = {torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float32: 1e-6}  # of a relative error
+SHAPES = [  # lengths of segments, H, K, D
+    ([1], 1, 1, 16), ([5, 0, 3, 70, 0], 4, 2, 16), ([33, 64, 1, 70], 2, 1, 64), ([17] * 3, 3, 1, 32),
+    ([70], 1, 1, 128), ([20, 30], 8, 1, 16), ([70], 6, 2, 20), ([9, 4], 2, 1, 8), ([20], 12, 1, 16),
+]  # fmt: skip
+TILES = [(16, 16), (32, 16), (16, 32), (64, 32)]  # rows, keys
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def boundaries(lengths: list[int], device) -> torch.Tensor:
+    """cu_seqlens of segments with these lengths."""
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+
+
+def inputs(device, lengths: list[int], heads: int, key_heads: int, width: int, dtype=torch.float32):
+    """q, k, v, the gradient of o, cu_seqlens and the longest segment."""
+    tokens = sum(lengths)
+    q, k, v, do = (torch.randn(tokens, n, width, device=device).to(dtype) for n in (heads, key_heads, key_heads, heads))
+    return [q, k, v], do, boundaries(lengths, device), max(lengths, default=0)
+
+
+def by_segments(q, k, v, cu_seqlens, scale=None):
+    """The formula, one segment at a time."""
+    scale, out, bounds = scale or q.size(-1) ** -0.5, torch.empty_like(q), cu_seqlens.tolist()
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        scores = scale * torch.einsum("ihd,jhd->hij", q[low:high], k[low:high])
+        later = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
+        p = scores.masked_fill(later, -math.inf).softmax(-1)
+        out[low:high] = torch.einsum("hij,jhd->ihd", p, v[low:high])
+    return out
+
+
+def gradients(function, leaves, do):
+    """The value of ``function`` of fresh leaves, then their gradients."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]  # with their strides
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do.to(out.dtype))]
+
+
+def assert_as_precise(leaves, do, cu_seqlens, longest, scale=None) -> None:
+    """Value and gradients are as near to those of float64 as the reference's in the same dtype."""
+    got = gradients(lambda *x: varlen_attention(*x, cu_seqlens, longest, scale), leaves, do)
+    plain = gradients(lambda *x: varlen_attention_reference(*x, cu_seqlens, longest, scale), leaves, do)
+    exact = gradients(lambda *x: by_segments(*x, cu_seqlens, scale), [x.double() for x in leaves], do.double())
+    for name, a, b, c in zip(("o", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device), name
+        assert a.is_contiguous() or a.size(-1) & (a.size(-1) - 1) or a.size(-1) < 16, name
+        # Where a segment's only key has all the weight, dq and dk are zero but for rounding.
+        size = c.norm() + 1e-2 * do.double().norm() + 1e-30
+        error, allowed = (float((x.double() - c).norm() / size) for x in (a, b))
+        assert error <= 1.5 * allowed + FLOOR[a.dtype], f"{name}: {error} where the reference has {allowed}"
+
+
+@pytest.fixture
+def tiles(request, monkeypatch) -> None:
+    """Launch with other tiles than the table's."""
+    rows, keys = request.param
+    parameters = dict(rows=rows, keys=keys, warps=4, stages=2, maxnreg=255)
+    monkeypatch.setattr(family, "launch_parameters", lambda *_: parameters)
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_formula(device, shape, scale: float | None) -> None:
+    leaves, do, cu_seqlens, longest = inputs(device, *shape, torch.float64)
+    got = gradients(lambda *x: varlen_attention(*x, cu_seqlens, longest, scale), leaves, do)
+    want = gradients(lambda *x: by_segments(*x, cu_seqlens, scale), leaves, do)
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, want, strict=True))
+
+
+def test_gradients(device) -> None:
+    leaves, _, cu_seqlens, _ = inputs(device, [2, 0, 3], 2, 1, 3, torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, cu_seqlens, 4), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_precision(device, shape, dtype) -> None:
+    assert_as_precise(*inputs(device, *shape, dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("tiles", TILES, ids=str, indirect=True)
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 1)], ids=str)
+def test_precision_with_other_tiles(tiles, heads) -> None:
+    assert_as_precise(*inputs(DEVICE, [31, 2, 37, 0, 16], *heads, 16, torch.bfloat16))
+
+
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), scale=st.sampled_from([None, 0.01, 3.0]))
+@settings(deadline=None, derandomize=True, max_examples=6)
+def test_any_segments(lengths: list[int], scale: float | None) -> None:
+    torch.manual_seed(len(lengths))
+    leaves, do, cu_seqlens, longest = inputs(DEVICE, lengths, 2, 1, 16)
+    assert_as_precise(leaves, do, cu_seqlens, max(longest, 1), scale)
+
+
+def test_segments_far_more_than_tokens(device) -> None:
+    lengths = [0] * 140 + [7, 0, 20] + [0] * 130
+    assert_as_precise(*inputs(device, lengths, 2, 1, 16))
+
+
+@pytest.mark.parametrize("factor", [0.0, 100.0])
+def test_flat_and_sharp(device, factor: float) -> None:
+    """Equal weights, and weights of zero and one."""
+    (q, k, v), do, cu_seqlens, longest = inputs(device, [50, 30], 2, 1, 16)
+    assert_as_precise([factor * q, k, v], do, cu_seqlens, longest)
+
+
+def test_inputs_that_are_not_contiguous(device) -> None:
+    (q, k, _), do, cu_seqlens, longest = inputs(device, [20, 45], 4, 2, 16)
+    q, k = q.transpose(0, 1).contiguous().transpose(0, 1), k.transpose(1, 2).contiguous().transpose(1, 2)
+    fused = torch.randn(65, 100, device=device)
+    v = fused[:, 3:35].unflatten(1, (2, 16))
+    assert_as_precise([q, k, v], do[:, :1].expand(65, 4, 16), cu_seqlens, longest)
+
+
+def test_other_segments_leave_no_trace(device) -> None:
+    (q, k, v), do, cu_seqlens, longest = inputs(device, [37, 20, 41], 2, 1, 16)
+    clean = gradients(lambda *x: varlen_attention(*x, cu_seqlens, longest), [q, k, v], do)
+    wild = [x.clone() for x in (q, k, v, do)]
+    for x in wild:
+        x[37:57] = math.nan
+    got = gradients(lambda *x: varlen_attention(*x, cu_seqlens, longest), wild[:3], wild[3])
+    keep = torch.tensor([t for t in range(98) if not 37 <= t < 57], device=device)
+    assert all(torch.equal(a[keep], b[keep]) for a, b in zip(got, clean, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_no_tokens(device, dtype) -> None:
+    for lengths in ([], [0, 0]):
+        leaves, do, cu_seqlens, _ = inputs(device, lengths, 4, 2, 16, dtype)
+        results = gradients(lambda *x, c=cu_seqlens: varlen_attention(*x, c, 0), leaves, do)
+        assert [x.shape for x in results] == [(0, 4, 16), (0, 4, 16), (0, 2, 16), (0, 2, 16)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_low_level(dtype) -> None:
+    """lse to the base 2; delta given; gradients into slices of one tensor."""
+    (q, k, v), do, cu_seqlens, longest = inputs(DEVICE, [37, 3, 60], 2, 1, 16, dtype)
+    o, lse = family._forward(q, k, v, cu_seqlens, longest, 0.3)
+    for low, high in ((0, 37), (37, 40), (40, 100)):
+        keys = k[low:high].double().repeat_interleave(2, 1)
+        scores = 0.3 * torch.einsum("ihd,jhd->hij", q[low:high].double(), keys)
+        later = torch.ones(high - low, high - low, dtype=torch.bool, device=DEVICE).triu(1)
+        one = scores.masked_fill(later, -math.inf).logsumexp(-1) / math.log(2)
+        assert (lse[:, low:high] - one).abs().max() < 2e-5
+    expected = family._backward(do, q, k, v, o, lse, cu_seqlens, longest, 0.3)
+    fused = torch.full((100, 66), 7, device=DEVICE, dtype=dtype)
+    into = [fused[:, a:b].unflatten(1, (-1, 16)) for a, b in ((0, 32), (33, 49), (50, 66))]
+    delta = (do.float() * o.float()).sum(-1).T.contiguous()
+    got = family._backward(do, q, k, v, o, lse, cu_seqlens, longest, 0.3, delta, *into)
+    for a, b, c in zip(got, into, expected, strict=True):
+        assert a is b and torch.allclose(a, c, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert (fused[:, [32, 49]] == 7).all()
+
+
+@needs_kernels
+def test_offsets_beyond_32_bits() -> None:
+    """The last segment begins behind element 2³¹ of q, k and v."""
+    stride, tokens, dtype = 2**21, 1044, torch.float16
+    if DEVICE == "cpu":  # pages never touched take no memory
+        memory = torch.from_numpy(np.zeros(tokens * stride, np.float16))
+    else:
+        memory = torch.zeros(tokens * stride, device=DEVICE, dtype=dtype)
+    rows = torch.as_strided(memory, (3, tokens, 1, 16), (16, stride, 16, 1))
+    rows[:, 1030:] = torch.randn(3, 14, 1, 16).to(rows)
+    q, k, v = rows
+    cu_seqlens, do = boundaries([1030, 14], DEVICE), torch.randn(tokens, 1, 16, device=DEVICE).to(dtype)
+    o, lse = family._forward(q, k, v, cu_seqlens, 1030, 0.25)
+    got = [o, *family._backward(do, q, k, v, o, lse, cu_seqlens, 1030, 0.25)]
+    last = [x[1030:].contiguous() for x in (q, k, v)]
+    want = gradients(lambda *x: varlen_attention_reference(*x, boundaries([14], DEVICE), 14), last, do[1030:])
+    assert all(torch.allclose(a[1030:], b, rtol=1e-2, atol=2e-3) for a, b in zip(got, want, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_repeats_bit_for_bit(dtype) -> None:
+    many = DEVICE == "cuda"
+    leaves, do, cu_seqlens, longest = inputs(DEVICE, [700, 31, 1, 900] if many else [40, 31], 4, 2, 16, dtype)
+    function = lambda *x: varlen_attention(*x, cu_seqlens, longest)  # noqa: E731
+    first, *others = (gradients(function, leaves, do) for _ in range(20 if many else 2))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_operators_are_registered_as_they_behave(dtype) -> None:
+    (q, k, v), do, cu_seqlens, longest = inputs(DEVICE, [9, 0, 8], 2, 1, 16, dtype)
+    ops = torch.ops.pgolf
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    library.opcheck(ops.varlen_attention.default, (*leaves, cu_seqlens, longest, 0.25), test_utils=tests)
+    o, lse = ops.varlen_attention(q, k, v, cu_seqlens, longest, 0.25)
+    arguments = (do, q, k, v, o, lse, cu_seqlens, longest, 0.25)
+    library.opcheck(ops.varlen_attention_backward.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("width", [16, 20])
+def test_compiles_whole(device, width: int) -> None:
+    leaves, do, cu_seqlens, longest = inputs(device, [12, 5], 2, 1, width)
+    function = lambda *x: varlen_attention(*x, cu_seqlens, longest)  # noqa: E731
+    torch._dynamo.reset()
+    whole = torch.compile(function, fullgraph=True, backend="aot_eager")
+    plain, compiled = (gradients(call, leaves, do) for call in (function, whole))
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(plain, compiled, strict=True))
+
+
+@needs_kernels
+def test_second_derivative_is_refused() -> None:
+    leaves, _, cu_seqlens, longest = inputs(DEVICE, [5], 2, 1, 16)
+    q, k, v = (x.requires_grad_() for x in leaves)
+    o = varlen_attention(q, k, v, cu_seqlens, longest)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
+
+
+def test_errors_name_the_argument() -> None:
+    (q, k, v), _, cu_seqlens, longest = inputs("cpu", [5, 4], 4, 2, 16)
+    cases = [
+        (ValueError, r"q must be \[T, heads, D\], got shape \(9, 64\)", dict(q=q.flatten(1))),
+        (TypeError, "q must be bfloat16, float16, float32 or float64, got torch.int64", dict(q=q.long())),
+        (TypeError, "k must have q's dtype torch.float32, got torch.bfloat16", dict(k=k.bfloat16())),
+        (ValueError, r"v must have k's shape \(9, 2, 16\), got \(9, 1, 16\)", dict(v=v[:, :1])),
+        (ValueError, r"k must be \[9, heads, 16\] as q is, got \(8, 2, 16\)", dict(k=k[1:], v=v[1:])),
+        (ValueError, "q's 3 heads must be a multiple of the 2 of k and v", dict(q=q[:, :3])),
+        (ValueError, r"cu_seqlens must be \[segments \+ 1\], got shape \(1,\)", dict(cu_seqlens=cu_seqlens[:1])),
+        (TypeError, "cu_seqlens must be int32, got torch.int64", dict(cu_seqlens=cu_seqlens.long())),
+        (ValueError, "v must be on q's device cpu, got meta", dict(v=v.to("meta"))),
+        (ValueError, "max_seqlen must be at least the longest segment, got 0", dict(max_seqlen=0)),
+        (ValueError, "scale must be positive, got -1.0", dict(scale=-1)),
+    ]
+    for error, match, wrong in cases:
+        with pytest.raises(error, match=match):
+            varlen_attention(**dict(q=q, k=k, v=v, cu_seqlens=cu_seqlens, max_seqlen=longest, scale=None) | wrong)
