@@ -45,10 +45,11 @@ BACKENDS = ("auto", "reference", "triton")
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 TUNED = Path(__file__).with_name("tuned")
 # Ops whose kernels have not trained a model on a GPU as well as the reference does: `auto` leaves them alone.
-UNPROVEN = frozenset(
-    "residual_mix_norm residual_linear residual_linear_norm join_skip mix_lanes mix_lanes_norm mix_lanes_final "
-    "scaled_rms_norm residual_mlp gated_attention varlen_attention linear_cross_entropy".split()
-)
+UNPROVEN = frozenset({
+    "gated_attention", "join_skip", "linear_cross_entropy", "mix_lanes", "mix_lanes_final", "mix_lanes_norm",
+    "residual_linear", "residual_linear_norm", "residual_mix_norm", "residual_mlp", "scaled_rms_norm",
+    "varlen_attention",
+})  # fmt: skip
 _chosen = "auto"
 _forced = ""
 
@@ -75,10 +76,10 @@ def using(name: str) -> Iterator[None]:
         _forced = before
 
 
-def runs_kernel(op: str, tensor: torch.Tensor) -> bool:
-    """Whether the choice in force computes ``op``, which has a kernel, with Triton on ``tensor``."""
+def runs_kernel(op: str, device: torch.device) -> bool:
+    """Whether the choice in force computes ``op``, which has a kernel, with Triton on ``device``."""
     name = backend()
-    usable = tensor.is_cuda and triton is not None and op not in UNPROVEN
+    usable = device.type == "cuda" and triton is not None and op not in UNPROVEN
     return name == "triton" or (name == "auto" and usable)
 
 
@@ -89,7 +90,7 @@ def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
     on a GPU.
     """
     kernel = implementations.get("triton")
-    if not runs_kernel(op, tensor) or (kernel is None and backend() == "auto"):
+    if not runs_kernel(op, tensor.device) or (kernel is None and backend() == "auto"):
         return implementations["reference"]
     if triton is None:
         raise RuntimeError(f"{op}: Triton is not installed; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")

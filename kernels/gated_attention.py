@@ -33,7 +33,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 from . import _gated_attention_kernels as kernels
-from ._launch import operator, select
+from . import varlen_attention
+from ._launch import operator, runs_kernel, select
 from .smear_gate import RMS_EPS
 
 Tensor = torch.Tensor
@@ -172,6 +173,7 @@ class Core(NamedTuple):
 
 
 CORES = {
+    "triton": Core(varlen_attention._forward, varlen_attention._backward),  # heads of 16, 32, 64 or 128
     "flash": Core(_flash_forward, _flash_backward),  # PyTorch's FlashAttention: CUDA, half precision
     "sdpa": Core(_plain_forward, _plain_backward, adds=True),  # plain PyTorch, segment by segment; waits for the device
 }
@@ -189,7 +191,12 @@ def resolve_core(name: str, device: torch.device | str, dtype: torch.dtype, head
     if name == "flash" and not flash:
         raise ValueError(f"flash attention needs CUDA, half precision and heads of a multiple of 8 up to 256, and this "
                          f"is {device}, {dtype}, {head_dim}; use auto or sdpa")  # fmt: skip
-    return name if name != "auto" else "flash" if flash else "sdpa"
+    if name != "auto":
+        return name
+    suits = dtype != torch.float64 and head_dim in (16, 32, 64, 128)
+    if suits and runs_kernel("varlen_attention", torch.device(device)):
+        return "triton"
+    return "flash" if flash else "sdpa"
 
 
 # --- The op ---

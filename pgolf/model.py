@@ -336,7 +336,7 @@ class GPT(nn.Module):
 
     def runs_kernels(self) -> bool:
         """Whether a layer's kernels are on; without adapters the compiler then has nothing to do."""
-        return all(runs_kernel(op, self.qo_bank) for op in LAYER_KERNELS)
+        return all(runs_kernel(op, self.qo_bank.device) for op in LAYER_KERNELS)
 
     def _regions(self, adapters: Adapters | None) -> Regions:
         plain = self._compiled is None or (adapters is None and self.runs_kernels())
