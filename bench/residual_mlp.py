@@ -99,6 +99,7 @@ CASES: dict[str, Builder] = {
     "forward": partial(build, False, TOKENS, WIDTH, HIDDEN),
     "forward_backward": partial(build, True, TOKENS, WIDTH, HIDDEN),
     "forward_backward_65536x768": partial(build, True, 65_536, 768, 3072),
+    "forward_backward_4099x70": partial(build, True, 4099, 70, 282),
 }
 # `early` is for a matrix that the epilogue reads, in two subtiles, without `flatten`. What pays comes in combinations
 # (two programs of 128 columns and 4 warps, or one of 256 and 8), so that one change at a time does not find it.
@@ -110,6 +111,7 @@ TUNING = {
     "up": Tuning(CASES["up"], {**_CHOICES, "early": ()}),
     "gradient": Tuning(CASES["gradient"], _CHOICES),
     "down": Tuning(CASES["down"], _CHOICES),  # whether cuBLAS does it better, `forward` shows
+    "odd": Tuning(CASES["forward_backward_4099x70"], _CHOICES),
     "scale": Tuning(CASES["forward_backward"], dict(columns_per_warp=(128, 256, 512, 1024))),
 }
 
