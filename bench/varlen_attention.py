@@ -31,7 +31,8 @@ def document_boundaries(tokens: int, device: torch.device) -> Tensor:
             piece = min(length, LONGEST, tokens - bounds[-1])
             bounds.append(bounds[-1] + piece)
             length -= piece
-    bounds += [tokens] * (-len(bounds) % BOUNDARIES)
+    if device.type == "cuda":
+        bounds += [tokens] * (-len(bounds) % BOUNDARIES)
     return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
@@ -59,7 +60,7 @@ def build(
     cu_seqlens = document_boundaries(tokens, device)
     if segment:
         cu_seqlens = torch.arange(0, tokens + 1, segment, dtype=torch.int32, device=device)
-    longest = segment or LONGEST
+    longest = min(segment or LONGEST, tokens)
     q, do = (torch.randn(tokens, heads, width, device=device).bfloat16() for _ in range(2))
     k, v = (torch.randn(tokens, key_heads, width, device=device).bfloat16() for _ in range(2))
     inputs = (q, k, v)
@@ -118,7 +119,7 @@ CASES: dict[str, Builder] = {
     for backward in (False, True)
 }
 _CHOICES = dict(
-    rows=(32, 64, 128, 256), keys=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4), maxnreg=(128, 168, 255)
+    rows=(32, 64, 128, 256), heads=(1, 2), keys=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4), maxnreg=(128, 168, 255)
 )  # fmt: skip
 TUNING = {
     f"{entry}{name}": Tuning(CASES[f"{case}{name}"], _CHOICES)

@@ -28,6 +28,9 @@ def compile_all(capability: int, width: int = 64, heads: int = 8, dtype=torch.bf
     with compiling(capability) as kernels:
         varlen_attention._forward(q, k, v, bounds, 2048, 0.125)
         varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125)
+    for kernel in kernels:
+        check(kernel)
+    kernels = [kernel for kernel in kernels if kernel.name != "_plan_kernel"]
     assert [kernel.name for kernel in kernels] == list(PRODUCTS)
     return kernels
 
@@ -51,12 +54,15 @@ def test_attention(capability: int, width: int) -> None:
             assert 2 * (kernel.shared_bytes + 1024) <= 233_472
 
 
-def test_attention_with_eight_heads_a_group() -> None:
-    for kernel in compile_all(90, heads=32):
+@pytest.mark.parametrize("heads", [4, 12, 16])
+def test_attention_with_other_groups(heads: int) -> None:
+    for kernel in compile_all(90, heads=heads):
         check(kernel, matrix_products=True, streams=True)
-        assert kernel.count(r"WARPGROUP\.DEPBAR") <= 2 * PRODUCTS[kernel.name]  # two rounds for dk and dv
+        rounds = 3 if heads == 12 else 1  # for dk and dv, of a group that no power of two divides
+        assert kernel.count(r"WARPGROUP\.DEPBAR") <= rounds * PRODUCTS[kernel.name], (
+            f"{kernel.name}: products in series"
+        )
 
 
 def test_attention_in_float32() -> None:
-    for kernel in compile_all(90, dtype=torch.float32):
-        check(kernel)
+    compile_all(90, dtype=torch.float32)
