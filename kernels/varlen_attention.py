@@ -297,7 +297,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, written into those given, whose rows must be contiguous.
 
-    lse is `_forward`'s; delta float32 [H, T] the rows' Σ do o, computed from o where it is not given.
+    lse is `_forward`'s; delta, contiguous float32 [H, T], the rows' Σ do o, computed from o where it is not given. Here
+    and in `_forward` D is a power of two from 16 to 128.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
@@ -364,7 +365,7 @@ def _backward_triton(
 
 _backward_op = operator(
     "varlen_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens, "
-    "int max_seqlen, float scale) -> (Tensor, Tensor, Tensor)",
+    "SymInt max_seqlen, float scale) -> (Tensor, Tensor, Tensor)",
     _backward_triton,
     lambda do, q, k, v, o, lse, cu_seqlens, max_seqlen, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )
@@ -382,7 +383,7 @@ def _differentiate(ctx, do, _):
 
 
 _forward_op = operator(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float scale) "
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float scale) "
     "-> (Tensor, Tensor)",
     _forward,
     _fake_forward,
