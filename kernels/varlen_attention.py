@@ -7,11 +7,11 @@ q, o [T, H, D]; k, v [T, K, D] with H a multiple of K, query head h reading key 
 
 Kernels: a program's tile holds the queries of a piece of one segment for all heads that share a key head, so keys are
 read once for them and their gradients need no further sum. Tiles begin where their segment does: only those on the
-diagonal need a mask, and these come first, so that every row's maximum is finite from then on. Segment s owns the tiles
-from ``cu_seqlens[s] // BLOCK + s``, which is enough for it and known without a sum over segments: programs search for
-their own, the grid is T // BLOCK + S, and few of them have nothing to do. Backward is one kernel for dq (which also
-leaves delta = Σ do o behind) and one for dk and dv, each with probabilities recomputed from the base 2 ``lse``: two
-products more than a single kernel, which would have to add to dq in memory.
+diagonal need a mask. Segment s owns the tiles from ``cu_seqlens[s] // BLOCK + s``, which are enough for it and known
+without a sum over segments, T // BLOCK + S in all; a small kernel sorts them by their segment's length, so that the
+last programs to start are short and few have nothing to do. Backward is one kernel for dq, which also computes
+delta = Σ do o, and one for dk and dv, each with probabilities recomputed from the base 2 ``lse``: two products more
+than in a single kernel, which would have to add to dq in memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import constexpr, jit, launch_parameters, operator, select, tl
+from ._launch import jit, launch_parameters, operator, select, tl
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WIDEST = 128
-_SEARCHED = constexpr(256)  # segments that a program compares with its tile at once
 
 
 def varlen_attention_reference(
@@ -50,20 +49,43 @@ def varlen_attention_reference(
     return o[segment, tokens - bounds[segment]]
 
 
-@jit
-def _locate(cu_seqlens, slot, S, BLOCK: tl.constexpr):
-    """The segment that owns tile ``slot``: its first token (int64), its length, the tile's first token in it."""
+@jit(do_not_specialize=["S"])
+def _plan_kernel(cu_seqlens, tiles, S, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Tile ``program`` of those that segments own, to its place: segments by length, then their empty tiles.
+
+    A tile is its segment's first token, the segment's length and the tile's first token in it.
+    """
+    slot = tl.program_id(0)
     low, high = slot * 0, slot * 0 + S
-    while high - low > _SEARCHED:
+    while high - low > CHUNK:
         middle = (low + high) // 2
         owned = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
         low, high = tl.where(owned, middle, low), tl.where(owned, high, middle)
-    s = low + tl.arange(0, _SEARCHED)
+    s = low + tl.arange(0, CHUNK)
     owned = (tl.load(cu_seqlens + s, mask=s < high, other=0) // BLOCK + s <= slot) & (s < high)
     segment = low + tl.sum(owned.to(tl.int32)) - 1
     start = tl.load(cu_seqlens + segment)
-    first = (slot - start // BLOCK - segment) * BLOCK
-    return start.to(tl.int64), tl.load(cu_seqlens + segment + 1) - start, first
+    length = tl.load(cu_seqlens + segment + 1) - start
+    block = slot - start // BLOCK - segment
+    used, before = slot * 0, slot * 0
+    for at in range(0, S, CHUNK):
+        s = at + tl.arange(0, CHUNK)
+        starts = tl.load(cu_seqlens + s, mask=s < S, other=0)
+        lengths = tl.load(cu_seqlens + s + 1, mask=s < S, other=0) - starts
+        blocks = (lengths + BLOCK - 1) // BLOCK
+        used += tl.sum(blocks)
+        before += tl.sum(tl.where((lengths > length) | ((lengths == length) & (starts < start)), blocks, 0))
+    column = tl.arange(0, 4)
+    tile = tl.where(column == 0, start, tl.where(column == 1, length, block * BLOCK))
+    tl.store(tiles + (before + block) * 4 + column, tile, mask=(block * BLOCK < length) & (column >= 0))
+    tl.store(tiles + slot * 4 + column, column * 0, mask=(slot >= used) & (column >= 0))
+
+
+@jit
+def _tile(tiles, slot):
+    """The first token (int64) and the length of a tile's segment, the tile's first token in it."""
+    tiles += slot * 4
+    return tl.load(tiles).to(tl.int64), tl.load(tiles + 1), tl.load(tiles + 2)
 
 
 @jit
@@ -73,14 +95,14 @@ def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: t
     return rows % TOKENS * stride_t + rows // TOKENS * stride_h + tl.arange(0, D)[None, :]
 
 
-@jit(do_not_specialize=["S"])
+@jit
 def _forward_kernel(
-    q, k, v, o, lse, cu_seqlens, q_t, q_h, k_t, k_h, v_t, v_h, T, S, scale, H: tl.constexpr, GROUP: tl.constexpr,
+    q, k, v, o, lse, tiles, q_t, q_h, k_t, k_h, v_t, v_h, T, scale, H: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
-    start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // HEADS), S, QUERIES)
+    start, length, first = _tile(tiles, tl.program_id(0) // (H // HEADS))
     if first >= length:
         return
     rows = tl.arange(0, QUERIES * HEADS)
@@ -115,15 +137,15 @@ def _forward_kernel(
     tl.store(lse + rows // QUERIES * T + rows % QUERIES, top + tl.log2(total), mask=inside)
 
 
-@jit(do_not_specialize=["S"])
+@jit
 def _queries_kernel(
-    do, q, k, v, lse, delta, pairs, dq, cu_seqlens, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, T, S, scale,
+    do, q, k, v, lse, delta, pairs, dq, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, T, scale,
     factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr, DELTA: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries; with DELTA also their delta."""
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
-    start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // HEADS), S, QUERIES)
+    start, length, first = _tile(tiles, tl.program_id(0) // (H // HEADS))
     if first >= length:
         return
     rows = tl.arange(0, QUERIES * HEADS)
@@ -164,15 +186,15 @@ def _queries_kernel(
     tl.store(dq, (acc * factor).to(dq.dtype.element_ty), mask=inside[:, None])
 
 
-@jit(do_not_specialize=["S"])
+@jit
 def _keys_kernel(
-    do, q, k, v, pairs, dk, dv, cu_seqlens, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, S,
-    scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
+    do, q, k, v, pairs, dk, dv, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, scale,
+    factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys; scores transposed, so that their gradients are left operands, from registers."""
     head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
-    start, length, first = _locate(cu_seqlens, tl.program_id(0) // (H // GROUP), S, KEYS)
+    start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))
     if first >= length:
         return
     keys = first + tl.arange(0, KEYS)
@@ -224,7 +246,7 @@ def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
     group = heads // k.size(1)
     name = "float32" if q.dtype == torch.float32 else f"{case}_wide" if width > 64 else case
     tuned = launch_parameters("varlen_attention", name, q.device)
-    together = min(group & -group, tuned["rows"] // 16)  # as many heads of a group as a power of two divides it
+    together = min(group & -group, tuned["heads"])  # as many heads of a group as a power of two divides it
     return dict(
         H=heads, GROUP=group, D=width, QUERIES=tuned["rows"] // together, HEADS=together, KEYS=tuned["keys"],
         STAGES=tuned["stages"], PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tuned["warps"],
@@ -236,6 +258,15 @@ def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors with contiguous rows, and so that offsets in a tile are 32 bit."""
     fits = (x.stride(-1) == 1 and x.stride(0) < 2**22 and x.stride(1) < 2**26 for x in tensors)
     return tuple(x if fit else x.contiguous() for x, fit in zip(tensors, fits, strict=True))
+
+
+def _plan(cu_seqlens: torch.Tensor, tokens: int, block: int) -> torch.Tensor:
+    """The tiles of ``block`` tokens of all segments, int32 [T // block + S, 4]; see `_plan_kernel`."""
+    segments = cu_seqlens.numel() - 1
+    tiles = cu_seqlens.new_empty(tokens // block + segments, 4)
+    chunk = 256  # segments that a program looks at together
+    _plan_kernel[(tiles.size(0),)](cu_seqlens.contiguous(), tiles, segments, BLOCK=block, CHUNK=chunk, num_warps=1)
+    return tiles
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -251,11 +282,10 @@ def _forward(
     if o.numel():
         q, k, v = _rows(q, k, v)
         settings = _settings("forward", q, k)
-        segments = cu_seqlens.numel() - 1
-        grid = ((tokens // settings["QUERIES"] + segments) * (heads // settings["HEADS"]),)
         with torch.cuda.device_of(q):  # Triton launches on the current device
-            _forward_kernel[grid](
-                q, k, v, o, lse, cu_seqlens, *_strides(q, k, v), tokens, segments, scale * math.log2(math.e), **settings
+            tiles = _plan(cu_seqlens, tokens, settings["QUERIES"])
+            _forward_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
+                q, k, v, o, lse, tiles, *_strides(q, k, v), tokens, scale * math.log2(math.e), **settings
             )
     return o, lse
 
@@ -267,7 +297,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, written into those given, whose rows must be contiguous.
 
-    lse is `_forward`'s; delta float32 [H, T] the rows' Σ do o, computed from o where it is not given.
+    lse is `_forward`'s; delta, contiguous float32 [H, T], the rows' Σ do o, computed from o where it is not given. Here
+    and in `_forward` D is a power of two from 16 to 128.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
@@ -281,17 +312,17 @@ def _backward(
     rows = by_keys["QUERIES"] * by_keys["HEADS"]
     width = min(8, max(2, 32 * by_keys["num_warps"] // rows))
     pairs = lse.new_empty(*lse.shape, width)
-    segments = cu_seqlens.numel() - 1
-    rest = tokens, segments, scale * math.log2(math.e), scale
-    grid = ((tokens // by_queries["QUERIES"] + segments) * (heads // by_queries["HEADS"]),)
+    rest = tokens, scale * math.log2(math.e), scale
     with torch.cuda.device_of(q):
-        _queries_kernel[grid](
-            do, q, k, v, lse, o.contiguous() if delta is None else delta, pairs, dq, cu_seqlens,
+        tiles = _plan(cu_seqlens, tokens, by_queries["QUERIES"])
+        _queries_kernel[(tiles.size(0) * heads // by_queries["HEADS"],)](
+            do, q, k, v, lse, o.contiguous() if delta is None else delta, pairs, dq, tiles,
             *_strides(do, q, k, v, dq), *rest, DELTA=delta is None, WIDTH=width, **by_queries,
         )  # fmt: skip
-        grid = ((tokens // by_keys["KEYS"] + segments) * k.size(1),)
-        _keys_kernel[grid](
-            do, q, k, v, pairs, dk, dv, cu_seqlens, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width, **by_keys
+        if by_keys["KEYS"] != by_queries["QUERIES"]:
+            tiles = _plan(cu_seqlens, tokens, by_keys["KEYS"])
+        _keys_kernel[(tiles.size(0) * k.size(1),)](
+            do, q, k, v, pairs, dk, dv, tiles, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width, **by_keys
         )
     return dq, dk, dv
 
@@ -334,7 +365,7 @@ def _backward_triton(
 
 _backward_op = operator(
     "varlen_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens, "
-    "int max_seqlen, float scale) -> (Tensor, Tensor, Tensor)",
+    "SymInt max_seqlen, float scale) -> (Tensor, Tensor, Tensor)",
     _backward_triton,
     lambda do, q, k, v, o, lse, cu_seqlens, max_seqlen, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )
@@ -352,7 +383,7 @@ def _differentiate(ctx, do, _):
 
 
 _forward_op = operator(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float scale) "
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float scale) "
     "-> (Tensor, Tensor)",
     _forward,
     _fake_forward,

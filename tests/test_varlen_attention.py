@@ -76,7 +76,7 @@ def assert_as_precise(leaves, do, cu_seqlens, longest, scale=None) -> None:
 def tiles(request, monkeypatch) -> None:
     """Launch with other tiles than the table's."""
     rows, keys = request.param
-    parameters = dict(rows=rows, keys=keys, warps=4, stages=2, maxnreg=255)
+    parameters = dict(rows=rows, heads=min(4, rows // 16), keys=keys, warps=4, stages=2, maxnreg=255)
     monkeypatch.setattr(family, "launch_parameters", lambda *_: parameters)
 
 

@@ -1,0 +1,68 @@
+"""What the shipped attention kernels become on GPUs that need not be there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pgolf.kernels import _launch, varlen_attention
+from tests.conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
+pytest.importorskip("triton")
+
+from tests.gates import Compiled, check, compiling
+
+TOKENS, SEGMENTS = 98_304, 191  # the record's micro-step
+REGISTERS = {"_forward_kernel": 128, "_queries_kernel": 128, "_keys_kernel": 240}  # at 64 wide heads of sm_90
+PRODUCTS = {"_forward_kernel": 2, "_queries_kernel": 3, "_keys_kernel": 4}
+TABLE = {"_forward_kernel": "forward", "_queries_kernel": "queries", "_keys_kernel": "keys"}
+
+
+def compile_all(capability: int, width: int = 64, heads: int = 8, dtype=torch.bfloat16) -> list[Compiled]:
+    """Every kernel of the family; k and v are slices of one projection as the model's may be."""
+    q, fused = torch.empty(TOKENS, heads, width, dtype=dtype), torch.empty(TOKENS, 16 * width, dtype=dtype)
+    k, v = (fused[:, i * 4 * width : (i + 1) * 4 * width].unflatten(1, (4, width)) for i in range(2))
+    bounds, lse = torch.zeros(SEGMENTS + 1, dtype=torch.int32), torch.empty(heads, TOKENS)
+    with compiling(capability) as kernels:
+        varlen_attention._forward(q, k, v, bounds, 2048, 0.125)
+        varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125)
+    for kernel in kernels:
+        check(kernel)
+    kernels = [kernel for kernel in kernels if kernel.name != "_plan_kernel"]
+    assert [kernel.name for kernel in kernels] == list(PRODUCTS)
+    return kernels
+
+
+@pytest.mark.parametrize("capability, width", [(90, 64), (90, 128), (90, 32), (80, 64), (80, 128), (100, 64)])
+def test_attention(capability: int, width: int) -> None:
+    for kernel in compile_all(capability, width):
+        narrow = capability == 90 and width <= 64
+        check(
+            kernel, registers=REGISTERS[kernel.name] if narrow else 255, matrix_products=capability != 100, streams=True
+        )
+        if capability == 90:
+            # Probabilities and score gradients are left operands from registers; no product waits for each step.
+            from_registers = kernel.count(r"HGMMA\S+ R\d+, R\d+")
+            assert from_registers and kernel.count("HGMMA") > from_registers
+            assert kernel.count(r"WARPGROUP\.DEPBAR") <= PRODUCTS[kernel.name], f"{kernel.name}: products in series"
+            assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, f"{kernel.name}: no asynchronous copies of 16 bytes"
+        if capability == 90 and width == 64:
+            warps = _launch.launch_parameters("varlen_attention", TABLE[kernel.name], torch.device("cpu"))["warps"]
+            assert kernel.registers * 32 * warps * 2 <= 65_536  # two programs an SM
+            assert 2 * (kernel.shared_bytes + 1024) <= 233_472
+
+
+@pytest.mark.parametrize("heads", [4, 12, 16])
+def test_attention_with_other_groups(heads: int) -> None:
+    for kernel in compile_all(90, heads=heads):
+        check(kernel, matrix_products=True, streams=True)
+        rounds = 3 if heads == 12 else 1  # for dk and dv, of a group that no power of two divides
+        assert kernel.count(r"WARPGROUP\.DEPBAR") <= rounds * PRODUCTS[kernel.name], (
+            f"{kernel.name}: products in series"
+        )
+
+
+def test_attention_in_float32() -> None:
+    compile_all(90, dtype=torch.float32)
