@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from bench.harness import Builder, Case, Function, Tuning, main
-from pgolf.attention import _GROUPED, varlen_attn
+from pgolf.kernels.gated_attention import _GROUPED, varlen_attn
 from pgolf.kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
 Tensor = torch.Tensor

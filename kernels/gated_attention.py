@@ -69,7 +69,7 @@ def epilogue_reference(o: Tensor, v: Tensor, logits: Tensor | None, exclude_own_
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))  # a CUDA backend fails on rows of an odd width
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
 

@@ -57,7 +57,7 @@ def test_gradients_in_float32(looping: bool) -> None:
     data = batch(44)
     expected, got = (loss_and_gradients(model, backend, data) for backend in ("reference", "triton"))
     for (name, a), (_, b) in zip(expected, got, strict=True):
-        assert (a - b).norm() <= 2e-5 * a.norm() + 1e-9, f"{name}: {(a - b).norm() / a.norm():.1e}"
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-9, f"{name}: {(a - b).norm() / a.norm():.1e}"
 
 
 @on_a_gpu

@@ -14,6 +14,7 @@ from pgolf.kernels import _residual_kernels as kernels
 from pgolf.kernels import residual as family
 from pgolf.kernels._launch import INTERPRETED
 from pgolf.kernels.residual import (
+    RMS_EPS,
     join_skip,
     mix_lanes,
     residual_linear,
@@ -21,8 +22,6 @@ from pgolf.kernels.residual import (
     residual_mix_norm,
     scaled_rms_norm,
 )
-from pgolf.model import join_skip as model_join_skip
-from pgolf.model import rms_norm
 
 UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-21, torch.float64: 2**-48}  # of rounding
 SHAPES = {
@@ -40,6 +39,15 @@ Call = Callable[[Callable[[str], Callable], list], object]
 SCALE = 0.6
 MIX = ["x", "x", (2, "d")]
 LANES = ["x", "x", "x", "x", (2, 2), (2,)]
+
+
+def plain_norm(x: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + RMS_EPS).sqrt()
+
+
+def plain_join(x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    share = torch.sigmoid(gate)
+    return share * x + (1 - share) * weight * skip
 
 
 def scale_of(x: torch.Tensor) -> torch.Tensor:
@@ -147,13 +155,13 @@ def compiled_for(function: Callable) -> Callable:
 def test_formulas_are_the_models() -> None:
     """As `serial_block`, `parallel_block` and `join_skip` of pgolf.model write them."""
     x, x0, mix, skip, weight, gate = leaves_of("join_mix_norm")
-    joined = model_join_skip(x, skip, weight, gate)
+    joined = plain_join(x, skip, weight, gate)
     u = mix[0] * joined + mix[1] * x0
     got = residual_mix_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
-    for a, b in zip(got, (u, rms_norm(u) * SCALE, joined, x0), strict=True):
+    for a, b in zip(got, (u, plain_norm(u) * SCALE, joined, x0), strict=True):
         assert torch.allclose(a, b, atol=1e-12, rtol=1e-6)
-    assert torch.allclose(join_skip(x, skip, weight), model_join_skip(x, skip, weight, None), atol=1e-12)
-    assert torch.allclose(scaled_rms_norm(x, None, x0), rms_norm(0.5 * (x + x0)), atol=1e-12)
+    assert torch.allclose(join_skip(x, skip, weight), plain_join(x, skip, weight, None), atol=1e-12)
+    assert torch.allclose(scaled_rms_norm(x, None, x0), plain_norm(0.5 * (x + x0)), atol=1e-12)
     lane0, lane1, a, f, post, resid = leaves_of("lanes")
     new0, new1 = mix_lanes(lane0, lane1, a, f, post, resid)
     assert torch.allclose(new0, resid[0] * lane0 + post[0, 0] * a + post[1, 0] * f, atol=1e-12)
@@ -161,7 +169,7 @@ def test_formulas_are_the_models() -> None:
     residual, h, w, out_scale = leaves_of("linear_norm")
     v = residual + out_scale * (h @ w.T)
     got = residual_linear_norm(residual, h, w, out_scale, scale_of(h))
-    assert torch.allclose(got[0], v, atol=1e-12) and torch.allclose(got[1], rms_norm(v) * SCALE, atol=1e-6)
+    assert torch.allclose(got[0], v, atol=1e-12) and torch.allclose(got[1], plain_norm(v) * SCALE, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CALLS)
