@@ -80,6 +80,10 @@ def time_step(model: GPT, config: RunConfig, world: World, batch: Batch, repeats
     micro_batch()
     _wait(world.device)
     first = time.perf_counter() - begun
+    launching = time.perf_counter()
+    micro_batch()
+    launching = time.perf_counter() - launching
+    _wait(world.device)
     reset_peak_memory(world.device)
     compute = median_seconds(micro_batch, world.device, repeats)
     update = median_seconds(lambda: optimizer.step(1.0, config.muon_momentum), world.device, repeats)
@@ -91,6 +95,7 @@ def time_step(model: GPT, config: RunConfig, world: World, batch: Batch, repeats
         "tokens_per_s": tokens / (accumulation * compute + update),
         "peak_memory_bytes": peak_memory_bytes(world.device),
         "first_micro_batch_seconds": first,
+        "launch_seconds": launching,  # of the CPU, until it has handed a micro-batch to the device
     }
     if world.device.type == "cuda":
         result["milliseconds_by_family"], result["kernels"] = by_family(micro_batch, compute)
@@ -171,7 +176,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     reference = {row["case"]: row["tokens_per_s"] for row in rows if row["provider"] == "reference"}
-    headers = ("case", "provider", "micro-batch ms", "optimizer ms", "tokens/s", "ratio", "peak memory", "first, s")
+    headers = (
+        "case",
+        "provider",
+        "micro-batch ms",
+        "optimizer ms",
+        "tokens/s",
+        "ratio",
+        "peak memory",
+        "first, s",
+        "CPU, ms",
+    )
     lines = [
         (
             row["case"],
@@ -182,6 +197,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             f"{row['tokens_per_s'] / reference[row['case']]:.2f}" if row["case"] in reference else "",
             format_bytes(row["peak_memory_bytes"]),
             f"{row['first_micro_batch_seconds']:.1f}",
+            f"{row['launch_seconds'] * 1e3:.0f}",
         )
         for row in sorted(rows, key=lambda row: row["case"] != "before_loop")
     ]

@@ -52,7 +52,15 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tens
 
 
 def build(
-    backward: bool, tokens: int, segment: int, heads: int, key_heads: int, width: int, device: torch.device, quick: bool
+    backward: bool,
+    tokens: int,
+    segment: int,
+    heads: int,
+    key_heads: int,
+    width: int,
+    device: torch.device,
+    quick: bool,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Case:
     """A case with segments of ``segment`` tokens, or documents where it is 0."""
     if quick or device.type != "cuda":
@@ -61,8 +69,8 @@ def build(
     if segment:
         cu_seqlens = torch.arange(0, tokens + 1, segment, dtype=torch.int32, device=device)
     longest = min(segment or LONGEST, tokens)
-    q, do = (torch.randn(tokens, heads, width, device=device).bfloat16() for _ in range(2))
-    k, v = (torch.randn(tokens, key_heads, width, device=device).bfloat16() for _ in range(2))
+    q, do = (torch.randn(tokens, heads, width, device=device).to(dtype) for _ in range(2))
+    k, v = (torch.randn(tokens, key_heads, width, device=device).to(dtype) for _ in range(2))
     inputs = (q, k, v)
 
     def provider(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Function:
@@ -77,7 +85,7 @@ def build(
         return both
 
     def eager() -> Function:
-        if device.type != "cuda":
+        if device.type != "cuda" or dtype == torch.float32:
             return provider(lambda q, k, v: varlen_attention_reference(q, k, v, cu_seqlens, longest))
         arguments = cu_seqlens, cu_seqlens, longest, longest
         return provider(lambda q, k, v: varlen_attn(q, k, v, *arguments, window_size=(-1, 0), **_GROUPED))
@@ -125,7 +133,7 @@ TUNING = {
     f"{entry}{name}": Tuning(CASES[f"{case}{name}"], _CHOICES)
     for name in ("", "_wide")
     for entry, case in (("forward", "forward"), ("queries", "forward_backward"), ("keys", "forward_backward"))
-}
+} | {"float32": Tuning(partial(build, True, 16_384, 512, 8, 4, 64, dtype=torch.float32), _CHOICES)}
 
 
 def _flash(module: str) -> Callable:

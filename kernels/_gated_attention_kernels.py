@@ -250,7 +250,7 @@ def _angles(cos: Tensor, sin: Tensor, tokens: int) -> dict:
     )  # fmt: skip
 
 
-def prologue(projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float):
+def prologue(projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float) -> Tensor:
     """q^ and k^ [T, H + K, D] of projected [T, N]."""
     out = projected.new_empty(projected.size(0), H + K, D)
     grid, settings = _settings("prologue", projected, H, K, D)

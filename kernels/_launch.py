@@ -41,6 +41,7 @@ if not __name__.startswith("pgolf."):
         "register its operators twice"
     )
 
+RMS_EPS = torch.finfo(torch.float32).eps  # of every RMSNorm, as torch has it for float32
 BACKENDS = ("auto", "reference", "triton")
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 TUNED = Path(__file__).with_name("tuned")

@@ -6,6 +6,7 @@ Outputs that are not wanted are empty: an operator's number of results is fixed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -277,7 +278,8 @@ class _LinearInplace(torch.autograd.Function):
     backward = staticmethod(_linear_gradients)
 
 
-def linear(*args, inplace: bool = False):
+def linear(*args: Any, inplace: bool = False) -> tuple[Tensor, ...]:
+    """The operator of both products; ``inplace`` writes onto the residual where it can."""
     if inplace and args[0] is not None and args[0].is_contiguous() and not _traced(args):
         return _LinearInplace.apply(*args)
     return _linear_op(*args)

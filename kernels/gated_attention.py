@@ -34,8 +34,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from . import _gated_attention_kernels as kernels
 from . import varlen_attention
-from ._launch import operator, runs_kernel, select
-from .smear_gate import RMS_EPS
+from ._launch import RMS_EPS, operator, runs_kernel, select
 
 Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -53,7 +52,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
 
-def prologue_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, eps: float = RMS_EPS):
+def prologue_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, eps: float = RMS_EPS
+) -> tuple[Tensor, Tensor]:
     """(q^, k^) of q [B, T, H, D] and k [B, T, K, D]."""
     q, k = (_rotate(F.rms_norm(x, (x.size(-1),), eps=eps), cos.to(x.dtype), sin.to(x.dtype)) for x in (q, k))
     return q * q_gain[:, None].to(q.dtype), k

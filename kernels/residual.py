@@ -30,10 +30,9 @@ import torch
 import torch.nn.functional as F
 
 from . import _residual_ops as ops
-from ._launch import select
+from ._launch import RMS_EPS, select
 
 Tensor = torch.Tensor
-RMS_EPS = torch.finfo(torch.float32).eps
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

@@ -39,7 +39,7 @@ def residual_mlp_reference(
     out_scale: torch.Tensor,
 ) -> torch.Tensor:
     """Plain PyTorch; the contract of `residual_mlp`, whose arguments it shares."""
-    out = out_scale * F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
+    out = out_scale.to(x.dtype) * F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
     return out if residual is None else residual + out
 
 
@@ -223,7 +223,7 @@ def _folded(down: torch.Tensor, out_scale: torch.Tensor, transposed: bool) -> to
     """W' = out_scale[:, None] * down, rounded once; [m, d] if transposed."""
     if transposed:
         return torch.mul(down.t(), out_scale, out=down.new_empty(down.shape[::-1]))
-    return down * out_scale[:, None]
+    return torch.mul(down, out_scale[:, None], out=torch.empty_like(down))
 
 
 def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -347,9 +347,9 @@ def residual_mlp(
 ) -> torch.Tensor:
     """residual + out_scale * (leaky_relu(x upᵀ, 0.5)² downᵀ); see the module's docstring for shapes.
 
-    ``residual`` may be None. Differentiable once in every tensor; all have one dtype, bfloat16, float16, float32 or
-    float64. Kernels sum in fp32; float64 is left to the reference. With a gradient wanted, hidden is rounded to even
-    or odd numbers and an infinite hidden of a negative pre becomes NaN.
+    ``residual`` may be None. Differentiable once in every tensor; all but out_scale have one dtype, bfloat16, float16,
+    float32 or float64. Kernels sum in fp32; float64 is left to the reference. With a gradient wanted, hidden is rounded
+    to even or odd numbers and an infinite hidden of a negative pre becomes NaN.
 
     Returns x's shape and dtype. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
@@ -361,8 +361,9 @@ def residual_mlp(
             continue
         if argument in expected and tensor.shape != torch.Size(expected[argument]):
             raise ValueError(f"{argument} must be {tuple(expected[argument])}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in _DTYPES or tensor.dtype != x.dtype:
-            allowed = "bfloat16, float16, float32 or float64" if argument == "x" else f"x's dtype {x.dtype}"
+        if tensor.dtype not in _DTYPES or (tensor.dtype != x.dtype and argument != "out_scale"):
+            any_one = argument in ("x", "out_scale")
+            allowed = "bfloat16, float16, float32 or float64" if any_one else f"x's dtype {x.dtype}"
             raise TypeError(f"{argument} must be {allowed}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{argument} must be on x's device {x.device}, got {tensor.device}")

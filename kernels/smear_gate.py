@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import jit, launch_parameters, operator, select, tl
+from ._launch import RMS_EPS, jit, launch_parameters, operator, select, tl
 
-RMS_EPS = torch.finfo(torch.float32).eps
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

@@ -35,7 +35,7 @@ Observe = Callable[[str, Tensor], None]
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights in the compute dtype, gains and scales as in the state dict."""
+    """One layer's weights: matrices in the compute dtype, gains and scales as they are in the state dict."""
 
     inputs: Tensor  # [N, d]: rows for H queries, K keys and K values of head_dim, H gates, then zeros
     out: Tensor  # [d, d]
@@ -140,7 +140,7 @@ def _adapted(
     """The residual with what an adapter adds to a sublayer's output."""
     if factors is None:
         return residual
-    update = out_scale * low_rank(n, factors, scale)
+    update = out_scale.to(n.dtype) * low_rank(n, factors, scale)
     return update if residual is None else residual + update
 
 
@@ -373,7 +373,7 @@ class GPT(nn.Module):
         matrices = zip(torch.cat(inputs, dim=1).unbind(), out.unbind(), up, down, strict=True)
         vectors = ((block.attn.q_gain, block.attn_scale, block.mlp_scale, block.resid_mix) for block in blocks)
         return [
-            LayerWeights(*matrix, *(vector.to(dtype) for vector in group), self.ln_scales[i])
+            LayerWeights(*matrix, *group, self.ln_scales[i])
             for i, (matrix, group) in enumerate(zip(matrices, vectors, strict=True))
         ]
 
@@ -454,9 +454,9 @@ class GPT(nn.Module):
                 lanes = any_shape(x.view_as(x))
             skip = None
             if position < self.skip_weights.size(0) and skips:
-                gate = self.skip_gates[position].to(dtype) if c.skip_gates_enabled else None
+                gate = self.skip_gates[position] if c.skip_gates_enabled else None
                 skip = skips.pop()
-                skip = Skip(any_shape(skip.view_as(skip)), self.skip_weights[position].to(dtype), gate)
+                skip = Skip(any_shape(skip.view_as(skip)), self.skip_weights[position], gate)
                 if regions is not PLAIN:  # one compiled block serves with and without a skip
                     x, skip = any_shape(regions.join(x, *skip)), None
             arguments = layer_arguments(len(encoder) + position, i)
@@ -464,7 +464,7 @@ class GPT(nn.Module):
                 x, _, x0 = regions.serial(x, x0, skip, layers[i], *arguments)
                 x = any_shape(x)
             else:
-                post, resid = self.parallel_post_lambdas[i].to(dtype), self.parallel_resid_lambdas[i].to(dtype)
+                post, resid = self.parallel_post_lambdas[i], self.parallel_resid_lambdas[i]
                 x, lanes, x0 = regions.parallel(x, lanes, x0, skip, layers[i], post, resid, *arguments)
                 x, lanes = any_shape(x), any_shape(lanes)
         if lanes is not None:

@@ -191,7 +191,7 @@ class _Trainer:
         self.waiting.append((entry, measured, self._mark()))
 
     def _step(self, lr_scale: float, momentum: float) -> torch.Tensor:
-        """One optimizer step; returns (mean loss over all ranks, gradient norm) on the device."""
+        """One optimizer step; returns (mean loss over all ranks, gradient norm), once the device is there."""
         state = self.state
         state.optimizer.zero_grad()
         total = torch.zeros((), device=self.world.device)
@@ -201,7 +201,13 @@ class _Trainer:
             (loss / self.accumulation).backward()
             total += loss.detach() / self.accumulation
         norm = state.optimizer.step(lr_scale, momentum)
-        return torch.stack([self.world.mean(total), norm])
+        return self._on_its_way(torch.stack([self.world.mean(total), norm]))
+
+    def _on_its_way(self, measured: torch.Tensor) -> torch.Tensor:
+        """A copy that will be on the CPU once the device gets there; reading it later waits for no other work."""
+        if measured.device.type != "cuda":
+            return measured
+        return torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True).copy_(measured, non_blocking=True)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -13,7 +13,7 @@ from pgolf.kernels import _launch
 from tests.conftest import INTERPRETED
 
 BOTH = {"reference": "reference", "triton": "triton"}
-CPU, CUDA = (SimpleNamespace(is_cuda=device == "cuda", device=device) for device in ("cpu", "cuda"))
+CPU, CUDA = (SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device)) for device in ("cpu", "cuda"))
 
 
 @pytest.fixture(autouse=True)

@@ -152,15 +152,14 @@ def compiled_for(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
-def test_formulas_are_the_models() -> None:
-    """As `serial_block`, `parallel_block` and `join_skip` of pgolf.model write them."""
+def test_formulas() -> None:
     x, x0, mix, skip, weight, gate = leaves_of("join_mix_norm")
     joined = plain_join(x, skip, weight, gate)
     u = mix[0] * joined + mix[1] * x0
     got = residual_mix_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
     for a, b in zip(got, (u, plain_norm(u) * SCALE, joined, x0), strict=True):
         assert torch.allclose(a, b, atol=1e-12, rtol=1e-6)
-    assert torch.allclose(join_skip(x, skip, weight), plain_join(x, skip, weight, None), atol=1e-12)
+    assert torch.allclose(join_skip(x, skip, weight), x + weight * skip, atol=1e-12)
     assert torch.allclose(scaled_rms_norm(x, None, x0), plain_norm(0.5 * (x + x0)), atol=1e-12)
     lane0, lane1, a, f, post, resid = leaves_of("lanes")
     new0, new1 = mix_lanes(lane0, lane1, a, f, post, resid)

@@ -11,7 +11,7 @@ from pgolf.kernels import residual_mlp as family
 from pgolf.kernels._launch import INTERPRETED, jit, tl
 from pgolf.kernels.residual_mlp import residual_mlp, residual_mlp_reference
 
-FLOOR = {torch.bfloat16: 2e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # of a relative error
+FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # of a relative error: one unit of bf16
 NAMES = ("residual", "x", "up", "down", "out_scale")
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
@@ -268,7 +268,10 @@ def test_errors_name_the_argument() -> None:
     for k, name in enumerate(NAMES):
         if name != "x":
             changed = [*leaves[:k], leaves[k].bfloat16(), *leaves[k + 1 :]]
-            with pytest.raises(TypeError, match=f"{name} must be x's dtype torch.float32, got torch.bfloat16"):
-                residual_mlp(*changed)
+            if name == "out_scale":
+                assert residual_mlp(*changed).dtype == x.dtype
+            else:
+                with pytest.raises(TypeError, match=f"{name} must be x's dtype torch.float32, got torch.bfloat16"):
+                    residual_mlp(*changed)
             with pytest.raises(ValueError, match=f"{name} must be on x's device cpu, got meta"):
                 residual_mlp(*leaves[:k], leaves[k].to("meta"), *leaves[k + 1 :])

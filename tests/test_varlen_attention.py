@@ -58,7 +58,7 @@ def gradients(function, leaves, do):
     return [out.detach(), *torch.autograd.grad(out, leaves, do.to(out.dtype))]
 
 
-def assert_as_precise(leaves, do, cu_seqlens, longest, scale=None) -> None:
+def assert_as_precise(leaves, do, cu_seqlens, longest, scale=None, condition=1.0) -> None:
     """Value and gradients are as near to those of float64 as the reference's in the same dtype."""
     got = gradients(lambda *x: varlen_attention(*x, cu_seqlens, longest, scale), leaves, do)
     plain = gradients(lambda *x: varlen_attention_reference(*x, cu_seqlens, longest, scale), leaves, do)
@@ -69,7 +69,7 @@ def assert_as_precise(leaves, do, cu_seqlens, longest, scale=None) -> None:
         # Where a segment's only key has all the weight, dq and dk are zero but for rounding.
         size = c.norm() + 1e-2 * do.double().norm() + 1e-30
         error, allowed = (float((x.double() - c).norm() / size) for x in (a, b))
-        assert error <= 1.5 * allowed + FLOOR[a.dtype], f"{name}: {error} where the reference has {allowed}"
+        assert error <= 1.5 * allowed + condition * FLOOR[a.dtype], f"{name}: {error} where the reference has {allowed}"
 
 
 @pytest.fixture
@@ -125,7 +125,8 @@ def test_segments_far_more_than_tokens(device) -> None:
 def test_flat_and_sharp(device, factor: float) -> None:
     """Equal weights, and weights of zero and one."""
     (q, k, v), do, cu_seqlens, longest = inputs(device, [50, 30], 2, 1, 16)
-    assert_as_precise([factor * q, k, v], do, cu_seqlens, longest)
+    # An exponential's relative error is its argument's absolute one.
+    assert_as_precise([factor * q, k, v], do, cu_seqlens, longest, condition=max(1.0, factor / 10))
 
 
 def test_inputs_that_are_not_contiguous(device) -> None:
