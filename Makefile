@@ -8,6 +8,8 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 # For a torch that brings no Triton, as CPU builds do: the one whose interpreter and machine code the tests know.
 TRITON ?= triton==3.6.0
 RUN_DIR ?= runs/demo
+# As many processes as there are cores.
+PYTEST_ARGS ?= -n auto --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin

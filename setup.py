@@ -13,7 +13,7 @@ EXTRAS = {
     "data": ["huggingface_hub", "zstandard"],
     "report": ["matplotlib"],
     "progress": ["tqdm"],
-    "test": ["pytest>=8", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff>=0.17,<0.18"],
+    "test": ["pytest>=8", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff>=0.17,<0.18"],
 }
 
 

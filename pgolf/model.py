@@ -20,8 +20,11 @@ from pgolf.kernels._launch import runs_kernel, using
 from pgolf.kernels.gated_attention import gated_attention, resolve_core
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.kernels.residual import (
+    Lanes,
     join_skip,
     mix_lanes,
+    mix_lanes_final,
+    mix_lanes_norm,
     residual_linear,
     residual_linear_norm,
     residual_mix_norm,
@@ -167,31 +170,46 @@ def serial_block(
     return mlp(v, n, w, lora, scale, tap), x, x0
 
 
+def enter_lanes(x: Tensor, x0: Tensor, skip: Skip | None, w: LayerWeights) -> Lanes:
+    """Two lanes from one stream, lane 0 joined with the skip, and what the first parallel layer reads of them."""
+    _, n0, lane0, x0 = residual_mix_norm(x, x0, w.resid_mix, w.ln_scale, **_joined(skip), keep_u=False)
+    n1, lane1 = scaled_rms_norm(x, w.ln_scale, carry=True)
+    return Lanes(lane0, lane1, n0, n1, x0)
+
+
 def parallel_block(
-    lane0: Tensor,
-    lane1: Tensor,
-    x0: Tensor,
-    skip: Skip | None,
+    n0: Tensor,
+    n1: Tensor,
     w: LayerWeights,
-    post: Tensor,
-    resid: Tensor,
     heads: Heads,
     xsa: bool,
     lora: LayerAdapters | None = None,
     scale: float = 1.0,
     tap: Observe | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention reads lane 0, the MLP lane 1; lane j becomes ρ_j lane_j + P_0j attention + P_1j MLP.
+) -> tuple[Tensor, Tensor]:
+    """a = attn_scale Attn(n0) W_outᵀ and f = mlp_scale MLP(n1), n0 = c rms(m0 lane0 + m1 x0), n1 = c rms(lane1)."""
+    y = attention(n0, w, heads, xsa, lora, scale, tap)
+    update = None if lora is None else _adapted(None, w.attn_scale, n0, lora.out, scale)
+    return residual_linear(update, y, w.out, w.attn_scale), mlp(None, n1, w, lora, scale, tap)
 
-    post is P [2 sources, 2 lanes], resid is ρ [2]; lane 0 is joined with the skip first. Returns the lanes and x0.
+
+def mix_into_next(
+    lanes: Lanes, a: Tensor, f: Tensor, post: Tensor, resid: Tensor, skip: Skip | None, w: LayerWeights
+) -> Lanes:
+    """Lane j becomes ρ_j lane_j + P_0j a + P_1j f, then as `enter_lanes` for the next layer, whose weights w are.
+
+    post is P [2 sources, 2 lanes], resid is ρ [2].
     """
-    _, n, lane0, x0 = residual_mix_norm(lane0, x0, w.resid_mix, w.ln_scale, **_joined(skip), keep_u=False)
-    y = attention(n, w, heads, xsa, lora, scale, tap)
-    update = None if lora is None else _adapted(None, w.attn_scale, n, lora.out, scale)
-    a = residual_linear(update, y, w.out, w.attn_scale)
-    n, lane1 = scaled_rms_norm(lane1, w.ln_scale, carry=True)
-    lanes = mix_lanes(lane0, lane1, a, mlp(None, n, w, lora, scale, tap), post, resid)
-    return *lanes, x0
+    lane0, lane1, _, _, x0 = lanes
+    return mix_lanes_norm(lane0, lane1, a, f, post, resid, x0, w.resid_mix, w.ln_scale, **_joined(skip))
+
+
+def leave_lanes(lanes: Lanes, a: Tensor, f: Tensor, post: Tensor, resid: Tensor, final_lane: str) -> Tensor:
+    """The final norm of the lanes mixed as before a next layer: of their mean, or of lane ``attn`` 0 or ``mlp`` 1."""
+    if final_lane == "mean":
+        return mix_lanes_final(lanes.lane0, lanes.lane1, a, f, post, resid)
+    mixed = mix_lanes(lanes.lane0, lanes.lane1, a, f, post, resid)
+    return scaled_rms_norm(mixed[("attn", "mlp").index(final_lane)])
 
 
 def _joined(skip: Skip | None) -> dict[str, Tensor | None]:
@@ -226,15 +244,18 @@ class Regions(NamedTuple):
     """The functions that a model is computed with, as they are or compiled."""
 
     serial: Callable
-    parallel: Callable
     join: Callable
+    enter: Callable
+    parallel: Callable
+    mix: Callable
+    leave: Callable
     losses: Callable
 
 
-PLAIN = Regions(serial_block, parallel_block, join_skip, head_losses)
+PLAIN = Regions(serial_block, join_skip, enter_lanes, parallel_block, mix_into_next, leave_lanes, head_losses)
 LAYER_KERNELS = (
     "residual_mix_norm", "gated_attention", "residual_linear_norm", "residual_linear", "residual_mlp", "mix_lanes",
-    "join_skip", "scaled_rms_norm", "linear_cross_entropy",
+    "mix_lanes_norm", "mix_lanes_final", "join_skip", "scaled_rms_norm", "linear_cross_entropy",
 )  # fmt: skip
 
 
@@ -435,7 +456,7 @@ class GPT(nn.Module):
             lora = None if adapters is None else adapters.layers[virtual]
             return heads, i >= c.num_layers - c.xsa_last_n, lora, scale, tap
 
-        def any_shape(x: Tensor) -> Tensor:
+        def any_shape(x: Any) -> Any:
             # Rows and lengths change all the time in test-time training: one compilation for all.
             return _mark_dynamic(x, (0, 1)) if self._compiled and adapters is not None else x
 
@@ -443,33 +464,33 @@ class GPT(nn.Module):
             _mark_dynamic((heads.cos, heads.sin, adapters.layers, adapters.head), (0,))
         x0 = any_shape(self._prologue(input_ids, dtype))
         # view_as makes a second tensor object of the same memory: the compiler would specialise on x being x0.
-        x, lanes, skips = any_shape(x0.view_as(x0)), None, []
+        x, lanes, skips, outputs = any_shape(x0.view_as(x0)), None, [], ()
         for virtual, i in enumerate(encoder):
             output, x, x0 = regions.serial(x, x0, None, layers[i], *layer_arguments(virtual, i))
             skips += [x] if virtual else []
             x = any_shape(output)
         skips.append(x)
         for position, i in enumerate(decoder):
-            if i >= c.parallel_start_layer and lanes is None:
-                lanes = any_shape(x.view_as(x))
             skip = None
             if position < self.skip_weights.size(0) and skips:
                 gate = self.skip_gates[position] if c.skip_gates_enabled else None
                 skip = skips.pop()
                 skip = Skip(any_shape(skip.view_as(skip)), self.skip_weights[position], gate)
-                if regions is not PLAIN:  # one compiled block serves with and without a skip
+            arguments = layers[i], *layer_arguments(len(encoder) + position, i)
+            if lanes is None and i < c.parallel_start_layer:
+                if skip is not None and regions is not PLAIN:  # one compiled block serves with and without a skip
                     x, skip = any_shape(regions.join(x, *skip)), None
-            arguments = layer_arguments(len(encoder) + position, i)
-            if lanes is None:
-                x, _, x0 = regions.serial(x, x0, skip, layers[i], *arguments)
+                x, _, x0 = regions.serial(x, x0, skip, *arguments)
                 x = any_shape(x)
+                continue
+            if lanes is None:
+                lanes = regions.enter(x, x0, skip, layers[i])
             else:
-                post, resid = self.parallel_post_lambdas[i], self.parallel_resid_lambdas[i]
-                x, lanes, x0 = regions.parallel(x, lanes, x0, skip, layers[i], post, resid, *arguments)
-                x, lanes = any_shape(x), any_shape(lanes)
-        if lanes is not None:
-            x, lanes = {"mean": (x, lanes), "mlp": (lanes, None), "attn": (x, None)}[c.parallel_final_lane]
-        h = scaled_rms_norm(x, None, lanes)
+                lanes = regions.mix(lanes, *outputs, skip, layers[i])
+            lanes = any_shape(lanes)
+            outputs = any_shape(regions.parallel(lanes.n0, lanes.n1, *arguments))
+            outputs += (self.parallel_post_lambdas[i], self.parallel_resid_lambdas[i])
+        h = scaled_rms_norm(x) if lanes is None else regions.leave(lanes, *outputs, c.parallel_final_lane)
         if observe is not None:
             observe("tok_emb", h)
         return h
