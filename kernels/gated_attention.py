@@ -173,7 +173,7 @@ class Core(NamedTuple):
 
 
 CORES = {
-    "triton": Core(varlen_attention._forward, varlen_attention._backward),  # heads of 16, 32, 64 or 128
+    "triton": Core(varlen_attention._forward, varlen_attention._backward, adds=True),  # heads of 16, 32, 64 or 128
     "flash": Core(_flash_forward, _flash_backward),  # PyTorch's FlashAttention: CUDA, half precision
     "sdpa": Core(_plain_forward, _plain_backward, adds=True),  # plain PyTorch, segment by segment; waits for the device
 }

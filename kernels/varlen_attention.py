@@ -190,9 +190,9 @@ def _queries_kernel(
 def _keys_kernel(
     do, q, k, v, pairs, dk, dv, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, scale,
     factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys; scores transposed, so that their gradients are left operands, from registers."""
+    """dk and dv of a tile of keys, dv with ADD on top of what is there; scores transposed, so that their gradients are left operands, from registers."""
     head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
     start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))
     if first >= length:
@@ -237,6 +237,8 @@ def _keys_kernel(
     dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
     tl.store(dk, (acc_k * factor).to(dk.dtype.element_ty), mask=inside)
     dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
+    if ADD:
+        acc_v += tl.load(dv, mask=inside, other=0).to(tl.float32)
     tl.store(dv, acc_v.to(dv.dtype.element_ty), mask=inside)
 
 
@@ -293,19 +295,20 @@ def _forward(
 def _backward(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
     cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, delta: torch.Tensor | None = None,
-    dq: torch.Tensor | None = None, dk: torch.Tensor | None = None, dv: torch.Tensor | None = None,
+    dq: torch.Tensor | None = None, dk: torch.Tensor | None = None, dv: torch.Tensor | None = None, *,
+    add_dv: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, written into those given, whose rows must be contiguous.
 
-    lse is `_forward`'s; delta, contiguous float32 [H, T], the rows' Σ do o, computed from o where it is not given. Here
-    and in `_forward` D is a power of two from 16 to 128.
+    lse is `_forward`'s; delta, contiguous float32 [H, T], the rows' Σ do o, computed from o where it is not given. With
+    ``add_dv`` dv is added to what is in the one given. Here and in `_forward` D is a power of two from 16 to 128.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
     dk = k.new_empty(k.shape) if dk is None else dk
     dv = v.new_empty(v.shape) if dv is None else dv
     if not q.numel():
-        return dq, dk.zero_(), dv.zero_()
+        return dq, dk.zero_(), dv if add_dv else dv.zero_()
     do, q, k, v = _rows(do, q, k, v)
     by_queries, by_keys = _settings("queries", q, k), _settings("keys", q, k)
     # lse and delta side by side, repeated up to an element a thread: what is less is copied by all threads for each.
@@ -322,8 +325,9 @@ def _backward(
         if by_keys["KEYS"] != by_queries["QUERIES"]:
             tiles = _plan(cu_seqlens, tokens, by_keys["KEYS"])
         _keys_kernel[(tiles.size(0) * k.size(1),)](
-            do, q, k, v, pairs, dk, dv, tiles, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width, **by_keys
-        )
+            do, q, k, v, pairs, dk, dv, tiles, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width, ADD=add_dv,
+            **by_keys,
+        )  # fmt: skip
     return dq, dk, dv
 
 

@@ -20,14 +20,14 @@ PRODUCTS = {"_forward_kernel": 2, "_queries_kernel": 3, "_keys_kernel": 4}
 TABLE = {"_forward_kernel": "forward", "_queries_kernel": "queries", "_keys_kernel": "keys"}
 
 
-def compile_all(capability: int, width: int = 64, heads: int = 8, dtype=torch.bfloat16) -> list[Compiled]:
+def compile_all(capability: int, width: int = 64, heads: int = 8, dtype=torch.bfloat16, add_dv=False) -> list[Compiled]:
     """Every kernel of the family; k and v are slices of one projection as the model's may be."""
     q, fused = torch.empty(TOKENS, heads, width, dtype=dtype), torch.empty(TOKENS, 16 * width, dtype=dtype)
     k, v = (fused[:, i * 4 * width : (i + 1) * 4 * width].unflatten(1, (4, width)) for i in range(2))
     bounds, lse = torch.zeros(SEGMENTS + 1, dtype=torch.int32), torch.empty(heads, TOKENS)
     with compiling(capability) as kernels:
         varlen_attention._forward(q, k, v, bounds, 2048, 0.125)
-        varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125)
+        varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125, dv=v, add_dv=add_dv)
     for kernel in kernels:
         check(kernel)
     kernels = [kernel for kernel in kernels if kernel.name != "_plan_kernel"]
@@ -36,8 +36,9 @@ def compile_all(capability: int, width: int = 64, heads: int = 8, dtype=torch.bf
 
 
 @pytest.mark.parametrize("capability, width", [(90, 64), (90, 128), (90, 32), (80, 64), (80, 128), (100, 64)])
-def test_attention(capability: int, width: int) -> None:
-    for kernel in compile_all(capability, width):
+@pytest.mark.parametrize("add_dv", [False, True])
+def test_attention(capability: int, width: int, add_dv: bool) -> None:
+    for kernel in compile_all(capability, width, add_dv=add_dv):
         narrow = capability == 90 and width <= 64
         check(
             kernel, registers=REGISTERS[kernel.name] if narrow else 255, matrix_products=capability != 100, streams=True

@@ -158,7 +158,7 @@ def test_no_tokens(device, dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_low_level(dtype) -> None:
-    """lse to the base 2; delta given; gradients into slices of one tensor."""
+    """lse to the base 2; delta given; gradients into slices of one tensor; dv added to what is there."""
     (q, k, v), do, cu_seqlens, longest = inputs(DEVICE, [37, 3, 60], 2, 1, 16, dtype)
     o, lse = family._forward(q, k, v, cu_seqlens, longest, 0.3)
     for low, high in ((0, 37), (37, 40), (40, 100)):
@@ -175,6 +175,11 @@ def test_low_level(dtype) -> None:
     for a, b, c in zip(got, into, expected, strict=True):
         assert a is b and torch.allclose(a, c, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     assert (fused[:, [32, 49]] == 7).all()
+    before = torch.randn(100, 48, device=DEVICE).to(dtype)
+    dv = before.clone()[:, 7:23].unflatten(1, (1, 16))
+    added = family._backward(do, q, k, v, o, lse, cu_seqlens, longest, 0.3, delta, dv=dv, add_dv=True)[2]
+    want = got[2].double() + before[:, 7:23].double().view(100, 1, 16)
+    assert added is dv and torch.allclose(added.double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
 @needs_kernels
