@@ -137,7 +137,7 @@ def stream(name: str, backward: bool, device: torch.device, quick: bool) -> Case
         # The core's dv is added to the columns at each call: it is zero.
         dprojected, dv = torch.zeros_like(projected), projected.new_zeros(i.tokens, KEYS, DIM)
         dq, dk = dy[0].split([HEADS, KEYS], dim=1)
-        arguments = dq, dk, dv, projected, *angles, dprojected, *SIZES, True, family.RMS_EPS
+        arguments = dq, dk, dv, projected, *angles, dprojected, *SIZES, True, True, family.RMS_EPS
 
         def run() -> tuple[Tensor, ...]:
             dgain = kernels.prologue_backward(*arguments)

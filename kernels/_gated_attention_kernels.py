@@ -113,8 +113,8 @@ def _epilogue_kernel(
 @jit
 def _epilogue_backward_kernel(
     dy, o, projected, do, delta, dprojected, T, STRIDE: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
-    K: tl.constexpr, PADDED_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PADDING: tl.constexpr,
-    TOKENS: tl.constexpr, EXCLUDE: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, PADDED_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    EXCLUDE: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // K
     REST: tl.constexpr = (H + 2 * K) * D
@@ -163,13 +163,6 @@ def _epilogue_backward_kernel(
         dv = inverse[:, None] * (du + tl.where(norm > 1e-12, 2 * radial, 0)[:, None] * u)
         at_v = _offsets(tokens, N, (H + K + heads) * D, columns)
         tl.store(dprojected + at_v, dv.to(dprojected.dtype.element_ty), mask=mask)
-    UNUSED: tl.constexpr = REST + H * GATED
-    if UNUSED < N:
-        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-        columns = UNUSED + tl.arange(0, PADDING)
-        mask = (tokens < T)[:, None] & (columns < N)[None, :]
-        zeros = tl.zeros((TOKENS, PADDING), dprojected.dtype.element_ty)
-        tl.store(dprojected + _offsets(tokens, N, 0, columns), zeros, mask=mask)
 
 
 @jit
@@ -191,7 +184,7 @@ def _prologue_backward_kernel(
     N: tl.constexpr, STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, PADDED_H: tl.constexpr, PADDED_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     HALF: tl.constexpr, VECTOR: tl.constexpr, TOKENS: tl.constexpr, EXCLUDE: tl.constexpr, MOVE_V: tl.constexpr,
-    ACC: tl.constexpr,
+    UNUSED: tl.constexpr, PADDING: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # dq and dk may lie where their results go: a head is stored after a sum over all that was loaded of it.
     q_tokens, q_heads, q_rows = _tile(T, H, PADDED_H, TOKENS)
@@ -217,6 +210,12 @@ def _prologue_backward_kernel(
     tl.store(dprojected + at, dx.to(dprojected.dtype.element_ty), mask=k_mask)
     if MOVE_V:
         tl.store(at_v, v.to(dprojected.dtype.element_ty), mask=k_mask)
+    if UNUSED < N:
+        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        columns = UNUSED + tl.arange(0, PADDING)
+        mask = (tokens < T)[:, None] & (columns < N)[None, :]
+        zeros = tl.zeros((TOKENS, PADDING), dprojected.dtype.element_ty)
+        tl.store(dprojected + _offsets(tokens, N, 0, columns), zeros, mask=mask)
     dgain = tl.sum(tl.reshape(along, (TOKENS, PADDED_H)), 0)
     heads = tl.arange(0, PADDED_H)
     programs = tl.num_programs(0).to(tl.int64)
@@ -276,37 +275,37 @@ def epilogue(o: Tensor, projected: Tensor, H: int, K: int, D: int, exclude_own_v
 def epilogue_backward(
     dy: Tensor, o: Tensor, projected: Tensor, H: int, K: int, D: int, exclude_own_value: bool, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(do, delta [H, T], dprojected), of which the logits' and the padding columns are set, and v's with exclusion."""
+    """(do, delta [H, T], dprojected), of which the logits' columns are set, and v's with exclusion."""
     do, dprojected = o.new_empty(o.shape), projected.new_empty(projected.shape)
     grid, settings = _settings("epilogue_backward", projected, H, K, D)
     delta = o.new_empty(H, o.size(0), dtype=torch.promote_types(o.dtype, torch.float32))
-    width = projected.size(1)
     with torch.cuda.device_of(projected):
         _epilogue_backward_kernel[grid](
             dy=dy.contiguous(), o=o.contiguous(), projected=projected, do=do, delta=delta, dprojected=dprojected,
-            N=width, PADDING=_ceiling(width - (H + 2 * K) * D - H * gated), EXCLUDE=exclude_own_value, GATED=gated,
-            **settings,
+            N=projected.size(1), EXCLUDE=exclude_own_value, GATED=gated, **settings,
         )  # fmt: skip
     return do, delta, dprojected
 
 
 def prologue_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor,
-    dprojected: Tensor, H: int, K: int, D: int, exclude_own_value: bool, eps: float,
+    dprojected: Tensor, H: int, K: int, D: int, exclude_own_value: bool, gated: bool, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Fill q's and k's columns of ``dprojected`` and set v's to dv, or with exclusion add it; the gains' gradient.
+    """Fill q's, k's and the padding columns of ``dprojected`` and set v's to dv, or with exclusion add it.
 
-    dq, dk, dv [T, heads, D] may be those columns themselves.
+    Returns the gains' gradient. dq, dk, dv [T, heads, D] may be those columns themselves.
     """
     dq, dk, dv = (x if x.stride()[1:] == (D, 1) else x.contiguous() for x in (dq, dk, dv))
     grid, settings = _settings("prologue_backward", projected, H, K, D)
     settings |= _angles(cos, sin, projected.size(0))
+    unused = (H + 2 * K) * D + H * gated
     partials = projected.new_empty(H, *grid, dtype=torch.promote_types(projected.dtype, torch.float32))
     with torch.cuda.device_of(projected):
         _prologue_backward_kernel[grid](
             dq=dq, dk=dk, dv=dv, projected=projected, gain=q_gain.contiguous(), dprojected=dprojected,
             partials=partials, EPS=eps, N=projected.size(1), STRIDE_Q=dq.stride(0), STRIDE_K=dk.stride(0),
             STRIDE_V=dv.stride(0), PADDED_H=_ceiling(H), EXCLUDE=exclude_own_value,
-            MOVE_V=dv.data_ptr() != dprojected[:, (H + K) * D :].data_ptr(), **settings,
+            MOVE_V=dv.data_ptr() != dprojected[:, (H + K) * D :].data_ptr(), UNUSED=unused,
+            PADDING=_ceiling(projected.size(1) - unused), **settings,
         )  # fmt: skip
     return partials.sum(1).to(q_gain.dtype)

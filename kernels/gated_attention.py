@@ -13,9 +13,10 @@ R rotates the pairs (i, i + P) of the leading 2 P dimensions by the token's angl
 Kernels: four streams around an attention core (`CORES`), each of one pass and 16-byte accesses; a program takes a few
 tokens with all heads. The *prologue* reads q and k and writes q^ and k^ side by side, [T, H + K, D]; the *epilogue*
 reads o, v and logits and writes y. The *epilogue's backward* writes do, delta = <do, o>, and of the projection's
-gradient the logits', the padding and what the exclusion gives v; the core's backward writes dq^ and dk^ where dq and dk
-will be; the *prologue's backward* turns them into these in place, adds the core's dv, and sums the gains' gradient by
-programs. Saved are the inputs, q^ and k^, o and the logarithms of the softmax's sums (lse).
+gradient the logits' and what the exclusion gives v; the core's backward writes dq^ and dk^ where dq and dk will be; the
+*prologue's backward* turns them into these in place, adds the core's dv unless the core has, and sums the gains'
+gradient by programs. The Triton core computes the epilogue and its backward itself, on what it has in registers. Saved
+are the inputs, q^ and k^, the logarithms of the softmax's sums (lse), and o, or in its stead y and <o, u> [H, T].
 
 MB read + written at T = 98,304, H = 8, K = 4, D = 64 in bf16: 151 + 151, 153 + 101, 253 + 157, and 403 + 201, or
 302 + 151 where the core adds to dv.
@@ -165,16 +166,19 @@ class Core(NamedTuple):
 
     forward(q, k, v, cu_seqlens, max_seqlen, scale) -> (o, lse [H, T]). backward(do, q, k, v, o, lse, cu_seqlens,
     max_seqlen, scale, delta, dq, dk, dv) -> (dq, dk, dv) with delta = <do, o> [H, T] may write into the dq, dk, dv that
-    it gets, or return others. With ``adds`` it takes ``add_dv=True`` to add to dv.
+    it gets, or return others. With ``adds`` it takes ``add_dv=True`` to add to dv. With ``fuses`` forward and backward
+    also take what makes the epilogue part of them, as `varlen_attention._forward` and `_backward` have it.
     """
 
     forward: Callable
     backward: Callable
     adds: bool = False
+    fuses: bool = False
 
 
 CORES = {
-    "triton": Core(varlen_attention._forward, varlen_attention._backward),  # heads of 16, 32, 64 or 128
+    # heads of 16, 32, 64 or 128
+    "triton": Core(varlen_attention._forward, varlen_attention._backward, adds=True, fuses=True),
     "flash": Core(_flash_forward, _flash_backward),  # PyTorch's FlashAttention: CUDA, half precision
     "sdpa": Core(_plain_forward, _plain_backward, adds=True),  # plain PyTorch, segment by segment; waits for the device
 }
@@ -219,49 +223,77 @@ def _heads(x: Tensor, first: int, count: int, D: int) -> Tensor:
     return x[:, first * D : (first + count) * D].unflatten(1, (count, D))
 
 
+def _logits(x: Tensor, H: int, K: int, D: int) -> Tensor:
+    return x[:, (H + 2 * K) * D : (H + 2 * K) * D + H]
+
+
+def _fuses(core: str, H: int, K: int) -> bool:
+    """Whether the core computes the epilogue, whose backward takes the heads of a group together."""
+    return CORES[core].fuses and H // K in (1, 2, 4, 8, 16)
+
+
 def _gated_attention_triton(
     projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, max_seqlen: int,
     num_heads: int, num_kv_heads: int, head_dim: int, exclude_own_value: bool, gated: bool, eps: float, core: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and what the backward needs: q^ and k^ [B T, H + K, D], o [B T, H, D], lse [H, B T]."""
+    """y, and what the backward needs besides: q^ and k^ [B T, H + K, D]; o [B T, H, D] or `along`; lse [H, B T]."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
     rows, tokens, _ = projected.shape
     if not rows * tokens:
-        return _fake(projected, cos, sin, q_gain, cu_seqlens, max_seqlen, *sizes)
+        return _fake(projected, cos, sin, q_gain, cu_seqlens, max_seqlen, *sizes, exclude_own_value, gated, eps, core)
     flat, cu_seqlens, max_seqlen = _flat(projected, cu_seqlens, max_seqlen)
     qk = kernels.prologue(flat, cos, sin, q_gain, *sizes, eps)
-    q, k, v = qk[:, :H], qk[:, H:], _heads(flat, H + K, K, D)
-    o, lse = CORES[core].forward(q, k, v, cu_seqlens, max_seqlen, D**-0.5)
-    y = kernels.epilogue(o, flat, *sizes, exclude_own_value, gated)
-    return y.view(rows, tokens, H * D), qk, o, lse
+    arguments = qk[:, :H], qk[:, H:], _heads(flat, H + K, K, D), cu_seqlens, max_seqlen, D**-0.5
+    if _fuses(core, H, K):
+        kept = flat.new_empty(H * exclude_own_value, rows * tokens, dtype=torch.float32)
+        epilogue = dict(along=kept if exclude_own_value else None, logits=_logits(flat, *sizes) if gated else None)
+        y, lse = CORES[core].forward(*arguments, **epilogue)
+    else:
+        kept, lse = CORES[core].forward(*arguments)
+        y = kernels.epilogue(kept, flat, *sizes, exclude_own_value, gated)
+    return y.view(rows, tokens, H * D), qk, kept, lse
 
 
 def _gated_attention_backward_triton(
-    dy: Tensor, projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, qk: Tensor,
-    o: Tensor, lse: Tensor, max_seqlen: int, num_heads: int, num_kv_heads: int, head_dim: int,
+    dy: Tensor, projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, y: Tensor,
+    qk: Tensor, kept: Tensor, lse: Tensor, max_seqlen: int, num_heads: int, num_kv_heads: int, head_dim: int,
     exclude_own_value: bool, gated: bool, eps: float, core: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
     if not dy.numel():
         return projected.new_empty(projected.shape), q_gain.new_zeros(q_gain.shape)
     flat, cu_seqlens, max_seqlen = _flat(projected, cu_seqlens, max_seqlen)
-    q, k, v = qk[:, :H], qk[:, H:], _heads(flat, H + K, K, D)
-    do, delta, dprojected = kernels.epilogue_backward(
-        dy.reshape(flat.size(0), H * D), o, flat, *sizes, exclude_own_value, gated
+    do, options, delta = dy.reshape(flat.size(0), H * D), {}, None
+    fused, add = _fuses(core, H, K), exclude_own_value and CORES[core].adds
+    if fused:
+        if exclude_own_value:
+            options["along"] = kept
+        do, kept, dprojected = do.view(-1, H, D), y.view(-1, H, D), projected.new_empty(flat.shape)
+        if gated:
+            options |= dict(logits=_logits(flat, *sizes), dlogits=_logits(dprojected, *sizes))
+    else:
+        do, delta, dprojected = kernels.epilogue_backward(do, kept, flat, *sizes, exclude_own_value, gated)
+        if add:
+            options["add_dv"] = True
+    dq, dk, dv = _heads(dprojected, 0, H, D), _heads(dprojected, H, K, D), _heads(dprojected, H + K, K, D)
+    dq, dk, dv = CORES[core].backward(
+        do, qk[:, :H], qk[:, H:], _heads(flat, H + K, K, D), kept, lse, cu_seqlens, max_seqlen, D**-0.5, delta, dq, dk,
+        None if exclude_own_value and not (add or fused) else dv, **options,
+    )  # fmt: skip
+    dgain = kernels.prologue_backward(
+        dq, dk, dv, flat, cos, sin, q_gain, dprojected, *sizes, exclude_own_value, gated, eps
     )
-    dq, dk = _heads(dprojected, 0, H, D), _heads(dprojected, H, K, D)
-    add = exclude_own_value and CORES[core].adds
-    dv = _heads(dprojected, H + K, K, D) if add or not exclude_own_value else None
-    arguments = do, q, k, v, o, lse, cu_seqlens, max_seqlen, D**-0.5, delta, dq, dk, dv
-    dq, dk, dv = CORES[core].backward(*arguments, **({"add_dv": True} if add else {}))
-    dgain = kernels.prologue_backward(dq, dk, dv, flat, cos, sin, q_gain, dprojected, *sizes, exclude_own_value, eps)
     return dprojected.view(projected.shape), dgain
 
 
-def _fake(projected, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, *rest) -> tuple[Tensor, ...]:
+def _fake(
+    projected, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, exclude, gated, eps, core
+) -> tuple[Tensor, ...]:
     rows, tokens, _ = projected.shape
     qk, o = (projected.new_empty(rows * tokens, heads, D) for heads in (H + K, H))
     lse = projected.new_empty(H, rows * tokens, dtype=torch.promote_types(projected.dtype, torch.float32))
+    if _fuses(core, H, K):
+        o = lse.new_empty(H * exclude, rows * tokens)
     return projected.new_empty(rows, tokens, H * D), qk, o, lse
 
 
@@ -269,7 +301,7 @@ _ARGUMENTS = "SymInt max_seqlen, int num_heads, int num_kv_heads, int head_dim, 
 _ARGUMENTS += "float eps, str core"
 _backward_op = operator(
     "gated_attention_backward(Tensor dy, Tensor projected, Tensor cos, Tensor sin, Tensor q_gain, Tensor? cu_seqlens, "
-    f"Tensor qk, Tensor o, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"Tensor y, Tensor qk, Tensor kept, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor)",
     _gated_attention_backward_triton,
     lambda dy, projected, cos, sin, q_gain, *rest: (
         projected.new_empty(projected.shape), q_gain.new_empty(q_gain.shape)
@@ -278,7 +310,7 @@ _backward_op = operator(
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5], *output[1:])
+    ctx.save_for_backward(*inputs[:5], *output)
     ctx.rest = inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -361,7 +393,8 @@ def gated_attention(
             one causal sequence.
         max_seqlen: at least the longest segment's length; read only with cu_seqlens.
         head_dim: D; None: as many columns as there are for each head, so that less than H + 2 K are padding.
-        core: the attention inside the kernels, of `CORES`; auto: flash where it can, else sdpa.
+        core: the attention inside the kernels, of `CORES`; auto: triton where its kernels are in use, else flash where
+            it can, else sdpa.
 
     Returns [.., T, H D] in projected's dtype. Kernels compute in fp32, or in fp64 for float64. Raises ValueError for a
     wrong shape, value or device, TypeError for a wrong dtype.

@@ -97,9 +97,9 @@ def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: t
 
 @jit
 def _forward_kernel(
-    q, k, v, o, lse, tiles, q_t, q_h, k_t, k_h, v_t, v_h, T, scale, H: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale, H: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     start, length, first = _tile(tiles, tl.program_id(0) // (H // HEADS))
@@ -112,6 +112,11 @@ def _forward_kernel(
     q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
     keys = tl.arange(0, KEYS)
     k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
+    if along is not None:
+        own = v + (start + first) * v_t + head // GROUP * v_h
+        own = tl.load(own + _offsets(v_t, 0, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    if logits is not None:
+        logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
     v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
     acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
     top = tl.full((QUERIES * HEADS,), float("-inf"), tl.float32)
@@ -130,20 +135,34 @@ def _forward_kernel(
         top = higher
         k += KEYS * k_t
         v += KEYS * v_t
-    o += ((start + first) * H + head) * D
     acc /= total[:, None]
+    at_rows = start + first + head * T + rows // QUERIES * T + rows % QUERIES
+    tl.store(lse + at_rows, top + tl.log2(total), mask=inside)
+    if along is not None:
+        own = own.to(tl.float32)
+        inverse = 1 / tl.maximum(tl.sqrt(tl.sum(own * own, 1)), 1e-12)
+        component = tl.sum(acc * own, 1) * inverse
+        tl.store(along + at_rows, component, mask=inside)
+        acc -= (component * inverse)[:, None] * own
+    if logits is not None:
+        acc *= 2 * tl.sigmoid(logit.to(tl.float32))[:, None]
+    o += ((start + first) * H + head) * D
     tl.store(o + _offsets(H * D, D, QUERIES, HEADS, D), acc.to(o.dtype.element_ty), mask=inside[:, None])
-    lse += start + first + head * T
-    tl.store(lse + rows // QUERIES * T + rows % QUERIES, top + tl.log2(total), mask=inside)
 
 
 @jit
 def _queries_kernel(
-    do, q, k, v, lse, delta, pairs, dq, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, T, scale,
-    factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, DELTA: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    do, q, k, v, o, lse, delta, along, logits, pairs, dq, core_do, dlogits, dv, tiles, do_t, do_h, q_t, q_h, k_t, k_h,
+    v_t, v_h, dq_t, dq_h, dv_t, dv_h, logits_t, dlogits_t, T, scale, factor, H: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries; with DELTA also their delta."""
+    """dq of a tile of queries, and where there is no ``delta`` theirs, from o.
+
+    With ``core_do`` do and o are the gradient and the result y = g (o - <o, u> u) of `_forward`'s epilogue. Then also
+    written are core_do = g (do - <do, u> u), dlogits, and into dv what the exclusion gives u; the tile's heads are a
+    whole group, of which that is the sum.
+    """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     start, length, first = _tile(tiles, tl.program_id(0) // (H // HEADS))
     if first >= length:
@@ -152,21 +171,59 @@ def _queries_kernel(
     queries = first + rows % QUERIES
     inside = queries < length
     at_first = start + first
+    at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
     do += at_first * do_t + head * do_h
     do = tl.load(do + _offsets(do_t, do_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
-    at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
-    if DELTA:
-        delta += (at_first * H + head) * D  # what is given is o
-        o = tl.load(delta + _offsets(H * D, D, QUERIES, HEADS, D), mask=inside[:, None], other=0)
-        own = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    in_heads = (at_first * H + head) * D + _offsets(H * D, D, QUERIES, HEADS, D)
+    if delta is None:
+        o = tl.load(o + in_heads, mask=inside[:, None], other=0)
     else:
         own = tl.load(delta + at_rows, mask=inside, other=0)
+    if along is not None:
+        value = v + at_first * v_t + head // GROUP * v_h + _offsets(v_t, 0, QUERIES, HEADS, D)
+        value = tl.load(value, mask=inside[:, None], other=0).to(tl.float32)
+        component = tl.load(along + at_rows, mask=inside, other=0)
+    if logits is not None:
+        logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
+    if delta is None:
+        own = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if core_do is not None:
+        dy, y = do.to(tl.float32), o.to(tl.float32)
+        gate = tl.full((QUERIES * HEADS,), 1, tl.float32)
+        if logits is not None:
+            gate = 2 * tl.sigmoid(logit.to(tl.float32))
+            dlogits += (start + queries) * dlogits_t + head + rows // QUERIES
+            tl.store(dlogits, ((1 - gate / 2) * own).to(dlogits.dtype.element_ty), mask=inside)
+        exact = gate[:, None] * dy
+        back = (1 / tl.maximum(gate, 1e-30))[:, None] * y
+        if along is not None:
+            norm = tl.sqrt(tl.sum(value * value, 1))
+            inverse = 1 / tl.maximum(norm, 1e-12)
+            component *= inverse
+            outward = tl.sum(dy * value, 1) * inverse
+            exact -= (gate * outward * inverse)[:, None] * value
+            back += component[:, None] * value
+        do = exact.to(do.dtype)
+        tl.store(core_do + in_heads, do, mask=inside[:, None])
+        # Of do as rounded, as the products are: then the rows of dS sum to zero.
+        own += tl.sum((do.to(tl.float32) - exact) * back, 1)
+        if along is not None:
+            # A direction does not depend on the length, but for where that is clamped.
+            clamped = tl.where(norm > 1e-12, 0, 2 * gate * outward * inverse)
+            given = (inverse * outward)[:, None] * y + component[:, None] * (
+                do.to(tl.float32) + clamped[:, None] * value
+            )
+            given = -tl.sum(tl.reshape(given, (HEADS, QUERIES, D)), 0)
+            dv += at_first * dv_t + head // GROUP * dv_h + _offsets(dv_t, 0, QUERIES, 1, D)
+            tl.store(dv, given.to(dv.dtype.element_ty), mask=first + tl.arange(0, QUERIES)[:, None] < length)
+        tl.debug_barrier()
+        do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
+    q += at_first * q_t + head * q_h
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
     lse = tl.load(lse + at_rows, mask=inside, other=0)
     pair = tl.arange(0, WIDTH)[None, :]
     pairs += at_rows[:, None] * WIDTH + pair
     tl.store(pairs, tl.where(pair % 2 == 0, lse[:, None], own[:, None]), mask=inside[:, None])
-    q += at_first * q_t + head * q_h
-    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
     keys = tl.arange(0, KEYS)
     k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
     v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
@@ -190,9 +247,12 @@ def _queries_kernel(
 def _keys_kernel(
     do, q, k, v, pairs, dk, dv, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, scale,
     factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys; scores transposed, so that their gradients are left operands, from registers."""
+    """dk and dv of a tile of keys, dv with ADD on top of what is there.
+
+    Scores are transposed, so that their gradients are left operands, from registers.
+    """
     head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
     start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))
     if first >= length:
@@ -237,6 +297,8 @@ def _keys_kernel(
     dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
     tl.store(dk, (acc_k * factor).to(dk.dtype.element_ty), mask=inside)
     dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
+    if ADD:
+        acc_v += tl.load(dv, mask=inside, other=0).to(tl.float32)
     tl.store(dv, acc_v.to(dv.dtype.element_ty), mask=inside)
 
 
@@ -273,10 +335,19 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
+def _row_strides(*tensors: torch.Tensor | None) -> list[int]:
+    return [0 if x is None else x.stride(0) for x in tensors]
+
+
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """o and the base 2 logarithm of each row's sum of exponentials, float32 [H, T]."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, *,
+    along: torch.Tensor | None = None, logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """o and the base 2 logarithm of each row's sum of exponentials, float32 [H, T].
+
+    With ``along``, contiguous float32 [H, T], o loses its part along u = v / max(|v|, 1e-12) of its own token, <o, u>,
+    which is written there. With ``logits`` [T, H], whose rows are contiguous, it is then multiplied by 2 σ(logits).
+    """
     tokens, heads, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=torch.float32)
     if o.numel():
@@ -285,29 +356,39 @@ def _forward(
         with torch.cuda.device_of(q):  # Triton launches on the current device
             tiles = _plan(cu_seqlens, tokens, settings["QUERIES"])
             _forward_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
-                q, k, v, o, lse, tiles, *_strides(q, k, v), tokens, scale * math.log2(math.e), **settings
-            )
+                q, k, v, o, lse, along, logits, tiles, *_strides(q, k, v), *_row_strides(logits),
+                tokens, scale * math.log2(math.e), **settings,
+            )  # fmt: skip
     return o, lse
 
 
 def _backward(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
     cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, delta: torch.Tensor | None = None,
-    dq: torch.Tensor | None = None, dk: torch.Tensor | None = None, dv: torch.Tensor | None = None,
+    dq: torch.Tensor | None = None, dk: torch.Tensor | None = None, dv: torch.Tensor | None = None, *,
+    add_dv: bool = False, along: torch.Tensor | None = None, logits: torch.Tensor | None = None,
+    dlogits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, written into those given, whose rows must be contiguous.
 
-    lse is `_forward`'s; delta, contiguous float32 [H, T], the rows' Σ do o, computed from o where it is not given. Here
-    and in `_forward` D is a power of two from 16 to 128.
+    lse is `_forward`'s; delta, contiguous float32 [H, T], the rows' Σ do o, computed from o where it is not given. With
+    ``add_dv`` dv is added to what is in the one given. Where `_forward` was given ``along`` or ``logits``, they are
+    given with their values, do is the gradient of its result, o, and dlogits is written; this needs H / K to be a power
+    of two up to 16. Here and in `_forward` D is a power of two from 16 to 128.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
     dk = k.new_empty(k.shape) if dk is None else dk
     dv = v.new_empty(v.shape) if dv is None else dv
     if not q.numel():
-        return dq, dk.zero_(), dv.zero_()
+        return dq, dk.zero_(), dv if add_dv else dv.zero_()
     do, q, k, v = _rows(do, q, k, v)
     by_queries, by_keys = _settings("queries", q, k), _settings("keys", q, k)
+    core_do = None
+    if along is not None or logits is not None:
+        core_do = do.new_empty(do.shape)
+        rows = by_queries["QUERIES"] * by_queries["HEADS"]
+        by_queries |= dict(QUERIES=rows // by_queries["GROUP"], HEADS=by_queries["GROUP"])
     # lse and delta side by side, repeated up to an element a thread: what is less is copied by all threads for each.
     rows = by_keys["QUERIES"] * by_keys["HEADS"]
     width = min(8, max(2, 32 * by_keys["num_warps"] // rows))
@@ -316,14 +397,17 @@ def _backward(
     with torch.cuda.device_of(q):
         tiles = _plan(cu_seqlens, tokens, by_queries["QUERIES"])
         _queries_kernel[(tiles.size(0) * heads // by_queries["HEADS"],)](
-            do, q, k, v, lse, o.contiguous() if delta is None else delta, pairs, dq, tiles,
-            *_strides(do, q, k, v, dq), *rest, DELTA=delta is None, WIDTH=width, **by_queries,
+            do, q, k, v, o.contiguous() if delta is None else None, lse, delta, along, logits, pairs, dq, core_do,
+            dlogits, dv, tiles, *_strides(do, q, k, v, dq, dv), *_row_strides(logits, dlogits), *rest, WIDTH=width,
+            **by_queries,
         )  # fmt: skip
+        do = do if core_do is None else core_do
         if by_keys["KEYS"] != by_queries["QUERIES"]:
             tiles = _plan(cu_seqlens, tokens, by_keys["KEYS"])
         _keys_kernel[(tiles.size(0) * k.size(1),)](
-            do, q, k, v, pairs, dk, dv, tiles, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width, **by_keys
-        )
+            do, q, k, v, pairs, dk, dv, tiles, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width,
+            ADD=add_dv or along is not None, **by_keys,
+        )  # fmt: skip
     return dq, dk, dv
 
 

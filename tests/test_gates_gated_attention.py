@@ -33,7 +33,7 @@ def launch(dtype, H=8, K=4, D=64, half=8, padding=0, exclude=True, gated=True):
     epilogue(o, projected, H, K, D, exclude, gated)
     _, _, dprojected = epilogue_backward(o.flatten(1), o, projected, H, K, D, exclude, gated)
     dq, dk = dprojected[:, : H * D].view(-1, H, D), dprojected[:, H * D : (H + K) * D].view(-1, K, D)
-    prologue_backward(dq, dk, dv, projected, angles, angles, gain, dprojected, H, K, D, exclude, 1e-7)
+    prologue_backward(dq, dk, dv, projected, angles, angles, gain, dprojected, H, K, D, exclude, gated, 1e-7)
 
 
 @pytest.mark.parametrize("capability, padding", [(80, 8), (90, 8), (90, 0), (100, 8)])

@@ -20,14 +20,21 @@ PRODUCTS = {"_forward_kernel": 2, "_queries_kernel": 3, "_keys_kernel": 4}
 TABLE = {"_forward_kernel": "forward", "_queries_kernel": "queries", "_keys_kernel": "keys"}
 
 
-def compile_all(capability: int, width: int = 64, heads: int = 8, dtype=torch.bfloat16) -> list[Compiled]:
-    """Every kernel of the family; k and v are slices of one projection as the model's may be."""
-    q, fused = torch.empty(TOKENS, heads, width, dtype=dtype), torch.empty(TOKENS, 16 * width, dtype=dtype)
+def compile_all(
+    capability: int, width: int = 64, heads: int = 8, dtype=torch.bfloat16, epilogue: bool = False
+) -> list[Compiled]:
+    """Every kernel of the family, without or with their ``epilogue``; k and v are slices of a projection."""
+    q, fused = torch.empty(TOKENS, heads, width, dtype=dtype), torch.empty(TOKENS, 16 * width + 16, dtype=dtype)
     k, v = (fused[:, i * 4 * width : (i + 1) * 4 * width].unflatten(1, (4, width)) for i in range(2))
     bounds, lse = torch.zeros(SEGMENTS + 1, dtype=torch.int32), torch.empty(heads, TOKENS)
+    logits = fused[:, 16 * width : 16 * width + heads]
+    forward, backward = {}, {}
+    if epilogue:
+        forward = dict(along=lse, logits=logits)
+        backward = dict(dq=q, dk=k, dv=v, dlogits=logits, **forward)
     with compiling(capability) as kernels:
-        varlen_attention._forward(q, k, v, bounds, 2048, 0.125)
-        varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125)
+        varlen_attention._forward(q, k, v, bounds, 2048, 0.125, **forward)
+        varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125, **backward)
     for kernel in kernels:
         check(kernel)
     kernels = [kernel for kernel in kernels if kernel.name != "_plan_kernel"]
@@ -36,8 +43,9 @@ def compile_all(capability: int, width: int = 64, heads: int = 8, dtype=torch.bf
 
 
 @pytest.mark.parametrize("capability, width", [(90, 64), (90, 128), (90, 32), (80, 64), (80, 128), (100, 64)])
-def test_attention(capability: int, width: int) -> None:
-    for kernel in compile_all(capability, width):
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_attention(capability: int, width: int, epilogue: bool) -> None:
+    for kernel in compile_all(capability, width, epilogue=epilogue):
         narrow = capability == 90 and width <= 64
         check(
             kernel, registers=REGISTERS[kernel.name] if narrow else 255, matrix_products=capability != 100, streams=True
@@ -54,9 +62,9 @@ def test_attention(capability: int, width: int) -> None:
             assert 2 * (kernel.shared_bytes + 1024) <= 233_472
 
 
-@pytest.mark.parametrize("heads", [4, 12, 16])
-def test_attention_with_other_groups(heads: int) -> None:
-    for kernel in compile_all(90, heads=heads):
+@pytest.mark.parametrize("heads, epilogue", [(4, True), (12, False), (16, True)])
+def test_attention_with_other_groups(heads: int, epilogue: bool) -> None:
+    for kernel in compile_all(90, heads=heads, epilogue=epilogue):
         check(kernel, matrix_products=True, streams=True)
         rounds = 3 if heads == 12 else 1  # for dk and dv, of a group that no power of two divides
         assert kernel.count(r"WARPGROUP\.DEPBAR") <= rounds * PRODUCTS[kernel.name], (
@@ -65,4 +73,4 @@ def test_attention_with_other_groups(heads: int) -> None:
 
 
 def test_attention_in_float32() -> None:
-    compile_all(90, dtype=torch.float32)
+    compile_all(90, dtype=torch.float32, epilogue=True)

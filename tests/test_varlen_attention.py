@@ -159,7 +159,7 @@ def test_no_tokens(device, dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_low_level(dtype) -> None:
-    """lse to the base 2; delta given; gradients into slices of one tensor."""
+    """lse to the base 2; delta given; gradients into slices of one tensor; dv added to what is there."""
     (q, k, v), do, cu_seqlens, longest = inputs(DEVICE, [37, 3, 60], 2, 1, 16, dtype)
     o, lse = family._forward(q, k, v, cu_seqlens, longest, 0.3)
     for low, high in ((0, 37), (37, 40), (40, 100)):
@@ -176,6 +176,47 @@ def test_low_level(dtype) -> None:
     for a, b, c in zip(got, into, expected, strict=True):
         assert a is b and torch.allclose(a, c, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     assert (fused[:, [32, 49]] == 7).all()
+    before = torch.randn(100, 48, device=DEVICE).to(dtype)
+    dv = before.clone()[:, 7:23].unflatten(1, (1, 16))
+    added = family._backward(do, q, k, v, o, lse, cu_seqlens, longest, 0.3, delta, dv=dv, add_dv=True)[2]
+    want = got[2].float() + before[:, 7:23].float().view(100, 1, 16)
+    assert added is dv and torch.allclose(added.float(), want, rtol=1e-2, atol=1e-2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("parts", [(True, True), (True, False), (False, True)], ids=["both", "exclusion", "gates"])
+@pytest.mark.parametrize(
+    "tiles, heads", [*zip(TILES, [(1, 1), (4, 1), (4, 2), (8, 1)], strict=True)], ids=str, indirect=["tiles"]
+)
+def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> None:
+    """The exclusion of the own value and the gates, against the formula in float64."""
+    leaves, dy, cu_seqlens, longest = inputs(DEVICE, [31, 2, 37, 0, 16], *heads, 16)
+    fused = torch.randn(86, heads[0] + 3, device=DEVICE)
+    logits = fused[:, 2 : 2 + heads[0]] if parts[1] else None
+    along = torch.empty(heads[0], 86, device=DEVICE) if parts[0] else None
+
+    def formula(q, k, v, logits=None):
+        o = by_segments(q, k, v, cu_seqlens, 0.3)
+        if parts[0]:
+            u = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
+            o = o - (o * u).sum(-1, keepdim=True) * u
+        return o if logits is None else 2 * logits.sigmoid()[..., None] * o
+
+    double = [x.double() for x in (*leaves, *([logits] if parts[1] else []))]
+    y, dq, dk, dv, *dlogits = gradients(formula, double, dy)
+    got, lse = family._forward(*leaves, cu_seqlens, longest, 0.3, along=along, logits=logits)
+    dfused = torch.full_like(fused, 7)
+    into = dfused[:, 2 : 2 + heads[0]] if parts[1] else None
+    given = dict(along=along, logits=logits, dlogits=into)
+    results = family._backward(dy, *leaves, got, lse, cu_seqlens, longest, 0.3, **given)
+    for a, b in zip((got, *results, into), (y, dq, dk, dv, *dlogits), strict=False):
+        assert (a - b).norm() <= 3e-6 * b.norm()
+    assert (dfused[:, [0, 1, -1]] == 7).all()
+    if parts[0]:
+        v = leaves[2].double()
+        o = by_segments(*double[:3], cu_seqlens, 0.3)
+        own = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
+        assert (along.T - (o * own).sum(-1)).abs().max() < 1e-5
 
 
 @needs_kernels
