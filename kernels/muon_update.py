@@ -3,7 +3,7 @@
     momentum_update   g = s · rounded(g);   buf = μ buf + g;   u = g + μ buf (Nesterov) or buf
     squared_norm      Σ g² over all tensors
     clip_factor       norm = (Σ g²)^½;   s = min(1, limit / (norm + 1e-6))
-    apply_update      p = p (1 - lr weight_decay) - lr max(1, rows / columns)^½ u;   average += (1 - decay) (p - average)
+    apply_update      p = p (1 - lr weight_decay) - lr max(1, rows / columns)^½ u;   mean += (1 - decay) (p - mean)
 
 The gradient is rounded to the buffer's dtype first, as ranks do that send it to each other in that dtype.
 
@@ -15,6 +15,7 @@ momentum may change at each call without a new compilation. float64 is left to P
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -91,12 +92,14 @@ def _pick(values, index, FIRST: tl.constexpr, END: tl.constexpr):
 
 
 @jit
-def _tensor_of(program, starts, END: tl.constexpr):
-    """The tensor of a program, among the first END: the last that starts at this program or before."""
-    index = program * 0
-    for i in tl.static_range(1, END):
-        index += (program >= (starts[i] >> 1)).to(tl.int32)
-    return index
+def _find(program, ends, END: tl.constexpr):
+    """The tensor, among the first END, of a program, and how many programs of that tensor come before it."""
+    index, start = program * 0, program * 0
+    for i in tl.static_range(END - 1):
+        end = ends[i] >> 1
+        index += (program >= end).to(tl.int32)
+        start = tl.where(program >= end, end, start)
+    return index, (program - start).to(tl.int64)
 
 
 @jit
@@ -128,13 +131,13 @@ def _momentum_chunk(
 
 @jit
 def _momentum_kernel(
-    gradient, gradients, buffer, buffers, update, updates, sizes, starts, momentum, scale, WIDTH: tl.constexpr,
+    gradient, gradients, buffer, buffers, update, updates, sizes, ends, momentum, scale, WIDTH: tl.constexpr,
     ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # From the last element to the first: what was read last for the norm is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    index = _tensor_of(program, starts, len(starts))
-    place = (program - _pick(starts, index, 0, len(starts))) * (WIDTH * ROUNDS)
+    index, place = _find(program, ends, len(ends))
+    place *= WIDTH * ROUNDS
     left = _pick(sizes, index, 0, len(sizes)) - place
     gradient = _at(gradient, gradients, index, place, ALIGNED)
     buffer = _at(buffer, buffers, index, place, ALIGNED)
@@ -145,7 +148,13 @@ def _momentum_kernel(
     if left >= WIDTH * ROUNDS:
         _momentum_chunk(gradient, buffer, update, left, momentum, scale, WIDTH, ROUNDS, False)
     else:
-        _momentum_chunk(gradient, buffer, update, left, momentum, scale, WIDTH, ROUNDS, True)
+        for _ in range(ROUNDS):
+            _momentum_chunk(gradient, buffer, update, left, momentum, scale, WIDTH, 1, True)
+            gradient += WIDTH
+            buffer += WIDTH
+            if update is not None:
+                update += WIDTH
+            left -= WIDTH
 
 
 @jit
@@ -175,12 +184,12 @@ def _apply_chunk(
 
 @jit
 def _apply_kernel(
-    parameter, parameters, update, updates, average, averages, sizes, starts, keep, steps, towards,
+    parameter, parameters, update, updates, average, averages, sizes, ends, keep, steps, towards,
     WIDTH: tl.constexpr, ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    index = _tensor_of(program, starts, len(starts))
-    place = (program - _pick(starts, index, 0, len(starts))) * (WIDTH * ROUNDS)
+    index, place = _find(program, ends, len(ends))
+    place *= WIDTH * ROUNDS
     left = _pick(sizes, index, 0, len(sizes)) - place
     step = steps[0]
     for i in tl.static_range(1, len(steps)):
@@ -192,7 +201,13 @@ def _apply_kernel(
     if left >= WIDTH * ROUNDS:
         _apply_chunk(parameter, update, average, left, keep, step, towards, WIDTH, ROUNDS, False)
     else:
-        _apply_chunk(parameter, update, average, left, keep, step, towards, WIDTH, ROUNDS, True)
+        for _ in range(ROUNDS):
+            _apply_chunk(parameter, update, average, left, keep, step, towards, WIDTH, 1, True)
+            parameter += WIDTH
+            update += WIDTH
+            if average is not None:
+                average += WIDTH
+            left -= WIDTH
 
 
 @jit
@@ -210,31 +225,37 @@ def _squares_of_chunk(tensor, left, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, M
 
 @jit
 def _squares_kernel(
-    tensor, tensors, sizes, starts, partials, LARGE: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
+    tensor, tensors, sizes, ends, partials, LARGE: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The first LARGE tensors have many programs, the others one each: they are looked up in lists of their own."""
     program = tl.program_id(0)
-    COUNT: tl.constexpr = len(starts)
+    COUNT: tl.constexpr = len(ends)
     if LARGE == COUNT:
-        index = _tensor_of(program, starts, COUNT)
+        index, place = _find(program, ends, COUNT)
         address, size = _pick(tensors, index, 0, COUNT), _pick(sizes, index, 0, COUNT)
-        place = (program - _pick(starts, index, 0, COUNT)) * (WIDTH * ROUNDS)
-    elif program < (starts[LARGE] >> 1):
-        index = _tensor_of(program, starts, LARGE)
+    elif LARGE == 0:
+        place = (program * 0).to(tl.int64)
+        address, size = _pick(tensors, program, 0, COUNT), _pick(sizes, program, 0, COUNT)
+    elif program < (ends[LARGE - 1] >> 1):
+        index, place = _find(program, ends, LARGE)
         address, size = _pick(tensors, index, 0, LARGE), _pick(sizes, index, 0, LARGE)
-        place = (program - _pick(starts, index, 0, LARGE)) * (WIDTH * ROUNDS)
     else:
-        index = LARGE + program - (starts[LARGE] >> 1)
+        place = (program * 0).to(tl.int64)
+        index = LARGE + program - (ends[LARGE - 1] >> 1)
         address, size = _pick(tensors, index, LARGE, COUNT), _pick(sizes, index, LARGE, COUNT)
-        place = size * 0
+    place *= WIDTH * ROUNDS
     distance = address - (tensors[0] >> 1)
-    tensor += (tl.multiple_of(distance, 16) if ALIGNED else distance) + tl.multiple_of(place, WIDTH)
+    tensor += (tl.multiple_of(distance, 16) if ALIGNED else distance) + place
     left = size - place
     if left >= WIDTH * ROUNDS:
         total = _squares_of_chunk(tensor, left, WIDTH, ROUNDS, False)
     else:
-        total = _squares_of_chunk(tensor, left, WIDTH, ROUNDS, True)
+        total = tl.zeros([], tl.float32)
+        for _ in range(ROUNDS):
+            total += _squares_of_chunk(tensor, left, WIDTH, 1, True)
+            tensor += WIDTH
+            left -= WIDTH
     tl.store(partials + program, total)
 
 
@@ -266,20 +287,18 @@ class _Launch:
         """None is an operand left out."""
         given = [tensors for tensors in lists if tensors]
         parameters = launch_parameters("muon_update", case, given[0][0].device)
-        warps, rounds = parameters["warps"], parameters["rounds"]
-        # So many elements to a thread that those of the widest dtype are 16 bytes.
-        width = 32 * warps * (16 // max(tensors[0].element_size() for tensors in given))
-        chunk, sizes, starts = rounds * width, [tensor.numel() for tensor in given[0]], [0]
-        for size in sizes:
-            starts.append(starts[-1] - -size // chunk)
-        self.programs = starts.pop()
+        warps, elements = parameters["warps"], parameters["elements"]  # elements of a thread
+        vector = 16 // max(tensors[0].element_size() for tensors in given)  # of the widest dtype 16 bytes at a time
+        chunk, sizes = elements * 32 * warps, [tensor.numel() for tensor in given[0]]
+        ends = list(accumulate(-(-size // chunk) for size in sizes))
+        self.programs = ends[-1]
         self.large = sum(size > chunk for size in sizes)
         self.operands: list = []
         for tensors in lists:
             self.operands += [tensors[0], odd_addresses(tensors)] if tensors else [None, ()]
-        self.operands += [_odd(sizes), _odd(starts)]
+        self.operands += [_odd(sizes), _odd(ends)]
         aligned = all(tensor.data_ptr() % 16 == 0 for tensors in given for tensor in tensors)
-        self.constants = dict(WIDTH=width, ROUNDS=rounds, ALIGNED=aligned, num_warps=warps)
+        self.constants = dict(WIDTH=32 * warps * vector, ROUNDS=elements // vector, ALIGNED=aligned, num_warps=warps)
 
 
 def _by_dtypes(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
