@@ -22,6 +22,7 @@ import torch
 from ._launch import jit, launch_parameters, odd_addresses, operator, select, tl
 
 CLIP_EPS = 1e-6
+MOST = 96  # tensors of a launch, whose arguments may take 4 KiB
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 Tensor = torch.Tensor
 
@@ -131,8 +132,8 @@ def _momentum_chunk(
 
 @jit
 def _momentum_kernel(
-    gradient, gradients, buffer, buffers, update, updates, sizes, ends, momentum, scale, WIDTH: tl.constexpr,
-    ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
+    gradient, gradients, buffer, buffers, update, updates, sizes, ends, momentum, scale, factor,
+    WIDTH: tl.constexpr, ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # From the last element to the first: what was read last for the norm is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -143,13 +144,13 @@ def _momentum_kernel(
     buffer = _at(buffer, buffers, index, place, ALIGNED)
     if update is not None:
         update = _at(update, updates, index, place, ALIGNED)
-    if scale.dtype.is_ptr():
-        scale = tl.load(scale).to(tl.float32)
+    if scale is not None:
+        factor = tl.load(scale).to(tl.float32)
     if left >= WIDTH * ROUNDS:
-        _momentum_chunk(gradient, buffer, update, left, momentum, scale, WIDTH, ROUNDS, False)
+        _momentum_chunk(gradient, buffer, update, left, momentum, factor, WIDTH, ROUNDS, False)
     else:
         for _ in range(ROUNDS):
-            _momentum_chunk(gradient, buffer, update, left, momentum, scale, WIDTH, 1, True)
+            _momentum_chunk(gradient, buffer, update, left, momentum, factor, WIDTH, 1, True)
             gradient += WIDTH
             buffer += WIDTH
             if update is not None:
@@ -228,15 +229,12 @@ def _squares_kernel(
     tensor, tensors, sizes, ends, partials, LARGE: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The first LARGE tensors have many programs, the others one each: they are looked up in lists of their own."""
+    """The first LARGE tensors may have several programs, the others have one each and are looked up by themselves."""
     program = tl.program_id(0)
     COUNT: tl.constexpr = len(ends)
     if LARGE == COUNT:
         index, place = _find(program, ends, COUNT)
         address, size = _pick(tensors, index, 0, COUNT), _pick(sizes, index, 0, COUNT)
-    elif LARGE == 0:
-        place = (program * 0).to(tl.int64)
-        address, size = _pick(tensors, program, 0, COUNT), _pick(sizes, program, 0, COUNT)
     elif program < (ends[LARGE - 1] >> 1):
         index, place = _find(program, ends, LARGE)
         address, size = _pick(tensors, index, 0, LARGE), _pick(sizes, index, 0, LARGE)
@@ -285,14 +283,14 @@ class _Launch:
 
     def __init__(self, case: str, *lists: Sequence[Tensor] | None) -> None:
         """None is an operand left out."""
-        given = [tensors for tensors in lists if tensors]
+        given = self.alive = [tensors for tensors in lists if tensors]  # the kernel knows most by their addresses only
         parameters = launch_parameters("muon_update", case, given[0][0].device)
         warps, elements = parameters["warps"], parameters["elements"]  # elements of a thread
         vector = 16 // max(tensors[0].element_size() for tensors in given)  # of the widest dtype 16 bytes at a time
         chunk, sizes = elements * 32 * warps, [tensor.numel() for tensor in given[0]]
         ends = list(accumulate(-(-size // chunk) for size in sizes))
         self.programs = ends[-1]
-        self.large = sum(size > chunk for size in sizes)
+        self.large = max(1, sum(size > chunk for size in sizes))
         self.operands: list = []
         for tensors in lists:
             self.operands += [tensors[0], odd_addresses(tensors)] if tensors else [None, ()]
@@ -302,13 +300,14 @@ class _Launch:
 
 
 def _by_dtypes(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """The lists cut into such as have one dtype each, without empty tensors."""
+    """The lists cut into short ones of one dtype each, without empty tensors."""
     kinds: dict[tuple, list[tuple[Tensor, ...]]] = {}
     for tensors in zip(*lists, strict=True):
         if tensors[0].numel():
             kinds.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(tensors)
     for rows in kinds.values():
-        yield [list(column) for column in zip(*rows, strict=True)]
+        for first in range(0, len(rows), MOST):
+            yield [list(column) for column in zip(*rows[first : first + MOST], strict=True)]
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -322,23 +321,16 @@ def _write_back(tensors: Sequence[Tensor], written: Sequence[Tensor]) -> None:
 
 
 def _momentum_triton(
-    gradients: Sequence[Tensor], buffers: Sequence[Tensor], momentum: float, scale: Tensor | None, factor: float,
-    nesterov: bool,
-) -> list[Tensor]:  # fmt: skip
-    updates = _fake_momentum(gradients, buffers, momentum, scale, factor, nesterov)
+    gradients: Sequence[Tensor], buffers: Sequence[Tensor], updates: Sequence[Tensor], momentum: float,
+    scale: Tensor | None, factor: float,
+) -> None:  # fmt: skip
+    """updates are contiguous, or none are wanted."""
     with torch.cuda.device_of(buffers[0]):  # Triton launches on the current device
         for sources, targets, outs in _by_dtypes(gradients, buffers, updates or buffers):
             written = _contiguous(targets)
-            launch = _Launch("momentum", _contiguous(sources), written, outs if nesterov else None)
-            _momentum_kernel[(launch.programs,)](
-                *launch.operands, momentum, factor if scale is None else scale, **launch.constants
-            )
+            launch = _Launch("momentum", _contiguous(sources), written, outs if updates else None)
+            _momentum_kernel[(launch.programs,)](*launch.operands, momentum, scale, factor, **launch.constants)
             _write_back(targets, written)
-    return updates
-
-
-def _fake_momentum(gradients, buffers, momentum, scale, factor, nesterov) -> list[Tensor]:
-    return [torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in buffers] if nesterov else []
 
 
 def _apply_triton(
@@ -390,8 +382,8 @@ def _fake_clip(squares: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 _momentum_op = operator(
-    "momentum_update(Tensor[] gradients, Tensor(a!)[] buffers, float momentum, Tensor? scale, float factor, "
-    "bool nesterov) -> Tensor[]", _momentum_triton, _fake_momentum, mutates=("buffers",),
+    "momentum_update(Tensor[] gradients, Tensor(a!)[] buffers, Tensor(b!)[] updates, float momentum, Tensor? scale, "
+    "float factor) -> ()", _momentum_triton, lambda *arguments: None, mutates=("buffers", "updates"),
 )  # fmt: skip
 _apply_op = operator(
     "apply_update(Tensor(a!)[] parameters, Tensor[] updates, Tensor(b!)[] averages, float lr, float weight_decay, "
@@ -404,8 +396,9 @@ _clip_op = operator("clip_factor(Tensor squares, float limit) -> (Tensor, Tensor
 def _momentum_kernels(gradients, buffers, momentum, gradient_scale, nesterov) -> list[Tensor]:
     on_device = isinstance(gradient_scale, Tensor)
     scale, factor = (gradient_scale, 1.0) if on_device else (None, float(gradient_scale))
-    updates = _momentum_op(list(gradients), list(buffers), float(momentum), scale, factor, nesterov)
-    return updates if nesterov else list(buffers)
+    updates = [torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in buffers] if nesterov else []
+    _momentum_op(list(gradients), list(buffers), updates, float(momentum), scale, factor)
+    return updates or list(buffers)
 
 
 def _apply_kernels(parameters, updates, lr, weight_decay, averages, decay) -> None:
