@@ -45,7 +45,8 @@ def momentum_update_reference(
 
 def squared_norm_reference(tensors: Sequence[Tensor]) -> Tensor:
     """Plain PyTorch; the contract of `squared_norm`, whose arguments it shares."""
-    return sum(tensor.to(_wide(tensor)).square().sum().to(torch.float32) for tensor in tensors)
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.stack(torch._foreach_norm(list(tensors), 2, wide)).square().sum().float()
 
 
 def clip_factor_reference(squares: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -74,10 +75,6 @@ def _step(parameter: Tensor, lr: float) -> float:
     """What an update is multiplied with."""
     rows, columns = parameter.shape[-2:]
     return -lr * max(1, rows / columns) ** 0.5
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 # Integers in tuples are odd (2 n + 1), for Triton compiles anew for those that 16 divides and for those it does not.
