@@ -290,7 +290,7 @@ class _Launch:
         self.large = max(1, sum(size > chunk for size in sizes))
         self.operands: list = []
         for tensors in lists:
-            self.operands += [tensors[0], odd_addresses(tensors)] if tensors else [None, ()]
+            self.operands += [tensors[0], odd_addresses(tensors)] if tensors else [None, None]
         self.operands += [_odd(sizes), _odd(ends)]
         aligned = all(tensor.data_ptr() % 16 == 0 for tensors in given for tensor in tensors)
         self.constants = dict(WIDTH=32 * warps * vector, ROUNDS=elements // vector, ALIGNED=aligned, num_warps=warps)
