@@ -13,6 +13,7 @@ from bench import (
     dequant,
     gated_attention,
     linear_cross_entropy,
+    muon_update,
     newton_schulz,
     residual,
     residual_mlp,
@@ -23,6 +24,7 @@ from bench.harness import main
 
 FAMILIES = (
     newton_schulz, dequant, smear_gate, residual, varlen_attention, gated_attention, residual_mlp, linear_cross_entropy,
+    muon_update,
 )  # fmt: skip
 BENCHES = {family.__name__.removeprefix("bench."): family.CASES for family in FAMILIES}
 

@@ -36,7 +36,7 @@ from math import prod
 
 import torch
 
-from ._launch import constexpr, jit, multiprocessors, operator, select, tl
+from ._launch import constexpr, jit, multiprocessors, odd_addresses, operator, select, tl
 
 # isort: off
 from ._newton_schulz_tasks import (
@@ -136,7 +136,7 @@ def _iterate_gram(X: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
 
 @jit
 def _bank_offset(addresses, bank, ALIGNED: tl.constexpr):
-    """Elements from the first bank to this one; see `_odd_addresses`."""
+    """Elements from the first bank to this one; see `odd_addresses`."""
     offset = addresses[0] - addresses[0]
     for index in tl.static_range(1, len(addresses)):
         offset = tl.where(bank == index, (addresses[index] - addresses[0]) // 2, offset)
@@ -344,12 +344,6 @@ def _tasks_kernel(
         matrix, needed = next_matrix, next_needed
 
 
-def _odd_addresses(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Addresses in elements, times 2 plus 1: Triton compiles anew for integers that 16 divides and for those it does
-    not, and all of these are odd."""
-    return tuple(2 * (tensor.data_ptr() // tensor.element_size()) + 1 for tensor in tensors)
-
-
 def _launch(
     banks: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], coefficients: Coefficients, algorithm: str,
     storage: torch.dtype, norm_scale: float, eps: float, row_normalize: bool,
@@ -358,7 +352,7 @@ def _launch(
     device = banks[0].device
     work = plan(tuple((prod(G.shape[:-2]), *G.shape[-2:]) for G in banks), algorithm, coefficients, device)
     parameters = work.parameters
-    sources, targets = _odd_addresses(banks), _odd_addresses(outs)
+    sources, targets = odd_addresses(banks), odd_addresses(outs)
     aligned = work.even and all(address % 32 == 1 for address in (*sources, *targets))
     tasks = len(work.tasks)
     with torch.cuda.device_of(banks[0]):  # Triton launches on the current device

@@ -1,12 +1,13 @@
 """Optimizers: Muon for the matrix banks, sharded over ranks, and AdamW for the rest.
 
-A step is: reduce gradients over ranks, clip their norm, update. Banks are reduce-scattered, so a rank orthogonalises
-only its share of the matrices, all banks at once, and all-gathered one after the other while the first are applied.
+A step is: reduce gradients over ranks, clip their norm, update, move the weights' averages. Banks are reduce-scattered,
+so a rank orthogonalises only its share of the matrices, all banks at once, and all-gathered one after the other while
+AdamW runs and the first are applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgolf.config import RunConfig
+from pgolf.kernels.muon_update import apply_update, clip_factor, momentum_update, squared_norm
 from pgolf.kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, Coefficients, newton_schulz_banks
 
 # torch 2.13 renamed the two collectives; 2.11 knows the old names only.
@@ -71,6 +73,7 @@ class Muon(torch.optim.Optimizer):
         self.world_size = dist.get_world_size(process_group) if distributed else 1
         self.rank = dist.get_rank(process_group) if distributed else 0
         self._reduced: dict[Tensor, tuple[Any, Tensor]] = {}
+        self._updates: list[tuple[dict, list[Tensor], list[Tensor], list[Any]]] = []  # begun, not yet applied
 
     def _ordered(self) -> list[Tensor]:
         """Parameters, the largest first: their communication hides behind more work."""
@@ -85,76 +88,96 @@ class Muon(torch.optim.Optimizer):
         """Start averaging the gradients over ranks, each rank receiving its shard."""
         for parameter in self._ordered():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradient = _as_bank(gradient.to(self.dtype))
+            gradient = _as_bank(gradient)
             if self.world_size == 1:
                 self._reduced[parameter] = (None, gradient)
                 continue
-            share = self._share(gradient)
-            padded = gradient.new_zeros(share * self.world_size, *gradient.shape[1:])
-            padded[: gradient.size(0)] = gradient
+            count, share = gradient.size(0), self._share(gradient)
+            shape = (share * self.world_size, *gradient.shape[1:])
+            padded = torch.empty(shape, dtype=self.dtype, device=gradient.device)
+            padded[:count], padded[count:] = gradient, 0
             shard = torch.empty_like(padded[:share])
             work = _reduce_scatter(shard, padded, group=self.process_group, async_op=True)
             self._reduced[parameter] = (work, shard)
 
-    def _shard(self, parameter: Tensor) -> Tensor:
-        work, shard = self._reduced[parameter]
-        if work is not None:
+    @torch.no_grad()
+    def shards(self) -> list[Tensor]:
+        """This rank's share of the reduced gradients."""
+        waiting = {p: (work, shard) for p, (work, shard) in self._reduced.items() if work is not None}
+        for parameter, (work, shard) in waiting.items():
             work.wait()
-            shard /= self.world_size
             self._reduced[parameter] = (None, shard)
-        return shard
+        if waiting:
+            torch._foreach_div_([shard for _, shard in waiting.values()], self.world_size)
+        return [shard for _, shard in self._reduced.values()]
+
+    def step(
+        self,
+        closure: None = None,
+        *,
+        gradient_scale: Tensor | float = 1.0,
+        averages: Mapping[Tensor, Tensor] | None = None,
+        decay: float = 0.0,
+    ) -> None:
+        """Update the parameters; gradients are reduced first where `reduce_gradients` has not been called.
+
+        ``averages`` holds a moving average of every parameter, which becomes decay · average + (1 - decay) · parameter.
+        """
+        self.begin_step(gradient_scale)
+        self.end_step(averages, decay)
 
     @torch.no_grad()
-    def squared_norm(self) -> Tensor:
-        """Squared norm of this rank's share of the reduced gradients, float32 scalar."""
-        return sum(self._shard(p).float().square().sum() for p in self._ordered())
-
-    @torch.no_grad()
-    def step(self, closure: None = None, *, gradient_scale: Tensor | float = 1.0) -> None:
-        """Update the parameters; gradients are reduced first where `reduce_gradients` has not been called."""
+    def begin_step(self, gradient_scale: Tensor | float = 1.0) -> None:
+        """The first half of `step`: start to compute and gather the updates."""
         if not self._reduced:
             self.reduce_gradients()
-        pending = []
-        for group, parameter, shard in self._orthogonalized(gradient_scale):
-            work = None
-            if self.world_size > 1:
-                update = shard.new_empty(shard.size(0) * self.world_size, *shard.shape[1:])
-                work = _all_gather(update, shard, group=self.process_group, async_op=True)
-                shard = update
-            pending.append((parameter, group, shard, work))
-        for gathered in pending:
-            self._apply(*gathered)
-        self._reduced.clear()
-
-    def _orthogonalized(self, gradient_scale: Tensor | float) -> Iterator[tuple[dict, Tensor, Tensor]]:
-        """This rank's shard of every bank's update; the banks of a group go through Newton-Schulz together."""
+        self.shards()
         for group in self.param_groups:
             banks = sorted(group["params"], key=Tensor.numel, reverse=True)
+            gradients = [self._reduced[parameter][1] for parameter in banks]
             updates = newton_schulz_banks(
-                [self._momentum_update(parameter, group, gradient_scale) for parameter in banks],
+                momentum_update(
+                    gradients,
+                    [self._momentum_buffer(*pair) for pair in zip(banks, gradients, strict=True)],
+                    group["momentum"],
+                    gradient_scale,
+                    group["nesterov"],
+                ),
                 group["steps"],
                 self.coefficients,
                 dtype=self.dtype,
                 row_normalize=group["row_normalize"],
             )
-            yield from ((group, *pair) for pair in zip(banks, updates, strict=True))
+            works = [None] * len(banks)
+            if self.world_size > 1:
+                updates, works = zip(*map(self._gather, updates), strict=True)
+            self._updates.append((group, banks, updates, works))
+        self._reduced.clear()
 
-    def _momentum_update(self, parameter: Tensor, group: dict, gradient_scale: Tensor | float) -> Tensor:
-        gradient = self._shard(parameter) * gradient_scale
+    def _momentum_buffer(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer = state["momentum_buffer"]
-        buffer.mul_(group["momentum"]).add_(gradient)
-        return gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+            state["momentum_buffer"] = torch.zeros_like(gradient, dtype=self.dtype)
+        return state["momentum_buffer"]
 
-    def _apply(self, parameter: Tensor, group: dict, update: Tensor, work: Any) -> None:
-        if work is not None:
-            work.wait()
-        rows, columns = parameter.shape[-2:]
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        bank = _as_bank(parameter)
-        bank.add_(update[: bank.size(0)].to(bank.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+    def _gather(self, shard: Tensor) -> tuple[Tensor, Any]:
+        update = shard.new_empty(shard.size(0) * self.world_size, *shard.shape[1:])
+        return update, _all_gather(update, shard, group=self.process_group, async_op=True)
+
+    @torch.no_grad()
+    def end_step(self, averages: Mapping[Tensor, Tensor] | None = None, decay: float = 0.0) -> None:
+        """The second half of `step`: apply the updates, all at once, or with several ranks each as it arrives."""
+        for group, parameters, updates, works in self._updates:
+            banks = [_as_bank(parameter) for parameter in parameters]
+            means = None if averages is None else [_as_bank(averages[parameter]) for parameter in parameters]
+            updates = [update[: bank.size(0)] for bank, update in zip(banks, updates, strict=True)]
+            size = len(banks) if self.world_size == 1 else 1
+            for i in range(0, len(banks), size):
+                if works[i] is not None:
+                    works[i].wait()
+                now = slice(i, i + size)
+                apply_update(banks[now], updates[now], group["lr"], group["weight_decay"], means and means[now], decay)
+        self._updates.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim, with whole momentum banks gathered from all ranks (call it on every rank)."""
@@ -216,6 +239,7 @@ class ModelOptimizer:
             dtype=model.compute_dtype,
         )
         self.replicated = [p for group in self.adamw.param_groups for p in group["params"]]
+        self.names = {parameter: name for name, parameter in parameters.items()}
         for group in (*self.adamw.param_groups, *self.muon.param_groups):
             group["base_lr"] = group["lr"]
 
@@ -225,21 +249,29 @@ class ModelOptimizer:
         self.muon.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> Tensor:
-        """Reduce, clip and update; returns the norm of the reduced gradient before clipping, float32 scalar."""
+    def step(
+        self, lr_scale: float, momentum: float, averages: Mapping[str, Tensor] | None = None, decay: float = 0.0
+    ) -> Tensor:
+        """Reduce, clip and update; returns the norm of the reduced gradient before clipping, float32 scalar.
+
+        ``averages`` holds a moving average of every parameter by its name, in float32, which becomes
+        decay · average + (1 - decay) · parameter.
+        """
         for group in (*self.adamw.param_groups, *self.muon.param_groups):
             group["lr"] = group["base_lr"] * lr_scale
         for group in self.muon.param_groups:
             group["momentum"] = momentum
         self.muon.reduce_gradients()
         self._reduce_replicated()
-        norm = self._global_norm()
-        scale = 1.0
-        if self.config.grad_clip_norm > 0:
-            scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.replicated], scale)
+        norm, scale = self._clip()
+        self.muon.begin_step(scale)
         self.adamw.step()
-        self.muon.step(gradient_scale=scale)
+        means = None
+        if averages is not None:
+            means = {parameter: averages[name] for parameter, name in self.names.items()}
+            weights = [parameter.float() for parameter in self.replicated]
+            torch._foreach_lerp_([means[parameter] for parameter in self.replicated], weights, 1 - decay)
+        self.muon.end_step(means, decay)
         return norm
 
     def _reduce_replicated(self) -> None:
@@ -255,16 +287,22 @@ class ModelOptimizer:
         flat = torch.cat([g.flatten().float() for g in small])
         for message in (flat, *large):
             dist.all_reduce(message)
-            message /= self.world_size
-        for gradient, part in zip(small, flat.split([g.numel() for g in small]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        torch._foreach_div_([flat, *large], self.world_size)
+        parts = flat.split([g.numel() for g in small])
+        torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
 
-    def _global_norm(self) -> Tensor:
-        squares = self.muon.squared_norm()
+    def _clip(self) -> tuple[Tensor, Tensor | float]:
+        """The norm of the reduced gradient, and what clipping multiplies it with: the replicated part is already."""
+        replicated = [p.grad for p in self.replicated]
+        # Ranks add up their shares, and what all of them have counts once.
+        squares = squared_norm([*self.muon.shards(), *(replicated if self.muon.rank == 0 else [])])
         if self.world_size > 1:
             dist.all_reduce(squares)
-        norms = torch._foreach_norm([p.grad for p in self.replicated])
-        return (squares + torch.stack([n.float() for n in norms]).square().sum()).sqrt()
+        if self.config.grad_clip_norm <= 0:
+            return squares.sqrt(), 1.0
+        norm, scale = clip_factor(squares, self.config.grad_clip_norm)
+        torch._foreach_mul_(replicated, scale)
+        return norm, scale
 
     def state_dict(self) -> dict[str, Any]:
         """State of both optimizers, the same from any number of ranks (call it on every rank)."""

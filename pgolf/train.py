@@ -134,7 +134,6 @@ class _Trainer:
         self.config, self.folder, self.world, self.state = config, folder, world, state
         self.accumulation = config.gradient_accumulation(world.size)
         self.progress = TrainingProgress(config.train_log_every) if world.is_main else None
-        self.weights = state.model.state_dict()
         self.step_seconds: dict[bool, list[float]] = {False: [], True: []}
         self.waiting: list[tuple[dict[str, Any], torch.Tensor, Any]] = []  # steps handed to the device, not logged yet
         self.last_mark: Any = None  # where the step before the oldest waiting one ended
@@ -177,8 +176,7 @@ class _Trainer:
             if self.progress:
                 self.progress.message(f"the loop starts at step {state.step + 1}")
         scale, momentum = learning_rate_scale(config, fraction), muon_momentum(config, state.step)
-        measured = self._step(scale, momentum)
-        self._average()
+        measured = self._step(scale, momentum, state.ema)
         state.step += 1
         entry = {
             "kind": "train",
@@ -190,8 +188,8 @@ class _Trainer:
         }
         self.waiting.append((entry, measured, self._mark()))
 
-    def _step(self, lr_scale: float, momentum: float) -> torch.Tensor:
-        """One optimizer step; returns (mean loss over all ranks, gradient norm), once the device is there."""
+    def _step(self, lr_scale: float, momentum: float, averages: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """One optimizer step, of the averages too; returns (mean loss, gradient norm), once the device is there."""
         state = self.state
         state.optimizer.zero_grad()
         total = torch.zeros((), device=self.world.device)
@@ -200,7 +198,7 @@ class _Trainer:
             loss = state.model(batch.input_ids, batch.target_ids, batch.cu_seqlens, self.config.train_seq_len)
             (loss / self.accumulation).backward()
             total += loss.detach() / self.accumulation
-        norm = state.optimizer.step(lr_scale, momentum)
+        norm = state.optimizer.step(lr_scale, momentum, averages, self.config.ema_decay)
         return self._on_its_way(torch.stack([self.world.mean(total), norm]))
 
     def _on_its_way(self, measured: torch.Tensor) -> torch.Tensor:
@@ -208,11 +206,6 @@ class _Trainer:
         if measured.device.type != "cuda":
             return measured
         return torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True).copy_(measured, non_blocking=True)
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        averages = [self.state.ema[name] for name in self.weights]
-        torch._foreach_lerp_(averages, [value.float() for value in self.weights.values()], 1 - self.config.ema_decay)
 
     def _wait(self, steps_behind: int) -> None:
         """Wait until the device is at most so many steps behind, so that the clock tells what was really done."""

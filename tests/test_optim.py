@@ -105,19 +105,40 @@ def test_state_dict_restores_everything() -> None:
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
 
 
+def test_averages_move_with_the_weights() -> None:
+    """Of every parameter, and the weights move as without."""
+    results = []
+    for averaged in (False, True):
+        model, optimizer = model_and_optimizer()
+        averages = {name: value.detach().clone() for name, value in model.named_parameters()}
+        expected = {name: value.clone() for name, value in averages.items()}
+        for step in range(2):
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step(1.0, 0.9, averages if averaged else None, 0.75)
+            for name, value in model.named_parameters():
+                expected[name].lerp_(value.detach(), 0.25)
+        results.append(model.state_dict())
+    assert all(torch.equal(averages[name], expected[name]) for name in expected)
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
 def _steps(rank: int, size: int) -> dict[str, torch.Tensor]:
     """Two steps whose gradients, averaged over ranks, do not depend on the number of ranks; state moved in between."""
     model, optimizer = model_and_optimizer(size)
+    averages = {name: value.detach().clone() for name, value in model.named_parameters()}
     for step in range(2):
         torch.manual_seed(step)
         for parameter in model.parameters():
             common, own = torch.randn_like(parameter), torch.ones_like(parameter)
             parameter.grad = common + own * (rank - (size - 1) / 2)
-        optimizer.step(1.0, 0.9)
+        optimizer.step(1.0, 0.9, averages, 0.5)
         state = optimizer.state_dict()
         model_again, optimizer = model, ModelOptimizer(model, CONFIG, size)
         optimizer.load_state_dict(state)
-    return {**model_again.state_dict(), "momentum": state["muon"]["state"][0]["momentum_buffer"]}
+    averages = {f"average of {name}": value for name, value in averages.items()}
+    return {**model_again.state_dict(), **averages, "momentum": state["muon"]["state"][0]["momentum_buffer"]}
 
 
 @pytest.mark.parametrize("size", [2, 3])
