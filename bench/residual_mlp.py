@@ -111,7 +111,6 @@ TUNING = {
     "up": Tuning(CASES["up"], {**_CHOICES, "early": ()}),
     "gradient": Tuning(CASES["gradient"], _CHOICES),
     "down": Tuning(CASES["down"], _CHOICES),  # whether cuBLAS does it better, `forward` shows
-    "odd": Tuning(CASES["forward_backward_4099x70"], _CHOICES),
     "scale": Tuning(CASES["forward_backward"], dict(columns_per_warp=(128, 256, 512, 1024))),
 }
 

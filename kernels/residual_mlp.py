@@ -28,6 +28,9 @@ except ImportError:
     TensorDescriptor = None
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# hidden is cut to the even bf16 below, to the odd one next to it for a negative pre: too small by one unit in the last
+# place for a positive pre, 0.56 % on average, by which those are made larger before.
+EVENED = constexpr(1.0028136)
 SQUARE, MARKED_SQUARE, GRADIENT, ADD = (constexpr(k) for k in range(4))  # epilogues; the last two read a matrix
 
 
@@ -47,26 +50,22 @@ def residual_mlp_reference(
 def _square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
     """leaky_relu(pre, 0.5)² in dtype, with MARK the sign of pre in its last bit."""
     if MARK and dtype == tl.bfloat16:
-        # Cut to the even number below, the odd one next to it for a negative pre: too small by one unit in the last
-        # place for a positive pre, 0.56 % on average, by which those are made larger before.
-        root = tl.maximum(pre * 1.0028136, pre * 0.5)
+        root = tl.maximum(pre * EVENED, pre * 0.5)
         bits, sign = (root * root).to(tl.int32, bitcast=True), pre.to(tl.int32, bitcast=True) >> 15
         hidden = (((bits & ~0x1FFFF) | (sign & 0x1FFFF)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         root = tl.maximum(pre, pre * 0.5)
         hidden = (root * root).to(dtype)
         if MARK:
-            INTEGER: tl.constexpr = tl.int16 if dtype == tl.float16 else tl.int32
-            bits = hidden.to(INTEGER, bitcast=True)
-            hidden = ((bits & -2) | (pre < 0).to(INTEGER)).to(dtype, bitcast=True)
+            bits = hidden.to(tl.int16, bitcast=True)
+            hidden = ((bits & -2) | (pre < 0).to(tl.int16)).to(dtype, bitcast=True)
     return hidden
 
 
 @jit
 def _slope(hidden):
     """The derivative of leaky_relu(pre, 0.5)² by pre, from hidden as `_square` marks it."""
-    INTEGER: tl.constexpr = tl.int32 if hidden.dtype == tl.float32 else tl.int16
-    negative = hidden.to(INTEGER, bitcast=True) & 1
+    negative = hidden.to(tl.int16, bitcast=True) & 1
     root = tl.sqrt(hidden.to(tl.float32))
     return tl.where(negative != 0, -root, 2 * root)
 
@@ -149,7 +148,6 @@ def _product_kernel(
     """
     across = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(M, BLOCK_M) * across
-    PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
     HALF: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         row, column = tile // across * BLOCK_M, tile % across * BLOCK_N
@@ -160,7 +158,7 @@ def _product_kernel(
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             left = _load(a, row, k, M, K, BLOCK_M, BLOCK_K, DESCRIPTORS)
             right = _load(b, column, k, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS)
-            product = tl.dot(left, right.T, product, input_precision=PRECISION)
+            product = tl.dot(left, right.T, product)
         if EARLY:
             left, right = _halves(product, BLOCK_M, BLOCK_N)
             _store(left, first, out, row, column, M, N, BLOCK_M, HALF, EPILOGUE, DESCRIPTORS, dtype)
@@ -185,10 +183,29 @@ def _scale_gradient_kernel(gradient, down, scale, ddown, dscale, M, BLOCK: tl.co
     tl.store(dscale + row, tl.sum(total).to(dscale.dtype.element_ty))
 
 
-def _settings(case: str, a: torch.Tensor, *others: torch.Tensor) -> dict[str, int]:
-    """Launch parameters of a case; "odd" is for fp32 and for rows or addresses that are not of whole 16 bytes."""
-    regular = a.element_size() == 2 and not any(t.size(-1) % 8 or t.data_ptr() % 16 for t in (a, *others))
-    return launch_parameters("residual_mlp", case if regular else "odd", a.device)
+def _regular(*tensors: torch.Tensor | None) -> bool:
+    """Whether rows and addresses are of whole 16 bytes, of 16-bit numbers: what the kernel is made for."""
+    given = [t for t in tensors if t is not None]
+    return all(t.element_size() == 2 and not t.size(-1) % 8 and not t.data_ptr() % 16 for t in given)
+
+
+def _plain_product(epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | None) -> torch.Tensor:
+    """`_product` in PyTorch, for everything else."""
+    product = _wide_product(a, b.t())
+    if epilogue == ADD.value:
+        return (product + aux).to(a.dtype)
+    integer = torch.int16 if a.element_size() == 2 else torch.int32
+    if epilogue == GRADIENT.value:
+        root = aux.float().sqrt()
+        return (product * torch.where(aux.view(integer) % 2 != 0, -root, 2 * root)).to(a.dtype)
+    if epilogue == SQUARE.value:
+        return torch.maximum(product, product * 0.5).square().to(a.dtype)
+    negative = (product < 0).to(torch.int32)
+    if a.dtype == torch.bfloat16:
+        bits = torch.maximum(product * EVENED.value, product * 0.5).square().view(torch.int32) >> 16
+    else:
+        bits = torch.maximum(product, product * 0.5).square().to(a.dtype).view(integer).to(torch.int32)
+    return (bits & -2 | negative).to(integer).view(a.dtype)
 
 
 def _product(case: str, epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | None = None):
@@ -197,8 +214,10 @@ def _product(case: str, epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: to
     out = a.new_empty(M, N)
     if not out.numel():
         return out
+    if not _regular(a, b, out, aux):
+        return _plain_product(epilogue, a, b, aux)
     early, aux = aux is not None, out if aux is None else aux
-    tuned = _settings(case, a, b, aux)
+    tuned = launch_parameters("residual_mlp", case, a.device)
     m, n, k, parts = (tuned[name] for name in ("block_m", "block_n", "block_k", "subtiles"))
     early, descriptors = bool(early and tuned["early"]), bool(tuned["descriptors"])
     parts = 2 if early else parts
@@ -262,10 +281,10 @@ def _forward(
     weight = _folded(down.contiguous(), out_scale, False)
     if residual is None:
         out = hidden @ weight.t()
-    elif _settings("down", hidden, residual := _rows(residual))["cublas"]:
-        out = torch.addmm(residual, hidden, weight.t())
+    elif launch_parameters("residual_mlp", "down", x.device)["cublas"]:
+        out = torch.addmm(_rows(residual), hidden, weight.t())
     else:
-        out = _product("down", ADD.value, hidden, weight, residual)
+        out = _product("down", ADD.value, hidden, weight, _rows(residual))
     return out.view(x.shape), hidden if keep else x.new_empty(0)
 
 

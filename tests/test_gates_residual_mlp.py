@@ -56,12 +56,9 @@ def test_products_on_other_chips(name: str, capability: int) -> None:
     assert kernel.count(r"STG\.E") == kernel.count(r"STG\.E\S*\.128")
 
 
-@pytest.mark.parametrize(
-    "dtype, d, m", [(torch.float32, 512, 2048), (torch.bfloat16, 70, 130), (torch.float16, 512, 2048)]
-)
 @pytest.mark.parametrize("name", EPILOGUES)
-def test_products_of_other_types_and_widths(name: str, d: int, m: int, dtype: torch.dtype) -> None:
-    check(compile_product(name, 1000, d, m, dtype, 90), matrix_products=dtype != torch.float32)
+def test_products_in_float16(name: str) -> None:
+    check(compile_product(name, 1000, 512, 2048, torch.float16, 90), matrix_products=True)
 
 
 def test_scale_gradient() -> None:
