@@ -11,7 +11,8 @@ diagonal need a mask. Segment s owns the tiles from ``cu_seqlens[s] // BLOCK + s
 without a sum over segments, T // BLOCK + S in all; a small kernel sorts them by their segment's length, so that the
 last programs to start are short and few have nothing to do. Backward is one kernel for dq, which also computes
 delta = Σ do o, and one for dk and dv, each with probabilities recomputed from the base 2 ``lse``: two products more
-than in a single kernel, which would have to add to dq in memory.
+than in a single kernel, which would have to add to dq in memory. `_forward` and `_backward` can take in what
+`gated_attention` does to o: tiles have whole rows of it, and those of dq all heads of a group.
 """
 
 from __future__ import annotations

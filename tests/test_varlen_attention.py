@@ -210,7 +210,7 @@ def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> No
     given = dict(along=along, logits=logits, dlogits=into)
     results = family._backward(dy, *leaves, got, lse, cu_seqlens, longest, 0.3, **given)
     for a, b in zip((got, *results, into), (y, dq, dk, dv, *dlogits), strict=False):
-        assert (a - b).norm() <= 3e-6 * b.norm()
+        assert (a - b).norm() <= 1e-5 * b.norm()
     assert (dfused[:, [0, 1, -1]] == 7).all()
     if parts[0]:
         v = leaves[2].double()
