@@ -92,7 +92,7 @@ def _store_sums(
 
 
 @jit(do_not_specialize=("rows", "chunk"))
-def _forward_kernel(
+def _residual_kernel(
     x, x0, mix, skip, weight, gate, scale, joined, u, n, rstd, rows, chunk, EPS: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -122,12 +122,12 @@ def _forward_kernel(
 
 
 @jit(do_not_specialize=("rows", "chunk"))
-def _backward_kernel(
+def _residual_backward_kernel(
     dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, rstd, dx, dx0, dskip, partials, rows, chunk,
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
     HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Of `_forward_kernel`. With rstd, x is n. dx_next is joined's gradient, dx0_next is added to dx0."""
+    """Of `_residual_kernel`. With rstd, x is n. dx_next is joined's gradient, dx0_next is added to dx0."""
     columns, inside = _columns(D, BLOCK)
     zeros = tl.zeros((BLOCK,), ACC)
     w, sigma, factor = _vector(weight, columns, inside, ACC), _gate(gate, columns, inside, ACC), _scalar(scale, ACC)
@@ -363,7 +363,7 @@ def mix_forward(
         grid, extent, settings = _plan(_case(mix, skip, "forward"), x)
         inputs = _contiguous(x, x0, mix, skip, weight, gate, scale)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            _forward_kernel[grid](*inputs, *map(_pointer, outputs), None, *extent, EPS=eps, **settings)
+            _residual_kernel[grid](*inputs, *map(_pointer, outputs), None, *extent, EPS=eps, **settings)
     return tuple(outputs)
 
 
@@ -386,7 +386,7 @@ def mix_backward(
     partials = x.new_empty(*grid, width, dtype=accumulator(x))
     inputs = _contiguous(dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale)
     with torch.cuda.device_of(x):
-        _backward_kernel[grid](
+        _residual_backward_kernel[grid](
             *inputs, None, *map(_pointer, outputs), partials, *extent, EPS=eps, HALF=False, WIDTH=width, **settings
         )
     return *outputs, partials.sum(0)
@@ -399,7 +399,7 @@ def norm_forward(x: Tensor, other: Tensor | None, scale: Tensor | None, eps: flo
         grid, extent, settings = _plan("norm_forward", x)
         x, other = _contiguous(x, other)
         with torch.cuda.device_of(x):
-            _forward_kernel[grid](
+            _residual_kernel[grid](
                 x, other, None, None, None, None, scale, None, None, n, rstd, *extent, EPS=eps, **settings
             )
     return n, rstd
@@ -414,7 +414,7 @@ def norm_backward(
         grid, extent, settings = _plan("norm_backward", n)
         dx_next, dn, n, rstd = _contiguous(dx_next, dn, n, rstd)
         with torch.cuda.device_of(n):
-            _backward_kernel[grid](
+            _residual_backward_kernel[grid](
                 None, dx_next, dn, None, n, None, None, None, None, None, scale, rstd, dx, None, None, None, *extent,
                 EPS=0.0, HALF=mean, WIDTH=0, **settings,
             )  # fmt: skip

@@ -51,7 +51,7 @@ def varlen_attention_reference(
 
 
 @jit(do_not_specialize=["S"])
-def _plan_kernel(cu_seqlens, tiles, S, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+def _attention_plan_kernel(cu_seqlens, tiles, S, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Tile ``program`` of those that segments own, to its place: segments by length, then their empty tiles.
 
     A tile is its segment's first token, the segment's length and the tile's first token in it.
@@ -97,7 +97,7 @@ def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: t
 
 
 @jit
-def _forward_kernel(
+def _attention_kernel(
     q, k, v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale, H: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -152,7 +152,7 @@ def _forward_kernel(
 
 
 @jit
-def _queries_kernel(
+def _attention_queries_kernel(
     do, q, k, v, o, lse, delta, along, logits, pairs, dq, core_do, dlogits, dv, tiles, do_t, do_h, q_t, q_h, k_t, k_h,
     v_t, v_h, dq_t, dq_h, dv_t, dv_h, logits_t, dlogits_t, T, scale, factor, H: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
@@ -245,7 +245,7 @@ def _queries_kernel(
 
 
 @jit
-def _keys_kernel(
+def _attention_keys_kernel(
     do, q, k, v, pairs, dk, dv, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, scale,
     factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
@@ -324,11 +324,13 @@ def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _plan(cu_seqlens: torch.Tensor, tokens: int, block: int) -> torch.Tensor:
-    """The tiles of ``block`` tokens of all segments, int32 [T // block + S, 4]; see `_plan_kernel`."""
+    """The tiles of ``block`` tokens of all segments, int32 [T // block + S, 4]; see `_attention_plan_kernel`."""
     segments = cu_seqlens.numel() - 1
     tiles = cu_seqlens.new_empty(tokens // block + segments, 4)
     chunk = 256  # segments that a program looks at together
-    _plan_kernel[(tiles.size(0),)](cu_seqlens.contiguous(), tiles, segments, BLOCK=block, CHUNK=chunk, num_warps=1)
+    _attention_plan_kernel[(tiles.size(0),)](
+        cu_seqlens.contiguous(), tiles, segments, BLOCK=block, CHUNK=chunk, num_warps=1
+    )
     return tiles
 
 
@@ -356,7 +358,7 @@ def _forward(
         settings = _settings("forward", q, k)
         with torch.cuda.device_of(q):  # Triton launches on the current device
             tiles = _plan(cu_seqlens, tokens, settings["QUERIES"])
-            _forward_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
+            _attention_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
                 q, k, v, o, lse, along, logits, tiles, *_strides(q, k, v), *_row_strides(logits),
                 tokens, scale * math.log2(math.e), **settings,
             )  # fmt: skip
@@ -397,7 +399,7 @@ def _backward(
     rest = tokens, scale * math.log2(math.e), scale
     with torch.cuda.device_of(q):
         tiles = _plan(cu_seqlens, tokens, by_queries["QUERIES"])
-        _queries_kernel[(tiles.size(0) * heads // by_queries["HEADS"],)](
+        _attention_queries_kernel[(tiles.size(0) * heads // by_queries["HEADS"],)](
             do, q, k, v, o.contiguous() if delta is None else None, lse, delta, along, logits, pairs, dq, core_do,
             dlogits, dv, tiles, *_strides(do, q, k, v, dq, dv), *_row_strides(logits, dlogits), *rest, WIDTH=width,
             **by_queries,
@@ -405,7 +407,7 @@ def _backward(
         do = do if core_do is None else core_do
         if by_keys["KEYS"] != by_queries["QUERIES"]:
             tiles = _plan(cu_seqlens, tokens, by_keys["KEYS"])
-        _keys_kernel[(tiles.size(0) * k.size(1),)](
+        _attention_keys_kernel[(tiles.size(0) * k.size(1),)](
             do, q, k, v, pairs, dk, dv, tiles, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width,
             ADD=add_dv or along is not None, **by_keys,
         )  # fmt: skip

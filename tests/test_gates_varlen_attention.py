@@ -15,9 +15,13 @@ pytest.importorskip("triton")
 from tests.gates import Compiled, check, compiling
 
 TOKENS, SEGMENTS = 98_304, 191  # the record's micro-step
-REGISTERS = {"_forward_kernel": 128, "_queries_kernel": 128, "_keys_kernel": 240}  # at 64 wide heads of sm_90
-PRODUCTS = {"_forward_kernel": 2, "_queries_kernel": 3, "_keys_kernel": 4}
-TABLE = {"_forward_kernel": "forward", "_queries_kernel": "queries", "_keys_kernel": "keys"}
+REGISTERS = {
+    "_attention_kernel": 128,
+    "_attention_queries_kernel": 128,
+    "_attention_keys_kernel": 240,
+}  # at 64 wide heads of sm_90
+PRODUCTS = {"_attention_kernel": 2, "_attention_queries_kernel": 3, "_attention_keys_kernel": 4}
+TABLE = {"_attention_kernel": "forward", "_attention_queries_kernel": "queries", "_attention_keys_kernel": "keys"}
 
 
 def compile_all(
@@ -37,7 +41,7 @@ def compile_all(
         varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125, **backward)
     for kernel in kernels:
         check(kernel)
-    kernels = [kernel for kernel in kernels if kernel.name != "_plan_kernel"]
+    kernels = [kernel for kernel in kernels if kernel.name != "_attention_plan_kernel"]
     assert [kernel.name for kernel in kernels] == list(PRODUCTS)
     return kernels
 
