@@ -367,8 +367,9 @@ def residual_mlp(
     """residual + out_scale * (leaky_relu(x upᵀ, 0.5)² downᵀ); see the module's docstring for shapes.
 
     ``residual`` may be None. Differentiable once in every tensor; all but out_scale have one dtype, bfloat16, float16,
-    float32 or float64. Kernels sum in fp32; float64 is left to the reference. With a gradient wanted, hidden is rounded
-    to even or odd numbers and an infinite hidden of a negative pre becomes NaN.
+    float32 or float64. Kernels sum in fp32; float64 is left to the reference, float32 and rows that are not of whole 16
+    bytes to PyTorch's products. With a gradient wanted, hidden is rounded to even or odd numbers and an infinite hidden
+    of a negative pre becomes NaN.
 
     Returns x's shape and dtype. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """

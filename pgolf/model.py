@@ -2,7 +2,8 @@
 
 Letters: B rows, T tokens, d = model_dim, H query heads, K key/value heads, V vocabulary. Every linear map is y = x Wᵀ
 without bias. Master weights are float32 (state-dict names and layouts of parameter-golf PR #1874); each is cast to the
-activations' dtype where it is used. A layer's computation is a plain function of tensors, so that one compilation
+activations' dtype where it is used. A layer is a composition of operators of `pgolf.kernels`: with their kernels on it
+runs as it is; with their references it is a plain function of tensors that the compiler fuses, and one compilation
 serves all layers and both loop states (`GPT.compile_regions`).
 """
 
