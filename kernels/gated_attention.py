@@ -71,7 +71,7 @@ def epilogue_reference(o: Tensor, v: Tensor, logits: Tensor | None, exclude_own_
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))  # a CUDA backend fails on rows of an odd width
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
 
@@ -81,7 +81,7 @@ def attention_reference(
     """Causal attention of q [B, T, H, D] on k, v [B, T, K, D] in rows, or in the segments of a single one."""
     if cu_seqlens is None:
         return _dense(q, k, v)
-    if core != "sdpa" and resolve_core("auto", q.device, q.dtype, q.size(-1)) == "flash":
+    if core != "sdpa" and _flash_takes(q.device, q.dtype, q.size(-1)):
         bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
         return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(-1, 0), **_GROUPED)[None]
     if torch.compiler.is_compiling():  # the compiler cannot know how long segments are
@@ -184,6 +184,11 @@ CORES = {
 }
 
 
+def _flash_takes(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> bool:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.device(device).type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
+
+
 def resolve_core(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
     """``auto`` made definite: which core computes attention there.
 
@@ -191,8 +196,7 @@ def resolve_core(name: str, device: torch.device | str, dtype: torch.dtype, head
     """
     if name not in ("auto", *CORES):
         raise ValueError(f"attention has the cores auto, {', '.join(CORES)}, and {name!r} is none of them")
-    half, on_cuda = dtype in (torch.bfloat16, torch.float16), torch.device(device).type == "cuda"
-    flash = on_cuda and half and head_dim % 8 == 0 and head_dim <= 256
+    flash = _flash_takes(device, dtype, head_dim)
     if name == "flash" and not flash:
         raise ValueError(f"flash attention needs CUDA, half precision and heads of a multiple of 8 up to 256, and this "
                          f"is {device}, {dtype}, {head_dim}; use auto or sdpa")  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import library
 
 from pgolf.kernels import gated_attention as family
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels._launch import INTERPRETED, using
 from pgolf.kernels.gated_attention import CORES, Core, gated_attention, gated_attention_reference, kernels
 from pgolf.kernels.smear_gate import RMS_EPS
 
@@ -258,6 +258,17 @@ def test_whatever_the_core_does_with_its_outputs(monkeypatch, kind: str, exclude
     monkeypatch.setitem(CORES, "sdpa", core)
     p = Problem("padded", exclude=exclude).to(torch.float32)
     p.assert_as_precise()
+
+
+def test_reference_keeps_to_flash_whatever_kernels_are_on(monkeypatch) -> None:
+    monkeypatch.setattr(family, "_flash_takes", lambda *_: True)
+    monkeypatch.setattr(family, "varlen_attn", lambda q, *_, **__: q + 1)
+    q, k, v = torch.zeros(3, 1, 8, 2, 16)
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    for choice in ("reference", "triton"):
+        with using(choice):
+            assert (family.attention_reference(q, k, v, bounds, 8) == 1).all()
+    assert (family.attention_reference(q, k, v, bounds, 8, "sdpa") == 0).all()
 
 
 def test_plain_core_agrees_with_autograd() -> None:

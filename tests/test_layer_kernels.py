@@ -57,7 +57,7 @@ def test_gradients_in_float32(looping: bool) -> None:
     data = batch(44)
     expected, got = (loss_and_gradients(model, backend, data) for backend in ("reference", "triton"))
     for (name, a), (_, b) in zip(expected, got, strict=True):
-        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-9, f"{name}: {(a - b).norm() / a.norm():.1e}"
+        assert (a - b).norm() <= 5e-5 * a.norm() + 1e-9, f"{name}: {(a - b).norm() / a.norm():.1e}"
 
 
 @on_a_gpu
@@ -70,5 +70,5 @@ def test_errors_in_bfloat16_are_those_of_the_references() -> None:
     plain, kernels = (loss_and_gradients(model, backend, data) for backend in ("reference", "triton"))
     for (name, a), (_, b), (_, c) in zip(true, plain, kernels, strict=True):
         # The sums behind a gain's or scale's few gradients cancel: their errors vary by chance.
-        bound = 1.5 * (b - a).norm() + (0.1 if a.numel() < 64 else 0.02) * a.norm() + 1e-9
+        bound = 1.5 * (b - a).norm() + (0.06 if a.numel() < 64 else 0.02) * a.norm() + 1e-9
         assert (c - a).norm() <= bound, f"{name}: {(c - a).norm() / a.norm():.1e}, {(b - a).norm() / a.norm():.1e}"
