@@ -83,7 +83,8 @@ def attention_reference(
         return _dense(q, k, v)
     if core != "sdpa" and _flash_takes(q.device, q.dtype, q.size(-1)):
         bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-        return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(-1, 0), **_GROUPED)[None]
+        q, k, v = q[0], k[0], _aligned(v[0])
+        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **_GROUPED)[None]
     if torch.compiler.is_compiling():  # the compiler cannot know how long segments are
         positions = torch.arange(q.size(1), device=q.device)
         segments = torch.searchsorted(cu_seqlens, positions, right=True)
@@ -102,6 +103,11 @@ def _gated_attention_reference(
 
 
 # --- Attention cores ---
+
+
+def _aligned(v: Tensor) -> Tensor:
+    """FlashAttention reads 16 bytes at a time and does not look at the rows' addresses."""
+    return v if v.stride(0) % 8 == 0 else v.contiguous()
 
 
 def _segments(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
@@ -148,13 +154,13 @@ def _plain_backward(
 
 
 def _flash_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[Tensor, Tensor]:
-    v = v if v.stride(0) % 8 == 0 else v.contiguous()
+    v = _aligned(v)
     bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, True, False, scale=scale)[:2]
 
 
 def _flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, delta=None, dq=None, dk=None, dv=None):
-    v = v if v.stride(0) % 8 == 0 else v.contiguous()
+    v = _aligned(v)
     bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     # Without dropout the state of the random numbers is not read.
     random = torch.empty(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
