@@ -18,10 +18,12 @@ from pgolf.folder import RunFolder
 from pgolf.progress import format_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TABLE_STEPS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 80, 100, 120, 140, 160, 200, 250, 300)
+TABLE_STEPS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 80, 100, 120, 140, 160, 200, 250, 300, 400, 500)
 FOR_160_STEPS = dict(iterations=160, max_wallclock_seconds=0, warmup_steps=0, ema_decay=0.95, train_log_every=10)
 # With kernels, and twice without them: the two differ by the noise of atomics alone. An eighth of the record's batch.
 FOR_300_STEPS = FOR_160_STEPS | dict(iterations=300, train_batch_tokens=98_304, train_log_every=50)
+# Of other seeds too, for the spread between them; half a micro-batch a step.
+FOR_500_STEPS = FOR_300_STEPS | dict(iterations=500, train_batch_tokens=49_152, micro_batch_tokens=49_152)
 
 
 class ReferenceRun(NamedTuple):
@@ -38,6 +40,13 @@ RUNS = {
     "triton_300": ReferenceRun("record", FOR_300_STEPS | dict(kernels="triton"), ("train",)),
     "reference_300": ReferenceRun("record", FOR_300_STEPS | dict(kernels="reference"), ("train",)),
     "reference_300_again": ReferenceRun("record", FOR_300_STEPS | dict(kernels="reference"), ("train",)),
+    "triton_500": ReferenceRun("record", FOR_500_STEPS | dict(kernels="triton"), ("train",)),
+    **{
+        f"reference_500_seed{seed}": ReferenceRun(
+            "record", FOR_500_STEPS | dict(kernels="reference", seed=seed), ("train",)
+        )
+        for seed in (1337, 42, 7)
+    },
     "five_minutes": ReferenceRun(
         "record", dict(max_wallclock_seconds=300, warmup_steps=2, train_log_every=50), ("run",)
     ),

@@ -1,7 +1,7 @@
 """The MLP with residual and scale, bf16: ``python -m bench.residual_mlp``.
 
 `forward` and `forward_backward` are the whole at the record model's 98,304 tokens, width 512 and 2048 hidden units.
-`up`, `gradient` and `down` are its three products with an epilogue alone.
+`up` and `gradient` are its products with an epilogue alone.
 """
 
 from __future__ import annotations
@@ -61,20 +61,16 @@ def _square(x: Tensor, up: Tensor) -> Tensor:
     return F.leaky_relu(F.linear(x, up), 0.5).square()
 
 
-def _add(hidden: Tensor, down: Tensor, residual: Tensor) -> Tensor:
-    return residual + F.linear(hidden, down)
-
-
 def _gradient(dout: Tensor, weight: Tensor, pre: Tensor) -> Tensor:
     return F.linear(dout, weight) * torch.where(pre < 0, 0.5, 2.0) * pre
 
 
 def build_product(name: str, device: torch.device, quick: bool) -> Case:
     """One product with its epilogue, as the forward with a gradient wanted and the backward have it."""
-    residual, x, up, down, _ = _inputs(TOKENS, WIDTH, HIDDEN, device, quick)
-    operands = {"up": (x, up), "down": (_square(x, up), down, residual), "gradient": (residual, up, F.linear(x, up))}
-    plain = {"up": _square, "down": _add, "gradient": _gradient}[name]
-    epilogue = {"up": family.MARKED_SQUARE, "down": family.ADD, "gradient": family.GRADIENT}[name]
+    residual, x, up, *_ = _inputs(TOKENS, WIDTH, HIDDEN, device, quick)
+    operands = {"up": (x, up), "gradient": (residual, up, F.linear(x, up))}
+    plain = {"up": _square, "gradient": _gradient}[name]
+    epilogue = {"up": family.MARKED_SQUARE, "gradient": family.GRADIENT}[name]
 
     def ours() -> Function:
         if device.type != "cuda":  # where kernels are interpreted at most
@@ -89,13 +85,13 @@ def build_product(name: str, device: torch.device, quick: bool) -> Case:
         "compile": lambda: partial(compiled(plain, device), *operands[name]),
         "pgolf": ours,
     }
-    moved = sum(value.nbytes for value in operands[name]) + (x if name == "down" else operands["gradient"][2]).nbytes
+    moved = sum(value.nbytes for value in operands[name]) + operands["gradient"][2].nbytes
     operations = 2 * x.numel() * HIDDEN
     return Case(providers, lambda: plain(*(value.double() for value in operands[name])), moved, operations)
 
 
 CASES: dict[str, Builder] = {
-    **{name: partial(build_product, name) for name in ("up", "gradient", "down")},
+    **{name: partial(build_product, name) for name in ("up", "gradient")},
     "forward": partial(build, False, TOKENS, WIDTH, HIDDEN),
     "forward_backward": partial(build, True, TOKENS, WIDTH, HIDDEN),
     "forward_backward_65536x768": partial(build, True, 65_536, 768, 3072),
@@ -105,12 +101,11 @@ CASES: dict[str, Builder] = {
 # (two programs of 128 columns and 4 warps, or one of 256 and 8), so that one change at a time does not find it.
 _CHOICES = dict(
     block_m=(64, 128), block_n=(128, 256), block_k=(32, 64), subtiles=(1, 2, 4), stages=(2, 3, 4), warps=(4, 8),
-    programs=(1, 2, 3), descriptors=(0, 1), flatten=(0, 1), early=(0, 1), cublas=(),
+    programs=(1, 2, 3), descriptors=(0, 1), flatten=(0, 1), early=(0, 1),
 )  # fmt: skip
 TUNING = {
     "up": Tuning(CASES["up"], {**_CHOICES, "early": ()}),
     "gradient": Tuning(CASES["gradient"], _CHOICES),
-    "down": Tuning(CASES["down"], _CHOICES),  # whether cuBLAS does it better, `forward` shows
     "scale": Tuning(CASES["forward_backward"], dict(columns_per_warp=(128, 256, 512, 1024))),
 }
 

@@ -1,9 +1,10 @@
 """Time a training step, our kernels against the references, in both loop states: ``python -m bench.train_step``.
 
-Providers are `pgolf` (all kernels) and `reference` (plain PyTorch, torch.compile, FlashAttention-2), timed one after
-the other in the same process on the same random tokens, in documents of about 400. Printed: the median time of a
-micro-batch (forward and backward) and of the optimizer's step, tokens a second of a whole step, peak memory; and for
-one micro-batch the time by families of kernels, with the time that the chip's measured ceilings allow for each.
+Providers are `pgolf` (all kernels) and `reference` (plain PyTorch, torch.compile, FlashAttention-2), with and without
+CUDA graphs, timed one after the other in the same process on the same random tokens, in documents of about 400.
+Printed: the median time of a micro-batch (forward and backward) and of the optimizer's step with its average, tokens a
+second of a whole step, peak memory; and for one micro-batch the time by families of kernels, with the time that the
+chip's measured ceilings allow for each. Under torchrun tokens a second are those of a process, gradients reduced.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.timing import measure_ceilings
 from pgolf.config import PRESETS, RunConfig
-from pgolf.loader import Batch, segment_boundaries
+from pgolf.gradient import MeanGradient, uses_graphs
+from pgolf.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer
 from pgolf.progress import format_bytes, format_table
 from pgolf.runtime import World, describe_environment, peak_memory_bytes, reset_peak_memory, start_world
 from pgolf.train import build_model
 
-PROVIDERS = {"pgolf": "triton", "reference": "reference"}
+PROVIDERS = {
+    "pgolf": dict(kernels="triton", cuda_graphs="on"),
+    "pgolf_launched": dict(kernels="triton", cuda_graphs="off"),
+    "reference": dict(kernels="reference", cuda_graphs="off"),
+    "reference_graph": dict(kernels="reference", cuda_graphs="on"),
+}
 MEDIAN_DOCUMENT, SPREAD = 400, 0.8  # tokens, lognormal
 FAMILIES = (  # by the kernels' names, the first that fits
     ("attention", r"flash|_attention_"),
@@ -49,19 +56,13 @@ def random_batch(config: RunConfig, device: torch.device) -> Batch:
     lengths = torch.empty(tokens // 16).log_normal_(torch.tensor(MEDIAN_DOCUMENT).log().item(), SPREAD)
     starts = lengths.long().clamp(min=16).cumsum(0)
     ids[0, 0] = ids[0, starts[starts < tokens]] = 1
-    boundaries = segment_boundaries(ids[0, :-1], config.train_seq_len)
+    boundaries = segment_boundaries(ids[0, :-1], config.train_seq_len, pad_multiple=SEGMENT_ENTRIES)
     return Batch(ids[:, :-1], ids[:, 1:], boundaries, config.train_seq_len).to(device)
 
 
 def median_seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median time of ``function`` with the device waited for, after two untimed calls."""
-    times = []
-    for _ in range(repeats + 2):
-        begun = time.perf_counter()
-        function()
-        _wait(device)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[2:])
+    return statistics.median([_timed(function, device)[1] for _ in range(repeats + 2)][2:])
 
 
 def _wait(device: torch.device) -> None:
@@ -72,34 +73,46 @@ def _wait(device: torch.device) -> None:
 def time_step(model: GPT, config: RunConfig, world: World, batch: Batch, repeats: int) -> dict[str, Any]:
     """Times of the model in its present loop state, seconds and tokens a second of this process."""
     optimizer = ModelOptimizer(model, config, world.size)
+    averages = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
+    gradient = MeanGradient(model, config.gradient_accumulation(world.size), uses_graphs(config, model))
 
     def micro_batch() -> None:
-        model(batch.input_ids, batch.target_ids, batch.cu_seqlens, batch.max_seqlen).backward()
+        gradient([batch])
 
-    begun = time.perf_counter()
-    micro_batch()
-    _wait(world.device)
-    first = time.perf_counter() - begun
-    launching = time.perf_counter()
-    micro_batch()
-    launching = time.perf_counter() - launching
-    _wait(world.device)
+    def update() -> None:
+        optimizer.step(1.0, config.muon_momentum, averages, config.ema_decay)
+
+    def step() -> None:
+        gradient([batch] * gradient.count)
+        update()
+
     reset_peak_memory(world.device)
+    first, launching = (_timed(micro_batch, world.device) for _ in range(2))
+    # Steps first: products with the zeros that training starts from take less power, and so less time.
+    whole = median_seconds(step, world.device, max(2, repeats // 2))
     compute = median_seconds(micro_batch, world.device, repeats)
-    update = median_seconds(lambda: optimizer.step(1.0, config.muon_momentum), world.device, repeats)
-    accumulation = config.gradient_accumulation(world.size)
-    tokens = accumulation * config.micro_batch_tokens
+    optimizing = median_seconds(update, world.device, repeats)
     result = {
+        "step_seconds": whole,
+        "tokens_per_s": gradient.count * config.micro_batch_tokens / whole,
         "micro_batch_seconds": compute,
-        "optimizer_seconds": update,
-        "tokens_per_s": tokens / (accumulation * compute + update),
+        "optimizer_seconds": optimizing,
         "peak_memory_bytes": peak_memory_bytes(world.device),
-        "first_micro_batch_seconds": first,
-        "launch_seconds": launching,  # of the CPU, until it has handed a micro-batch to the device
+        "first_micro_batch_seconds": first[1],
+        "launch_seconds": launching[0],  # of the CPU, until it has handed a micro-batch to the device
     }
     if world.device.type == "cuda":
         result["milliseconds_by_family"], result["kernels"] = by_family(micro_batch, compute)
     return result
+
+
+def _timed(function: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds until ``function`` returns, and until the device has done what it was given."""
+    begun = time.perf_counter()
+    function()
+    returned = time.perf_counter()
+    _wait(device)
+    return returned - begun, time.perf_counter() - begun
 
 
 def by_family(micro_batch: Callable[[], None], seconds: float) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -159,18 +172,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     results = {"meta": meta, "preset": arguments.preset, "floors_milliseconds": least, "rows": rows}
     for provider in arguments.providers or PROVIDERS:
-        own = config.replace(kernels=PROVIDERS[provider] if world.device.type == "cuda" else "reference")
+        on_cpu = dict(kernels="reference", cuda_graphs="off")
+        own = config.replace(**(PROVIDERS[provider] if world.device.type == "cuda" else on_cpu))
         model = build_model(own, world).train()
         for case, looping in (("before_loop", False), ("after_loop", True)):
             model.looping_active = looping
             figures = time_step(model, own, world, batch, arguments.repeats)
             rows.append({"bench": "train_step", "case": case, "provider": provider, **figures})
             model.zero_grad(set_to_none=True)
-            if arguments.json:  # whatever happens to the others
+            if arguments.json and world.is_main:  # whatever happens to the others
                 arguments.json.write_text(json.dumps(results, indent=1) + "\n")
         del model
         gc.collect()
-    print(f"{meta['chip']}, torch {torch.__version__}\n{_table(rows)}\n\n{_family_table(rows, least)}")
+    world.log(f"{meta['chip']}, torch {torch.__version__}\n{_table(rows)}\n\n{_family_table(rows, least)}")
     return results
 
 

@@ -45,12 +45,6 @@ RMS_EPS = torch.finfo(torch.float32).eps  # of every RMSNorm, as torch has it fo
 BACKENDS = ("auto", "reference", "triton")
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 TUNED = Path(__file__).with_name("tuned")
-# Ops whose kernels have not trained a model on a GPU as well as the reference does: `auto` leaves them alone.
-UNPROVEN = frozenset({
-    "apply_update", "clip_factor", "gated_attention", "join_skip", "linear_cross_entropy", "mix_lanes",
-    "mix_lanes_final", "mix_lanes_norm", "momentum_update", "residual_linear", "residual_linear_norm",
-    "residual_mix_norm", "residual_mlp", "scaled_rms_norm", "squared_norm", "varlen_attention",
-})  # fmt: skip
 _chosen = "auto"
 _forced = ""
 
@@ -77,11 +71,10 @@ def using(name: str) -> Iterator[None]:
         _forced = before
 
 
-def runs_kernel(op: str, device: torch.device) -> bool:
-    """Whether the choice in force computes ``op``, which has a kernel, with Triton on ``device``."""
+def runs_kernels(device: torch.device) -> bool:
+    """Whether the choice in force computes ops that have a kernel with Triton on ``device``."""
     name = backend()
-    usable = device.type == "cuda" and triton is not None and op not in UNPROVEN
-    return name == "triton" or (name == "auto" and usable)
+    return name == "triton" or (name == "auto" and device.type == "cuda" and triton is not None)
 
 
 def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> Callable:
@@ -91,7 +84,7 @@ def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
     on a GPU.
     """
     kernel = implementations.get("triton")
-    if not runs_kernel(op, tensor.device) or (kernel is None and backend() == "auto"):
+    if not runs_kernels(tensor.device) or (kernel is None and backend() == "auto"):
         return implementations["reference"]
     if triton is None:
         raise RuntimeError(f"{op}: Triton is not installed; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")

@@ -35,7 +35,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from . import _gated_attention_kernels as kernels
 from . import varlen_attention
-from ._launch import RMS_EPS, operator, runs_kernel, select
+from ._launch import RMS_EPS, operator, runs_kernels, select
 
 Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -209,7 +209,7 @@ def resolve_core(name: str, device: torch.device | str, dtype: torch.dtype, head
     if name != "auto":
         return name
     suits = dtype != torch.float64 and head_dim in (16, 32, 64, 128)
-    if suits and runs_kernel("varlen_attention", torch.device(device)):
+    if suits and runs_kernels(torch.device(device)):
         return "triton"
     return "flash" if flash else "sdpa"
 

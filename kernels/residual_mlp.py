@@ -9,7 +9,8 @@ gradient is wanted: |2 a a'| is √hidden times 2 or 1, so that hidden is all th
 epilogue of its first product as for dW'. Its error then is up to one unit in the last place instead of half of one;
 pre rounded to the same dtype and squared would have as much. Folding out_scale into the weights leaves out a pass.
 
-The products with an epilogue are one persistent Triton kernel, the others cuBLAS's.
+The products with an epilogue are one persistent Triton kernel; the others are cuBLAS's, which adds the last one onto
+the residual where it may overwrite it (``inplace``), else onto a copy, two passes more.
 
 Shapes: residual and x [..., d]; up [m, d]; down [d, m]; out_scale [d].
 """
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import constexpr, jit, launch_parameters, multiprocessors, operator, select, tl
+from ._launch import _traced, constexpr, jit, launch_parameters, multiprocessors, operator, select, tl
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -31,7 +32,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # hidden is cut to the even bf16 below, to the odd one next to it for a negative pre: too small by one unit in the last
 # place for a positive pre, 0.56 % on average, by which those are made larger before.
 EVENED = constexpr(1.0028136)
-SQUARE, MARKED_SQUARE, GRADIENT, ADD = (constexpr(k) for k in range(4))  # epilogues; the last two read a matrix
+SQUARE, MARKED_SQUARE, GRADIENT = (constexpr(k) for k in range(3))  # epilogues; the last reads a matrix
 
 
 def residual_mlp_reference(
@@ -40,6 +41,8 @@ def residual_mlp_reference(
     up: torch.Tensor,
     down: torch.Tensor,
     out_scale: torch.Tensor,
+    *,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """Plain PyTorch; the contract of `residual_mlp`, whose arguments it shares."""
     out = out_scale.to(x.dtype) * F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
@@ -100,10 +103,8 @@ def _store(
     """A part of a tile, with what the epilogue makes of it and of another matrix's."""
     if EPILOGUE < GRADIENT:
         result = _square(product, EPILOGUE == MARKED_SQUARE, dtype)
-    elif EPILOGUE == GRADIENT:
-        result = (product * _slope(other)).to(dtype)
     else:
-        result = (product + other.to(tl.float32)).to(dtype)
+        result = (product * _slope(other)).to(dtype)
     if DESCRIPTORS:
         out.store([row, column], result)
     else:
@@ -130,7 +131,7 @@ def _finish(
         _finish(right, aux, out, row, column, M, N, ROWS, HALF, SUBTILES // 2, EPILOGUE, DESCRIPTORS, dtype)
     else:
         other = None
-        if EPILOGUE >= GRADIENT:
+        if EPILOGUE == GRADIENT:
             other = _load(aux, row, column, M, N, ROWS, COLUMNS, DESCRIPTORS)
         _store(product, other, out, row, column, M, N, ROWS, COLUMNS, EPILOGUE, DESCRIPTORS, dtype)
 
@@ -192,8 +193,6 @@ def _regular(*tensors: torch.Tensor | None) -> bool:
 def _plain_product(epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | None) -> torch.Tensor:
     """`_product` in PyTorch, for everything else."""
     product = _wide_product(a, b.t())
-    if epilogue == ADD.value:
-        return (product + aux).to(a.dtype)
     integer = torch.int16 if a.element_size() == 2 else torch.int32
     if epilogue == GRADIENT.value:
         root = aux.float().sqrt()
@@ -273,19 +272,18 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def _forward(
     residual: torch.Tensor | None, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, out_scale: torch.Tensor,
-    keep: bool,
+    keep: bool, inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The result, and hidden for the backward, or where it is not to be kept nothing."""
     epilogue = MARKED_SQUARE if keep else SQUARE
     hidden = _product("up", epilogue.value, _rows(x), up.contiguous())
     weight = _folded(down.contiguous(), out_scale, False)
     if residual is None:
-        out = hidden @ weight.t()
-    elif launch_parameters("residual_mlp", "down", x.device)["cublas"]:
-        out = torch.addmm(_rows(residual), hidden, weight.t())
+        out = (hidden @ weight.t()).view(x.shape)
     else:
-        out = _product("down", ADD.value, hidden, weight, _rows(residual))
-    return out.view(x.shape), hidden if keep else x.new_empty(0)
+        out = residual if inplace else residual.clone(memory_format=torch.contiguous_format)
+        out.view(-1, x.size(-1)).addmm_(hidden, weight.t())
+    return out, hidden if keep else x.new_empty(0)
 
 
 def _backward(
@@ -349,9 +347,22 @@ _forward_op = operator(
 )
 
 
-def _residual_mlp_triton(residual, x, up, down, out_scale) -> torch.Tensor:
+class _Inplace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = _forward(*args, inplace=True)
+        ctx.mark_dirty(args[0])
+        _save(ctx, args, outputs)
+        return outputs
+
+    backward = staticmethod(_gradients)
+
+
+def _residual_mlp_triton(residual, x, up, down, out_scale, *, inplace) -> torch.Tensor:
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, up, down, out_scale))
-    return _forward_op(residual, x, up, down, out_scale, keep)[0]
+    arguments = residual, x, up, down, out_scale, keep
+    inplace = inplace and residual is not None and residual.is_contiguous() and not _traced(arguments)
+    return (_Inplace.apply if inplace else _forward_op)(*arguments)[0]
 
 
 _RESIDUAL_MLP = {"reference": residual_mlp_reference, "triton": _residual_mlp_triton}
@@ -363,13 +374,15 @@ def residual_mlp(
     up: torch.Tensor,
     down: torch.Tensor,
     out_scale: torch.Tensor,
+    *,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """residual + out_scale * (leaky_relu(x upᵀ, 0.5)² downᵀ); see the module's docstring for shapes.
 
-    ``residual`` may be None. Differentiable once in every tensor; all but out_scale have one dtype, bfloat16, float16,
-    float32 or float64. Kernels sum in fp32; float64 is left to the reference, float32 and rows that are not of whole 16
-    bytes to PyTorch's products. With a gradient wanted, hidden is rounded to even or odd numbers and an infinite hidden
-    of a negative pre becomes NaN.
+    ``residual`` may be None; ``inplace`` lets kernels overwrite it, as torch's in-place operations do. Differentiable
+    once in every tensor; all but out_scale have one dtype, bfloat16, float16, float32 or float64. Kernels sum in fp32;
+    float64 is left to the reference, float32 and rows that are not of whole 16 bytes to PyTorch's products. With a
+    gradient wanted, hidden is rounded to even or odd numbers and an infinite hidden of a negative pre becomes NaN.
 
     Returns x's shape and dtype. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
@@ -390,4 +403,4 @@ def residual_mlp(
     chosen = residual_mlp_reference
     if x.dtype != torch.float64:
         chosen = select("residual_mlp", _RESIDUAL_MLP, x)
-    return chosen(residual, x, up, down, out_scale)
+    return chosen(residual, x, up, down, out_scale, inplace=inplace)

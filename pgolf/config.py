@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 ALIASES = {"lqer_group_size": "lqer_asym_group"}  # PR #1874's command line says the former; its code read the latter
-NOT_FROM_ENVIRONMENT = ("device", "compile", "kernels", "preset_name")  # common names; PGOLF_KERNELS is the kernels'
+NOT_FROM_ENVIRONMENT = (
+    "device",
+    "compile",
+    "cuda_graphs",
+    "kernels",
+    "preset_name",
+)  # common names; PGOLF_KERNELS is the kernels'
 CONTROL_TENSORS = (
     "attn_scale,mlp_scale,resid_mix,q_gain,attn_gate_proj,skip_weights,skip_gates,parallel_post_lambdas,"
     "parallel_resid_lambdas,smear_gate,smear_lambda"
@@ -63,9 +69,14 @@ class RunConfig:
         "auto", "dtype of activations; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
     )
     compile: str = _field("auto", "torch.compile of blocks and head; auto: on CUDA", choices=("auto", "on", "off"))
+    cuda_graphs: str = _field(
+        "auto",
+        "a micro-batch's launches replayed as one; auto: where kernels make up the model",
+        choices=("auto", "on", "off"),
+    )
     kernels: str = _field(
         "auto",
-        "which code computes the kernel families (PGOLF_KERNELS overrides); auto: Triton on CUDA, once proven",
+        "which code computes the kernel families (PGOLF_KERNELS overrides); auto: Triton on CUDA",
         choices=("auto", "reference", "triton"),
     )
     attention_backend: str = _field(

@@ -21,6 +21,7 @@ from torch import Tensor
 from pgolf.shards import ShardError, read_shard
 from pgolf.tokenizer import BOS_ID
 
+SEGMENT_ENTRIES = 256  # of cu_seqlens in a stream: a multiple of this, so that CUDA graphs are captured for few sizes
 PREFETCHED = 4  # micro-batches; opening the next shard, which is read whole to check it, hides behind them
 
 
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
     """Inputs and targets (the next tokens), with the attention segments of a packed stream.
 
     input_ids, target_ids: int64 [1, L]; [rows, T] where rows are plain causal ones.
-    cu_seqlens: int32, starts of the segments, then L up to a multiple of 64 entries; None for plain rows.
+    cu_seqlens: int32, starts of the segments, then L up to a whole number of entries; None for plain rows.
     max_seqlen: no segment is longer; 0 for plain rows.
     """
 
@@ -239,7 +240,7 @@ def _first_bos(shard: np.ndarray, bos_id: int, file: Path, block: int = 1 << 20)
 def _packed(span: np.ndarray, max_segment: int, bos_id: int) -> Batch:
     """The stream of a span [L + 1]: inputs are all but the last token, targets all but the first."""
     stream = torch.from_numpy(span.astype(np.int64))
-    boundaries = segment_boundaries(stream[:-1], max_segment, bos_id)
+    boundaries = segment_boundaries(stream[:-1], max_segment, bos_id, SEGMENT_ENTRIES)
     return Batch(stream[None, :-1], stream[None, 1:], boundaries, min(max_segment, span.size - 1))
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ConfigError, RunConfig
-from pgolf.kernels._launch import runs_kernel, using
+from pgolf.kernels._launch import runs_kernels, using
 from pgolf.kernels.gated_attention import gated_attention, resolve_core
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.kernels.residual import (
@@ -135,7 +135,7 @@ def mlp(
         tap("mlp.proj", F.leaky_relu(F.linear(n, w.up), 0.5).square())
     if lora is not None:
         residual = _adapted(residual, w.mlp_scale, n, lora.mlp, scale)
-    return residual_mlp(residual, n, w.up, w.down, w.mlp_scale)
+    return residual_mlp(residual, n, w.up, w.down, w.mlp_scale, inplace=True)
 
 
 def _adapted(
@@ -254,10 +254,6 @@ class Regions(NamedTuple):
 
 
 PLAIN = Regions(serial_block, join_skip, enter_lanes, parallel_block, mix_into_next, leave_lanes, head_losses)
-LAYER_KERNELS = (
-    "residual_mix_norm", "gated_attention", "residual_linear_norm", "residual_linear", "residual_mlp", "mix_lanes",
-    "mix_lanes_norm", "mix_lanes_final", "join_skip", "scaled_rms_norm", "linear_cross_entropy",
-)  # fmt: skip
 
 
 def _of_references(compiled: Callable) -> Callable:
@@ -358,7 +354,7 @@ class GPT(nn.Module):
 
     def runs_kernels(self) -> bool:
         """Whether a layer's kernels are on; without adapters the compiler then has nothing to do."""
-        return all(runs_kernel(op, self.qo_bank.device) for op in LAYER_KERNELS)
+        return runs_kernels(self.qo_bank.device)
 
     def _regions(self, adapters: Adapters | None) -> Regions:
         plain = self._compiled is None or (adapters is None and self.runs_kernels())

@@ -18,8 +18,9 @@ from pgolf.checkpoint import TrainingState, load_checkpoint, load_tensors, save_
 from pgolf.config import RunConfig
 from pgolf.evaluate import evaluate_packed
 from pgolf.folder import RunFolder
+from pgolf.gradient import MeanGradient, uses_graphs
 from pgolf.kernels._launch import set_backend
-from pgolf.loader import Batch, DocumentPackingLoader, load_validation_tokens
+from pgolf.loader import DocumentPackingLoader, load_validation_tokens
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer
 from pgolf.progress import TrainingProgress
@@ -132,7 +133,8 @@ class _Trainer:
 
     def __init__(self, config: RunConfig, folder: RunFolder, world: World, state: TrainingState) -> None:
         self.config, self.folder, self.world, self.state = config, folder, world, state
-        self.accumulation = config.gradient_accumulation(world.size)
+        count = config.gradient_accumulation(world.size)
+        self.gradient = MeanGradient(state.model, count, uses_graphs(config, state.model))
         self.progress = TrainingProgress(config.train_log_every) if world.is_main else None
         self.step_seconds: dict[bool, list[float]] = {False: [], True: []}
         self.waiting: list[tuple[dict[str, Any], torch.Tensor, Any]] = []  # steps handed to the device, not logged yet
@@ -191,15 +193,9 @@ class _Trainer:
     def _step(self, lr_scale: float, momentum: float, averages: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """One optimizer step, of the averages too; returns (mean loss, gradient norm), once the device is there."""
         state = self.state
-        state.optimizer.zero_grad()
-        total = torch.zeros((), device=self.world.device)
-        for _ in range(self.accumulation):
-            batch: Batch = state.loader.next_batch()
-            loss = state.model(batch.input_ids, batch.target_ids, batch.cu_seqlens, self.config.train_seq_len)
-            (loss / self.accumulation).backward()
-            total += loss.detach() / self.accumulation
+        loss = self.gradient(state.loader.next_batch() for _ in range(self.gradient.count))
         norm = state.optimizer.step(lr_scale, momentum, averages, self.config.ema_decay)
-        return self._on_its_way(torch.stack([self.world.mean(total), norm]))
+        return self._on_its_way(torch.stack([self.world.mean(loss), norm]))
 
     def _on_its_way(self, measured: torch.Tensor) -> torch.Tensor:
         """A copy that will be on the CPU once the device gets there; reading it later waits for no other work."""

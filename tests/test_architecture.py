@@ -15,7 +15,7 @@ from pgolf.config import FIELDS
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import those before it, in the order in which a run uses them.
 ORDER = """
-    config progress folder runtime bpb corpus tokenizer shards dataset fineweb loader model optim schedule
+    config progress folder runtime bpb corpus tokenizer shards dataset fineweb loader model gradient optim schedule
     checkpoint evaluate train quantize artifact unpack minify squeeze export lora ttt results report_plots report run
     data_commands cli __main__
 """.split()  # noqa: SIM905

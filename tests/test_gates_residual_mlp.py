@@ -15,13 +15,13 @@ pytest.importorskip("triton")
 
 from tests.gates import Compiled, check, compiling
 
-EPILOGUES = {"up": family.MARKED_SQUARE, "plain": family.SQUARE, "gradient": family.GRADIENT, "down": family.ADD}
+EPILOGUES = {"up": family.MARKED_SQUARE, "plain": family.SQUARE, "gradient": family.GRADIENT}
 
 
 def compile_product(name: str, tokens: int, d: int, m: int, dtype: torch.dtype, capability: int) -> Compiled:
     x, hidden = torch.empty(tokens, d, dtype=dtype), torch.empty(tokens, m, dtype=dtype)
-    up, down = torch.empty(m, d, dtype=dtype), torch.empty(d, m, dtype=dtype)
-    operands = {"gradient": (x, up, hidden), "down": (hidden, down, x)}.get(name, (x, up))
+    up = torch.empty(m, d, dtype=dtype)
+    operands = (x, up, hidden) if name == "gradient" else (x, up)
     with compiling(capability) as kernels:
         family._product(name.replace("plain", "up"), EPILOGUES[name].value, *operands)
     (kernel,) = kernels
@@ -42,7 +42,7 @@ def test_products_on_an_h100(name: str, tokens: int, d: int, m: int) -> None:
     steps = tuned["block_m"] // rows * tuned["block_k"] // 16
     assert kernel.count(rf"HGMMA\.64x{tuned['block_n']}x16") == kernel.count("HGMMA") == steps
     assert kernel.count("UTMALDG") and kernel.count("UTMASTG") and not kernel.count(r"STG\.E")
-    early = tuned["early"] and name in ("gradient", "down")
+    early = tuned["early"] and name == "gradient"
     elements = tuned["block_m"] * tuned["block_n"] // (32 * tuned["warps"])
     assert kernel.count(r"LDG\.E") == kernel.count(r"LDG\.E\S*\.128") == (elements // 8 if early else 0)
 
@@ -51,7 +51,7 @@ def test_products_on_an_h100(name: str, tokens: int, d: int, m: int) -> None:
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_products_on_other_chips(name: str, capability: int) -> None:
     kernel = compile_product(name, 98_304, 512, 2048, torch.bfloat16, capability)
-    check(kernel, registers=168, matrix_products=True, streams=name in ("gradient", "down"))
+    check(kernel, registers=168, matrix_products=True, streams=name == "gradient")
     assert kernel.count(r"LDGSTS\.E\S*\.128"), f"{kernel.name}: no asynchronous copies of 16 bytes"
     assert kernel.count(r"STG\.E") == kernel.count(r"STG\.E\S*\.128")
 

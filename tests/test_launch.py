@@ -19,21 +19,19 @@ CPU, CUDA = (SimpleNamespace(is_cuda=device == "cuda", device=torch.device(devic
 @pytest.fixture(autouse=True)
 def _backend(monkeypatch) -> None:
     monkeypatch.setattr(_launch, "_chosen", "auto")
-    monkeypatch.setattr(_launch, "UNPROVEN", frozenset({"unproven"}))
 
 
 @pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
-def test_auto_takes_proven_kernels_for_cuda_tensors() -> None:
+def test_auto_takes_kernels_for_cuda_tensors() -> None:
     assert _launch.select("op", BOTH, CUDA) == "triton"
     assert _launch.select("op", BOTH, CPU) == "reference"
     assert _launch.select("op", {"reference": "reference"}, CUDA) == "reference"
-    assert _launch.select("unproven", BOTH, CUDA) == "reference"
 
 
 @pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
 def test_triton_insists(monkeypatch) -> None:
     monkeypatch.setenv("PGOLF_KERNELS", "triton")
-    assert _launch.select("unproven", BOTH, CUDA) == "triton"
+    assert _launch.select("op", BOTH, CUDA) == "triton"
     with pytest.raises(RuntimeError, match="op has no Triton kernel; use PGOLF_KERNELS=auto"):
         _launch.select("op", {"reference": "reference"}, CUDA)
     if not INTERPRETED:

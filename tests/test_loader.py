@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pgolf.loader import (
+    SEGMENT_ENTRIES,
     Batch,
     DocumentPackingLoader,
     calibration_batches,
@@ -80,7 +81,8 @@ def test_batches(files: list[Path], device: torch.device) -> None:
     assert {tensor.device.type for tensor in batch[:3]} == {device.type}
     assert torch.equal(batch.input_ids[0, 1:], batch.target_ids[0, :-1])
     assert (
-        torch.equal(batch.cu_seqlens, segment_boundaries(batch.input_ids[0], SEGMENT)) and batch.max_seqlen == SEGMENT
+        torch.equal(batch.cu_seqlens, segment_boundaries(batch.input_ids[0], SEGMENT, pad_multiple=SEGMENT_ENTRIES))
+        and batch.max_seqlen == SEGMENT
     )
 
 
@@ -181,7 +183,9 @@ def test_calibration_on_documents_is_the_same_on_any_number_of_ranks(files: list
     assert keys(calibrate(files, 0, 1, 12, seed=2)) != one
     for batch in calibrate(files, 0, 1, 12):
         assert batch.input_ids.shape == (1, L)
-        assert torch.equal(batch.cu_seqlens, segment_boundaries(batch.input_ids[0], SEGMENT))
+        assert torch.equal(
+            batch.cu_seqlens, segment_boundaries(batch.input_ids[0], SEGMENT, pad_multiple=SEGMENT_ENTRIES)
+        )
 
 
 def test_calibration_spreads_over_the_shards(files: list[Path]) -> None:

@@ -46,7 +46,7 @@ def assert_as_precise(leaves, dout, function=residual_mlp, reference=residual_ml
 def with_parameters(monkeypatch, **changes: int) -> None:
     """All cases with these launch parameters, small tiles otherwise."""
     base = dict(block_m=64, block_n=64, block_k=32, subtiles=1, stages=2, warps=4, programs=1, descriptors=0)
-    tuned = base | dict(flatten=0, early=0, cublas=0, columns_per_warp=512) | changes
+    tuned = base | dict(flatten=0, early=0, columns_per_warp=512) | changes
     monkeypatch.setattr(family, "launch_parameters", lambda *_: tuned)
 
 
@@ -86,7 +86,6 @@ def test_precision(device, tokens, width: int, hidden: int, dtype) -> None:
         dict(descriptors=1, early=1),
         dict(early=1, programs=2),
         dict(subtiles=2, flatten=1),
-        dict(cublas=1),
     ],
     ids=lambda changes: "_".join(f"{name}{value}" for name, value in changes.items()),
 )
@@ -103,6 +102,27 @@ def test_a_program_does_several_tiles(monkeypatch) -> None:
         with_parameters(monkeypatch, **changes)
         leaves, dout = inputs(DEVICE, (130,), 64, 136, torch.bfloat16), torch.randn(130, 64, device=DEVICE)
         assert_as_precise(leaves, dout.bfloat16())
+
+
+def test_onto_the_residual(device) -> None:
+    leaves, dout = inputs(device, (9,), 16, 24), torch.randn(9, 16, device=device)
+
+    def onto(residual, *rest):
+        return residual_mlp(2 * residual, *rest, inplace=True)
+
+    expected, got = (
+        results(lambda r, *rest: residual_mlp_reference(2 * r, *rest), leaves, dout),
+        results(onto, leaves, dout),
+    )
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, got, strict=True))
+    with torch.no_grad():
+        strided = leaves[0].T.contiguous().T  # cannot be written onto as rows
+        assert torch.allclose(
+            residual_mlp(strided, *leaves[1:], inplace=True), residual_mlp_reference(*leaves), atol=1e-5
+        )
+        kept = leaves[0].clone()
+        residual_mlp(*leaves)
+        assert torch.equal(leaves[0], kept)
 
 
 @needs_kernels
