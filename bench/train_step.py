@@ -29,7 +29,7 @@ from pgolf.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer
 from pgolf.progress import format_bytes, format_table
-from pgolf.runtime import World, describe_environment, peak_memory_bytes, reset_peak_memory, start_world
+from pgolf.runtime import World, describe_environment, peak_memory_bytes, reset_peak_memory, start_world, stop_world
 from pgolf.train import build_model
 
 PROVIDERS = {
@@ -185,6 +185,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         del model
         gc.collect()
     world.log(f"{meta['chip']}, torch {torch.__version__}\n{_table(rows)}\n\n{_family_table(rows, least)}")
+    stop_world(world)
     return results
 
 
