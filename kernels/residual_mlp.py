@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import constexpr, jit, launch_parameters, multiprocessors, operator, select, tl
+from ._launch import INTERPRETED, jit, launch_parameters, multiprocessors, operator, select, tl
+from ._residual_mlp_epilogues import ADD, EVENED, GRADIENT, MARKED_SQUARE, SQUARE, slope, square
+from ._residual_mlp_hopper import fits, ping_pong
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -28,10 +30,6 @@ except ImportError:
     TensorDescriptor = None
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# hidden is cut to the even bf16 below, to the odd one next to it for a negative pre: too small by one unit in the last
-# place for a positive pre, 0.56 % on average, by which those are made larger before.
-EVENED = constexpr(1.0028136)
-SQUARE, MARKED_SQUARE, GRADIENT, ADD = (constexpr(k) for k in range(4))  # epilogues; the last two read a matrix
 
 
 def residual_mlp_reference(
@@ -44,30 +42,6 @@ def residual_mlp_reference(
     """Plain PyTorch; the contract of `residual_mlp`, whose arguments it shares."""
     out = out_scale.to(x.dtype) * F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
     return out if residual is None else residual + out
-
-
-@jit
-def _square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
-    """leaky_relu(pre, 0.5)² in dtype, with MARK the sign of pre in its last bit."""
-    if MARK and dtype == tl.bfloat16:
-        root = tl.maximum(pre * EVENED, pre * 0.5)
-        bits, sign = (root * root).to(tl.int32, bitcast=True), pre.to(tl.int32, bitcast=True) >> 15
-        hidden = (((bits & ~0x1FFFF) | (sign & 0x1FFFF)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        root = tl.maximum(pre, pre * 0.5)
-        hidden = (root * root).to(dtype)
-        if MARK:
-            bits = hidden.to(tl.int16, bitcast=True)
-            hidden = ((bits & -2) | (pre < 0).to(tl.int16)).to(dtype, bitcast=True)
-    return hidden
-
-
-@jit
-def _slope(hidden):
-    """The derivative of leaky_relu(pre, 0.5)² by pre, from hidden as `_square` marks it."""
-    negative = hidden.to(tl.int16, bitcast=True) & 1
-    root = tl.sqrt(hidden.to(tl.float32))
-    return tl.where(negative != 0, -root, 2 * root)
 
 
 @jit
@@ -99,9 +73,9 @@ def _store(
 ):  # fmt: skip
     """A part of a tile, with what the epilogue makes of it and of another matrix's."""
     if EPILOGUE < GRADIENT:
-        result = _square(product, EPILOGUE == MARKED_SQUARE, dtype)
+        result = square(product, EPILOGUE == MARKED_SQUARE, dtype)
     elif EPILOGUE == GRADIENT:
-        result = (product * _slope(other)).to(dtype)
+        result = (product * slope(other)).to(dtype)
     else:
         result = (product + other.to(tl.float32)).to(dtype)
     if DESCRIPTORS:

@@ -1,0 +1,223 @@
+"""The MLP's products with an epilogue for Hopper: warps with roles, an epilogue under the next tile's product.
+
+out = epilogue(a bᵀ), a [M, K] and b [N, K], for a depth K so small that an epilogue takes a good part of a tile's time
+and that 128 rows of a, all K of them, stay in shared memory for a whole row of tiles. One program a multiprocessor has
+a run of tiles, N first. A producer warp loads, two consumers of four warps take every other tile of 128 by 128.
+
+What waits for what. A program's steps count through its tiles: step p = tile DEPTH + k is the k-th part of the depth of
+a tile, has b's part in stage p % STAGES, in its use p // STAGES, and a's part in slot k. A barrier's phase is over when
+one thread has arrived and, for `full`, all bytes have; to wait for parity x is to wait until the number of phases that
+are over is not x modulo 2, so that parity 1 does not wait at a barrier that is new.
+
+    barrier        is arrived at by                                    is awaited, use or turn n, parity
+    full[stage]    the producer, with the bytes of b's part and,       the step's consumer, n
+                   in the first tile of a row, of a's
+    empty[stage]   the step's consumer, its product done               the producer before step p, n - 1: step p - STAGES
+    turn[which]    the other consumer, its tile's last product begun   consumer `which` before its n-th tile,
+                                                                       n for 1, n - 1 for 0, which begins
+
+- None is a phase late or early: nobody arrives again before who waits has seen the phase, since use n + 1 of a stage
+  needs use n read, and a consumer's turn needs its tile before.
+- Nobody waits for ever: every wait is for something of an earlier step, and the producer's steps are the consumers'.
+- a's part k of the next row of tiles is loaded with step p only after the producer has seen all steps up to
+  p - STAGES >= p - DEPTH done, which are all that read slot k before: STAGES <= DEPTH.
+- A consumer whose tile is not the first of a row has not waited for a's bytes itself: the other one had, for all of
+  the depth, before it passed the turn on.
+- Turns also keep the consumers half a period apart: without them both could multiply, then both write.
+
+A thread's accumulators are pairs of columns 8 apart. b's rows are taken in an order (of 32: 0 1 8 9 16 17 24 25, 2 3 10
+11 ...) in which four pairs are eight neighbours: it reads aux and writes out in 16 bytes, without shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._launch import multiprocessors, triton
+from ._residual_mlp_epilogues import GRADIENT, MARKED_SQUARE, slope, square
+
+try:
+    if not triton.__version__.startswith("3.6."):
+        raise ImportError("Gluon changes with every version, and this is written for that of Triton 3.6")
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except (ImportError, AttributeError):  # no Triton, or another one: the kernel for all chips serves
+    gluon = gl = None
+
+BLOCK, STEP = 128, 64  # rows and columns of a tile, depth of a step
+PARTS_IN_SHARED_MEMORY = 14  # of 16 KB, a's and b's; what is left of 227 KB is for barriers
+REGISTERS, FEW_REGISTERS = 240, 24  # of a consumer's and the producer's thread
+
+if gluon is not None:
+    jit = gluon.jit
+    _square, _slope = jit(square.fn), jit(slope.fn)
+
+    @gluon.constexpr_function
+    def _layout():
+        """Of a tile in registers: rows as the accumulators have them, and eight neighbours in a row."""
+        registers = [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [64, 0]]
+        lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+        return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [128, 128])
+
+else:
+
+    def jit(function):
+        """Nothing calls it."""
+        return function
+
+
+@jit
+def _share(M, ACROSS: gl.constexpr):
+    """First tile of this program's run, and how many."""
+    tiles = (M + 127) // 128 * ACROSS
+    each, more, program = tiles // gl.num_programs(0), tiles % gl.num_programs(0), gl.program_id(0)
+    return program * each + gl.minimum(program, more), each + (program < more).to(gl.int32)
+
+
+@jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    if stage == STAGES:
+        stage, phase = 0, phase ^ 1
+    return stage, phase
+
+
+@jit
+def _produce(
+    a, b, left, right, full, empty, M, ACROSS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    start, tiles = _share(M, ACROSS)
+    stage, phase = 0, 0
+    for tile in range(start, start + tiles):
+        row, column = tile // ACROSS * 128, tile % ACROSS * 128
+        first = (tile == start) | (column == 0)
+        for k in range(DEPTH):
+            hopper.mbarrier.wait(empty.index(stage), phase ^ 1)
+            ready, part = full.index(stage), right.index(stage)
+            hopper.mbarrier.expect(ready, a.block_type.nbytes + b.block_type.nbytes, pred=first)
+            hopper.mbarrier.expect(ready, b.block_type.nbytes, pred=first == 0)
+            hopper.tma.async_copy_global_to_shared(a, [row, k * 64], ready, left.index(k), pred=first)
+            if len(b.block_type.shape) == 2:  # the rows are in order already
+                hopper.tma.async_copy_global_to_shared(b, [column, k * 64], ready, part)
+            else:
+                hopper.tma.async_copy_global_to_shared(b, [column // 32, 0, 0, 0, k * 64], ready, part)
+            stage, phase = _next(stage, phase, STAGES)
+
+
+@jit
+def _place(matrix, row, column, M, N: gl.constexpr):
+    """Pointers to a tile and which of its rows are inside."""
+    rows = gl.arange(0, 128, gl.SliceLayout(1, _layout()))[:, None]
+    columns = gl.arange(0, 128, gl.SliceLayout(0, _layout()))[None, :]
+    return matrix + row.to(gl.int64) * N + column + (rows * N + columns), (rows < M - row) & (columns < 128)
+
+
+@jit
+def _step(product, left, right, full, k, stage, phase):
+    """Begin a step's product and see the one before done."""
+    hopper.mbarrier.wait(full.index(stage), phase)
+    part = right.index(stage).reshape((128, 64)).permute((1, 0))
+    product = hopper.warpgroup_mma(left.index(k), part, product, use_acc=k != 0, is_async=True)
+    return hopper.warpgroup_mma_wait(1, deps=(product,))
+
+
+@jit
+def _consume(
+    WHICH: gl.constexpr, aux, out, left, right, full, empty, turn, M, N: gl.constexpr, DEPTH: gl.constexpr,
+    STAGES: gl.constexpr, EPILOGUE: gl.constexpr,
+):  # fmt: skip
+    ACROSS: gl.constexpr = N // 128
+    dtype: gl.constexpr = out.dtype.element_ty
+    start, tiles = _share(M, ACROSS)
+    for tile in range(WHICH, tiles, 2):
+        row, column = (start + tile) // ACROSS * 128, (start + tile) % ACROSS * 128
+        pointers, inside = _place(out, row, column, M, N)
+        if EPILOGUE == GRADIENT:  # on its way to registers during the product
+            sources, _ = _place(aux, row, column, M, N)
+            other = gl.load(sources, mask=inside, other=0)
+        stage, phase = tile * DEPTH % STAGES, tile * DEPTH // STAGES & 1
+        hopper.mbarrier.wait(turn.index(WHICH), (tile // 2 & 1) ^ (1 - WHICH))
+        product = gl.zeros((128, 128), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+        product = _step(product, left, right, full, 0, stage, phase)
+        if DEPTH == 1:
+            hopper.mbarrier.arrive(turn.index(1 - WHICH))
+        for k in range(1, DEPTH):
+            before = stage
+            stage, phase = _next(stage, phase, STAGES)
+            product = _step(product, left, right, full, k, stage, phase)
+            hopper.mbarrier.arrive(empty.index(before))
+            hopper.mbarrier.arrive(turn.index(1 - WHICH), pred=k == DEPTH - 1)
+        product = hopper.warpgroup_mma_wait(0, deps=(product,))
+        hopper.mbarrier.arrive(empty.index(stage))
+        product = product.reshape(128, 4, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(128, 128)
+        product = gl.convert_layout(product, _layout())  # which moves nothing
+        if EPILOGUE == GRADIENT:
+            result = (product * _slope(other)).to(dtype)
+        else:
+            result = _square(product, EPILOGUE == MARKED_SQUARE, dtype)
+        gl.store(pointers, result, mask=inside)
+
+
+@jit
+def _ping_pong_kernel(
+    a, b, aux, out, M, N: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, EPILOGUE: gl.constexpr,
+    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    DEPTH: gl.constexpr = K // 64
+    left = gl.allocate_shared_memory(a.dtype, [DEPTH] + a.block_type.shape, a.layout)
+    right = gl.allocate_shared_memory(a.dtype, [STAGES] + b.block_type.shape, b.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], hopper.mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(stage), count=1)
+        hopper.mbarrier.init(empty.index(stage), count=1)
+    for which in gl.static_range(2):
+        hopper.mbarrier.init(turn.index(which), count=1)
+    hopper.fence_async_shared()  # tensor memory access must see them
+    gl.warp_specialize(
+        [
+            (_consume, (0, aux, out, left, right, full, empty, turn, M, N, DEPTH, STAGES, EPILOGUE)),
+            (_consume, (1, aux, out, left, right, full, empty, turn, M, N, DEPTH, STAGES, EPILOGUE)),
+            (_produce, (a, b, left, right, full, empty, M, N // 128, DEPTH, STAGES)),
+        ],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[REGISTERS, FEW_REGISTERS],
+    )
+
+
+def _stages(K: int, wanted: int) -> int:
+    """How many of b's parts fit beside all of a's."""
+    return min(wanted, K // STEP, PARTS_IN_SHARED_MEMORY - K // STEP)
+
+
+def fits(a: torch.Tensor, b: torch.Tensor, stages: int) -> bool:
+    """Whether the kernel is there and made for these shapes, with at most ``stages`` parts of b in shared memory."""
+    (M, K), N = a.shape, b.size(0)
+    return gluon is not None and not K % STEP and not N % BLOCK and _stages(K, stages) > 1 and M < 2**31 - BLOCK
+
+
+def ping_pong(
+    epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor, out: torch.Tensor, stages: int, copies: bool
+) -> None:
+    """out = ``epilogue`` of a bᵀ and, for the gradient, aux; all contiguous, of 16-bit numbers. On the current device.
+
+    ``copies``: b's rows are put in order by a copy of it, instead of by the loads.
+    """
+    (M, K), N = a.shape, b.size(0)
+    pairs = b.view(N // 32, 4, 4, 2, K).transpose(1, 2)
+    if copies:
+        rows, block = pairs.reshape(N, K), [BLOCK, STEP]
+    else:
+        rows, block = pairs, [BLOCK // 32, 4, 4, 2, STEP]
+    left, right = (
+        TensorDescriptor(t, list(t.shape), list(t.stride()), size, gl.NVMMASharedLayout(128, 16, rank=t.ndim))
+        for t, size in ((a, [BLOCK, STEP]), (rows, block))
+    )
+    programs = min(multiprocessors(a.device), -(-M // BLOCK) * (N // BLOCK))
+    _ping_pong_kernel[(programs,)](
+        left, right, aux, out, M, N=N, K=K, STAGES=_stages(K, stages), EPILOGUE=epilogue,
+        REGISTERS=REGISTERS, FEW_REGISTERS=FEW_REGISTERS, num_warps=4,
+    )  # fmt: skip
