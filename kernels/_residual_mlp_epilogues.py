@@ -1,4 +1,4 @@
-"""What the MLP's products end with, shared by its kernels: leaky_relu(pre, 0.5)² with the sign of pre, and its slope."""
+"""What the MLP's products end with, shared by its kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SQUARE, MARKED_SQUARE, GRADIENT, ADD = (constexpr(k) for k in range(4))  # epilo
 
 
 @jit
-def square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
+def _square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
     """leaky_relu(pre, 0.5)² in dtype, with MARK the sign of pre in its last bit."""
     if MARK and dtype == tl.bfloat16:
         root = tl.maximum(pre * EVENED, pre * 0.5)
@@ -27,8 +27,20 @@ def square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
 
 
 @jit
-def slope(hidden):
-    """The derivative of leaky_relu(pre, 0.5)² by pre, from hidden as `square` marks it."""
+def _slope(hidden):
+    """The derivative of leaky_relu(pre, 0.5)² by pre, from hidden as `_square` marks it."""
     negative = hidden.to(tl.int16, bitcast=True) & 1
     root = tl.sqrt(hidden.to(tl.float32))
     return tl.where(negative != 0, -root, 2 * root)
+
+
+@jit
+def finish(product, other, EPILOGUE: tl.constexpr, dtype: tl.constexpr):
+    """What an epilogue makes of a product, and of the elements of another matrix there, in dtype."""
+    if EPILOGUE < GRADIENT:
+        result = _square(product, EPILOGUE == MARKED_SQUARE, dtype)
+    elif EPILOGUE == GRADIENT:
+        result = (product * _slope(other)).to(dtype)
+    else:
+        result = (product + other.to(tl.float32)).to(dtype)
+    return result

@@ -9,21 +9,19 @@ a tile, has b's part in stage p % STAGES, in its use p // STAGES, and a's part i
 one thread has arrived and, for `full`, all bytes have; to wait for parity x is to wait until the number of phases that
 are over is not x modulo 2, so that parity 1 does not wait at a barrier that is new.
 
-    barrier        is arrived at by                                    is awaited, use or turn n, parity
-    full[stage]    the producer, with the bytes of b's part and,       the step's consumer, n
+    barrier        is arrived at by                                    is awaited
+    full[stage]    the producer, with the bytes of b's part and,       by the step's consumer: this use's phase
                    in the first tile of a row, of a's
-    empty[stage]   the step's consumer, its product done               the producer before step p, n - 1: step p - STAGES
-    turn[which]    the other consumer, its tile's last product begun   consumer `which` before its n-th tile,
-                                                                       n for 1, n - 1 for 0, which begins
+    empty[stage]   the step's consumer, its product done               by the producer before step p: step p - STAGES's
+    turn[which]    the other consumer, its tile's last product begun   by consumer `which` before its tile: that of the
+                                                                       tile before, which the very first has not
 
-- None is a phase late or early: nobody arrives again before who waits has seen the phase, since use n + 1 of a stage
-  needs use n read, and a consumer's turn needs its tile before.
+- No phase is missed: use n + 1 of a stage needs use n read, and a consumer's turn needs its tile before.
 - Nobody waits for ever: every wait is for something of an earlier step, and the producer's steps are the consumers'.
-- a's part k of the next row of tiles is loaded with step p only after the producer has seen all steps up to
-  p - STAGES >= p - DEPTH done, which are all that read slot k before: STAGES <= DEPTH.
-- A consumer whose tile is not the first of a row has not waited for a's bytes itself: the other one had, for all of
-  the depth, before it passed the turn on.
-- Turns also keep the consumers half a period apart: without them both could multiply, then both write.
+- STAGES <= DEPTH: when the producer loads for step p it has seen all steps up to p - STAGES >= p - DEPTH done, that is
+  all that read slot k before. So a's part k of the next row of tiles overwrites nothing, and in the row's other tiles
+  it is there when b's is: the tile before has waited for it and was seen done.
+- Turns are for time alone: they keep the consumers half a period apart. Without them both multiply, then both write.
 
 A thread's accumulators are pairs of columns 8 apart. b's rows are taken in an order (of 32: 0 1 8 9 16 17 24 25, 2 3 10
 11 ...) in which four pairs are eight neighbours: it reads aux and writes out in 16 bytes, without shared memory.
@@ -31,10 +29,12 @@ A thread's accumulators are pairs of columns 8 apart. b's rows are taken in an o
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from ._launch import multiprocessors, triton
-from ._residual_mlp_epilogues import GRADIENT, MARKED_SQUARE, slope, square
+from ._launch import INTERPRETED, multiprocessors, triton
+from ._residual_mlp_epilogues import GRADIENT, finish
 
 try:
     if not triton.__version__.startswith("3.6."):
@@ -47,12 +47,12 @@ except (ImportError, AttributeError):  # no Triton, or another one: the kernel f
     gluon = gl = None
 
 BLOCK, STEP = 128, 64  # rows and columns of a tile, depth of a step
-PARTS_IN_SHARED_MEMORY = 14  # of 16 KB, a's and b's; what is left of 227 KB is for barriers
+PARTS = 14  # of 16 KB in shared memory, a's and b's; what is left of 227 KB is for barriers
+FEWEST_STAGES = 4  # with which loads keep ahead
 REGISTERS, FEW_REGISTERS = 240, 24  # of a consumer's and the producer's thread
 
 if gluon is not None:
     jit = gluon.jit
-    _square, _slope = jit(square.fn), jit(slope.fn)
 
     @gluon.constexpr_function
     def _layout():
@@ -115,6 +115,13 @@ def _place(matrix, row, column, M, N: gl.constexpr):
 
 
 @jit
+def _neighbours(product):
+    """A product with its columns in order, which moves nothing."""
+    product = product.reshape(128, 4, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(128, 128)
+    return gl.convert_layout(product, _layout())
+
+
+@jit
 def _step(product, left, right, full, k, stage, phase):
     """Begin a step's product and see the one before done."""
     hopper.mbarrier.wait(full.index(stage), phase)
@@ -129,12 +136,12 @@ def _consume(
     STAGES: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
     ACROSS: gl.constexpr = N // 128
-    dtype: gl.constexpr = out.dtype.element_ty
     start, tiles = _share(M, ACROSS)
     for tile in range(WHICH, tiles, 2):
         row, column = (start + tile) // ACROSS * 128, (start + tile) % ACROSS * 128
         pointers, inside = _place(out, row, column, M, N)
-        if EPILOGUE == GRADIENT:  # on its way to registers during the product
+        other = None
+        if EPILOGUE >= GRADIENT:  # on its way to registers during the product
             sources, _ = _place(aux, row, column, M, N)
             other = gl.load(sources, mask=inside, other=0)
         stage, phase = tile * DEPTH % STAGES, tile * DEPTH // STAGES & 1
@@ -151,13 +158,9 @@ def _consume(
             hopper.mbarrier.arrive(turn.index(1 - WHICH), pred=k == DEPTH - 1)
         product = hopper.warpgroup_mma_wait(0, deps=(product,))
         hopper.mbarrier.arrive(empty.index(stage))
-        product = product.reshape(128, 4, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(128, 128)
-        product = gl.convert_layout(product, _layout())  # which moves nothing
-        if EPILOGUE == GRADIENT:
-            result = (product * _slope(other)).to(dtype)
-        else:
-            result = _square(product, EPILOGUE == MARKED_SQUARE, dtype)
-        gl.store(pointers, result, mask=inside)
+        if row < M:  # as it always is: no instruction of the epilogue comes before the arrival
+            result = finish(_neighbours(product), other, EPILOGUE, out.dtype.element_ty)
+            gl.store(pointers, result, mask=inside)
 
 
 @jit
@@ -190,21 +193,30 @@ def _ping_pong_kernel(
 
 def _stages(K: int, wanted: int) -> int:
     """How many of b's parts fit beside all of a's."""
-    return min(wanted, K // STEP, PARTS_IN_SHARED_MEMORY - K // STEP)
+    return min(wanted, K // STEP, PARTS - K // STEP)
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    """A CPU stands in for it where kernels are only compiled."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] == 9
+    return not INTERPRETED
 
 
 def fits(a: torch.Tensor, b: torch.Tensor, stages: int) -> bool:
-    """Whether the kernel is there and made for these shapes, with at most ``stages`` parts of b in shared memory."""
+    """Whether the kernel runs here and is made for these shapes, with at most so many stages."""
     (M, K), N = a.shape, b.size(0)
-    return gluon is not None and not K % STEP and not N % BLOCK and _stages(K, stages) > 1 and M < 2**31 - BLOCK
+    made = not K % STEP and not N % BLOCK and _stages(K, stages) >= FEWEST_STAGES and M < 2**31 - BLOCK
+    return made and gluon is not None and _is_hopper(a.device)
 
 
 def ping_pong(
     epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor, out: torch.Tensor, stages: int, copies: bool
 ) -> None:
-    """out = ``epilogue`` of a bᵀ and, for the gradient, aux; all contiguous, of 16-bit numbers. On the current device.
+    """out = ``epilogue`` of a bᵀ and, where it reads a matrix, aux; all contiguous, of 16-bit numbers.
 
-    ``copies``: b's rows are put in order by a copy of it, instead of by the loads.
+    Launches on the current device. ``copies``: b's rows are put in order by a copy of it, instead of by the loads.
     """
     (M, K), N = a.shape, b.size(0)
     pairs = b.view(N // 32, 4, 4, 2, K).transpose(1, 2)

@@ -9,7 +9,7 @@ gradient is wanted: |2 a a'| is √hidden times 2 or 1, so that hidden is all th
 epilogue of its first product as for dW'. Its error then is up to one unit in the last place instead of half of one;
 pre rounded to the same dtype and squared would have as much. Folding out_scale into the weights leaves out a pass.
 
-The products with an epilogue are one persistent Triton kernel, the others cuBLAS's.
+The products with an epilogue are one persistent kernel, on Hopper another where shapes allow it, the others cuBLAS's.
 
 Shapes: residual and x [..., d]; up [m, d]; down [d, m]; out_scale [d].
 """
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import INTERPRETED, jit, launch_parameters, multiprocessors, operator, select, tl
-from ._residual_mlp_epilogues import ADD, EVENED, GRADIENT, MARKED_SQUARE, SQUARE, slope, square
+from ._launch import jit, launch_parameters, multiprocessors, operator, select, tl
+from ._residual_mlp_epilogues import ADD, EVENED, GRADIENT, MARKED_SQUARE, SQUARE, finish
 from ._residual_mlp_hopper import fits, ping_pong
 
 try:
@@ -72,12 +72,7 @@ def _store(
     EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """A part of a tile, with what the epilogue makes of it and of another matrix's."""
-    if EPILOGUE < GRADIENT:
-        result = square(product, EPILOGUE == MARKED_SQUARE, dtype)
-    elif EPILOGUE == GRADIENT:
-        result = (product * slope(other)).to(dtype)
-    else:
-        result = (product + other.to(tl.float32)).to(dtype)
+    result = finish(product, other, EPILOGUE, dtype)
     if DESCRIPTORS:
         out.store([row, column], result)
     else:
@@ -192,6 +187,10 @@ def _product(case: str, epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: to
         return _plain_product(epilogue, a, b, aux)
     early, aux = aux is not None, out if aux is None else aux
     tuned = launch_parameters("residual_mlp", case, a.device)
+    if fits(a, b, tuned["ping_pong"]):
+        with torch.cuda.device_of(a):
+            ping_pong(epilogue, a, b, aux, out, tuned["ping_pong"], bool(tuned["copies"]))
+        return out
     m, n, k, parts = (tuned[name] for name in ("block_m", "block_n", "block_k", "subtiles"))
     early, descriptors = bool(early and tuned["early"]), bool(tuned["descriptors"])
     parts = 2 if early else parts
