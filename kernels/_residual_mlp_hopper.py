@@ -17,11 +17,14 @@ are over is not x modulo 2, so that parity 1 does not wait at a barrier that is 
                                                                        tile before, which the very first has not
 
 - No phase is missed: use n + 1 of a stage needs use n read, and a consumer's turn needs its tile before.
-- Nobody waits for ever: every wait is for something of an earlier step, and the producer's steps are the consumers'.
+- No phase is taken for the next but one, which parity does not tell apart: who waits for a stage's use has seen the use
+  before, of its own tile, or, being of the tile before, the other consumer had seen it when it passed the turn on.
+- Nobody waits for ever: the producer's steps are the consumers', and every wait is for earlier ones. A step is seen done
+  when the next has begun, if that is of the same tile: STAGES >= 2, but for DEPTH = 1.
 - STAGES <= DEPTH: when the producer loads for step p it has seen all steps up to p - STAGES >= p - DEPTH done, that is
   all that read slot k before. So a's part k of the next row of tiles overwrites nothing, and in the row's other tiles
   it is there when b's is: the tile before has waited for it and was seen done.
-- Turns are for time alone: they keep the consumers half a period apart. Without them both multiply, then both write.
+- Turns also keep the consumers half a period apart; they could fall into step, to multiply and write at the same time.
 
 A thread's accumulators are pairs of columns 8 apart. b's rows are taken in an order (of 32: 0 1 8 9 16 17 24 25, 2 3 10
 11 ...) in which four pairs are eight neighbours: it reads aux and writes out in 16 bytes, without shared memory.
@@ -192,7 +195,7 @@ def _ping_pong_kernel(
 
 
 def _stages(K: int, wanted: int) -> int:
-    """How many of b's parts fit beside all of a's."""
+    """How many of b's parts fit beside all of a's, no more than a has."""
     return min(wanted, K // STEP, PARTS - K // STEP)
 
 
@@ -219,6 +222,9 @@ def ping_pong(
     Launches on the current device. ``copies``: b's rows are put in order by a copy of it, instead of by the loads.
     """
     (M, K), N = a.shape, b.size(0)
+    stages = _stages(K, stages)
+    if stages < min(2, K // STEP):
+        raise ValueError(f"stages must be 2 or more, beside all of K, or the kernel hangs; got {stages} for K = {K}")
     pairs = b.view(N // 32, 4, 4, 2, K).transpose(1, 2)
     if copies:
         rows, block = pairs.reshape(N, K), [BLOCK, STEP]
@@ -230,6 +236,6 @@ def ping_pong(
     )
     programs = min(multiprocessors(a.device), -(-M // BLOCK) * (N // BLOCK))
     _ping_pong_kernel[(programs,)](
-        left, right, aux, out, M, N=N, K=K, STAGES=_stages(K, stages), EPILOGUE=epilogue,
+        left, right, aux, out, M, N=N, K=K, STAGES=stages, EPILOGUE=epilogue,
         REGISTERS=REGISTERS, FEW_REGISTERS=FEW_REGISTERS, num_warps=4,
     )  # fmt: skip
