@@ -19,8 +19,8 @@ are over is not x modulo 2, so that parity 1 does not wait at a barrier that is 
 - No phase is missed: use n + 1 of a stage needs use n read, and a consumer's turn needs its tile before.
 - No phase is taken for the next but one, which parity does not tell apart: who waits for a stage's use has seen the use
   before, of its own tile, or, being of the tile before, the other consumer had seen it when it passed the turn on.
-- Nobody waits for ever: the producer's steps are the consumers', and every wait is for earlier ones. A step is seen done
-  when the next has begun, if that is of the same tile: STAGES >= 2, but for DEPTH = 1.
+- Nobody waits for ever: the producer's steps are the consumers', and every wait is for earlier ones. A step is seen
+  done when the next has begun, if that is of the same tile: STAGES >= 2, but for DEPTH = 1.
 - STAGES <= DEPTH: when the producer loads for step p it has seen all steps up to p - STAGES >= p - DEPTH done, that is
   all that read slot k before. So a's part k of the next row of tiles overwrites nothing, and in the row's other tiles
   it is there when b's is: the tile before has waited for it and was seen done.
