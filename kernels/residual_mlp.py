@@ -9,8 +9,8 @@ gradient is wanted: |2 a a'| is √hidden times 2 or 1, so that hidden is all th
 epilogue of its first product as for dW'. Its error then is up to one unit in the last place instead of half of one;
 pre rounded to the same dtype and squared would have as much. Folding out_scale into the weights leaves out a pass.
 
-The products with an epilogue are one persistent Triton kernel; the others are cuBLAS's, which adds the last one onto
-the residual where it may overwrite it (``inplace``), else onto a copy, two passes more.
+The products with an epilogue are one persistent kernel, on Hopper another where shapes allow; the others are cuBLAS's,
+which adds the last one onto the residual where it may overwrite it (``inplace``), else onto a copy, two passes more.
 
 Shapes: residual and x [..., d]; up [m, d]; down [d, m]; out_scale [d].
 """
@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import _traced, constexpr, jit, launch_parameters, multiprocessors, operator, select, tl
+from ._launch import _traced, jit, launch_parameters, multiprocessors, operator, select, tl
+from ._residual_mlp_epilogues import EVENED, GRADIENT, MARKED_SQUARE, SQUARE, finish
+from ._residual_mlp_hopper import fits, ping_pong
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -29,10 +31,6 @@ except ImportError:
     TensorDescriptor = None
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# hidden is cut to the even bf16 below, to the odd one next to it for a negative pre: too small by one unit in the last
-# place for a positive pre, 0.56 % on average, by which those are made larger before.
-EVENED = constexpr(1.0028136)
-SQUARE, MARKED_SQUARE, GRADIENT = (constexpr(k) for k in range(3))  # epilogues; the last reads a matrix
 
 
 def residual_mlp_reference(
@@ -47,30 +45,6 @@ def residual_mlp_reference(
     """Plain PyTorch; the contract of `residual_mlp`, whose arguments it shares."""
     out = out_scale.to(x.dtype) * F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
     return out if residual is None else residual + out
-
-
-@jit
-def _square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
-    """leaky_relu(pre, 0.5)² in dtype, with MARK the sign of pre in its last bit."""
-    if MARK and dtype == tl.bfloat16:
-        root = tl.maximum(pre * EVENED, pre * 0.5)
-        bits, sign = (root * root).to(tl.int32, bitcast=True), pre.to(tl.int32, bitcast=True) >> 15
-        hidden = (((bits & ~0x1FFFF) | (sign & 0x1FFFF)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        root = tl.maximum(pre, pre * 0.5)
-        hidden = (root * root).to(dtype)
-        if MARK:
-            bits = hidden.to(tl.int16, bitcast=True)
-            hidden = ((bits & -2) | (pre < 0).to(tl.int16)).to(dtype, bitcast=True)
-    return hidden
-
-
-@jit
-def _slope(hidden):
-    """The derivative of leaky_relu(pre, 0.5)² by pre, from hidden as `_square` marks it."""
-    negative = hidden.to(tl.int16, bitcast=True) & 1
-    root = tl.sqrt(hidden.to(tl.float32))
-    return tl.where(negative != 0, -root, 2 * root)
 
 
 @jit
@@ -101,10 +75,7 @@ def _store(
     EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """A part of a tile, with what the epilogue makes of it and of another matrix's."""
-    if EPILOGUE < GRADIENT:
-        result = _square(product, EPILOGUE == MARKED_SQUARE, dtype)
-    else:
-        result = (product * _slope(other)).to(dtype)
+    result = finish(product, other, EPILOGUE, dtype)
     if DESCRIPTORS:
         out.store([row, column], result)
     else:
@@ -217,6 +188,10 @@ def _product(case: str, epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: to
         return _plain_product(epilogue, a, b, aux)
     early, aux = aux is not None, out if aux is None else aux
     tuned = launch_parameters("residual_mlp", case, a.device)
+    if fits(a, b, tuned["ping_pong"]):
+        with torch.cuda.device_of(a):
+            ping_pong(epilogue, a, b, aux, out, tuned["ping_pong"], bool(tuned["copies"]))
+        return out
     m, n, k, parts = (tuned[name] for name in ("block_m", "block_n", "block_k", "subtiles"))
     early, descriptors = bool(early and tuned["early"]), bool(tuned["descriptors"])
     parts = 2 if early else parts

@@ -46,7 +46,7 @@ def assert_as_precise(leaves, dout, function=residual_mlp, reference=residual_ml
 def with_parameters(monkeypatch, **changes: int) -> None:
     """All cases with these launch parameters, small tiles otherwise."""
     base = dict(block_m=64, block_n=64, block_k=32, subtiles=1, stages=2, warps=4, programs=1, descriptors=0)
-    tuned = base | dict(flatten=0, early=0, columns_per_warp=512) | changes
+    tuned = base | dict(flatten=0, early=0, ping_pong=0, copies=0, columns_per_warp=512) | changes
     monkeypatch.setattr(family, "launch_parameters", lambda *_: tuned)
 
 
