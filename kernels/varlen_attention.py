@@ -105,7 +105,7 @@ def _through_prologue(
 
     Both dimensions of a pair are in one thread, of a product's result and of 8 pairs.
     """
-    x = tl.load(raw, mask=inside[:, None], other=0).to(tl.float32)
+    x = raw.to(tl.float32)
     if HALF > 0:
         ROWS: tl.constexpr = g.shape[0]
         REST: tl.constexpr = D // (2 * HALF)
@@ -283,6 +283,7 @@ def _attention_queries_kernel(
         acc *= factor
     else:
         raw += at_first * raw_t + head * raw_h + _offsets(raw_t, raw_h, QUERIES, HEADS, D)
+        raw = tl.load(raw, mask=inside[:, None], other=0)
         strength = tl.load(gain + head + rows // QUERIES).to(tl.float32)
         acc, component = _through_prologue(
             acc, raw, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF, EPS, factor, strength
@@ -319,6 +320,9 @@ def _attention_keys_kernel(
     at_first = start + first
     k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
     v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
+    if raw is not None:
+        raw += at_first * raw_t + head * raw_h + _offsets(raw_t, 0, KEYS, 1, D)
+        raw = tl.load(raw, mask=inside, other=0)
     rows = tl.arange(0, QUERIES * HEADS)
     queries = rows % QUERIES
     acc_k = tl.zeros((KEYS, D), tl.float32)
@@ -354,7 +358,6 @@ def _attention_keys_kernel(
     if raw is None:
         acc_k *= factor
     else:
-        raw += at_first * raw_t + head * raw_h + _offsets(raw_t, 0, KEYS, 1, D)
         acc_k, _ = _through_prologue(
             acc_k, raw, cos, sin, at_first + tl.arange(0, KEYS), keys < length, period, D, HALF, EPS, factor, None
         )
