@@ -36,6 +36,7 @@ from torch.nn.attention.varlen import varlen_attn
 from . import _gated_attention_kernels as kernels
 from . import varlen_attention
 from ._launch import RMS_EPS, operator, runs_kernels, select
+from .varlen_attention import Prologue, turns_in_registers
 
 Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -281,6 +282,12 @@ def _gated_attention_backward_triton(
         do, kept, dprojected = do.view(-1, H, D), y.view(-1, H, D), projected.new_empty(flat.shape)
         if gated:
             options |= dict(logits=_logits(flat, *sizes), dlogits=_logits(dprojected, *sizes))
+        if turns_in_registers(cos.size(1), D):
+            angles = cos.contiguous(), sin.contiguous()
+            made = Prologue(_heads(flat, 0, H, D), _heads(flat, H, K, D), *angles, q_gain.contiguous(), eps)
+            padding = dprojected[:, (H + 2 * K) * D + H * gated :]
+            dgain = kept.new_empty(H, dtype=torch.float32)
+            options |= dict(prologue=made, dgain=dgain, padding=padding)
     else:
         do, delta, dprojected = kernels.epilogue_backward(do, kept, flat, *sizes, exclude_own_value, gated)
         if add:
@@ -290,9 +297,12 @@ def _gated_attention_backward_triton(
         do, qk[:, :H], qk[:, H:], _heads(flat, H + K, K, D), kept, lse, cu_seqlens, max_seqlen, D**-0.5, delta, dq, dk,
         None if exclude_own_value and not (add or fused) else dv, **options,
     )  # fmt: skip
-    dgain = kernels.prologue_backward(
-        dq, dk, dv, flat, cos, sin, q_gain, dprojected, *sizes, exclude_own_value, gated, eps
-    )
+    if "prologue" in options:
+        dgain = dgain.to(q_gain.dtype)
+    else:
+        dgain = kernels.prologue_backward(
+            dq, dk, dv, flat, cos, sin, q_gain, dprojected, *sizes, exclude_own_value, gated, eps
+        )
     return dprojected.view(projected.shape), dgain
 
 

@@ -18,6 +18,7 @@ than in a single kernel, which would have to add to dq in memory. `_forward` and
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,38 @@ def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: t
 
 
 @jit
+def _through_prologue(
+    g, raw, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, factor, strength,
+):  # fmt: skip
+    """Gradient of the rows at ``raw``, x, by that of R(x / rms(x)) strength, g, and <g, R(x / rms(x))>.
+
+    Both dimensions of a pair are in one thread, of a product's result and of 8 pairs.
+    """
+    x = raw.to(tl.float32)
+    if HALF > 0:
+        ROWS: tl.constexpr = g.shape[0]
+        REST: tl.constexpr = D // (2 * HALF)
+        if period is not None:
+            tokens = tokens % period
+        angles = tokens[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        c = tl.load(cos + angles, mask=inside[:, None], other=0).to(tl.float32)[:, None, :]
+        s = tl.load(sin + angles, mask=inside[:, None], other=0).to(tl.float32)[:, None, :]
+        turned = (tl.arange(0, REST) == 0)[None, :, None]
+        first, second = tl.split(tl.permute(tl.reshape(g, (ROWS, REST, 2, HALF)), (0, 1, 3, 2)))
+        g = tl.join(
+            tl.where(turned, first * c - second * s, first), tl.where(turned, second * c + first * s, second)
+        )
+        g = tl.reshape(tl.permute(g, (0, 1, 3, 2)), (ROWS, D))
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
+    along = factor * inverse * tl.sum(g * x, 1)
+    if strength is not None:
+        strength *= inverse
+    else:
+        strength = inverse
+    return (factor * strength)[:, None] * g - (strength * inverse * along / D)[:, None] * x, along
+
+
+@jit
 def _attention_kernel(
     q, k, v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale, H: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
@@ -153,10 +186,11 @@ def _attention_kernel(
 
 @jit
 def _attention_queries_kernel(
-    do, q, k, v, o, lse, delta, along, logits, pairs, dq, core_do, dlogits, dv, tiles, do_t, do_h, q_t, q_h, k_t, k_h,
-    v_t, v_h, dq_t, dq_h, dv_t, dv_h, logits_t, dlogits_t, T, scale, factor, H: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    do, q, k, v, o, lse, delta, along, logits, pairs, dq, core_do, dlogits, dv, raw, cos, sin, gain, partials, padding,
+    tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h, raw_t, raw_h, logits_t, dlogits_t,
+    padding_t, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    EPS: tl.constexpr, PADDING: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, and where there is no ``delta`` theirs, from o.
 
@@ -165,8 +199,13 @@ def _attention_queries_kernel(
     whole group, of which that is the sum.
     """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
-    start, length, first = _tile(tiles, tl.program_id(0) // (H // HEADS))
+    slot = tl.program_id(0) // (H // HEADS)
+    start, length, first = _tile(tiles, slot)
+    if raw is not None:
+        partials += (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
     if first >= length:
+        if raw is not None:
+            tl.store(partials, tl.zeros((HEADS,), tl.float32))
         return
     rows = tl.arange(0, QUERIES * HEADS)
     queries = first + rows % QUERIES
@@ -240,15 +279,33 @@ def _attention_queries_kernel(
         acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
         k += KEYS * k_t
         v += KEYS * v_t
+    if raw is None:
+        acc *= factor
+    else:
+        raw += at_first * raw_t + head * raw_h + _offsets(raw_t, raw_h, QUERIES, HEADS, D)
+        raw = tl.load(raw, mask=inside[:, None], other=0)
+        strength = tl.load(gain + head + rows // QUERIES).to(tl.float32)
+        acc, component = _through_prologue(
+            acc, raw, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF, EPS, factor, strength
+        )
+        component = tl.where(inside, component, 0)
+        tl.store(partials, tl.sum(tl.reshape(component, (HEADS, QUERIES)), 1))
     dq += at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
-    tl.store(dq, (acc * factor).to(dq.dtype.element_ty), mask=inside[:, None])
+    tl.store(dq, acc.to(dq.dtype.element_ty), mask=inside[:, None])
+    if padding is not None:
+        if head == 0:
+            tokens, columns = tl.arange(0, QUERIES)[:, None], tl.arange(0, PADDING)[None, :]
+            tl.store(padding + at_first * padding_t + tokens * padding_t + columns,
+                     tl.zeros((QUERIES, PADDING), padding.dtype.element_ty),
+                     mask=(first + tokens < length) & (columns < COLUMNS))
 
 
 @jit
 def _attention_keys_kernel(
-    do, q, k, v, pairs, dk, dv, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, T, scale,
-    factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    do, q, k, v, pairs, dk, dv, raw, cos, sin, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h,
+    raw_t, raw_h, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    HALF: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, dv with ADD on top of what is there.
 
@@ -263,6 +320,9 @@ def _attention_keys_kernel(
     at_first = start + first
     k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
     v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
+    if raw is not None:
+        raw += at_first * raw_t + head * raw_h + _offsets(raw_t, 0, KEYS, 1, D)
+        raw = tl.load(raw, mask=inside, other=0)
     rows = tl.arange(0, QUERIES * HEADS)
     queries = rows % QUERIES
     acc_k = tl.zeros((KEYS, D), tl.float32)
@@ -295,8 +355,14 @@ def _attention_keys_kernel(
             q_rows += QUERIES * q_t
             do_rows += QUERIES * do_t
             of_rows += QUERIES * WIDTH
+    if raw is None:
+        acc_k *= factor
+    else:
+        acc_k, _ = _through_prologue(
+            acc_k, raw, cos, sin, at_first + tl.arange(0, KEYS), keys < length, period, D, HALF, EPS, factor, None
+        )
     dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
-    tl.store(dk, (acc_k * factor).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dk, acc_k.to(dk.dtype.element_ty), mask=inside)
     dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
     if ADD:
         acc_v += tl.load(dv, mask=inside, other=0).to(tl.float32)
@@ -334,12 +400,28 @@ def _plan(cu_seqlens: torch.Tensor, tokens: int, block: int) -> torch.Tensor:
     return tiles
 
 
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:2]]
+def _strides(*tensors: torch.Tensor | None) -> list[int]:
+    return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride()[:2])]
 
 
 def _row_strides(*tensors: torch.Tensor | None) -> list[int]:
     return [0 if x is None else x.stride(0) for x in tensors]
+
+
+class Prologue(NamedTuple):
+    """What q and k are made of, as `gated_attention` has it: q^ = gain R(q / rms(q)), k^ = R(k / rms(k))."""
+
+    q: torch.Tensor  # [T, H, D]
+    k: torch.Tensor  # [T, K, D]
+    cos: torch.Tensor  # [P, HALF], contiguous, a token's at its index modulo P; see `turns_in_registers`
+    sin: torch.Tensor
+    gain: torch.Tensor  # [H], contiguous
+    eps: float
+
+
+def turns_in_registers(half: int, width: int) -> bool:
+    """Whether the kernels rotate that many pairs of the leading dimensions of heads."""
+    return half & (half - 1) == 0 and 2 * half <= width
 
 
 def _forward(
@@ -370,14 +452,17 @@ def _backward(
     cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, delta: torch.Tensor | None = None,
     dq: torch.Tensor | None = None, dk: torch.Tensor | None = None, dv: torch.Tensor | None = None, *,
     add_dv: bool = False, along: torch.Tensor | None = None, logits: torch.Tensor | None = None,
-    dlogits: torch.Tensor | None = None,
+    dlogits: torch.Tensor | None = None, prologue: Prologue | None = None, dgain: torch.Tensor | None = None,
+    padding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, written into those given, whose rows must be contiguous.
 
     lse is `_forward`'s; delta, contiguous float32 [H, T], the rows' Σ do o, computed from o where it is not given. With
     ``add_dv`` dv is added to what is in the one given. Where `_forward` was given ``along`` or ``logits``, they are
     given with their values, do is the gradient of its result, o, and dlogits is written; this needs H / K to be a power
-    of two up to 16. Here and in `_forward` D is a power of two from 16 to 128.
+    of two up to 16. With ``prologue``, of which q and k are the results, dq and dk are the gradients of what those are
+    made of, and dgain, float32 [H], is written; so are zeros to ``padding`` [T, columns], if given. Here and in
+    `_forward` D is a power of two from 16 to 128.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
@@ -396,20 +481,31 @@ def _backward(
     rows = by_keys["QUERIES"] * by_keys["HEADS"]
     width = min(8, max(2, 32 * by_keys["num_warps"] // rows))
     pairs = lse.new_empty(*lse.shape, width)
-    rest = tokens, scale * math.log2(math.e), scale
+    made = prologue or Prologue(None, None, None, None, None, 0.0)
+    period = None if prologue is None or made.cos.size(0) == tokens else made.cos.size(0)
+    rest = tokens, period, scale * math.log2(math.e), scale
+    constants = dict(WIDTH=width, HALF=made.cos.size(1) if prologue else 0, EPS=made.eps)
+    partials = None
     with torch.cuda.device_of(q):
         tiles = _plan(cu_seqlens, tokens, by_queries["QUERIES"])
+        if prologue:
+            made = made._replace(**dict(zip("qk", _rows(made.q, made.k), strict=True)))
+            partials = lse.new_empty(heads, tiles.size(0))
+        columns = 0 if padding is None else padding.size(1)
         _attention_queries_kernel[(tiles.size(0) * heads // by_queries["HEADS"],)](
             do, q, k, v, o.contiguous() if delta is None else None, lse, delta, along, logits, pairs, dq, core_do,
-            dlogits, dv, tiles, *_strides(do, q, k, v, dq, dv), *_row_strides(logits, dlogits), *rest, WIDTH=width,
-            **by_queries,
+            dlogits, dv, made.q, made.cos, made.sin, made.gain, partials, padding if columns else None, tiles,
+            *_strides(do, q, k, v, dq, dv, made.q), *_row_strides(logits, dlogits, padding), *rest,
+            COLUMNS=columns, PADDING=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,
         )  # fmt: skip
+        if prologue:
+            torch.sum(partials, 1, out=dgain)
         do = do if core_do is None else core_do
         if by_keys["KEYS"] != by_queries["QUERIES"]:
             tiles = _plan(cu_seqlens, tokens, by_keys["KEYS"])
         _attention_keys_kernel[(tiles.size(0) * k.size(1),)](
-            do, q, k, v, pairs, dk, dv, tiles, *_strides(do, q, k, v, dk, dv), *rest, WIDTH=width,
-            ADD=add_dv or along is not None, **by_keys,
+            do, q, k, v, pairs, dk, dv, made.k, made.cos, made.sin, tiles, *_strides(do, q, k, v, dk, dv, made.k),
+            *rest, ADD=add_dv or along is not None, **constants, **by_keys,
         )  # fmt: skip
     return dq, dk, dv
 
