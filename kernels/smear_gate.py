@@ -14,8 +14,9 @@ walks from the last token to the first and recomputes gates and norms; with s_t 
 
     dx_t = dy_t + g_{t+1} dy_{t+1} + λ σ'_t s_t w,   dw = Σ λ σ'_t s_t x_t[:W],   dλ = Σ σ_t s_t
 
-in one pass over x, dy and dx. The prologue's goes on into the table: tokens are sorted by id, chunks of the sorted
-list are summed, and segments that cross chunks are joined in a fixed order; or fp32 atomics do it.
+in one pass over x, dy and dx. The prologue's, without atomics, walks the tokens sorted by id and makes each one's
+gradient from dy_t, dy_{t+1} and three rows of the table: dy is read twice, and no gradient by token is written and
+read again. Chunks of the list are summed, and segments that cross chunks are joined in a fixed order.
 
 Shapes: x [B, T, D]; input_ids [B, T] int32 or int64; weight [1, W] or [W] with W <= D; lam [1] or scalar.
 """
@@ -233,9 +234,9 @@ def _table_gradient_kernel(
     current = tl.load(table + key.to(tl.int64) * D + columns, mask=inside, other=0).to(ACC)
     sigma = tl.load(sigmas + key)
     total = tl.zeros((BLOCK,), ACC)
-    shared = tl.sum(total)  # of the segment, Σ <gradient at y_t, x_{t-1}>
+    s = tl.sum(total)  # Σ s_t of the segment
     dw = tl.zeros((GATE,), ACC)
-    dlam = shared
+    dlam = s
     for i in tl.range(count, num_stages=STAGES):
         chosen = offsets == i
         token = _pick(tokens, chosen)
@@ -252,7 +253,7 @@ def _table_gradient_kernel(
         y = current + gate * previous
         scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
         dy -= (scale * scale * tl.sum(dy * y) / D) * y
-        shared += scale * tl.sum(dy * previous)
+        s += scale * tl.sum(dy * previous)
         total += scale * dy
         gate = _pick(next_gates, chosen)
         z = following + gate * current
@@ -264,8 +265,8 @@ def _table_gradient_kernel(
         turn = _pick(turns, chosen)
         if (turn >= 0) | (i + 1 == count):
             row = key.to(tl.int64) * D
-            dlam += sigma * shared
-            slope = strength * sigma * (1 - sigma) * shared
+            dlam += sigma * s
+            slope = strength * sigma * (1 - sigma) * s
             dw += slope * tl.load(table + row + gate_columns, mask=gate_columns < W, other=0).to(ACC)
             total += slope * tl.load(weight + columns, mask=columns < W, other=0).to(ACC)
             if (turn >= 0) & (not continued):
@@ -274,7 +275,7 @@ def _table_gradient_kernel(
                 piece = chunk * 2 + tl.where(continued, 0, 1)
                 tl.store(pieces + piece * D + columns, total, mask=inside)
             total = tl.zeros((BLOCK,), ACC)
-            shared = tl.sum(total)
+            s = tl.sum(total)
             continued = key != key
             key = tl.maximum(turn, 0)
             current = tl.load(table + key.to(tl.int64) * D + columns, mask=inside, other=0).to(ACC)
@@ -286,10 +287,18 @@ def _table_gradient_kernel(
 
 @jit
 def _join_segments_kernel(
-    keys, gradient, pieces, N, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    keys, gradient, pieces, partials, sums, N, D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, SUMMANDS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The segment that begins in this chunk and goes on in the next ones, into the table."""
-    chunk = tl.program_id(0).to(tl.int64)
+    """The segment that begins in this chunk and goes on in the next ones, into the table; and sums of partials."""
+    chunk, chunks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    if tl.program_id(1) == 0:
+        for row in range(chunk, W + 1, chunks):
+            summands = tl.zeros((SUMMANDS,), ACC)
+            for first in range(0, chunks, SUMMANDS):
+                place = first + tl.arange(0, SUMMANDS)
+                summands += tl.load(partials + row * chunks + place, mask=place < chunks, other=0)
+            tl.store(sums + row, tl.sum(summands))
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (columns < D) | (D % BLOCK == 0)
     start, stop = chunk * CHUNK, (chunk + 1) * CHUNK
@@ -375,7 +384,7 @@ def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps) -> tuple[t
     chunk = tuned["chunk"] if settings["num_warps"] == 1 else min(tuned["chunk"], 32)
     chunks = -(-count // chunk)
     pieces = table.new_empty(chunks, 2, width, dtype=accumulate)
-    partials = table.new_empty(gate + 1, chunks, dtype=accumulate)
+    partials, sums = (table.new_empty(gate + 1, *more, dtype=accumulate) for more in ((chunks,), ()))
     table, weight, dout = table.contiguous(), weight.contiguous(), dout.contiguous()
     settings |= dict(W=gate, GATE=1 << (gate - 1).bit_length())
     rows, tokens = max(1, 4096 // settings["BLOCK"]), 128
@@ -391,10 +400,10 @@ def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps) -> tuple[t
         )  # fmt: skip
         block = min(tuned["block"], settings["BLOCK"])
         _join_segments_kernel[(chunks, -(-width // block))](
-            keys, gradient, pieces, count, D=width, BLOCK=block, CHUNK=chunk, ROWS=tuned["rows"],
-            num_warps=tuned["join_warps"],
+            keys, gradient, pieces, partials, sums, count, D=width, W=gate, BLOCK=block, CHUNK=chunk,
+            ROWS=tuned["rows"], SUMMANDS=1024, ACC=settings["ACC"], num_warps=tuned["join_warps"],
         )  # fmt: skip
-    return gradient, partials.sum(1)
+    return gradient, sums
 
 
 def _smear_gate_triton(
