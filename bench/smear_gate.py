@@ -99,8 +99,8 @@ CASES: dict[str, Builder] = {
     if backward or not name
 }
 _CHOICES = dict(
-    chunk=(4, 8, 16, 32, 64, 128), columns_per_warp=(64, 128, 256, 512, 1024), block=(64, 128, 256, 512),
-    stages=(1, 2, 3, 4, 5, 6), rows=(4, 8, 16, 32, 64),
+    chunk=(4, 8, 16, 24, 32, 48, 64, 128), columns_per_warp=(64, 128, 256, 512, 1024), block=(64, 128, 256, 512),
+    stages=(1, 2, 3, 4, 5, 6), rows=(4, 8, 16, 32, 64), join_warps=(1, 2, 4, 8),
 )  # fmt: skip
 TUNING = {
     **{entry: Tuning(CASES[entry], _CHOICES) for entry in ("forward", "prologue_forward")},

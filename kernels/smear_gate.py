@@ -14,8 +14,9 @@ walks from the last token to the first and recomputes gates and norms; with s_t 
 
     dx_t = dy_t + g_{t+1} dy_{t+1} + λ σ'_t s_t w,   dw = Σ λ σ'_t s_t x_t[:W],   dλ = Σ σ_t s_t
 
-in one pass over x, dy and dx. The prologue's goes on into the table: tokens are sorted by id, chunks of the sorted
-list are summed, and segments that cross chunks are joined in a fixed order; or fp32 atomics do it.
+in one pass over x, dy and dx. The prologue's, without atomics, walks the tokens sorted by id and makes each one's
+gradient from dy_t, dy_{t+1} and three rows of the table: dy is read twice, and no gradient by token is written and
+read again. Chunks of the list are summed, and segments that cross chunks are joined in a fixed order.
 
 Shapes: x [B, T, D]; input_ids [B, T] int32 or int64; weight [1, W] or [W] with W <= D; lam [1] or scalar.
 """
@@ -107,7 +108,7 @@ def _forward_kernel(
 def _backward_kernel(
     dout, x, ids, weight, lam, dx, partials, T, chunks, V, bos_id, EPS: tl.constexpr, D: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EMBED: tl.constexpr,
-    ATOMIC: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     base, start, stop = _span(T, chunks, CHUNK)
     columns = tl.arange(0, BLOCK)
@@ -140,7 +141,7 @@ def _backward_kernel(
         slope = strength * sigma * (1 - sigma) * s
         dw += slope * current
         result = carried + scale * dy + slope * w
-        if ATOMIC:
+        if EMBED:
             identity = tl.load(ids + token).to(tl.int64)
             mine = inside & (t < stop) & (identity >= 0) & (identity < V)
             tl.atomic_add(dx + identity * D + columns, result, mask=mine, sem="relaxed")
@@ -155,68 +156,167 @@ def _backward_kernel(
 
 
 @jit
-def _sum_segments_kernel(
-    dx, keys, order, table, pieces, N, V, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr,
+def _prepare_kernel(
+    ids, table, weight, keys, codes, sigmas, gradient, N, T, V, bos_id, D: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums of runs of equal keys in one chunk: whole segments into the table, pieces of longer ones into ``pieces``.
+    """What `_table_gradient_kernel` looks up, and a gradient of zeros for the ids that no token has.
 
-    Piece [chunk, 0] ends a segment of earlier chunks or continues it, [chunk, 1] begins one.
+    keys are the tokens' ids, forced into the table; codes the same, with ~id for tokens without a gate (a BOS, or first
+    in their row); sigmas [V] the ids' gates without λ.
     """
-    chunk = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # two axes: see `flat`
-    inside = (columns < D) | (D % BLOCK == 0)
+    program = tl.program_id(0).to(tl.int64)
+    token = program * TOKENS + tl.arange(0, TOKENS)
+    given = tl.load(ids + token, mask=token < N, other=0)
+    gated = token % T != 0
+    if bos_id is not None:
+        gated = gated & (given != bos_id)
+    identity = tl.minimum(tl.maximum(given.to(tl.int64), 0), V - 1)
+    tl.store(keys + token, identity.to(keys.dtype.element_ty), mask=token < N)
+    code = tl.where(gated, identity, -1 - identity)
+    tl.store(codes + token, code.to(codes.dtype.element_ty), mask=token < N)
+    row, gate, columns = program * ROWS + tl.arange(0, ROWS), tl.arange(0, GATE), tl.arange(0, BLOCK)
+    w = tl.load(weight + gate, mask=gate < W, other=0).to(ACC)
+    mask = (row < V)[:, None] & (gate < W)[None, :]
+    x = tl.load(table + row[:, None] * D + gate[None, :], mask=mask, other=0).to(ACC)
+    tl.store(sigmas + row, tl.sigmoid(tl.sum(x * w[None, :], 1)), mask=row < V)
+    zeros = tl.zeros((ROWS, BLOCK), gradient.dtype.element_ty)
+    mask = (row < V)[:, None] & (columns < D)[None, :]
+    tl.store(gradient + row[:, None] * D + columns[None, :], zeros, mask=mask)
+
+
+@jit
+def _pick(values, chosen):
+    """The chosen one of integers, or of floats; a sum of one warp's integers is one instruction."""
+    if values.dtype.is_floating():
+        bits: tl.constexpr = tl.int64 if values.dtype == tl.float64 else tl.int32
+        return tl.sum(tl.where(chosen, values.to(bits, bitcast=True), 0)).to(values.dtype, bitcast=True)
+    return tl.sum(tl.where(chosen, values, 0))
+
+
+@jit
+def _table_gradient_kernel(
+    dout, table, codes, sigmas, keys, order, weight, lam, gradient, pieces, partials, N, EPS: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, CHUNK: tl.constexpr,
+    LIST: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The table's gradient from one chunk of the tokens sorted by id, summed over runs of equal ids (segments).
+
+    Whole segments go into ``gradient``; piece [chunk, 0] ends a segment of earlier chunks or continues it, [chunk, 1]
+    begins one. Along a segment the token's own embedding x and gate stay the same. Token t takes from its own norm
+    r (dy - r² <dy, y> y / D), and of the next token's, which has it as the previous one, g times that.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
     start = chunk * CHUNK
-    stop = tl.minimum(start + CHUNK, N)
+    columns, gate_columns = tl.arange(0, BLOCK), tl.arange(0, GATE)
+    inside = columns < D
+    strength = tl.load(lam).to(ACC)
     key = tl.load(keys + start)
     continued = (start > 0) & (tl.load(keys + tl.maximum(start - 1, 0)) == key)
-    total = tl.zeros((1, BLOCK), ACC)
-    # Two rows are under way while one is added.
-    first = tl.load(dx + tl.load(order + start) * D + columns, mask=inside, other=0)
-    second = tl.load(dx + tl.load(order + tl.minimum(start + 1, stop - 1)) * D + columns, mask=inside, other=0)
-    third = tl.load(order + tl.minimum(start + 2, stop - 1))
-    for p in range(start, stop):
-        total += first.to(ACC)
-        first = second
-        second = tl.load(dx + third * D + columns, mask=inside, other=0)
-        third = tl.load(order + tl.minimum(p + 3, stop - 1))
-        following = tl.load(keys + tl.minimum(p + 1, N - 1))
-        ends = (following != key) | (p + 1 == N)
-        if ends | (p + 1 == stop):
-            flat = tl.sum(total, 0)[None, :]  # keeps the layout of fp32 stores out of the loop
-            if ends & (not continued):
-                known = (key >= 0) & (key < V)
-                tl.store(table + key.to(tl.int64) * D + columns, flat.to(table.dtype.element_ty), mask=inside & known)
+    key = key.to(codes.dtype.element_ty)
+    # What leads to the chunk's rows: all tokens' at once.
+    offsets = tl.arange(0, LIST)
+    count = tl.minimum(N - start, CHUNK).to(tl.int32)
+    listed = offsets < count
+    tokens = tl.load(order + start + offsets, mask=listed, other=0)
+    own = tl.load(codes + tokens, mask=listed, other=-1)
+    befores = tl.load(codes + tokens - 1, mask=listed & (tokens > 0), other=0)
+    befores = tl.maximum(befores, -1 - befores)
+    afters = tl.load(codes + tokens + 1, mask=listed & (tokens + 1 < N), other=-1)
+    next_gates = strength * tl.load(sigmas + afters, mask=afters >= 0, other=0)
+    tokens = tokens.to(codes.dtype.element_ty)
+    tokens = tl.where(own >= 0, tokens, -1 - tokens)
+    same = tl.load(keys + start + offsets, mask=listed, other=0)
+    follows = start + offsets + 1 < N
+    turns = tl.load(keys + start + offsets + 1, mask=listed & follows, other=0)
+    turns = tl.where((turns != same) | (start + offsets + 1 == N), turns.to(codes.dtype.element_ty), -1)
+
+    current = tl.load(table + key.to(tl.int64) * D + columns, mask=inside, other=0).to(ACC)
+    sigma = tl.load(sigmas + key)
+    total = tl.zeros((BLOCK,), ACC)
+    s = tl.sum(total)  # Σ s_t of the segment
+    dw = tl.zeros((GATE,), ACC)
+    dlam = s
+    for i in tl.range(count, num_stages=STAGES):
+        chosen = offsets == i
+        token = _pick(tokens, chosen)
+        gated = token >= 0
+        token = tl.maximum(token, -1 - token).to(tl.int64)
+        before = _pick(befores, chosen).to(tl.int64)
+        after = _pick(afters, chosen).to(tl.int64)
+        goes_on = after >= 0
+        previous = tl.load(table + before * D + columns, mask=inside & gated, other=0).to(ACC)
+        dy = tl.load(dout + token * D + columns, mask=inside, other=0).to(ACC)
+        following = tl.load(table + after * D + columns, mask=inside & goes_on, other=0).to(ACC)
+        dz = tl.load(dout + (token + 1) * D + columns, mask=inside & goes_on, other=0).to(ACC)
+        gate = tl.where(gated, strength * sigma, 0)
+        y = current + gate * previous
+        scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
+        dy -= (scale * scale * tl.sum(dy * y) / D) * y
+        s += scale * tl.sum(dy * previous)
+        total += scale * dy
+        gate = _pick(next_gates, chosen)
+        z = following + gate * current
+        scale = tl.rsqrt(tl.sum(z * z) / D + EPS)
+        slope = scale * scale * tl.sum(dz * z) / D
+        scale = tl.where(goes_on, gate * scale, 0)
+        total += scale * dz
+        total -= tl.where(goes_on, scale * slope, 0) * z
+        turn = _pick(turns, chosen)
+        if (turn >= 0) | (i + 1 == count):
+            row = key.to(tl.int64) * D
+            dlam += sigma * s
+            slope = strength * sigma * (1 - sigma) * s
+            dw += slope * tl.load(table + row + gate_columns, mask=gate_columns < W, other=0).to(ACC)
+            total += slope * tl.load(weight + columns, mask=columns < W, other=0).to(ACC)
+            if (turn >= 0) & (not continued):
+                tl.store(gradient + row + columns, total.to(gradient.dtype.element_ty), mask=inside)
             else:
-                piece = chunk.to(tl.int64) * 2 + tl.where(continued, 0, 1)
-                tl.store(pieces + piece * D + columns, flat, mask=inside)
-            total = tl.zeros((1, BLOCK), ACC)
-            continued = following != following
-        key = following
+                piece = chunk * 2 + tl.where(continued, 0, 1)
+                tl.store(pieces + piece * D + columns, total, mask=inside)
+            total = tl.zeros((BLOCK,), ACC)
+            s = tl.sum(total)
+            continued = key != key
+            key = tl.maximum(turn, 0)
+            current = tl.load(table + key.to(tl.int64) * D + columns, mask=inside, other=0).to(ACC)
+            sigma = tl.load(sigmas + key)
+    programs = tl.num_programs(0).to(tl.int64)
+    tl.store(partials + gate_columns * programs + chunk, dw, mask=gate_columns < W)
+    tl.store(partials + W * programs + chunk, dlam)
 
 
 @jit
 def _join_segments_kernel(
-    keys, table, pieces, N, V, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    ACC: tl.constexpr,
+    keys, gradient, pieces, partials, sums, N, D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, SUMMANDS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The segment that begins in this chunk and goes on in the next ones, into the table."""
-    chunk = tl.program_id(0).to(tl.int64)
+    """The segment that begins in this chunk and goes on in the next ones, into the table; and sums of partials."""
+    chunk, chunks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    if tl.program_id(1) == 0:
+        for row in range(chunk, W + 1, chunks):
+            summands = tl.zeros((SUMMANDS,), ACC)
+            for first in range(0, chunks, SUMMANDS):
+                place = first + tl.arange(0, SUMMANDS)
+                summands += tl.load(partials + row * chunks + place, mask=place < chunks, other=0)
+            tl.store(sums + row, tl.sum(summands))
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (columns < D) | (D % BLOCK == 0)
     start, stop = chunk * CHUNK, (chunk + 1) * CHUNK
     key = tl.load(keys + stop - 1, mask=stop < N, other=-1)
     begins = (start == 0) | (tl.load(keys + tl.maximum(start - 1, 0)) != key)
-    if (key >= 0) & (key < V) & begins & (tl.load(keys + tl.minimum(stop, N - 1)) == key):
+    later = chunk + 1 + tl.arange(0, ROWS)
+    same = tl.load(keys + later * CHUNK, mask=later * CHUNK < N, other=-1) == key
+    if begins & (key >= 0) & (tl.load(keys + tl.minimum(stop, N - 1)) == key):
         total = tl.load(pieces + (2 * chunk + 1) * D + columns, mask=inside, other=0)
         more = chunk == chunk
-        while more:
-            later = chunk + 1 + tl.arange(0, ROWS)
-            same = tl.load(keys + later * CHUNK, mask=later * CHUNK < N, other=-1) == key
+        while more:  # the keys are a step ahead of the pieces
             mask = same[:, None] & inside[None, :]
-            total += tl.sum(tl.load(pieces + later[:, None] * (2 * D) + columns[None, :], mask=mask, other=0), 0)
-            chunk += ROWS
+            rows = tl.load(pieces + later[:, None] * (2 * D) + columns[None, :], mask=mask, other=0)
             more = tl.min(same.to(tl.int32)) == 1
-        tl.store(table + key.to(tl.int64) * D + columns, total.to(table.dtype.element_ty), mask=inside)
+            later += ROWS
+            same = tl.load(keys + later * CHUNK, mask=later * CHUNK < N, other=-1) == key
+            total += tl.sum(rows, 0)
+        tl.store(gradient + key.to(tl.int64) * D + columns, total.to(gradient.dtype.element_ty), mask=inside)
 
 
 def _accumulator(tensor: torch.Tensor) -> torch.dtype:
@@ -248,11 +348,12 @@ def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool) -> torch.
     return out
 
 
-def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool, dx) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient by tokens, or with a fp32 ``dx`` of the table's shape added into that; and those of (w, λ)."""
-    atomic = dx is not None
+def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both backwards in the order of tokens: the gradient of x, or with ``embed`` the table's by atomics; (w, λ)'s."""
     rows, tokens = input_ids.shape
-    dx = source.new_empty(dout.shape) if dx is None else dx
+    dx = source.new_empty(dout.shape)
+    if embed:
+        dx = torch.zeros(source.shape, dtype=_accumulator(source), device=source.device)
     if not dout.numel():
         return dx, source.new_zeros(weight.numel() + 1, dtype=_accumulator(source))
     tuned, settings = _settings("prologue_backward" if embed else "backward", source)
@@ -262,28 +363,47 @@ def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool, dx
         _backward_kernel[(rows * chunks,)](
             dout.contiguous(), source.contiguous(), input_ids.contiguous(), weight.contiguous(), lam, dx, partials,
             tokens, chunks, source.size(0) if embed else 1, bos_id, EPS=eps, W=weight.numel(), CHUNK=tuned["chunk"],
-            STAGES=tuned["stages"], EMBED=embed, ATOMIC=atomic, **settings,
+            STAGES=tuned["stages"], EMBED=embed, **settings,
         )  # fmt: skip
     return dx, partials.sum(1)
 
 
-def _into_table(dx: torch.Tensor, input_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Sums of the rows of ``dx`` by id, in fp32 and a fixed order, as the table's gradient."""
-    gradient = torch.zeros_like(table, memory_format=torch.contiguous_format)
-    count, width = input_ids.numel(), table.size(1)
+def _narrowest(largest: int) -> torch.dtype:
+    return next(t for t in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(t).max)
+
+
+def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prologue's backward in the order of ids: the gradients of the table and of (w, λ), in a fixed order."""
+    (vocabulary, width), count, gate, accumulate = table.shape, input_ids.numel(), weight.numel(), _accumulator(table)
+    gradient, sigmas = table.new_empty(vocabulary, width), table.new_empty(vocabulary, dtype=accumulate)
     # A radix sort takes a pass for every 8 bits of its keys.
-    narrow = torch.int16 if table.size(0) < 2**15 else torch.int32
-    ids = input_ids.reshape(-1).clamp(-1, table.size(0))  # those outside the table stay outside
-    keys, order = torch.sort(ids.to(narrow), stable=True)
-    tuned, settings = _settings("table_gradient", dx)
-    block, chunk = min(tuned["block"], settings["BLOCK"]), tuned["chunk"]
-    settings |= dict(BLOCK=block, CHUNK=chunk, num_warps=max(1, block // tuned["columns_per_warp"]))
-    grid = (-(-count // chunk), -(-width // block))
-    pieces = table.new_empty(grid[0], 2, width, dtype=_accumulator(table))
+    keys = torch.empty(count, dtype=_narrowest(vocabulary - 1), device=table.device)
+    codes = torch.empty_like(keys, dtype=_narrowest(max(vocabulary, count, 2**15)))
+    tuned, settings = _settings("table_gradient", table)
+    # Lists of up to 32 tokens are in each of several warps.
+    chunk = tuned["chunk"] if settings["num_warps"] == 1 else min(tuned["chunk"], 32)
+    chunks = -(-count // chunk)
+    pieces = table.new_empty(chunks, 2, width, dtype=accumulate)
+    partials, sums = (table.new_empty(gate + 1, *more, dtype=accumulate) for more in ((chunks,), ()))
+    table, weight, dout = table.contiguous(), weight.contiguous(), dout.contiguous()
+    settings |= dict(W=gate, GATE=1 << (gate - 1).bit_length())
+    rows, tokens = max(1, 4096 // settings["BLOCK"]), 128
     with torch.cuda.device_of(table):
-        _sum_segments_kernel[grid](dx, keys, order, gradient, pieces, count, table.size(0), **settings)
-        _join_segments_kernel[grid](keys, gradient, pieces, count, table.size(0), ROWS=tuned["rows"], **settings)
-    return gradient
+        _prepare_kernel[(max(-(-vocabulary // rows), -(-count // tokens)),)](
+            input_ids.contiguous(), table, weight, keys, codes, sigmas, gradient, count, input_ids.size(1), vocabulary,
+            bos_id, ROWS=rows, TOKENS=tokens, **settings | dict(num_warps=4),
+        )  # fmt: skip
+        keys, order = torch.sort(keys, stable=True)
+        _table_gradient_kernel[(chunks,)](
+            dout, table, codes, sigmas, keys, order, weight, lam, gradient, pieces, partials, count, EPS=eps,
+            CHUNK=chunk, LIST=1 << (chunk - 1).bit_length(), STAGES=tuned["stages"], **settings,
+        )  # fmt: skip
+        block = min(tuned["block"], settings["BLOCK"])
+        _join_segments_kernel[(chunks, -(-width // block))](
+            keys, gradient, pieces, partials, sums, count, D=width, W=gate, BLOCK=block, CHUNK=chunk,
+            ROWS=tuned["rows"], SUMMANDS=1024, ACC=settings["ACC"], num_warps=tuned["join_warps"],
+        )  # fmt: skip
+    return gradient, sums
 
 
 def _smear_gate_triton(
@@ -296,7 +416,7 @@ def _smear_gate_backward_triton(
     dout: torch.Tensor, x: torch.Tensor, input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor,
     bos_id: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _backward(dout, x, input_ids, weight, lam, bos_id, 0.0, False, None)
+    return _backward(dout, x, input_ids, weight, lam, bos_id, 0.0, False)
 
 
 def _embed_smear_norm_triton(
@@ -310,11 +430,10 @@ def _embed_smear_norm_backward_triton(
     dout: torch.Tensor, input_ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor,
     bos_id: int | None, eps: float, deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    total = None if deterministic else torch.zeros(table.shape, dtype=_accumulator(table), device=table.device)
-    dx, sums = _backward(dout, table, input_ids, weight, lam, bos_id, eps, True, total)
-    if not dout.numel():
-        return torch.zeros_like(table, memory_format=torch.contiguous_format), sums
-    return _into_table(dx, input_ids, table) if deterministic else total.to(table.dtype), sums
+    if deterministic and dout.numel():
+        return _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps)
+    gradient, sums = _backward(dout, table, input_ids, weight, lam, bos_id, eps, True)
+    return gradient.to(table.dtype), sums
 
 
 def _gate_gradients(sums: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

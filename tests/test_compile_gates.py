@@ -50,10 +50,12 @@ TOKENS, VOCABULARY = 98_304, 8192  # the record's micro-step
 SMEAR_GATE_REGISTERS = {
     "_forward_kernel": 72,
     "_backward_kernel": 136,
-    "_sum_segments_kernel": 64,
-    "_join_segments_kernel": 80,
+    "_prepare_kernel": 40,
+    "_table_gradient_kernel": 152,
+    "_join_segments_kernel": 64,
 }
 ATOMIC_REGISTERS = 168  # of the backward with atomics
+SMEAR_GATE_SHARED = 20 << 10
 
 
 def launch_smear_gate(dtype: torch.dtype, width: int, bos_id: int | None):
@@ -75,16 +77,21 @@ def test_smear_gate(capability: int, dtype: torch.dtype) -> None:
         launch_smear_gate(dtype, 512, 1)
     names = [kernel.name for kernel in kernels]
     assert {name: names.count(name) for name in names} == {
-        "_forward_kernel": 2, "_backward_kernel": 3, "_sum_segments_kernel": 1, "_join_segments_kernel": 1,
+        "_forward_kernel": 2, "_backward_kernel": 2, "_prepare_kernel": 1, "_table_gradient_kernel": 1,
+        "_join_segments_kernel": 1,
     }  # fmt: skip
     for kernel in kernels:
-        atomic = kernel.count("RED") > 0
+        atomic = kernel.count(r"REDG?\.E") > 0
         registers = ATOMIC_REGISTERS if atomic else SMEAR_GATE_REGISTERS[kernel.name]
-        check(kernel, registers=registers, shared=11 << 10, streams=not atomic)
-        if "segments" not in kernel.name:  # rows on their way while others are worked on
+        walks = kernel.name not in ("_prepare_kernel", "_join_segments_kernel")
+        check(kernel, registers=registers, shared=SMEAR_GATE_SHARED, streams=walks and not atomic)
+        if walks:  # rows on their way while others are worked on
             assert kernel.count(r"LDGSTS\.E\S*\.128") >= 2, f"{kernel.name}: no asynchronous copies of 16 bytes"
         if atomic and capability >= 90:
             assert kernel.count(r"REDG\.E\.ADD\.F32x4"), f"{kernel.name}: atomics of less than 16 bytes"
+        if kernel.name == "_table_gradient_kernel" and (capability, dtype) == (90, torch.bfloat16):
+            assert kernel.registers <= 128 and kernel.shared_bytes <= 13 << 10  # 16 programs an SM
+            assert kernel.count("REDUX") >= 5 and kernel.count("SHFL") <= 48  # the lists' integers in one instruction
 
 
 @pytest.mark.parametrize("width, bos_id", [(1024, None), (768, 1)])
@@ -92,9 +99,10 @@ def test_smear_gate_of_other_widths(width: int, bos_id: int | None) -> None:
     with compiling(90) as kernels:
         launch_smear_gate(torch.bfloat16, width, bos_id)
     for kernel in kernels:
-        atomic = kernel.count("RED") > 0
+        atomic = kernel.count(r"REDG?\.E") > 0
         registers = ATOMIC_REGISTERS if atomic else SMEAR_GATE_REGISTERS[kernel.name]
-        check(kernel, registers=registers, shared=11 << 10, streams=not atomic)
+        walks = kernel.name not in ("_prepare_kernel", "_join_segments_kernel")
+        check(kernel, registers=registers, shared=SMEAR_GATE_SHARED, streams=walks and not atomic)
 
 
 # --- Dequantisation ---
