@@ -108,7 +108,7 @@ def stream(name: str, backward: bool, device: torch.device, quick: bool) -> Case
     def relevant(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Without the columns of ``projected`` that the stream has nothing to do with."""
         a, b = gradients
-        return (a[..., :columns], b) if first else (a, b[..., columns:])
+        return (a[..., :columns], b) if first else (a, b[..., columns:-PADDING])
 
     def provider(compiles: bool = False, dtype: torch.dtype = torch.bfloat16) -> Function:
         run = compiled(function, device) if compiles else function

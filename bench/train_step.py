@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.timing import measure_ceilings
@@ -42,8 +43,8 @@ MEDIAN_DOCUMENT, SPREAD = 400, 0.8  # tokens, lognormal
 FAMILIES = (  # by the kernels' names, the first that fits
     ("attention", r"flash|_attention_"),
     ("head", r"cross_entropy|softmax|nll_loss|log_softmax"),
-    ("products", r"gemm|nvjet|cutlass|cublas|xmma|_product|splitK"),
-    ("optimizer", r"newton_schulz|_tasks_kernel|multi_tensor|adam"),
+    ("products", r"gemm|nvjet|cutlass|cublas|xmma|_product|ping_pong|splitK"),
+    ("optimizer", r"newton_schulz|_tasks_kernel|multi_tensor|adam|_(momentum|apply|squares|sum|clip)_kernel"),
     ("copies", r"[Mm]emcpy|[Mm]emset"),
     ("between", r""),
 )
@@ -102,7 +103,7 @@ def time_step(model: GPT, config: RunConfig, world: World, batch: Batch, repeats
         "launch_seconds": launching[0],  # of the CPU, until it has handed a micro-batch to the device
     }
     if world.device.type == "cuda":
-        result["milliseconds_by_family"], result["kernels"] = by_family(micro_batch, compute)
+        result["milliseconds_by_family"], result["kernels"] = by_family(step, gradient.count)
     return result
 
 
@@ -115,19 +116,29 @@ def _timed(function: Callable[[], Any], device: torch.device) -> tuple[float, fl
     return returned - begun, time.perf_counter() - begun
 
 
-def by_family(micro_batch: Callable[[], None], seconds: float) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Milliseconds of a micro-batch by family, ``idle`` the rest of its ``seconds``; and [ms, calls] by kernel."""
+def by_family(step: Callable[[], None], count: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Milliseconds of a micro-batch in a step of ``count`` by family, and [ms, calls] of a step by kernel.
+
+    ``idle`` is the time in which the device does nothing. The chip runs at its power limit, so kernels are as slow as
+    they are within whole steps.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        micro_batch()
+        step()
         torch.cuda.synchronize()
-    kernels = {event.key: [event.self_device_time_total / 1e3, event.count] for event in profiler.key_averages()}
-    kernels = {name: figures for name, figures in kernels.items() if figures[0] > 0}
+    kernels: dict[str, list[float]] = {}
     families = dict.fromkeys((name for name, _ in FAMILIES), 0.0)
-    for kernel, (milliseconds, _) in kernels.items():
-        families[next(name for name, pattern in FAMILIES if re.search(pattern, kernel))] += milliseconds
-    families["idle"] = seconds * 1e3 - sum(families.values())
+    idle = end = 0.0
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+            continue
+        begun, over = event.time_range.start, event.time_range.end
+        idle += max(0.0, begun - end) if end else 0.0
+        busy, end = max(0.0, over - max(begun, end)), max(end, over)
+        families[next(name for name, pattern in FAMILIES if re.search(pattern, event.name))] += busy / 1e3 / count
+        figures = kernels.setdefault(event.name[:120], [0.0, 0])
+        figures[0], figures[1] = figures[0] + (over - begun) / 1e3, figures[1] + 1
     slowest = sorted(kernels.items(), key=lambda item: -item[1][0])
-    return families, {name[:120]: figures for name, figures in slowest[:60]}
+    return families | {"idle": idle / 1e3 / count}, dict(slowest[:60])
 
 
 def floors(config: RunConfig, batch: Batch, looping: bool, ceilings: Mapping[str, float]) -> dict[str, float]:

@@ -116,9 +116,7 @@ def _through_prologue(
         s = tl.load(sin + angles, mask=inside[:, None], other=0).to(tl.float32)[:, None, :]
         turned = (tl.arange(0, REST) == 0)[None, :, None]
         first, second = tl.split(tl.permute(tl.reshape(g, (ROWS, REST, 2, HALF)), (0, 1, 3, 2)))
-        g = tl.join(
-            tl.where(turned, first * c - second * s, first), tl.where(turned, second * c + first * s, second)
-        )
+        g = tl.join(tl.where(turned, first * c - second * s, first), tl.where(turned, second * c + first * s, second))
         g = tl.reshape(tl.permute(g, (0, 1, 3, 2)), (ROWS, D))
     inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
     along = factor * inverse * tl.sum(g * x, 1)
@@ -295,9 +293,11 @@ def _attention_queries_kernel(
     if padding is not None:
         if head == 0:
             tokens, columns = tl.arange(0, QUERIES)[:, None], tl.arange(0, PADDING)[None, :]
-            tl.store(padding + at_first * padding_t + tokens * padding_t + columns,
-                     tl.zeros((QUERIES, PADDING), padding.dtype.element_ty),
-                     mask=(first + tokens < length) & (columns < COLUMNS))
+            tl.store(
+                padding + at_first * padding_t + tokens * padding_t + columns,
+                tl.zeros((QUERIES, PADDING), padding.dtype.element_ty),
+                mask=(first + tokens < length) & (columns < COLUMNS),
+            )
 
 
 @jit

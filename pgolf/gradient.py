@@ -34,50 +34,47 @@ def uses_graphs(config: RunConfig, model: GPT) -> bool:
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     batch: Batch  # what it reads
-    gradients: list[Tensor | None]  # where it leaves the parameters' gradients
+    gradients: list[Tensor]  # where it leaves the parameters' gradients
 
 
 class MeanGradient:
     """Leaves the gradient of the mean loss over ``count`` micro-batches in the parameters' ``grad``.
 
-    Graphs share one pool of memory, which stays taken as long as this object lives. Gradients of a single micro-batch
-    are written where the graph has them; those of several are added up in buffers.
+    Graphs share one pool of memory, which stays taken as long as this object lives, and leave a micro-batch's gradients
+    in it; those of several are added up in buffers.
     """
 
     def __init__(self, model: GPT, count: int, graphs: bool) -> None:
         self.model, self.count, self.graphs = model, count, graphs
         self.parameters = list(model.parameters())
         self.loss = torch.zeros((), device=self.parameters[0].device)
-        self.buffers: list[Tensor | None] = [None] * len(self.parameters)
         self._captured: dict[tuple, _Captured] = {}
         if graphs:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.loss.device)
-            if count > 1:
-                self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
+            self.sums = [torch.empty_like(parameter) for parameter in self.parameters if count > 1]
 
     def __call__(self, batches: Iterable[Batch]) -> Tensor:
         """Returns the mean loss in nats, a float32 scalar on the device."""
         self.loss.zero_()
-        self._set_gradients(self.buffers)
-        if self.buffers[0] is not None:
-            torch._foreach_zero_(self.buffers)
-        for batch in batches:
-            if self.graphs:
-                self._replay(batch)
-            else:
+        self.model.zero_grad(set_to_none=True)
+        if not self.graphs:
+            for batch in batches:
                 self.loss += self._backward(batch)
-        return self.loss.clone()
-
-    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            return self.loss.clone()
+        for i, batch in enumerate(batches):
+            gradients = self._replay(batch)
+            if self.count > 1:
+                (torch._foreach_add_ if i else torch._foreach_copy_)(self.sums, gradients)
+        for parameter, gradient in zip(self.parameters, self.sums or gradients, strict=True):
             parameter.grad = gradient
+        return self.loss.clone()
 
     def _backward(self, batch: Batch) -> Tensor:
         loss = self.model(batch.input_ids, batch.target_ids, batch.cu_seqlens, batch.max_seqlen) / self.count
         loss.backward()
         return loss.detach()
 
-    def _replay(self, batch: Batch) -> None:
+    def _replay(self, batch: Batch) -> list[Tensor]:
         key = self.model.looping_active, batch.input_ids.shape, batch.cu_seqlens.numel(), batch.max_seqlen
         if key not in self._captured:
             self._captured[key] = self._capture(batch)
@@ -85,18 +82,19 @@ class MeanGradient:
         for static, given in zip(captured.batch[:3], batch[:3], strict=True):
             static.copy_(given)
         captured.graph.replay()
-        self._set_gradients(captured.gradients)
+        return captured.gradients
 
     def _capture(self, batch: Batch) -> _Captured:
         static = Batch(*(tensor.clone() for tensor in batch[:3]), batch.max_seqlen)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.loss.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._set_gradients([None] * len(self.parameters))
             self._backward(static)  # compiles the kernels, which cannot be done in a capture
-            self._set_gradients(self.buffers)
+            self.model.zero_grad(set_to_none=True)
             # Other threads, the loader's and NCCL's, may do what this one must not.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 self.loss += self._backward(static)
         current.wait_stream(self._stream)
-        return _Captured(graph, static, [parameter.grad for parameter in self.parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.model.zero_grad(set_to_none=True)
+        return _Captured(graph, static, gradients)
