@@ -127,7 +127,10 @@ def _residual_backward_kernel(
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
     HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Of `_residual_kernel`. With rstd, x is n. dx_next is joined's gradient, dx0_next is added to dx0."""
+    """Of `_residual_kernel`. With rstd, x is n. dx_next is joined's gradient, dx0_next is added to dx0.
+
+    Gradients of x0 and skip that have no place of their own are added to that of x, which they are.
+    """
     columns, inside = _columns(D, BLOCK)
     zeros = tl.zeros((BLOCK,), ACC)
     w, sigma, factor = _vector(weight, columns, inside, ACC), _gate(gate, columns, inside, ACC), _scalar(scale, ACC)
@@ -161,7 +164,8 @@ def _residual_backward_kernel(
             result = second * g
             if dx0_next is not None:
                 result += _load(dx0_next, offsets, inside, ACC)
-            _store(dx0, offsets, inside, result)
+            if dx0 is not None:
+                _store(dx0, offsets, inside, result)
             g *= first
         if dx_next is not None:
             g += _load(dx_next, offsets, inside, ACC)
@@ -169,7 +173,12 @@ def _residual_backward_kernel(
             g, passed, part, gate_part = _join_gradient(g, value, skipped, w, sigma, gate is not None)
             weight_sum += part
             gate_sum += gate_part
-            _store(dskip, offsets, inside, passed)
+            if dskip is not None:
+                _store(dskip, offsets, inside, passed)
+            else:
+                g += passed
+        if mix is not None and dx0 is None:
+            g += result
         _store(dx, offsets, inside, 0.5 * g if HALF else g)
     if partials is not None:
         partials += tl.program_id(0).to(tl.int64) * WIDTH
@@ -375,11 +384,15 @@ def mix_sums(x: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | 
 def mix_backward(
     dx_next: Tensor | None, du: Tensor | None, dn: Tensor | None, dx0_next: Tensor | None, x: Tensor,
     x0: Tensor | None, mix: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, eps: float,
+    scale: Tensor | None, eps: float, x0_is_x: bool = False, skip_is_x: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, x0 and skip, and the flat sums, those of mix, weight and gate where there are any."""
+    """Gradients of x, x0 and skip, and the flat sums, those of mix, weight and gate where there are any.
+
+    That of a tensor which is x is empty and part of x's.
+    """
     width = mix_sums(x, mix, skip, gate)
-    outputs = [_like(x, wanted) for wanted in (True, x0 is not None, skip is not None)]
+    own = True, x0 is not None and not x0_is_x, skip is not None and not skip_is_x
+    outputs = [_like(x, wanted) for wanted in own]
     if not x.numel():
         return *outputs, x.new_zeros(width, dtype=accumulator(x))
     grid, extent, settings = _plan(_case(mix, skip, "backward"), x)

@@ -68,11 +68,11 @@ def _sums(x: Tensor, *shape: int) -> Tensor:
 
 _mix_backward_op = operator(
     "residual_mix_backward(Tensor? dx_next, Tensor? du, Tensor? dn, Tensor? dx0_next, Tensor x, Tensor? x0, "
-    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps) "
+    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, bool x0_is_x, bool skip_is_x) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     kernels.mix_backward,
-    lambda dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, eps: (
-        *_empty(x, True, x0 is not None, skip is not None),
+    lambda dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, eps, x0_is_x, skip_is_x: (
+        *_empty(x, True, x0 is not None and not x0_is_x, skip is not None and not skip_is_x),
         _sums(x, kernels.mix_sums(x, mix, skip, gate)),
     ),
 )
@@ -114,6 +114,8 @@ def _given(gradient: Tensor | None) -> Tensor | None:
 
 def _save_mix(ctx, inputs, output) -> None:
     *tensors, ctx.eps = inputs[:8]
+    x, x0, _, skip, *_ = tensors
+    ctx.same = x0 is x, skip is x
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -122,9 +124,11 @@ def _save_mix(ctx, inputs, output) -> None:
 def _mix_gradients(ctx, djoined, du, dn, dx_next=None, dx0_next=None):
     x, x0, mix, skip, weight, gate, scale = ctx.saved_tensors
     gradients = (_given(djoined) if dx_next is None else dx_next, _given(du), _given(dn), dx0_next)
-    dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps)
+    dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps, *ctx.same)
     dmix, *djoin = _parameter_gradients(sums, mix, weight, gate)
-    return dx, None if x0 is None else dx0, dmix, None if skip is None else dskip, *djoin, *(None,) * 5
+    own = [x0 is not None and not ctx.same[0], skip is not None and not ctx.same[1]]
+    dx0, dskip = (gradient if wanted else None for gradient, wanted in zip((dx0, dskip), own, strict=True))
+    return dx, dx0, dmix, dskip, *djoin, *(None,) * 5
 
 
 def _save_norm(ctx, inputs, output) -> None:

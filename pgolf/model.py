@@ -457,11 +457,14 @@ class GPT(nn.Module):
             # Rows and lengths change all the time in test-time training: one compilation for all.
             return _mark_dynamic(x, (0, 1)) if self._compiled and adapters is not None else x
 
+        def another(x: Tensor) -> Tensor:
+            # A second tensor object of the same memory: the compiler would specialise on x being x0, or the skip.
+            return x if regions is PLAIN else x.view_as(x)
+
         if self._compiled and adapters is not None:
             _mark_dynamic((heads.cos, heads.sin, adapters.layers, adapters.head), (0,))
         x0 = any_shape(self._prologue(input_ids, dtype))
-        # view_as makes a second tensor object of the same memory: the compiler would specialise on x being x0.
-        x, lanes, skips, outputs = any_shape(x0.view_as(x0)), None, [], ()
+        x, lanes, skips, outputs = any_shape(another(x0)), None, [], ()
         for virtual, i in enumerate(encoder):
             output, x, x0 = regions.serial(x, x0, None, layers[i], *layer_arguments(virtual, i))
             skips += [x] if virtual else []
@@ -472,7 +475,7 @@ class GPT(nn.Module):
             if position < self.skip_weights.size(0) and skips:
                 gate = self.skip_gates[position] if c.skip_gates_enabled else None
                 skip = skips.pop()
-                skip = Skip(any_shape(skip.view_as(skip)), self.skip_weights[position], gate)
+                skip = Skip(any_shape(another(skip)), self.skip_weights[position], gate)
             arguments = layers[i], *layer_arguments(len(encoder) + position, i)
             if lanes is None and i < c.parallel_start_layer:
                 if skip is not None and regions is not PLAIN:  # one compiled block serves with and without a skip

@@ -79,6 +79,13 @@ CALLS: dict[str, tuple[Call, list]] = {
     "join_mix_norm_ungated": (mix_call(), [*MIX, "x", "d"]),
     "join_mix_norm_un": (mix_call(keep_x=False), [*MIX, "x", "d", "d"]),
     "join_mix_norm_n": (mix_call(keep_u=False, keep_x=False), [*MIX, "x", "d", "d"]),
+    "mix_norm_of_one": (lambda op, leaves: mix_call()(op, [leaves[0], *leaves]), ["x", (2, "d")]),
+    "join_mix_norm_of_two": (
+        lambda op, leaves: mix_call()(op, [*leaves[:3], leaves[0], *leaves[3:]]), ["x", "x", (2, "d"), "d", "d"]
+    ),
+    "join_mix_norm_of_one": (
+        lambda op, leaves: mix_call()(op, [leaves[0], *leaves[:2], leaves[0], *leaves[2:]]), ["x", (2, "d"), "d"]
+    ),
     "join": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d", "d"]),
     "join_ungated": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d"]),
     "norm": (lambda op, leaves: op("scaled_rms_norm")(leaves[0], scale_of(leaves[0])), ["x"]),
@@ -364,7 +371,9 @@ def test_operators_are_registered_as_they_behave() -> None:
     x, x0, mix, skip, weight, gate, residual, h, w, out_scale, *lanes = (
         leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, out_scale, *lanes)
     )
-    library.opcheck(ops.residual_mix_backward.default, (x, x, x, x, x, x0, mix, skip, weight, gate, scale, 1e-6))
+    library.opcheck(
+        ops.residual_mix_backward.default, (x, x, x, x, x, x0, mix, skip, weight, gate, scale, 1e-6, False, False)
+    )
     library.opcheck(ops.residual_norm_backward.default, (None, x, x, rstd, scale, True))
     library.opcheck(ops.residual_lanes_backward.default, (*(x,) * 5, x0, *lanes, mix, skip, weight, gate, scale, 1e-6))
     for parameters in (True, False):
