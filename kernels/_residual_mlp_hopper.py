@@ -163,7 +163,7 @@ def _consume(
         hopper.mbarrier.arrive(empty.index(stage))
         if row < M:  # as it always is: no instruction of the epilogue comes before the arrival
             result = finish(_neighbours(product), other, EPILOGUE, out.dtype.element_ty)
-            gl.store(pointers, result, mask=inside)
+            gl.store(pointers, result, mask=inside, cache_modifier=".cs")  # read again long after it has left the cache
 
 
 @jit

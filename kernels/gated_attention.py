@@ -80,12 +80,13 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, core: str = "auto"
 ) -> Tensor:
     """Causal attention of q [B, T, H, D] on k, v [B, T, K, D] in rows, or in the segments of a single one."""
+    if v.stride(1) % 8 or v.storage_offset() % 8:  # PyTorch's kernels read 16 bytes at a time, whatever the address
+        v = v.contiguous()
     if cu_seqlens is None:
         return _dense(q, k, v)
     if core != "sdpa" and _flash_takes(q.device, q.dtype, q.size(-1)):
         bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-        q, k, v = q[0], k[0], _aligned(v[0])
-        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **_GROUPED)[None]
+        return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(-1, 0), **_GROUPED)[None]
     if torch.compiler.is_compiling():  # the compiler cannot know how long segments are
         positions = torch.arange(q.size(1), device=q.device)
         segments = torch.searchsorted(cu_seqlens, positions, right=True)
@@ -104,11 +105,6 @@ def _gated_attention_reference(
 
 
 # --- Attention cores ---
-
-
-def _aligned(v: Tensor) -> Tensor:
-    """FlashAttention reads 16 bytes at a time and does not look at the rows' addresses."""
-    return v if v.stride(0) % 8 == 0 else v.contiguous()
 
 
 def _segments(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
@@ -155,13 +151,13 @@ def _plain_backward(
 
 
 def _flash_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[Tensor, Tensor]:
-    v = _aligned(v)
+    v = v if v.stride(0) % 8 == 0 else v.contiguous()
     bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, True, False, scale=scale)[:2]
 
 
 def _flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, delta=None, dq=None, dk=None, dv=None):
-    v = _aligned(v)
+    v = v if v.stride(0) % 8 == 0 else v.contiguous()
     bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     # Without dropout the state of the random numbers is not read.
     random = torch.empty(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
