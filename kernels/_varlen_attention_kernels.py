@@ -1,0 +1,323 @@
+"""The kernels of `varlen_attention`, which says how tiles lie and who sums what."""
+
+from __future__ import annotations
+
+from ._launch import jit, tl
+
+
+@jit(do_not_specialize=["S"])
+def _attention_plan_kernel(cu_seqlens, tiles, S, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Tile ``program`` of those that segments own, to its place: segments by length, then their empty tiles.
+
+    A tile is its segment's first token, the segment's length and the tile's first token in it.
+    """
+    slot = tl.program_id(0)
+    low, high = slot * 0, slot * 0 + S
+    while high - low > CHUNK:
+        middle = (low + high) // 2
+        owned = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
+        low, high = tl.where(owned, middle, low), tl.where(owned, high, middle)
+    s = low + tl.arange(0, CHUNK)
+    owned = (tl.load(cu_seqlens + s, mask=s < high, other=0) // BLOCK + s <= slot) & (s < high)
+    segment = low + tl.sum(owned.to(tl.int32)) - 1
+    start = tl.load(cu_seqlens + segment)
+    length = tl.load(cu_seqlens + segment + 1) - start
+    block = slot - start // BLOCK - segment
+    used, before = slot * 0, slot * 0
+    for at in range(0, S, CHUNK):
+        s = at + tl.arange(0, CHUNK)
+        starts = tl.load(cu_seqlens + s, mask=s < S, other=0)
+        lengths = tl.load(cu_seqlens + s + 1, mask=s < S, other=0) - starts
+        blocks = (lengths + BLOCK - 1) // BLOCK
+        used += tl.sum(blocks)
+        before += tl.sum(tl.where((lengths > length) | ((lengths == length) & (starts < start)), blocks, 0))
+    column = tl.arange(0, 4)
+    tile = tl.where(column == 0, start, tl.where(column == 1, length, block * BLOCK))
+    tl.store(tiles + (before + block) * 4 + column, tile, mask=(block * BLOCK < length) & (column >= 0))
+    tl.store(tiles + slot * 4 + column, column * 0, mask=(slot >= used) & (column >= 0))
+
+
+@jit
+def _tile(tiles, slot):
+    """The first token (int64) and the length of a tile's segment, the tile's first token in it."""
+    tiles += slot * 4
+    return tl.load(tiles).to(tl.int64), tl.load(tiles + 1), tl.load(tiles + 2)
+
+
+@jit
+def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
+    """Of the rows of a tile of tokens and heads, head by head, and their columns."""
+    rows = tl.arange(0, TOKENS * HEADS)[:, None]
+    return rows % TOKENS * stride_t + rows // TOKENS * stride_h + tl.arange(0, D)[None, :]
+
+
+@jit
+def _through_prologue(
+    g, raw, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, factor, strength,
+):  # fmt: skip
+    """Gradient of the rows at ``raw``, x, by that of R(x / rms(x)) strength, g, and <g, R(x / rms(x))>.
+
+    Both dimensions of a pair are in one thread, of a product's result and of 8 pairs.
+    """
+    x = raw.to(tl.float32)
+    if HALF > 0:
+        ROWS: tl.constexpr = g.shape[0]
+        REST: tl.constexpr = D // (2 * HALF)
+        if period is not None:
+            tokens = tokens % period
+        angles = tokens[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        c = tl.load(cos + angles, mask=inside[:, None], other=0).to(tl.float32)[:, None, :]
+        s = tl.load(sin + angles, mask=inside[:, None], other=0).to(tl.float32)[:, None, :]
+        turned = (tl.arange(0, REST) == 0)[None, :, None]
+        first, second = tl.split(tl.permute(tl.reshape(g, (ROWS, REST, 2, HALF)), (0, 1, 3, 2)))
+        g = tl.join(tl.where(turned, first * c - second * s, first), tl.where(turned, second * c + first * s, second))
+        g = tl.reshape(tl.permute(g, (0, 1, 3, 2)), (ROWS, D))
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
+    along = factor * inverse * tl.sum(g * x, 1)
+    if strength is not None:
+        strength *= inverse
+    else:
+        strength = inverse
+    return (factor * strength)[:, None] * g - (strength * inverse * along / D)[:, None] * x, along
+
+
+@jit
+def _attention_kernel(
+    q, k, v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale, H: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
+    start, length, first = _tile(tiles, tl.program_id(0) // (H // HEADS))
+    if first >= length:
+        return
+    rows = tl.arange(0, QUERIES * HEADS)
+    queries = first + rows % QUERIES
+    inside = queries < length
+    q += (start + first) * q_t + head * q_h
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    keys = tl.arange(0, KEYS)
+    k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
+    if along is not None:
+        own = v + (start + first) * v_t + head // GROUP * v_h
+        own = tl.load(own + _offsets(v_t, 0, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    if logits is not None:
+        logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
+    v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
+    acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
+    top = tl.full((QUERIES * HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES * HEADS,), tl.float32)
+    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
+        valid = keys[:, None] < length - at
+        s = tl.dot(q, tl.trans(tl.load(k, mask=valid, other=0)), input_precision=PRECISION)
+        if at + KEYS > first:  # a tile on the diagonal
+            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
+        shrunk = tl.exp2(top - higher)
+        total = total * shrunk + tl.sum(p, 1)
+        value = tl.load(v, mask=valid, other=0)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrunk[:, None], input_precision=PRECISION)
+        top = higher
+        k += KEYS * k_t
+        v += KEYS * v_t
+    acc /= total[:, None]
+    at_rows = start + first + head * T + rows // QUERIES * T + rows % QUERIES
+    tl.store(lse + at_rows, top + tl.log2(total), mask=inside)
+    if along is not None:
+        own = own.to(tl.float32)
+        inverse = 1 / tl.maximum(tl.sqrt(tl.sum(own * own, 1)), 1e-12)
+        component = tl.sum(acc * own, 1) * inverse
+        tl.store(along + at_rows, component, mask=inside)
+        acc -= (component * inverse)[:, None] * own
+    if logits is not None:
+        acc *= 2 * tl.sigmoid(logit.to(tl.float32))[:, None]
+    o += ((start + first) * H + head) * D
+    tl.store(o + _offsets(H * D, D, QUERIES, HEADS, D), acc.to(o.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
+def _attention_queries_kernel(
+    do, q, k, v, o, lse, delta, along, logits, pairs, dq, core_do, dlogits, dv, raw, cos, sin, gain, partials, padding,
+    tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h, raw_t, raw_h, logits_t, dlogits_t,
+    padding_t, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    EPS: tl.constexpr, PADDING: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries, and where there is no ``delta`` theirs, from o.
+
+    With ``core_do`` do and o are the gradient and the result y = g (o - <o, u> u) of `_forward`'s epilogue. Then also
+    written are core_do = g (do - <do, u> u), dlogits, and into dv what the exclusion gives u; the tile's heads are a
+    whole group, of which that is the sum.
+    """
+    head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
+    slot = tl.program_id(0) // (H // HEADS)
+    start, length, first = _tile(tiles, slot)
+    if raw is not None:
+        partials += (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
+    if first >= length:
+        if raw is not None:
+            tl.store(partials, tl.zeros((HEADS,), tl.float32))
+        return
+    rows = tl.arange(0, QUERIES * HEADS)
+    queries = first + rows % QUERIES
+    inside = queries < length
+    at_first = start + first
+    at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
+    do += at_first * do_t + head * do_h
+    do = tl.load(do + _offsets(do_t, do_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    in_heads = (at_first * H + head) * D + _offsets(H * D, D, QUERIES, HEADS, D)
+    if delta is None:
+        o = tl.load(o + in_heads, mask=inside[:, None], other=0)
+    else:
+        own = tl.load(delta + at_rows, mask=inside, other=0)
+    if along is not None:
+        value = v + at_first * v_t + head // GROUP * v_h + _offsets(v_t, 0, QUERIES, HEADS, D)
+        value = tl.load(value, mask=inside[:, None], other=0).to(tl.float32)
+        component = tl.load(along + at_rows, mask=inside, other=0)
+    if logits is not None:
+        logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
+    if delta is None:
+        own = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if core_do is not None:
+        dy, y = do.to(tl.float32), o.to(tl.float32)
+        gate = tl.full((QUERIES * HEADS,), 1, tl.float32)
+        if logits is not None:
+            gate = 2 * tl.sigmoid(logit.to(tl.float32))
+            dlogits += (start + queries) * dlogits_t + head + rows // QUERIES
+            tl.store(dlogits, ((1 - gate / 2) * own).to(dlogits.dtype.element_ty), mask=inside)
+        exact = gate[:, None] * dy
+        back = (1 / tl.maximum(gate, 1e-30))[:, None] * y
+        if along is not None:
+            norm = tl.sqrt(tl.sum(value * value, 1))
+            inverse = 1 / tl.maximum(norm, 1e-12)
+            component *= inverse
+            outward = tl.sum(dy * value, 1) * inverse
+            exact -= (gate * outward * inverse)[:, None] * value
+            back += component[:, None] * value
+        do = exact.to(do.dtype)
+        tl.store(core_do + in_heads, do, mask=inside[:, None])
+        # Of do as rounded, as the products are: then the rows of dS sum to zero.
+        own += tl.sum((do.to(tl.float32) - exact) * back, 1)
+        if along is not None:
+            # A direction does not depend on the length, but for where that is clamped.
+            clamped = tl.where(norm > 1e-12, 0, 2 * gate * outward * inverse)
+            given = (inverse * outward)[:, None] * y + component[:, None] * (
+                do.to(tl.float32) + clamped[:, None] * value
+            )
+            given = -tl.sum(tl.reshape(given, (HEADS, QUERIES, D)), 0)
+            dv += at_first * dv_t + head // GROUP * dv_h + _offsets(dv_t, 0, QUERIES, 1, D)
+            tl.store(dv, given.to(dv.dtype.element_ty), mask=first + tl.arange(0, QUERIES)[:, None] < length)
+        tl.debug_barrier()
+        do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
+    q += at_first * q_t + head * q_h
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    lse = tl.load(lse + at_rows, mask=inside, other=0)
+    pair = tl.arange(0, WIDTH)[None, :]
+    pairs += at_rows[:, None] * WIDTH + pair
+    tl.store(pairs, tl.where(pair % 2 == 0, lse[:, None], own[:, None]), mask=inside[:, None])
+    keys = tl.arange(0, KEYS)
+    k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
+    v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
+    acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
+    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
+        valid = keys[:, None] < length - at
+        key = tl.load(k, mask=valid, other=0)
+        s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+        if at + KEYS > first:
+            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+        dp = tl.dot(do, tl.trans(tl.load(v, mask=valid, other=0)), input_precision=PRECISION)
+        ds = tl.exp2(s * scale - lse[:, None]) * (dp - own[:, None])
+        acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
+        k += KEYS * k_t
+        v += KEYS * v_t
+    if raw is None:
+        acc *= factor
+    else:
+        raw += at_first * raw_t + head * raw_h + _offsets(raw_t, raw_h, QUERIES, HEADS, D)
+        raw = tl.load(raw, mask=inside[:, None], other=0)
+        strength = tl.load(gain + head + rows // QUERIES).to(tl.float32)
+        acc, component = _through_prologue(
+            acc, raw, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF, EPS, factor, strength
+        )
+        component = tl.where(inside, component, 0)
+        tl.store(partials, tl.sum(tl.reshape(component, (HEADS, QUERIES)), 1))
+    dq += at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
+    tl.store(dq, acc.to(dq.dtype.element_ty), mask=inside[:, None])
+    if padding is not None:  # noqa: SIM102  a constant, not to be joined with what a program finds out
+        if head == 0:
+            tokens, columns = tl.arange(0, QUERIES)[:, None], tl.arange(0, PADDING)[None, :]
+            tl.store(
+                padding + at_first * padding_t + tokens * padding_t + columns,
+                tl.zeros((QUERIES, PADDING), padding.dtype.element_ty),
+                mask=(first + tokens < length) & (columns < COLUMNS),
+            )
+
+
+@jit
+def _attention_keys_kernel(
+    do, q, k, v, pairs, dk, dv, raw, cos, sin, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h,
+    raw_t, raw_h, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    HALF: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys, dv with ADD on top of what is there.
+
+    Scores are transposed, so that their gradients are left operands, from registers.
+    """
+    head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
+    start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))
+    if first >= length:
+        return
+    keys = first + tl.arange(0, KEYS)
+    inside = keys[:, None] < length
+    at_first = start + first
+    k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
+    v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
+    if raw is not None:
+        raw += at_first * raw_t + head * raw_h + _offsets(raw_t, 0, KEYS, 1, D)
+        raw = tl.load(raw, mask=inside, other=0)
+    rows = tl.arange(0, QUERIES * HEADS)
+    queries = rows % QUERIES
+    acc_k = tl.zeros((KEYS, D), tl.float32)
+    acc_v = tl.zeros((KEYS, D), tl.float32)
+    begin = first // QUERIES * QUERIES
+    for part in tl.static_range(0, GROUP, HEADS):
+        at_begin = start + begin
+        query_head = head * GROUP + part
+        q_rows = q + at_begin * q_t + query_head * q_h + _offsets(q_t, q_h, QUERIES, HEADS, D)
+        do_rows = do + at_begin * do_t + query_head * do_h + _offsets(do_t, do_h, QUERIES, HEADS, D)
+        at_rows = at_begin + query_head * T + rows // QUERIES * T + queries
+        of_rows = pairs + at_rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        for at in tl.range(begin, length, QUERIES, num_stages=STAGES):
+            valid = queries[:, None] < length - at
+            query = tl.load(q_rows, mask=valid, other=0)
+            gradient = tl.load(do_rows, mask=valid, other=0)
+            both = tl.load(of_rows, mask=valid, other=0).reshape(QUERIES * HEADS, WIDTH // 2, 2)
+            for _ in tl.static_range(WIDTH // 4):  # the first of 1, 2 or 4 pairs
+                both = both.reshape(QUERIES * HEADS, 2, both.shape[1] // 2, 2).permute(0, 2, 3, 1)
+                both = tl.split(both)[0]
+            lse, delta = tl.split(both.reshape(QUERIES * HEADS, 2))
+            s = tl.dot(k, tl.trans(query), input_precision=PRECISION)
+            if at < first + KEYS:
+                s = tl.where(queries[None, :] + at >= keys[:, None], s, float("-inf"))
+            dp = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
+            p = tl.exp2(s * scale - lse[None, :])
+            acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision=PRECISION)
+            q_rows += QUERIES * q_t
+            do_rows += QUERIES * do_t
+            of_rows += QUERIES * WIDTH
+    if raw is None:
+        acc_k *= factor
+    else:
+        acc_k, _ = _through_prologue(
+            acc_k, raw, cos, sin, at_first + tl.arange(0, KEYS), keys < length, period, D, HALF, EPS, factor, None
+        )
+    dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
+    tl.store(dk, acc_k.to(dk.dtype.element_ty), mask=inside)
+    dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
+    if ADD:
+        acc_v += tl.load(dv, mask=inside, other=0).to(tl.float32)
+    tl.store(dv, acc_v.to(dv.dtype.element_ty), mask=inside)
