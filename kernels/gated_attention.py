@@ -80,8 +80,8 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, core: str = "auto"
 ) -> Tensor:
     """Causal attention of q [B, T, H, D] on k, v [B, T, K, D] in rows, or in the segments of a single one."""
-    if v.stride(1) % 8 or v.storage_offset() % 8:  # PyTorch's kernels read 16 bytes at a time, whatever the address
-        v = v.contiguous()
+    if not torch.compiler.is_compiling() and (v.stride(1) % 8 or v.storage_offset() % 8):
+        v = v.contiguous()  # PyTorch's kernels read 16 bytes at a time, whatever the address
     if cu_seqlens is None:
         return _dense(q, k, v)
     if core != "sdpa" and _flash_takes(q.device, q.dtype, q.size(-1)):
