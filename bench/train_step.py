@@ -179,7 +179,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ceilings = measure_ceilings(world.device, quick=world.device.type != "cuda")
     batch = random_batch(config, world.device)
     meta = describe_environment(world)
-    meta |= {"git_commit": meta["git_commit"] or arguments.commit, "ceilings": ceilings}
+    meta |= {"git_commit": arguments.commit or meta["git_commit"], "ceilings": ceilings}
+    del meta["command"]  # it holds paths of the machine
     least = {case: floors(config, batch, case == "after_loop", ceilings) for case in ("before_loop", "after_loop")}
     rows: list[dict[str, Any]] = []
     results = {"meta": meta, "preset": arguments.preset, "floors_milliseconds": least, "rows": rows}

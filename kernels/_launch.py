@@ -160,6 +160,27 @@ def operator(
     return call
 
 
+def overwriting(implementation: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """An `operator`'s function where ``implementation(*args, inplace=True)`` overwrites args[0] and returns it first.
+
+    `may_overwrite` says where that is possible.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        outputs = implementation(*args, inplace=True)
+        ctx.mark_dirty(args[0])
+        setup_context(ctx, args, outputs)
+        return outputs
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{implementation.__name__}_inplace", (torch.autograd.Function,), members).apply
+
+
+def may_overwrite(args: tuple) -> bool:
+    """Whether the first argument is there and contiguous, and nobody traces the call."""
+    return args[0] is not None and args[0].is_contiguous() and not _traced(args)
+
+
 def _traced(args: tuple) -> bool:
     """Whether a compiler, tracer or dispatch mode (selective checkpointing, say) is looking on."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _residual_kernels as kernels
-from ._launch import _traced, operator
+from ._launch import _traced, may_overwrite, operator, overwriting
 
 Tensor = torch.Tensor
 
@@ -271,19 +271,9 @@ _linear_op = operator(
 )  # fmt: skip
 
 
-class _LinearInplace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        outputs = _linear(*args, inplace=True)
-        ctx.mark_dirty(args[0])
-        _save_linear(ctx, args, outputs)
-        return outputs
-
-    backward = staticmethod(_linear_gradients)
+_linear_inplace = overwriting(_linear, _save_linear, _linear_gradients)
 
 
 def linear(*args: Any, inplace: bool = False) -> tuple[Tensor, ...]:
     """The operator of both products; ``inplace`` writes onto the residual where it can."""
-    if inplace and args[0] is not None and args[0].is_contiguous() and not _traced(args):
-        return _LinearInplace.apply(*args)
-    return _linear_op(*args)
+    return (_linear_inplace if inplace and may_overwrite(args) else _linear_op)(*args)

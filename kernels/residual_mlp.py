@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import _traced, jit, launch_parameters, multiprocessors, operator, select, tl
+from ._launch import jit, launch_parameters, may_overwrite, multiprocessors, operator, overwriting, select, tl
 from ._residual_mlp_epilogues import EVENED, GRADIENT, MARKED_SQUARE, SQUARE, finish
 from ._residual_mlp_hopper import fits, ping_pong
 
@@ -322,22 +322,13 @@ _forward_op = operator(
 )
 
 
-class _Inplace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        outputs = _forward(*args, inplace=True)
-        ctx.mark_dirty(args[0])
-        _save(ctx, args, outputs)
-        return outputs
-
-    backward = staticmethod(_gradients)
+_inplace = overwriting(_forward, _save, _gradients)
 
 
 def _residual_mlp_triton(residual, x, up, down, out_scale, *, inplace) -> torch.Tensor:
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, up, down, out_scale))
     arguments = residual, x, up, down, out_scale, keep
-    inplace = inplace and residual is not None and residual.is_contiguous() and not _traced(arguments)
-    return (_Inplace.apply if inplace else _forward_op)(*arguments)[0]
+    return (_inplace if inplace and may_overwrite(arguments) else _forward_op)(*arguments)[0]
 
 
 _RESIDUAL_MLP = {"reference": residual_mlp_reference, "triton": _residual_mlp_triton}

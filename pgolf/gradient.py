@@ -42,6 +42,11 @@ class MeanGradient:
 
     Graphs share one pool of memory, which stays taken as long as this object lives, and leave a micro-batch's gradients
     in it; those of several are added up in buffers.
+
+    Args:
+        model: whose parameters are float32, or bfloat16 for an embedding without a float32 master.
+        count: micro-batches of one call, each of weight 1 / count.
+        graphs: replay CUDA graphs; see `uses_graphs`. Micro-batches then have ``cu_seqlens``.
     """
 
     def __init__(self, model: GPT, count: int, graphs: bool) -> None:

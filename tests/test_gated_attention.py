@@ -12,7 +12,7 @@ from pgolf.kernels._launch import INTERPRETED, using
 from pgolf.kernels.gated_attention import CORES, Core, gated_attention, gated_attention_reference, kernels
 from pgolf.kernels.smear_gate import RMS_EPS
 
-FLOOR = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 2e-6, torch.float64: 1e-13}  # of a relative error
+FLOOR = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6, torch.float64: 1e-13}  # of a relative error
 NOISE = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
@@ -73,7 +73,7 @@ class Problem:
         assert not rest.any()
         return {"y": y.detach(), "dq": dq, "dk": dk, "dv": dv, "dlogits": dlogits, "dgain": dgain}
 
-    def assert_as_precise(self, function=None, **inputs) -> None:
+    def assert_as_precise(self, function=None, floor: float | None = None, **inputs) -> None:
         """Every result is as near to float64's as the reference's in the same dtype, but for the condition's sake."""
         reference = self.call(gated_attention_reference)
         got, plain = (self.results(f, **inputs) for f in (function or self.call(), reference))
@@ -82,7 +82,7 @@ class Problem:
         exact = self.results(reference, **double)
         noisy = [self.results(reference, **{n: x * (1 + NOISE * torch.randn_like(x)) for n, x in double.items()})
                  for _ in range(4)]  # fmt: skip
-        floor = FLOOR[got["y"].dtype]
+        floor = floor or FLOOR[got["y"].dtype]
         for name, c in exact.items():
             size = c.norm().clamp(min=0.1 * double["dy"].norm())  # for what is zero but for rounding
             condition = max(1.0, *(float((other[name] - c).norm() / size) / NOISE for other in noisy))
@@ -160,7 +160,9 @@ def test_precision_of_other_dtypes(device, dtype) -> None:
 
 @pytest.mark.parametrize("rows, tokens", [(3, 7), (1, 1), (2, 1), (1, 5)])
 def test_dense_rows(device, rows: int, tokens: int) -> None:
-    Problem("padded", device, bounds=None, rows=rows, tokens=tokens).to(torch.float32).assert_as_precise()
+    p = Problem("padded", device, bounds=None, rows=rows, tokens=tokens).to(torch.float32)
+    # A token that sees itself alone is left with rounding: 1.9e-6 on an H100, where the reference has 4e-7.
+    p.assert_as_precise(floor=2e-6 if tokens == 1 else None)
 
 
 def test_a_row_without_a_batch(device) -> None:

@@ -225,6 +225,7 @@ def test_sums_by_id(monkeypatch, vocabulary: int, tokens: int) -> None:
         monkeypatch.setattr(family, "launch_parameters", tuned)
         got = gradients(lambda *leaves: embed_smear_norm(ids, *leaves, 1, 0.0), leaves, dout)
         assert all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5) for a, b in zip(got, exact, strict=True))
+        assert torch.equal(got[1].double(), exact[1])  # the table's: sums of integers over 16
     if vocabulary > 1:  # else the norm leaves no gradient for the gate
         random = [torch.randn_like(leaf) for leaf in leaves]
         reference = lambda *leaves: embed_smear_norm_reference(ids, *leaves)  # noqa: E731
