@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ._launch import jit, launch_parameters, may_overwrite, multiprocessors, operator, overwriting, select, tl
+from ._product_hopper import fits, ping_pong
 from ._residual_mlp_epilogues import EVENED, GRADIENT, MARKED_SQUARE, SQUARE, finish
-from ._residual_mlp_hopper import fits, ping_pong
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -1,4 +1,4 @@
-"""The MLP's products with an epilogue for Hopper: warps with roles, an epilogue under the next tile's product.
+"""Products with an epilogue for Hopper: warps with roles, an epilogue under the next tile's product.
 
 out = epilogue(a bᵀ), a [M, K] and b [N, K], for a depth K so small that an epilogue takes a good part of a tile's time
 and that 128 rows of a, all K of them, stay in shared memory for a whole row of tiles. One program a multiprocessor has
@@ -27,7 +27,8 @@ are over is not x modulo 2, so that parity 1 does not wait at a barrier that is 
 - Turns also keep the consumers half a period apart; they could fall into step, to multiply and write at the same time.
 
 A thread's accumulators are pairs of columns 8 apart. b's rows are taken in an order (of 32: 0 1 8 9 16 17 24 25, 2 3 10
-11 ...) in which four pairs are eight neighbours: it reads aux and writes out in 16 bytes, without shared memory.
+11 ...) in which four pairs are eight neighbours: it reads aux and writes out in 16 bytes, without shared memory. In the
+order for `NORMALISE` a thread has 16 neighbours, and so both dimensions of the pairs that are rotated.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from functools import lru_cache
 
 import torch
 
-from ._launch import INTERPRETED, multiprocessors, triton
-from ._residual_mlp_epilogues import GRADIENT, finish
+from ._launch import INTERPRETED, constexpr, multiprocessors, triton
+from ._residual_mlp_epilogues import ADD, GRADIENT, finish
 
 try:
     if not triton.__version__.startswith("3.6."):
@@ -53,16 +54,27 @@ BLOCK, STEP = 128, 64  # rows and columns of a tile, depth of a step
 PARTS = 14  # of 16 KB in shared memory, a's and b's; what is left of 227 KB is for barriers
 FEWEST_STAGES = 4  # with which loads keep ahead
 REGISTERS, FEW_REGISTERS = 240, 24  # of a consumer's and the producer's thread
+NORMALISE = constexpr(ADD.value + 1)  # the epilogue of `project`
+HEAD, PAIRS = 64, 8  # columns of a head and how many pairs of them are rotated, in `project`
+LEAST_GAIN = constexpr(2.0**-24)
 
 if gluon is not None:
     jit = gluon.jit
 
     @gluon.constexpr_function
-    def _layout():
-        """Of a tile in registers: rows as the accumulators have them, and eight neighbours in a row."""
-        registers = [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [64, 0]]
-        lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    def _layout(EPILOGUE):
+        """Of a tile in registers: rows as the accumulators have them, and eight or 16 neighbours in a row."""
+        near, far = (8, 32) if EPILOGUE == NORMALISE else (32, 8)
+        registers = [[0, 1], [0, 2], [0, 4], [8, 0], [0, near], [0, 64], [64, 0]]
+        lanes = [[0, 16 if near == 8 else 8], [0, 32 if near == 8 else 16], [1, 0], [2, 0], [4, 0]]
         return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [128, 128])
+
+    @gluon.constexpr_function
+    def _angles_layout():
+        """Of angles [rows, quarters of a head, pairs], as the first pairs of a tile of `NORMALISE` lie."""
+        registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [8, 0, 0], [64, 0, 0]]
+        lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+        return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [128, 4, 8])
 
 else:
 
@@ -110,18 +122,57 @@ def _produce(
 
 
 @jit
-def _place(matrix, row, column, M, N: gl.constexpr):
+def _place(matrix, row, column, M, STRIDE: gl.constexpr, EPILOGUE: gl.constexpr):
     """Pointers to a tile and which of its rows are inside."""
-    rows = gl.arange(0, 128, gl.SliceLayout(1, _layout()))[:, None]
-    columns = gl.arange(0, 128, gl.SliceLayout(0, _layout()))[None, :]
-    return matrix + row.to(gl.int64) * N + column + (rows * N + columns), (rows < M - row) & (columns < 128)
+    rows = gl.arange(0, 128, gl.SliceLayout(1, _layout(EPILOGUE)))[:, None]
+    columns = gl.arange(0, 128, gl.SliceLayout(0, _layout(EPILOGUE)))[None, :]
+    start = matrix + row.to(gl.int64) * STRIDE + column
+    return start + (rows * STRIDE + columns), (rows < M - row) & (columns < 128)
 
 
 @jit
-def _neighbours(product):
+def _neighbours(product, EPILOGUE: gl.constexpr):
     """A product with its columns in order, which moves nothing."""
-    product = product.reshape(128, 4, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(128, 128)
-    return gl.convert_layout(product, _layout())
+    if EPILOGUE == NORMALISE:
+        product = product.reshape(128, 2, 2, 4, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(128, 128)
+    else:
+        product = product.reshape(128, 4, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(128, 128)
+    return gl.convert_layout(product, _layout(EPILOGUE))
+
+
+@jit
+def _angles(table, row, column, M, period, NORMALISED: gl.constexpr, OTHER: gl.constexpr):
+    """Cosines or sines of the tile's rows, or, where nothing is rotated, another number."""
+    S: gl.constexpr = _angles_layout()
+    rows = row + gl.arange(0, 128, gl.SliceLayout(1, gl.SliceLayout(2, S)))[:, None, None]
+    part = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, S)))[None, :, None]
+    pair = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, S)))[None, None, :]
+    mask = (rows < M) & (part == 0) & (column < NORMALISED * 64)
+    return gl.load(table + (rows % period * 8 + pair), mask=mask, other=OTHER)
+
+
+@jit
+def _normalise(
+    x, c, s, gain, inverse_rms, row, column, M, H: gl.constexpr, NORMALISED: gl.constexpr, EPS: gl.constexpr,
+):  # fmt: skip
+    """gain R(x / rms(x)) of the two heads of a tile, or x where heads are values; stores 1 / rms(x)."""
+    heads = x.reshape(128, 2, 64)
+    inverse = gl.rsqrt(gl.sum(heads * heads, 2) / 64 + EPS)
+    S: gl.constexpr = inverse.type.layout
+    head = column // 64 + gl.arange(0, 2, gl.SliceLayout(0, S))[None, :]
+    rows = gl.arange(0, 128, gl.SliceLayout(1, S))[:, None]
+    mask = (rows < M - row) & (head < NORMALISED)
+    gl.store(inverse_rms + (head.to(gl.int64) * M + row + rows), inverse, mask=mask)
+    strength = gl.load(gain + head, mask=head < H, other=1).to(gl.float32)
+    strength = gl.where(gl.abs(strength) < LEAST_GAIN, gl.where(strength < 0, -LEAST_GAIN, LEAST_GAIN), strength)
+    strength = gl.where(head < NORMALISED, strength * inverse, 1)
+    y = (heads * strength[:, :, None]).reshape(128, 2, 4, 2, 8).permute(0, 1, 2, 4, 3)
+    first, second = y.split()
+    L: gl.constexpr = gl.SliceLayout(1, first.type.layout)
+    c = gl.convert_layout(c, L)[:, None, :, :].to(gl.float32)
+    s = gl.convert_layout(s, L)[:, None, :, :].to(gl.float32)
+    y = gl.join(first * c + second * s, second * c - first * s)
+    return gl.convert_layout(y.permute(0, 1, 2, 4, 3).reshape(128, 128), _layout(NORMALISE))
 
 
 @jit
@@ -135,17 +186,22 @@ def _step(product, left, right, full, k, stage, phase):
 
 @jit
 def _consume(
-    WHICH: gl.constexpr, aux, out, left, right, full, empty, turn, M, N: gl.constexpr, DEPTH: gl.constexpr,
-    STAGES: gl.constexpr, EPILOGUE: gl.constexpr,
+    WHICH: gl.constexpr, aux, out, left, right, full, empty, turn, M, N: gl.constexpr, STRIDE: gl.constexpr,
+    DEPTH: gl.constexpr, STAGES: gl.constexpr, EPILOGUE: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
+    """``aux`` is a matrix, or for `NORMALISE` all that it needs, and HEADS its constants."""
     ACROSS: gl.constexpr = N // 128
     start, tiles = _share(M, ACROSS)
     for tile in range(WHICH, tiles, 2):
         row, column = (start + tile) // ACROSS * 128, (start + tile) % ACROSS * 128
-        pointers, inside = _place(out, row, column, M, N)
+        pointers, inside = _place(out, row, column, M, STRIDE, EPILOGUE)
         other = None
-        if EPILOGUE == GRADIENT:  # on its way to registers during the product
-            sources, _ = _place(aux, row, column, M, N)
+        if EPILOGUE == NORMALISE:
+            cos, sin, gain, inverse_rms, period = aux
+            c = _angles(cos, row, column, M, period, HEADS[1], 1)
+            s = _angles(sin, row, column, M, period, HEADS[1], 0)
+        elif EPILOGUE >= GRADIENT:  # on its way to registers during the product
+            sources, _ = _place(aux, row, column, M, N, EPILOGUE)
             other = gl.load(sources, mask=inside, other=0)
         stage, phase = tile * DEPTH % STAGES, tile * DEPTH // STAGES & 1
         hopper.mbarrier.wait(turn.index(WHICH), (tile // 2 & 1) ^ (1 - WHICH))
@@ -162,14 +218,19 @@ def _consume(
         product = hopper.warpgroup_mma_wait(0, deps=(product,))
         hopper.mbarrier.arrive(empty.index(stage))
         if row < M:  # as it always is: no instruction of the epilogue comes before the arrival
-            result = finish(_neighbours(product), other, EPILOGUE, out.dtype.element_ty)
-            gl.store(pointers, result, mask=inside, cache_modifier=".cs")  # read again long after it has left the cache
+            ordered = _neighbours(product, EPILOGUE)
+            if EPILOGUE == NORMALISE:
+                result = _normalise(ordered, c, s, gain, inverse_rms, row, column, M, HEADS[0], HEADS[1], HEADS[2])
+                gl.store(pointers, result.to(out.dtype.element_ty), mask=inside)
+            else:  # read again long after it has left the cache
+                result = finish(ordered, other, EPILOGUE, out.dtype.element_ty)
+                gl.store(pointers, result, mask=inside, cache_modifier=".cs")
 
 
 @jit
 def _ping_pong_kernel(
-    a, b, aux, out, M, N: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, EPILOGUE: gl.constexpr,
-    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    a, b, aux, out, M, N: gl.constexpr, STRIDE: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr, HEADS: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DEPTH: gl.constexpr = K // 64
     left = gl.allocate_shared_memory(a.dtype, [DEPTH] + a.block_type.shape, a.layout)
@@ -185,8 +246,8 @@ def _ping_pong_kernel(
     hopper.fence_async_shared()  # tensor memory access must see them
     gl.warp_specialize(
         [
-            (_consume, (0, aux, out, left, right, full, empty, turn, M, N, DEPTH, STAGES, EPILOGUE)),
-            (_consume, (1, aux, out, left, right, full, empty, turn, M, N, DEPTH, STAGES, EPILOGUE)),
+            (_consume, (0, aux, out, left, right, full, empty, turn, M, N, STRIDE, DEPTH, STAGES, EPILOGUE, HEADS)),
+            (_consume, (1, aux, out, left, right, full, empty, turn, M, N, STRIDE, DEPTH, STAGES, EPILOGUE, HEADS)),
             (_produce, (a, b, left, right, full, empty, M, N // 128, DEPTH, STAGES)),
         ],
         worker_num_warps=[4, 1],
@@ -215,27 +276,52 @@ def fits(a: torch.Tensor, b: torch.Tensor, stages: int) -> bool:
 
 
 def ping_pong(
-    epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor, out: torch.Tensor, stages: int, copies: bool
-) -> None:
-    """out = ``epilogue`` of a bᵀ and, where it reads a matrix, aux; all contiguous, of 16-bit numbers.
+    epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | tuple, out: torch.Tensor, stages: int,
+    copies: bool, heads: tuple[int, int, float] = (0, 0, 0.0),
+) -> None:  # fmt: skip
+    """out = ``epilogue`` of a bᵀ and, where it reads a matrix, aux; rows contiguous, of 16-bit numbers.
 
-    Launches on the current device. ``copies``: b's rows are put in order by a copy of it, instead of by the loads.
+    Launches on the current device. ``copies``: b's rows are put in order by a copy of it instead of by the loads, as
+    for `NORMALISE` always.
     """
     (M, K), N = a.shape, b.size(0)
     stages = _stages(K, stages)
     if stages < min(2, K // STEP):
         raise ValueError(f"stages must be 2 or more, beside all of K, or the kernel hangs; got {stages} for K = {K}")
-    pairs = b.view(N // 32, 4, 4, 2, K).transpose(1, 2)
-    if copies:
-        rows, block = pairs.reshape(N, K), [BLOCK, STEP]
+    if epilogue == NORMALISE.value:
+        rows, block = b.view(N // 64, 4, 2, 4, 2, K).permute(0, 2, 3, 1, 4, 5).reshape(N, K), [BLOCK, STEP]
     else:
-        rows, block = pairs, [BLOCK // 32, 4, 4, 2, STEP]
+        rows, block = b.view(N // 32, 4, 4, 2, K).transpose(1, 2), [BLOCK // 32, 4, 4, 2, STEP]
+        if copies:
+            rows, block = rows.reshape(N, K), [BLOCK, STEP]
     left, right = (
         TensorDescriptor(t, list(t.shape), list(t.stride()), size, gl.NVMMASharedLayout(128, 16, rank=t.ndim))
         for t, size in ((a, [BLOCK, STEP]), (rows, block))
     )
     programs = min(multiprocessors(a.device), -(-M // BLOCK) * (N // BLOCK))
     _ping_pong_kernel[(programs,)](
-        left, right, aux, out, M, N=N, K=K, STAGES=stages, EPILOGUE=epilogue,
+        left, right, aux, out, M, N=N, STRIDE=out.stride(0), K=K, STAGES=stages, EPILOGUE=epilogue, HEADS=heads,
         REGISTERS=REGISTERS, FEW_REGISTERS=FEW_REGISTERS, num_warps=4,
     )  # fmt: skip
+
+
+def projects(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, H: int, K: int, D: int, stages: int
+) -> bool:  # fmt: skip
+    """Whether `project` runs here and is made for these shapes, weight [(H + 2 K) D, d]."""
+    made = D == HEAD and cos.size(1) == PAIRS and not (H + K) % 2 and x.element_size() == 2
+    return made and fits(x, weight, stages)
+
+
+def project(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_gain: torch.Tensor,
+    out: torch.Tensor, inverse_rms: torch.Tensor, eps: float, stages: int,
+) -> None:  # fmt: skip
+    """The columns of out [T, N] that are q^, k^ and v: x weightᵀ with heads of 64 columns normalised and rotated.
+
+    weight [(H + 2 K) 64, d] of H = ``q_gain.numel()`` and H + K = ``inverse_rms.size(0)``, which is even; see
+    `gated_attention`. cos, sin [period, 8] and q_gain are contiguous, inverse_rms is float32 [H + K, T].
+    """
+    heads = q_gain.numel(), inverse_rms.size(0), eps
+    aux = cos, sin, q_gain, inverse_rms, cos.size(0)
+    ping_pong(NORMALISE.value, x, weight, aux, out, stages, True, heads)

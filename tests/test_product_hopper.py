@@ -1,4 +1,4 @@
-"""The MLP's product for Hopper: its barriers, simulated anywhere; its numbers, on a GPU of that kind."""
+"""Products for Hopper: their barriers, simulated anywhere; their numbers, on a GPU of that kind."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from bench.timing import capture
-from pgolf.kernels import _residual_mlp_hopper as hopper
+from pgolf.kernels import _product_hopper as hopper
 from pgolf.kernels import residual_mlp as family
 from pgolf.kernels._launch import INTERPRETED
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and hopper.gluon and not INTERPRETED
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and Triton 3.6")
-EPILOGUES = [family.SQUARE, family.MARKED_SQUARE, family.GRADIENT]
+EPILOGUES = [family.SQUARE, family.MARKED_SQUARE, family.GRADIENT, hopper.ADD]
 
 
 class Barrier:
@@ -145,6 +145,16 @@ def test_order_of_rows() -> None:
         assert mine == list(range(8 * lane, 8 * lane + 8))
 
 
+def test_order_of_rows_for_pairs() -> None:
+    """Of a head's 64 columns a lane has 16 neighbours: in the first lane both dimensions of the pairs that turn."""
+    rows = torch.arange(128)
+    ordered = rows.view(2, 4, 2, 4, 2).permute(0, 2, 3, 1, 4).reshape(-1)
+    assert torch.equal(ordered.view(2, 2, 4, 4, 2).permute(0, 3, 1, 2, 4).reshape(-1), rows)
+    for lane in range(4):
+        mine = [int(ordered[8 * pair + 2 * lane + k]) for pair in range(16) for k in range(2)]
+        assert sorted(mine) == [64 * head + 16 * lane + k for head in range(2) for k in range(16)]
+
+
 def run(epilogue: int, a, b, aux, stages: int = 6, copies: bool = False) -> torch.Tensor:
     """The product, in the middle of a matrix whose other rows stay as they are."""
     room = torch.full((a.size(0) + 256, b.size(0)), torch.nan, device="cuda", dtype=a.dtype)
@@ -156,8 +166,16 @@ def run(epilogue: int, a, b, aux, stages: int = 6, copies: bool = False) -> torc
 
 def operands(epilogue: int, M: int, N: int, K: int, dtype: torch.dtype) -> tuple:
     a, b = (torch.randn(rows, K, device="cuda").to(dtype) for rows in (M, N))
+    if epilogue == hopper.ADD.value:
+        return a, b, torch.randn(M, N, device="cuda").to(dtype)
     marked = family._plain_product(family.MARKED_SQUARE.value, a.flip(0), b, None)
-    return a, b, marked if epilogue >= family.GRADIENT.value else None
+    return a, b, marked if epilogue == family.GRADIENT.value else None
+
+
+def plain_product(epilogue: int, a, b, aux) -> torch.Tensor:
+    if epilogue == hopper.ADD.value:
+        return (aux.float() + torch.mm(a, b.t(), out_dtype=torch.float32)).to(a.dtype)
+    return family._plain_product(epilogue, a, b, aux)
 
 
 @needs_hopper
@@ -168,7 +186,7 @@ def operands(epilogue: int, M: int, N: int, K: int, dtype: torch.dtype) -> tuple
 )
 def test_ping_pong(epilogue: int, dtype: torch.dtype, M: int, N: int, K: int) -> None:
     given = operands(epilogue, M, N, K, dtype)
-    got, plain = run(epilogue, *given), family._plain_product(epilogue, *given)
+    got, plain = run(epilogue, *given), plain_product(epilogue, *given)
     # The sums are of one precision in another order: one unit in the last place, more where a sum is nearly zero.
     unit, largest = torch.finfo(dtype).eps, plain.double().abs().max()
     assert ((got.double() - plain.double()).abs() <= 2 * unit * plain.double().abs() + 1e-4 * largest).all()
@@ -193,3 +211,50 @@ def test_in_a_graph() -> None:
     out.fill_(torch.nan)
     graph.replay()
     assert torch.equal(out, expected) and torch.equal(out, run(family.GRADIENT.value, a, b, aux))
+
+
+def projection(T: int, H: int, K: int, period: int, dtype: torch.dtype) -> tuple:
+    """Arguments of `project`, with gains of all kinds, and two rows of zeros among the projected ones."""
+    x = torch.randn(T, 512, device="cuda").to(dtype)
+    x[:2] = 0
+    weight = (torch.randn((H + 2 * K) * 64, 512, device="cuda") / 16).to(dtype)
+    angles = torch.rand(period, 8, device="cuda") * 7
+    gain = 5.25 * torch.randn(H, device="cuda")
+    gain[: H // 2] = torch.tensor([0.0, -0.0, 1e-30, 1.0], device="cuda")[: H // 2]
+    return x, weight, angles.cos().to(dtype), angles.sin().to(dtype), gain
+
+
+def projected_reference(x, weight, cos, sin, gain, H: int, K: int, eps: float) -> tuple:
+    """q^, k^ and v in float64, [T, H + 2 K, 64], and 1 / rms."""
+    T = x.size(0)
+    whole = (x.double() @ weight.double().t()).view(T, H + 2 * K, 64)
+    inverse = (whole.square().mean(2) + eps).rsqrt()
+    cos, sin = (t.double().repeat(-(-T // t.size(0)), 1)[:T, None] for t in (cos, sin))
+    moved = torch.where(gain.abs() < 2.0**-24, torch.where(gain < 0, -(2.0**-24), 2.0**-24), gain).double()
+    y = whole * inverse[:, :, None]
+    y = torch.cat([y[..., :8] * cos + y[..., 8:16] * sin, y[..., 8:16] * cos - y[..., :8] * sin, y[..., 16:]], 2)
+    y[:, :H] *= moved[:, None]
+    return torch.cat([y[:, : H + K], whole[:, H + K :]], 1), inverse[:, : H + K].t()
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T, H, K, period", [(1, 8, 4, 1), (100, 8, 4, 100), (4099, 8, 4, 4099), (514, 2, 2, 257)])
+def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype) -> None:
+    given = projection(T, H, K, period, dtype)
+    width, eps, rest = (H + 2 * K) * 64, 1e-7, 16
+    room = torch.full((T + 256, width + rest), torch.nan, device="cuda", dtype=dtype)
+    inverse = torch.full((H + K + 2, T), torch.nan, device="cuda")
+    assert hopper.projects(given[0], given[1], given[2], H, K, 64, 6)
+    hopper.project(*given, room[128:-128], inverse[1:-1], eps, 6)
+    assert room[:128].isnan().all() and room[-128:].isnan().all() and room[:, width:].isnan().all()
+    assert inverse[0].isnan().all() and inverse[-1].isnan().all()
+    expected, of_rms = projected_reference(*given, H, K, eps)
+    got = room[128:-128, :width].view(T, H + 2 * K, 64).double()
+    error = (got - expected).abs().amax(2)
+    assert (error <= torch.finfo(dtype).eps * expected.abs().amax(2) + 6e-8 * (dtype == torch.float16)).all()
+    torch.testing.assert_close(inverse[1:-1].double(), of_rms, rtol=1e-5, atol=0)
+    again = torch.full_like(room, torch.nan)
+    for _ in range(20):
+        hopper.project(*given, again[128:-128], inverse[1:-1], eps, 6)
+        assert torch.equal(again[128:-128, :width], room[128:-128, :width])

@@ -1,0 +1,42 @@
+"""What the Hopper products beside the MLP's become, on a GPU that need not be there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pgolf.kernels import _product_hopper as hopper
+from tests.conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
+pytest.importorskip("triton")
+
+from tests.gates import check, compiling
+
+
+def test_project_on_an_h100() -> None:
+    tokens, heads, kv_heads = 98_304, 8, 4
+    x, weight = torch.empty(tokens, 512).bfloat16(), torch.empty(1024, 512).bfloat16()
+    cos, sin, out = (torch.empty(tokens, columns).bfloat16() for columns in (8, 8, 1040))
+    with compiling(90) as kernels:
+        assert hopper.projects(x, weight, cos, heads, kv_heads, 64, 6)
+        assert not hopper.projects(x, weight, cos[:, :4], heads, kv_heads, 64, 6)
+        assert not hopper.projects(x, weight, cos, heads, kv_heads, 32, 6)
+        hopper.project(x, weight, cos, sin, torch.empty(heads), out, torch.empty(12, tokens), 1e-7, 6)
+    (kernel,) = kernels
+    check(kernel, registers=168, matrix_products=True)
+    assert kernel.count(r"HGMMA\.64x128x16") == kernel.count("HGMMA") == 2 * 2 * 8
+    assert kernel.count(r"WARPGROUP\.DEPBAR") == 2 * 3
+    # Heads are whole in four lanes: sums by two exchanges, nothing through shared memory, 16 bytes at a time.
+    assert kernel.count("SHFL") == 2 * 2 * 8 and kernel.count("STS") <= 2 and not kernel.count("STSM")
+    assert kernel.count(r"STG\.E\S*\.128") == 2 * 16 and kernel.count(r"LDG\.E\S*\.128") == 2 * 8
+
+
+def test_add_on_an_h100() -> None:
+    a, b, out = torch.empty(98_304, 512).half(), torch.empty(512, 512).half(), torch.empty(98_304, 512).half()
+    with compiling(90) as kernels:
+        hopper.ping_pong(hopper.ADD.value, a, b, out, out, 6, False)
+    (kernel,) = kernels
+    check(kernel, registers=168, matrix_products=True)
+    assert kernel.count(r"STG\.E\S*\.128") == kernel.count(r"LDG\.E\S*\.128") == 2 * 16
