@@ -346,6 +346,11 @@ def accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _accumulates(tensor: Tensor) -> dict:
+    """The same for a kernel."""
+    return dict(ACC=tl.float64 if tensor.dtype == torch.float64 else tl.float32)
+
+
 def _plan(case: str, x: Tensor) -> tuple[tuple[int], tuple[int, int], dict]:
     """Grid, (rows, rows of a program) and the constants of a launch over the rows of x."""
     tuned, width = launch_parameters("residual", case, x.device), x.size(-1)
@@ -355,7 +360,7 @@ def _plan(case: str, x: Tensor) -> tuple[tuple[int], tuple[int, int], dict]:
         chunk = max(chunk, -(-rows // (tuned["programs"] * multiprocessors(x.device))))
     settings = dict(
         D=width, BLOCK=block, STAGES=tuned["stages"], num_warps=min(32, max(1, block // tuned["columns_per_warp"])),
-        ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        **_accumulates(x),
     )  # fmt: skip
     return (-(-rows // chunk),), (rows, chunk), settings
 
@@ -508,15 +513,15 @@ def scaled_bank(bank: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor
         with torch.cuda.device_of(bank):
             _scaled_bank_kernel[(count * -(-height // block) * -(-bank.size(2) // block),)](
                 *_contiguous(bank[first:], scale), out, height, bank.size(2), BLOCK=block, num_warps=tuned["warps"],
-                ACC=tl.float64 if bank.dtype == torch.float64 else tl.float32,
+                **_accumulates(bank),
             )  # fmt: skip
     return bank[:first].to(dtype, copy=True), out.mT
 
 
 def scaled_bank_backward(dplain: Tensor, dout: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of bank and scale."""
-    dbank, dscale = bank.new_empty(bank.shape), scale.new_empty(scale.shape)
     first, width = bank.size(0) - scale.size(0), bank.size(2)
+    dbank, dscale = bank.new_empty(bank.shape), scale.new_empty(scale.shape) if width else torch.zeros_like(scale)
     dbank[:first].copy_(dplain)
     if dout.numel():
         tuned = launch_parameters("residual", "scaled_bank_backward", bank.device)
@@ -524,7 +529,6 @@ def scaled_bank_backward(dplain: Tensor, dout: Tensor, bank: Tensor, scale: Tens
         with torch.cuda.device_of(bank):
             _scaled_bank_backward_kernel[(scale.numel(),)](
                 *_contiguous(dout, bank[first:], scale), dbank[first:], dscale, width, BLOCK=block,
-                ACC=tl.float64 if bank.dtype == torch.float64 else tl.float32,
-                num_warps=max(1, block // tuned["columns_per_warp"]),
+                num_warps=max(1, block // tuned["columns_per_warp"]), **_accumulates(bank),
             )  # fmt: skip
-    return dbank, dscale if width else dscale.zero_()
+    return dbank, dscale

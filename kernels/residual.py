@@ -342,10 +342,9 @@ def scaled_bank(bank: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor
     transposes are contiguous, which the products onto the residual take as well, and `residual_mlp`'s gradient takes
     without a copy. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
-    if bank.ndim != 3:
-        raise ValueError(f"bank must be [n, d, k], got shape {tuple(bank.shape)}")
-    if scale.ndim != 2 or scale.size(0) > bank.size(0):
-        raise ValueError(f"scale must be [m, {bank.size(1)}], m at most {bank.size(0)}, got {tuple(scale.shape)}")
+    if bank.ndim != 3 or scale.ndim != 2 or scale.size(0) > bank.size(0):
+        shapes = f"{tuple(bank.shape)}, {tuple(scale.shape)}"
+        raise ValueError(f"bank must be [n, d, k] and scale [m, d] with m <= n, got {shapes}")
     _check({"bank": bank}, {"scale": (scale, (scale.size(0), bank.size(1)))})
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")

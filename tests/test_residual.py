@@ -500,12 +500,13 @@ def test_errors_name_the_argument() -> None:
     with pytest.raises(TypeError, match="residual must have x's dtype"):
         residual_linear(residual.float(), h, w)
     bank, factors = torch.ones(3, 4, 5), torch.ones(2, 4)
-    with pytest.raises(ValueError, match=r"bank must be \[n, d, k\], got shape \(4, 5\)"):
-        scaled_bank(bank[0], factors, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"scale must be \[m, 4\], m at most 3, got \(4,\)"):
-        scaled_bank(bank, factors[0], torch.bfloat16)
-    with pytest.raises(ValueError, match=r"scale must be \[m, 4\], m at most 1, got \(2, 4\)"):
-        scaled_bank(bank[:1], factors, torch.bfloat16)
+    for wrong, got in (
+        ((bank[0], factors), r"\(4, 5\), \(2, 4\)"),
+        ((bank, factors[0]), r"\(3, 4, 5\), \(4,\)"),
+        ((bank[:1], factors), r"\(1, 4, 5\), \(2, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=r"bank must be \[n, d, k\] and scale \[m, d\] with m <= n, got " + got):
+            scaled_bank(*wrong, torch.bfloat16)
     with pytest.raises(ValueError, match=r"scale must have shape \(2, 4\), got \(2, 3\)"):
         scaled_bank(bank, factors[:, 1:], torch.bfloat16)
     with pytest.raises(ValueError, match="scale must be on bank's device cpu, got meta"):
