@@ -4,7 +4,8 @@ At the record model's 98,304 tokens of width 512. `mix_norm` begins a layer, `jo
 ends a parallel layer, `lanes_norm` begins the next one with it, `lanes_final` ends the last one with the final norm,
 which is `norm_of_mean` alone. With `carry` the inputs are handed through and have later readers, whose gradients
 autograd adds for the opponents. `linear` is a product without residual (attention's, 512 inputs), `layer` the stream
-through a whole serial layer with its products onto the residual (512 and 2048 inputs).
+through a whole serial layer with its products onto the residual (512 and 2048 inputs). `bank` scales the MLP's output
+matrices of 11 layers, float32, `half_bank` the latter half of attention's 22.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def _mix(op: Op, scale: Tensor, x, x0, mix, *join, **keep):
     return op("residual_mix_norm")(x, x0, mix, scale, **_join(join), **keep)
 
 
-def _layer(op: Op, scale: Tensor, x, x0, mix, attention, out, attention_scale, hidden, down, mlp_scale):
+def _layer(op: Op, scale: Tensor, x, x0, mix, attention, out, hidden, down):
     u, n, _, x0 = _mix(op, scale, x, x0, mix)
-    v, normed = op("residual_linear_norm")(u, attention, out, attention_scale, scale, inplace=True)
-    return op("residual_linear")(v, hidden, down, mlp_scale, inplace=True), n, normed, x0
+    v, normed = op("residual_linear_norm")(u, attention, out, scale, inplace=True)
+    return op("residual_linear")(v, hidden, down, inplace=True), n, normed, x0
 
 
 # Leaves by name: activations and parameters.
@@ -60,8 +61,8 @@ OPS: dict[str, tuple[Callable, tuple[str, ...], int, int]] = {
     "lanes_final": (
         lambda op, scale, *leaves: op("mix_lanes_final")(*leaves), ("x", "x", "x", "x", "post", "resid"), 5, 9
     ),
-    "linear": (lambda op, scale, *leaves: op("residual_linear")(None, *leaves), ("x", "out", "vector"), 2, 4),
-    "layer": (_layer, ("x", "x", "mix", "x", "out", "vector", "hidden", "down", "vector"), 15, 26),
+    "linear": (lambda op, scale, *leaves: op("residual_linear")(None, *leaves), ("x", "out"), 2, 4),
+    "layer": (_layer, ("x", "x", "mix", "x", "out", "hidden", "down"), 15, 26),
 }  # fmt: skip
 
 
@@ -116,9 +117,39 @@ def build(name: str, backward: bool, device: torch.device, quick: bool) -> Case:
     return Case(providers, exact, passes * 2 * tokens * WIDTH, (1 + 2 * backward) * products)
 
 
+BANKS = {"bank": (11, WIDTH, HIDDEN), "half_bank": (22, WIDTH, WIDTH)}
+
+
+def build_bank(name: str, backward: bool, device: torch.device, quick: bool) -> Case:
+    """`scaled_bank` of the last 11 matrices."""
+    size, rows, columns = BANKS[name]
+    columns //= 16 if quick or device.type != "cuda" else 1
+    bank, scale = torch.randn(size, rows, columns, device=device), torch.randn(11, rows, device=device)
+    douts = [torch.randn(count, rows, columns, device=device) + bank[:count] for count in (size - 11, 11)]
+
+    def provider(op: Callable, masters: torch.dtype, dtype: torch.dtype) -> Function:
+        leaves = [leaf.detach().to(masters).requires_grad_(backward) for leaf in (bank, scale)]
+        given = [dout.bfloat16().to(dtype) for dout in douts]
+        function = partial(op, dtype=dtype)
+        if backward:
+            return partial(with_backward, function, leaves, given)
+        return partial(torch.no_grad()(function), *leaves)
+
+    def ours(op: Callable) -> Function:
+        return provider(op, torch.float32, torch.bfloat16)
+
+    providers = {
+        "eager": lambda: ours(residual.scaled_bank_reference),
+        "compile": lambda: ours(compiled(residual.scaled_bank_reference, device)),
+        "pgolf": lambda: ours(residual.scaled_bank),
+    }
+    exact = provider(residual.scaled_bank_reference, torch.float64, torch.float64)
+    return Case(providers, lambda: as_tensors(exact()), (16 if backward else 6) * bank.numel())
+
+
 CASES: dict[str, Builder] = {
-    f"{name}_forward{'_backward' * backward}": partial(build, name, backward)
-    for name in OPS
+    f"{name}_forward{'_backward' * backward}": partial(build_bank if name in BANKS else build, name, backward)
+    for name in (*OPS, *BANKS)
     for backward in (False, True)
 }
 _CHOICES = dict(
@@ -136,8 +167,9 @@ _ENTRIES = {
 }  # fmt: skip
 TUNING = {
     **{entry: Tuning(CASES[case], _CHOICES) for entry, case in _ENTRIES.items()},
-    "weight_gradient": Tuning(
-        CASES["linear_forward_backward"], dict(block=(512, 1024, 2048), columns_per_warp=(128, 256, 512))
+    "scaled_bank": Tuning(CASES["bank_forward"], dict(block=(32, 64, 128), warps=(2, 4, 8))),
+    "scaled_bank_backward": Tuning(
+        CASES["bank_forward_backward"], dict(block=(512, 1024, 2048), columns_per_warp=(128, 256, 512))
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The MLP with residual and scale, bf16: ``python -m bench.residual_mlp``.
+"""The MLP with its residual, bf16: ``python -m bench.residual_mlp``.
 
 `forward` and `forward_backward` are the whole at the record model's 98,304 tokens, width 512 and 2048 hidden units.
 `up` and `gradient` are its products with an epilogue alone.
@@ -23,10 +23,10 @@ Tensor = torch.Tensor
 
 
 def _inputs(tokens: int, width: int, hidden: int, device: torch.device, quick: bool) -> list[Tensor]:
-    """residual, x, up, down and out_scale."""
+    """residual, x, up and down."""
     tokens = -(-tokens // 256) if quick or device.type != "cuda" else tokens
-    shapes = (tokens, width), (tokens, width), (hidden, width), (width, hidden), (width,)
-    sizes = 1, 1, width**-0.5, hidden**-0.5, 1
+    shapes = (tokens, width), (tokens, width), (hidden, width), (width, hidden)
+    sizes = 1, 1, width**-0.5, hidden**-0.5
     return [(size * torch.randn(shape, device=device)).bfloat16() for shape, size in zip(shapes, sizes, strict=True)]
 
 
@@ -67,7 +67,7 @@ def _gradient(dout: Tensor, weight: Tensor, pre: Tensor) -> Tensor:
 
 def build_product(name: str, device: torch.device, quick: bool) -> Case:
     """One product with its epilogue, as the forward with a gradient wanted and the backward have it."""
-    residual, x, up, *_ = _inputs(TOKENS, WIDTH, HIDDEN, device, quick)
+    residual, x, up, _ = _inputs(TOKENS, WIDTH, HIDDEN, device, quick)
     operands = {"up": (x, up), "gradient": (residual, up, F.linear(x, up))}
     plain = {"up": _square, "gradient": _gradient}[name]
     epilogue = {"up": family.MARKED_SQUARE, "gradient": family.GRADIENT}[name]
@@ -107,7 +107,6 @@ _CHOICES = dict(
 TUNING = {
     "up": Tuning(CASES["up"], {**_CHOICES, "early": ()}),
     "gradient": Tuning(CASES["gradient"], _CHOICES),
-    "scale": Tuning(CASES["forward_backward"], dict(columns_per_warp=(128, 256, 512, 1024))),
 }
 
 if __name__ == "__main__":

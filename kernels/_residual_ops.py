@@ -17,45 +17,36 @@ from ._launch import _traced, may_overwrite, operator, overwriting
 Tensor = torch.Tensor
 
 
-def fold(weight: Tensor, out_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """out_scale[:, None] * weight, rounded once."""
-    return (out_scale[:, None] * weight).to(dtype)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in this dtype, autocast or not."""
-    if dtype != a.dtype and a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.to(dtype), b.to(dtype), out=a.new_empty(a.size(0), b.size(1), dtype=dtype))
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in a's dtype, autocast or not."""
+    return torch.mm(a, b.to(a.dtype), out=a.new_empty(a.size(0), b.size(1)))
 
 
 def _linear(
-    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, scale: Tensor | None, eps: float,
-    norm: bool, inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(v, n, rstd, folded weight); n and rstd are empty without the norm."""
-    folded = fold(weight, out_scale, x.dtype)
+    residual: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, norm: bool,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(v, n, rstd); n and rstd are empty without the norm."""
     rows = x.reshape(-1, x.size(-1))
     if residual is None:
-        v = _product(rows, folded.T, x.dtype).view(*x.shape[:-1], weight.size(0))
+        v = _product(rows, weight.T).view(*x.shape[:-1], weight.size(0))
     else:
         v = residual if inplace else residual.clone(memory_format=torch.contiguous_format)
-        v.view(-1, v.size(-1)).addmm_(rows, folded.T)
+        v.view(-1, v.size(-1)).addmm_(rows, weight.T.to(x.dtype))
     if norm:
-        return v, *kernels.norm_forward(v, None, scale, eps), folded
-    return v, x.new_empty(0), x.new_empty(0, dtype=kernels.accumulator(x)), folded
+        return v, *kernels.norm_forward(v, None, scale, eps)
+    return v, x.new_empty(0), x.new_empty(0, dtype=kernels.accumulator(x))
 
 
-def _linear_backward(
-    dv: Tensor, x: Tensor, weight: Tensor, out_scale: Tensor, folded: Tensor, parameters: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and, with ``parameters``, of weight and out_scale."""
+def _linear_backward(dv: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight, empty where not needed."""
     dv, rows = dv.reshape(-1, dv.size(-1)), x.reshape(-1, x.size(-1))
-    dx = _product(dv, folded, x.dtype).view(x.shape)
-    if not parameters:
-        return dx, weight.new_empty(0), out_scale.new_empty(0)
-    dfolded = _product(dv.T, rows, kernels.accumulator(dv))
-    return dx, *kernels.weight_gradient(dfolded, weight, out_scale)
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
+    if need_x:
+        dx = _product(dv, weight).view(x.shape)
+    if need_weight:
+        dweight = _product(dv.T, rows).to(weight.dtype)
+    return dx, dweight
 
 
 def _empty(x: Tensor, *kept: bool) -> tuple[Tensor, ...]:
@@ -98,13 +89,17 @@ _lanes_backward_op = operator(
     _fake_lanes_backward,
 )
 _linear_backward_op = operator(
-    "residual_linear_backward(Tensor dv, Tensor x, Tensor weight, Tensor out_scale, Tensor folded, bool parameters) "
-    "-> (Tensor, Tensor, Tensor)",
+    "residual_linear_backward(Tensor dv, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)",
     _linear_backward,
-    lambda dv, x, weight, out_scale, folded, parameters: (
-        x.new_empty(x.shape), *(p.new_empty(p.shape if parameters else 0) for p in (weight, out_scale))
+    lambda dv, x, weight, *needs: tuple(
+        t.new_empty(t.shape if need else 0) for t, need in zip((x, weight), needs, strict=True)
     ),
-)  # fmt: skip
+)
+_bank_backward_op = operator(
+    "scaled_bank_backward(Tensor dplain, Tensor dscaled, Tensor bank, Tensor scale) -> (Tensor, Tensor)",
+    kernels.scaled_bank_backward,
+    lambda dplain, dscaled, bank, scale: (bank.new_empty(bank.shape), scale.new_empty(scale.shape)),
+)
 
 
 def _given(gradient: Tensor | None) -> Tensor | None:
@@ -178,25 +173,33 @@ def _lanes_gradients(ctx, dout0, dout1, dn0, dn1, dx0_next=None):
 
 
 def _save_linear(ctx, inputs, output) -> None:
-    residual, x, weight, out_scale, scale, *_ = inputs
-    _, n, rstd, folded = output
-    ctx.save_for_backward(x, weight, out_scale, scale, n, rstd, folded)
+    residual, x, weight, scale, *_ = inputs
+    _, n, rstd = output
+    ctx.save_for_backward(x, weight, scale, n, rstd)
     ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(rstd, folded)
+    ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
-def _linear_gradients(ctx, dv, dn, drstd, dfolded):
-    x, weight, out_scale, scale, n, rstd, folded = ctx.saved_tensors
+def _linear_gradients(ctx, dv, dn, drstd):
+    x, weight, scale, n, rstd = ctx.saved_tensors
     if (dn := _given(dn)) is not None:
         dv = _norm_backward_op(dv, dn, n, rstd, scale, False)
     if dv is None:
-        return (None,) * 7
-    parameters = any(ctx.needs_input_grad[2:4])
-    dx, dweight, dout_scale = _linear_backward_op(dv, x, weight, out_scale, folded, parameters)
-    dparameters = (dweight, dout_scale) if parameters else (None, None)
-    return dv if ctx.has_residual else None, dx, *dparameters, None, None, None
+        return (None,) * 6
+    needs = ctx.needs_input_grad[1:3]
+    gradients = zip(_linear_backward_op(dv, x, weight, *needs), needs, strict=True)
+    return dv if ctx.has_residual else None, *(g if need else None for g, need in gradients), None, None, None
+
+
+def _save_bank(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+@once_differentiable
+def _bank_gradients(ctx, dplain, dscaled):
+    return *_bank_backward_op(dplain, dscaled, *ctx.saved_tensors), None
 
 
 def _carrying(
@@ -259,12 +262,12 @@ lanes_op = _carrying(
     carried=1,
 )
 _linear_op = operator(
-    "residual_linear(Tensor? residual, Tensor x, Tensor weight, Tensor out_scale, Tensor? scale, float eps, bool norm) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "residual_linear(Tensor? residual, Tensor x, Tensor weight, Tensor? scale, float eps, bool norm) "
+    "-> (Tensor, Tensor, Tensor)",
     _linear,
-    lambda residual, x, weight, out_scale, scale, eps, norm: (
+    lambda residual, x, weight, scale, eps, norm: (
         v := x.new_empty(*x.shape[:-1], weight.size(0)), v.new_empty(v.shape if norm else 0),
-        _sums(x, *(x.shape[:-1] if norm else (0,))), x.new_empty(weight.shape),
+        _sums(x, *(x.shape[:-1] if norm else (0,))),
     ),
     setup_context=_save_linear,
     backward=_linear_gradients,
@@ -277,3 +280,15 @@ _linear_inplace = overwriting(_linear, _save_linear, _linear_gradients)
 def linear(*args: Any, inplace: bool = False) -> tuple[Tensor, ...]:
     """The operator of both products; ``inplace`` writes onto the residual where it can."""
     return (_linear_inplace if inplace and may_overwrite(args) else _linear_op)(*args)
+
+
+bank_op = operator(
+    "scaled_bank(Tensor bank, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
+    kernels.scaled_bank,
+    lambda bank, scale, dtype: (
+        bank.new_empty(bank.size(0) - scale.size(0), *bank.shape[1:], dtype=dtype),
+        bank.new_empty(scale.size(0), bank.size(2), bank.size(1), dtype=dtype).mT,
+    ),
+    setup_context=_save_bank,
+    backward=_bank_gradients,
+)

@@ -1,8 +1,9 @@
 """The residual stream between the matrix products: mixes, joins, lanes, norms, and products that add onto it.
 
     residual_mix_norm     u = mix[0] x + mix[1] x0,  n = scale rms(u);  with a skip, x is first joined with it
-    residual_linear       v = residual + out_scale (x Wᵀ)
+    residual_linear       v = residual + x Wᵀ
     residual_linear_norm  the same, and n = scale rms(v)
+    scaled_bank           the matrices W of all layers, rounded; the last ones' rows times a scale
     join_skip             lerp(weight skip, x, σ(gate)); without a gate x + weight skip
     mix_lanes             lane_j' = resid[j] lane_j + post[0, j] attention + post[1, j] mlp
     mix_lanes_norm        the same and, of the next layer, lane 0 joined with its skip and both lanes' norms
@@ -12,10 +13,10 @@
 with rms(u) = u / sqrt(mean(u²) + eps) over the last dimension. Activations are [..., d] of one dtype (bfloat16,
 float16, float32 or float64), parameters of any of these; scale is one element on the device and has no gradient.
 
-Each op but the products is one pass over what it reads and writes, forward and backward. Products fold their scale
-into the weight, W' = out_scale[:, None] W, and leave the rest to cuBLAS: v = residual + x W'ᵀ, and from dW' = dvᵀ x
-follow dW = out_scale dW' and dout_scale = Σ_k W dW'. torch copies the residual first unless it may overwrite it
-(``inplace``), two passes more; that is why the norms keep n and 1 / sqrt(mean(v²) + eps) for backward, and not v.
+Each op but the products is one pass over what it reads and writes, forward and backward. Products are cuBLAS's, onto
+the residual; torch copies that first unless it may overwrite it (``inplace``), two passes more; that is why the norms
+keep n and 1 / sqrt(mean(v²) + eps) for backward, and not v. A scale of a product's outputs is one of its weight's rows:
+`scaled_bank` multiplies it into the weights of all layers at once.
 
 An op that feeds one tensor to two readers makes autograd add their gradients, three passes. So ops hand their inputs
 through (`Mixed.x`, `Mixed.x0`, ``carry``): who reads the tensor later takes it from there, and the gradient that comes
@@ -116,21 +117,24 @@ def mix_lanes_final_reference(
     return scaled_rms_norm_reference(lane0, None, lane1, eps)
 
 
-def residual_linear_reference(
-    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, *, inplace: bool = False
-) -> Tensor:
+def residual_linear_reference(residual: Tensor | None, x: Tensor, weight: Tensor, *, inplace: bool = False) -> Tensor:
     """Plain PyTorch; the contract of `residual_linear`, whose arguments it shares."""
-    v = out_scale.to(x.dtype) * F.linear(x, weight.to(x.dtype))
+    v = F.linear(x, weight.to(x.dtype))
     return v if residual is None else residual + v
 
 
 def residual_linear_norm_reference(
-    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, norm_scale: Tensor, eps: float = RMS_EPS,
-    *, inplace: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    residual: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor, eps: float = RMS_EPS, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
     """Plain PyTorch; the contract of `residual_linear_norm`, whose arguments it shares."""
-    v = residual_linear_reference(residual, x, weight, out_scale)
-    return v, _rms_norm(v, norm_scale, eps)
+    v = residual_linear_reference(residual, x, weight)
+    return v, _rms_norm(v, scale, eps)
+
+
+def scaled_bank_reference(bank: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch; the contract of `scaled_bank`, whose arguments it shares."""
+    plain, rest = bank.tensor_split([bank.size(0) - scale.size(0)])
+    return plain.to(dtype), (scale[:, :, None] * rest).to(dtype)
 
 
 def _mix_norm_triton(x, x0, mix, scale, eps, *, skip, weight, gate, keep_u, keep_x) -> Mixed:
@@ -177,6 +181,7 @@ _LINEAR_NORM = {
     "reference": residual_linear_norm_reference,
     "triton": lambda *args, inplace: ops.linear(*args, True, inplace=inplace)[:2],
 }
+_BANK = {"reference": scaled_bank_reference, "triton": ops.bank_op}
 
 
 def _same(argument: str, tensor: Tensor, name: str, x: Tensor) -> None:
@@ -300,35 +305,47 @@ def mix_lanes_final(
     return select("mix_lanes_final", _LANES_FINAL, lane0)(lane0, lane1, attention, mlp, post, resid, eps)
 
 
-def _check_linear(residual, x, weight, out_scale, scale) -> None:
+def _check_linear(residual, x, weight, scale) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight must be [d, k], got shape {tuple(weight.shape)}")
-    rows = tuple(weight.shape[:1])
-    _check({"x": x}, {"weight": (weight, (*rows, *x.shape[-1:])), "out_scale": (out_scale, rows), "scale": (scale, ())})
+    _check({"x": x}, {"weight": (weight, (weight.size(0), *x.shape[-1:])), "scale": (scale, ())})
     if residual is not None:
-        if residual.shape != (*x.shape[:-1], *rows):
-            raise ValueError(f"residual must have shape {(*x.shape[:-1], *rows)}, got {tuple(residual.shape)}")
+        expected = (*x.shape[:-1], weight.size(0))
+        if residual.shape != expected:
+            raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
         _same("residual", residual, "x", x)
 
 
-def residual_linear(
-    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, *, inplace: bool = False
-) -> Tensor:
-    """residual + out_scale (x weightᵀ), without a residual the second part alone.
+def residual_linear(residual: Tensor | None, x: Tensor, weight: Tensor, *, inplace: bool = False) -> Tensor:
+    """residual + x weightᵀ, without a residual the second part alone.
 
-    residual is [..., d], x [..., k], weight [d, k], out_scale [d]; differentiable once in all. ``inplace`` lets kernels
-    overwrite the residual, as torch's in-place operations do. Returns [..., d] in x's dtype. Raises ValueError for a
-    wrong shape or device, TypeError for a wrong dtype.
+    residual is [..., d], x [..., k], weight [d, k]; differentiable once in all. ``inplace`` lets kernels overwrite the
+    residual, as torch's in-place operations do. Returns [..., d] in x's dtype. Raises ValueError for a wrong shape or
+    device, TypeError for a wrong dtype.
     """
-    _check_linear(residual, x, weight, out_scale, None)
-    return select("residual_linear", _LINEAR, x)(residual, x, weight, out_scale, inplace=inplace)
+    _check_linear(residual, x, weight, None)
+    return select("residual_linear", _LINEAR, x)(residual, x, weight, inplace=inplace)
 
 
 def residual_linear_norm(
-    residual: Tensor | None, x: Tensor, weight: Tensor, out_scale: Tensor, norm_scale: Tensor, eps: float = RMS_EPS,
-    *, inplace: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """v = residual + out_scale (x weightᵀ) and n = norm_scale rms(v); arguments and errors as `residual_linear`."""
-    _check_linear(residual, x, weight, out_scale, norm_scale)
-    chosen = select("residual_linear_norm", _LINEAR_NORM, x)
-    return chosen(residual, x, weight, out_scale, norm_scale, eps, inplace=inplace)
+    residual: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor, eps: float = RMS_EPS, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """v = residual + x weightᵀ and n = scale rms(v); arguments and errors as `residual_linear`."""
+    _check_linear(residual, x, weight, scale)
+    return select("residual_linear_norm", _LINEAR_NORM, x)(residual, x, weight, scale, eps, inplace=inplace)
+
+
+def scaled_bank(bank: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """bank[: n - m] and scale[:, :, None] * bank[n - m :], both rounded once to ``dtype``.
+
+    bank is [n, d, k], scale [m, d] with m <= n; differentiable once in both. Of the scaled matrices the kernel's
+    transposes are contiguous, which the products onto the residual take as well, and `residual_mlp`'s gradient takes
+    without a copy. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
+    """
+    if bank.ndim != 3 or scale.ndim != 2 or scale.size(0) > bank.size(0):
+        shapes = f"{tuple(bank.shape)}, {tuple(scale.shape)}"
+        raise ValueError(f"bank must be [n, d, k] and scale [m, d] with m <= n, got {shapes}")
+    _check({"bank": bank}, {"scale": (scale, (scale.size(0), bank.size(1)))})
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
+    return select("scaled_bank", _BANK, bank)(bank, scale, dtype)

@@ -1,18 +1,18 @@
-"""The MLP, residual + out_scale (leaky_relu(x upᵀ, 0.5)² downᵀ), with all that is elementwise inside the products.
+"""The MLP, residual + leaky_relu(x upᵀ, 0.5)² downᵀ, with all that is elementwise inside the products.
 
-    forward     pre = x upᵀ,   hidden = leaky_relu(pre, 0.5)²,   out = residual + hidden W'ᵀ,   W' = out_scale down
-    backward    dpre = (dout W') 2 a a',   dx = dpre up,   dup = dpreᵀ x,   dW' = doutᵀ hidden,
-                ddown = out_scale dW',   dout_scale = Σ_m down dW',   dresidual = dout
+    forward     pre = x upᵀ,   hidden = leaky_relu(pre, 0.5)²,   out = residual + hidden downᵀ
+    backward    dpre = (dout down) 2 a a',   dx = dpre up,   dup = dpreᵀ x,   ddown = doutᵀ hidden,   dresidual = dout
 
 pre is never in memory. The first product's epilogue writes hidden, whose last mantissa bit is the sign of pre where a
 gradient is wanted: |2 a a'| is √hidden times 2 or 1, so that hidden is all that the backward needs, for dpre in the
-epilogue of its first product as for dW'. Its error then is up to one unit in the last place instead of half of one;
-pre rounded to the same dtype and squared would have as much. Folding out_scale into the weights leaves out a pass.
+epilogue of its first product as for ddown. Its error then is up to one unit in the last place instead of half of one;
+pre rounded to the same dtype and squared would have as much.
 
 The products with an epilogue are one persistent kernel, on Hopper another where shapes allow; the others are cuBLAS's,
 which adds the last one onto the residual where it may overwrite it (``inplace``), else onto a copy, two passes more.
+The backward reads downᵀ by rows, and copies it unless down is the transpose of what is contiguous (`scaled_bank`).
 
-Shapes: residual and x [..., d]; up [m, d]; down [d, m]; out_scale [d].
+Shapes: residual and x [..., d]; up [m, d]; down [d, m].
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ def residual_mlp_reference(
     x: torch.Tensor,
     up: torch.Tensor,
     down: torch.Tensor,
-    out_scale: torch.Tensor,
     *,
     inplace: bool = False,
 ) -> torch.Tensor:
     """Plain PyTorch; the contract of `residual_mlp`, whose arguments it shares."""
-    out = out_scale.to(x.dtype) * F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
+    out = F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
     return out if residual is None else residual + out
 
 
@@ -141,20 +140,6 @@ def _product_kernel(
             )  # fmt: skip
 
 
-@jit
-def _scale_gradient_kernel(gradient, down, scale, ddown, dscale, M, BLOCK: tl.constexpr):
-    """A row of dW' into ddown = out_scale dW' and dout_scale = Σ_m down dW'."""
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    factor = tl.load(scale + row).to(tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, M, BLOCK):
-        inside, place = start + columns < M, row * M + start + columns
-        dw = tl.load(gradient + place, mask=inside, other=0)
-        total += dw * tl.load(down + place, mask=inside, other=0).to(tl.float32)
-        tl.store(ddown + place, (factor * dw).to(ddown.dtype.element_ty), mask=inside)
-    tl.store(dscale + row, tl.sum(total).to(dscale.dtype.element_ty))
-
-
 def _regular(*tensors: torch.Tensor | None) -> bool:
     """Whether rows and addresses are of whole 16 bytes, of 16-bit numbers: what the kernel is made for."""
     given = [t for t in tensors if t is not None]
@@ -163,7 +148,10 @@ def _regular(*tensors: torch.Tensor | None) -> bool:
 
 def _plain_product(epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | None) -> torch.Tensor:
     """`_product` in PyTorch, for everything else."""
-    product = _wide_product(a, b.t())
+    if a.is_cuda and a.dtype != torch.float32:
+        product = torch.mm(a, b.t(), out_dtype=torch.float32)
+    else:
+        product = a.float() @ b.t().float()
     integer = torch.int16 if a.element_size() == 2 else torch.int32
     if epilogue == GRADIENT.value:
         root = aux.float().sqrt()
@@ -212,109 +200,77 @@ def _product(case: str, epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: to
     return out
 
 
-def _folded(down: torch.Tensor, out_scale: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """W' = out_scale[:, None] * down, rounded once; [m, d] if transposed."""
-    if transposed:
-        return torch.mul(down.t(), out_scale, out=down.new_empty(down.shape[::-1]))
-    return torch.mul(down, out_scale[:, None], out=torch.empty_like(down))
-
-
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in fp32, whatever a's and b's dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _scale_gradient(gradient: torch.Tensor, down: torch.Tensor, scale: torch.Tensor) -> tuple:
-    """Gradients of down and out_scale from that of W', all contiguous."""
-    ddown, dscale = torch.empty_like(down), torch.empty_like(scale)
-    width = down.size(1)
-    block = min(4096, 1 << max(0, width - 1).bit_length())
-    warps = min(32, max(1, block // launch_parameters("residual_mlp", "scale", down.device)["columns_per_warp"]))
-    if dscale.numel():
-        with torch.cuda.device_of(down):
-            _scale_gradient_kernel[(down.size(0),)](
-                gradient, down, scale, ddown, dscale, width, BLOCK=block, num_warps=warps
-            )
-    return ddown, dscale
-
-
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """[..., d] as a contiguous [T, d]."""
     return tensor.reshape(-1, tensor.size(-1)).contiguous()
 
 
 def _forward(
-    residual: torch.Tensor | None, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, out_scale: torch.Tensor,
-    keep: bool, inplace: bool = False,
+    residual: torch.Tensor | None, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, keep: bool,
+    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The result, and hidden for the backward, or where it is not to be kept nothing."""
     epilogue = MARKED_SQUARE if keep else SQUARE
     hidden = _product("up", epilogue.value, _rows(x), up.contiguous())
-    weight = _folded(down.contiguous(), out_scale, False)
     if residual is None:
-        out = (hidden @ weight.t()).view(x.shape)
+        out = (hidden @ down.t()).view(x.shape)
     else:
         out = residual if inplace else residual.clone(memory_format=torch.contiguous_format)
-        out.view(-1, x.size(-1)).addmm_(hidden, weight.t())
+        out.view(-1, x.size(-1)).addmm_(hidden, down.t())
     return out, hidden if keep else x.new_empty(0)
 
 
 def _backward(
-    dout: torch.Tensor, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, out_scale: torch.Tensor,
-    hidden: torch.Tensor, need_x: bool, need_up: bool, need_down: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x, up, down and out_scale, empty where not needed."""
-    dout, down = _rows(dout), down.contiguous()
-    dx, dup, ddown, dscale = (x.new_empty(0) for _ in range(4))
+    dout: torch.Tensor, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, hidden: torch.Tensor, need_x: bool,
+    need_up: bool, need_down: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x, up and down, empty where not needed."""
+    dout = _rows(dout)
+    dx, dup, ddown = (x.new_empty(0) for _ in range(3))
     if need_x or need_up:
-        dpre = _product("gradient", GRADIENT.value, dout, _folded(down, out_scale, True), hidden)
+        dpre = _product("gradient", GRADIENT.value, dout, down.t().contiguous(), hidden)
         if need_x:
             dx = (dpre @ up).view(x.shape)
         if need_up:
             dup = dpre.t() @ _rows(x)
     if need_down:
-        ddown, dscale = _scale_gradient(_wide_product(dout.t(), hidden), down, out_scale.contiguous())
-    return dx, dup, ddown, dscale
+        ddown = dout.t() @ hidden
+    return dx, dup, ddown
 
 
-def _fake_forward(residual, x, up, down, out_scale, keep):
+def _fake_forward(residual, x, up, down, keep):
     tokens = x.numel() // x.size(-1)
     return x.new_empty(x.shape), x.new_empty((tokens, up.size(0)) if keep else (0,))
 
 
-def _fake_backward(dout, x, up, down, out_scale, hidden, need_x, need_up, need_down):
-    needs = ((x, need_x), (up, need_up), (down, need_down), (out_scale, need_down))
-    return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in needs)
+def _fake_backward(dout, x, up, down, hidden, *needs):
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip((x, up, down), needs, strict=True))
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # none is needed for hidden
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[1:5], output[1])
+    ctx.save_for_backward(*inputs[1:4], output[1])
 
 
 @once_differentiable
 def _gradients(ctx, dout, _):
     if dout is None:
-        return (None,) * 6
-    of_residual, *needs = ctx.needs_input_grad[:5]
-    needs = [needs[0], needs[1], needs[2] or needs[3]]
-    gradients = _backward_op(dout, *ctx.saved_tensors, *needs) if any(needs) else (None,) * 4
-    wanted = ctx.needs_input_grad[1:5]
-    gradients = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+        return (None,) * 5
+    of_residual, *needs = ctx.needs_input_grad[:4]
+    gradients = _backward_op(dout, *ctx.saved_tensors, *needs) if any(needs) else (None,) * 3
+    gradients = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return dout if of_residual else None, *gradients, None
 
 
 _backward_op = operator(
-    "residual_mlp_backward(Tensor dout, Tensor x, Tensor up, Tensor down, Tensor out_scale, Tensor hidden, "
-    "bool need_x, bool need_up, bool need_down) -> (Tensor, Tensor, Tensor, Tensor)",
+    "residual_mlp_backward(Tensor dout, Tensor x, Tensor up, Tensor down, Tensor hidden, bool need_x, bool need_up, "
+    "bool need_down) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 _forward_op = operator(
-    "residual_mlp(Tensor? residual, Tensor x, Tensor up, Tensor down, Tensor out_scale, bool keep) -> (Tensor, Tensor)",
+    "residual_mlp(Tensor? residual, Tensor x, Tensor up, Tensor down, bool keep) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     setup_context=_save,
@@ -325,9 +281,9 @@ _forward_op = operator(
 _inplace = overwriting(_forward, _save, _gradients)
 
 
-def _residual_mlp_triton(residual, x, up, down, out_scale, *, inplace) -> torch.Tensor:
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, up, down, out_scale))
-    arguments = residual, x, up, down, out_scale, keep
+def _residual_mlp_triton(residual, x, up, down, *, inplace) -> torch.Tensor:
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, up, down))
+    arguments = residual, x, up, down, keep
     return (_inplace if inplace and may_overwrite(arguments) else _forward_op)(*arguments)[0]
 
 
@@ -339,34 +295,32 @@ def residual_mlp(
     x: torch.Tensor,
     up: torch.Tensor,
     down: torch.Tensor,
-    out_scale: torch.Tensor,
     *,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """residual + out_scale * (leaky_relu(x upᵀ, 0.5)² downᵀ); see the module's docstring for shapes.
+    """residual + leaky_relu(x upᵀ, 0.5)² downᵀ; see the module's docstring for shapes.
 
     ``residual`` may be None; ``inplace`` lets kernels overwrite it, as torch's in-place operations do. Differentiable
-    once in every tensor; all but out_scale have one dtype, bfloat16, float16, float32 or float64. Kernels sum in fp32;
-    float64 is left to the reference, float32 and rows that are not of whole 16 bytes to PyTorch's products. With a
-    gradient wanted, hidden is rounded to even or odd numbers and an infinite hidden of a negative pre becomes NaN.
+    once in every tensor; all have one dtype, bfloat16, float16, float32 or float64. Kernels sum in fp32; float64 is
+    left to the reference, float32 and rows that are not of whole 16 bytes to PyTorch's products. With a gradient
+    wanted, hidden is rounded to even or odd numbers and an infinite hidden of a negative pre becomes NaN.
 
     Returns x's shape and dtype. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
     if x.ndim < 1 or up.ndim != 2 or up.size(1) != x.size(-1):
         raise ValueError(f"up must be [m, d] for x [..., d], got {tuple(up.shape)}, {tuple(x.shape)}")
-    expected = {"down": up.shape[::-1], "out_scale": x.shape[-1:], "residual": x.shape}
-    for argument, tensor in (("x", x), ("up", up), ("down", down), ("out_scale", out_scale), ("residual", residual)):
+    expected = {"down": up.shape[::-1], "residual": x.shape}
+    for argument, tensor in (("x", x), ("up", up), ("down", down), ("residual", residual)):
         if tensor is None:
             continue
         if argument in expected and tensor.shape != torch.Size(expected[argument]):
             raise ValueError(f"{argument} must be {tuple(expected[argument])}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in _DTYPES or (tensor.dtype != x.dtype and argument != "out_scale"):
-            any_one = argument in ("x", "out_scale")
-            allowed = "bfloat16, float16, float32 or float64" if any_one else f"x's dtype {x.dtype}"
+        if tensor.dtype not in _DTYPES or tensor.dtype != x.dtype:
+            allowed = "bfloat16, float16, float32 or float64" if tensor is x else f"x's dtype {x.dtype}"
             raise TypeError(f"{argument} must be {allowed}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{argument} must be on x's device {x.device}, got {tensor.device}")
     chosen = residual_mlp_reference
     if x.dtype != torch.float64:
         chosen = select("residual_mlp", _RESIDUAL_MLP, x)
-    return chosen(residual, x, up, down, out_scale, inplace=inplace)
+    return chosen(residual, x, up, down, inplace=inplace)

@@ -29,6 +29,7 @@ from pgolf.kernels.residual import (
     residual_linear,
     residual_linear_norm,
     residual_mix_norm,
+    scaled_bank,
     scaled_rms_norm,
 )
 from pgolf.kernels.residual_mlp import residual_mlp
@@ -39,15 +40,18 @@ Observe = Callable[[str, Tensor], None]
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights: matrices in the compute dtype, gains and scales as they are in the state dict."""
+    """One layer's weights: matrices in the compute dtype, gains and scales as they are in the state dict.
+
+    Those that write to the stream are in `out` and `down` already: attn_scale W_out and mlp_scale W_down.
+    """
 
     inputs: Tensor  # [N, d]: rows for H queries, K keys and K values of head_dim, H gates, then zeros
-    out: Tensor  # [d, d]
+    out: Tensor  # [d, d], row i times attn_scale[i]
     up: Tensor  # [mlp, d]
-    down: Tensor  # [d, mlp]
+    down: Tensor  # [d, mlp], row i times mlp_scale[i]
     q_gain: Tensor  # [H]
-    attn_scale: Tensor  # [d]
-    mlp_scale: Tensor  # [d]
+    attn_scale: Tensor  # [d], for adapters
+    mlp_scale: Tensor  # [d], for adapters
     resid_mix: Tensor  # [2, d]
     ln_scale: Tensor  # scalar, 1 / sqrt(layer + 1)
 
@@ -135,7 +139,7 @@ def mlp(
         tap("mlp.proj", F.leaky_relu(F.linear(n, w.up), 0.5).square())
     if lora is not None:
         residual = _adapted(residual, w.mlp_scale, n, lora.mlp, scale)
-    return residual_mlp(residual, n, w.up, w.down, w.mlp_scale, inplace=True)
+    return residual_mlp(residual, n, w.up, w.down, inplace=True)
 
 
 def _adapted(
@@ -167,7 +171,7 @@ def serial_block(
     y = attention(n, w, heads, xsa, lora, scale, tap)
     if lora is not None:
         u = _adapted(u, w.attn_scale, n, lora.out, scale)
-    v, n = residual_linear_norm(u, y, w.out, w.attn_scale, w.ln_scale, inplace=True)
+    v, n = residual_linear_norm(u, y, w.out, w.ln_scale, inplace=True)
     return mlp(v, n, w, lora, scale, tap), x, x0
 
 
@@ -191,7 +195,7 @@ def parallel_block(
     """a = attn_scale Attn(n0) W_outᵀ and f = mlp_scale MLP(n1), n0 = c rms(m0 lane0 + m1 x0), n1 = c rms(lane1)."""
     y = attention(n0, w, heads, xsa, lora, scale, tap)
     update = None if lora is None else _adapted(None, w.attn_scale, n0, lora.out, scale)
-    return residual_linear(update, y, w.out, w.attn_scale), mlp(None, n1, w, lora, scale, tap)
+    return residual_linear(update, y, w.out), mlp(None, n1, w, lora, scale, tap)
 
 
 def mix_into_next(
@@ -381,14 +385,18 @@ class GPT(nn.Module):
 
     def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
         n, d, blocks = self.config.num_layers, self.config.model_dim, self.blocks
-        q, out = self.qo_bank.to(dtype).split(n)
+        attn_scales, mlp_scales = (
+            torch.stack([getattr(block, name) for block in blocks]) for name in ("attn_scale", "mlp_scale")
+        )
+        q, out = scaled_bank(self.qo_bank, attn_scales, dtype)
+        _, down = scaled_bank(self.mlp_down_bank, mlp_scales, dtype)
         inputs = [q, *self.kv_bank.to(dtype).split(n)]
         if self.config.gate_attn_out:
             gates = torch.stack([block.attn.attn_gate_proj.weight for block in blocks]).to(dtype)
             rows = sum(part.size(1) for part in inputs) + gates.size(1)
             inputs.append(F.pad(gates, (0, d - gates.size(2), 0, -rows % 16)))
-        up, down = self.mlp_up_bank.to(dtype).unbind(), self.mlp_down_bank.to(dtype).unbind()
-        matrices = zip(torch.cat(inputs, dim=1).unbind(), out.unbind(), up, down, strict=True)
+        banks = torch.cat(inputs, dim=1), out, self.mlp_up_bank.to(dtype), down
+        matrices = zip(*(bank.unbind() for bank in banks), strict=True)
         vectors = ((block.attn.q_gain, block.attn_scale, block.mlp_scale, block.resid_mix) for block in blocks)
         return [
             LayerWeights(*matrix, *group, self.ln_scales[i])

@@ -96,10 +96,3 @@ def test_products_on_other_chips(name: str, capability: int) -> None:
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_products_in_float16(name: str) -> None:
     check(compile_product(name, 1000, 512, 2048, torch.float16, 90), matrix_products=True)
-
-
-def test_scale_gradient() -> None:
-    gradient, down, scale = torch.empty(512, 2048), torch.empty(512, 2048).bfloat16(), torch.empty(512).bfloat16()
-    with compiling(90) as kernels:
-        family._scale_gradient(gradient, down, scale)
-    check(kernels[0], registers=64, shared=1024, streams=True)

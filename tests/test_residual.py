@@ -20,6 +20,7 @@ from pgolf.kernels.residual import (
     residual_linear,
     residual_linear_norm,
     residual_mix_norm,
+    scaled_bank,
     scaled_rms_norm,
 )
 
@@ -96,11 +97,11 @@ CALLS: dict[str, tuple[Call, list]] = {
     "lanes_norm_join": (lanes_norm, [*LANES, *MIX[1:], "x", "d", "d"]),
     "lanes_norm_join_ungated": (lanes_norm, [*LANES, *MIX[1:], "x", "d"]),
     "lanes_final": (lambda op, leaves: op("mix_lanes_final")(*leaves), LANES),
-    "linear": (lambda op, leaves: op("residual_linear")(*leaves), ["x", "h", ("d", "k"), "d"]),
-    "linear_alone": (lambda op, leaves: op("residual_linear")(None, *leaves), ["h", ("d", "k"), "d"]),
-    "linear_norm": (linear_norm, ["x", "h", ("d", "k"), "d"]),
+    "linear": (lambda op, leaves: op("residual_linear")(*leaves), ["x", "h", ("d", "k")]),
+    "linear_alone": (lambda op, leaves: op("residual_linear")(None, *leaves), ["h", ("d", "k")]),
+    "linear_norm": (linear_norm, ["x", "h", ("d", "k")]),
     "linear_norm_inplace": (
-        lambda op, leaves: linear_norm(op, [leaves[0] * 1, *leaves[1:]], inplace=True), ["x", "h", ("d", "k"), "d"]
+        lambda op, leaves: linear_norm(op, [leaves[0] * 1, *leaves[1:]], inplace=True), ["x", "h", ("d", "k")]
     ),
 }  # fmt: skip
 
@@ -172,9 +173,9 @@ def test_formulas() -> None:
     new0, new1 = mix_lanes(lane0, lane1, a, f, post, resid)
     assert torch.allclose(new0, resid[0] * lane0 + post[0, 0] * a + post[1, 0] * f, atol=1e-12)
     assert torch.allclose(new1, resid[1] * lane1 + post[0, 1] * a + post[1, 1] * f, atol=1e-12)
-    residual, h, w, out_scale = leaves_of("linear_norm")
-    v = residual + out_scale * (h @ w.T)
-    got = residual_linear_norm(residual, h, w, out_scale, scale_of(h))
+    residual, h, w = leaves_of("linear_norm")
+    v = residual + h @ w.T
+    got = residual_linear_norm(residual, h, w, scale_of(h))
     assert torch.allclose(got[0], v, atol=1e-12) and torch.allclose(got[1], plain_norm(v) * SCALE, atol=1e-6)
 
 
@@ -225,21 +226,21 @@ def test_unused_outputs_have_no_gradient(case: str) -> None:
 
 def layers(op: Callable[[str], Callable], leaves: list[torch.Tensor]) -> torch.Tensor:
     """Two serial layers with a skip, a join, two lanes and the final norm, with every input handed through."""
-    x, x0, mix, skip_weight, gate, w, out_scale, post, resid = leaves
+    x, x0, mix, skip_weight, gate, w, post, resid = leaves
     scale, skips = scale_of(x), []
     for _ in range(2):
         u, n, _, x0 = op("residual_mix_norm")(x, x0, mix, scale)
-        v, n = op("residual_linear_norm")(u, n.tanh(), w, out_scale, scale, inplace=True)
-        x = op("residual_linear")(v, n.sin(), w, out_scale, inplace=True)
+        v, n = op("residual_linear_norm")(u, n.tanh(), w, scale, inplace=True)
+        x = op("residual_linear")(v, n.sin(), w, inplace=True)
         skips.append(x)
     u, n, x, x0 = op("residual_mix_norm")(x, x0, mix, scale)  # a skip taken where it was handed through
     skips[-1] = x
     join = dict(weight=skip_weight, gate=gate)
     _, n0, lane0, x0 = op("residual_mix_norm")(u, x0, mix, scale, skip=skips.pop(), **join, keep_u=False)
     n1, lane1 = op("scaled_rms_norm")(u, scale, carry=True)
-    parts = [op("residual_linear")(None, part, w, out_scale) for part in (n0.cos(), n1.tanh())]
+    parts = [op("residual_linear")(None, part, w) for part in (n0.cos(), n1.tanh())]
     lanes = op("mix_lanes_norm")(lane0, lane1, *parts, post, resid, x0, mix, scale, skip=skips.pop(), **join)
-    parts = [op("residual_linear")(None, part, w, out_scale) for part in (lanes.n0.cos(), lanes.n1.tanh())]
+    parts = [op("residual_linear")(None, part, w) for part in (lanes.n0.cos(), lanes.n1.tanh())]
     lane0, lane1 = op("mix_lanes")(lanes.lane0, lanes.lane1, *parts, post, resid)
     lanes = op("mix_lanes_norm")(lane0, lane1, *parts, post, resid, lanes.x0, mix, scale)
     return op("mix_lanes_final")(lanes.lane0, lanes.lane1, lanes.n0, lanes.n1, post, resid)
@@ -249,7 +250,7 @@ def layers(op: Callable[[str], Callable], leaves: list[torch.Tensor]) -> torch.T
 def test_layers(dtype: torch.dtype) -> None:
     """Gradients that are handed back through many ops add up, and what is overwritten is not needed again."""
     d = 16
-    shapes = [(1, 13, d), (1, 13, d), (2, d), (d,), (d,), (d, d), (d,), (2, 2), (2,)]
+    shapes = [(1, 13, d), (1, 13, d), (2, d), (d,), (d,), (d, d), (2, 2), (2,)]
     leaves = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
     got, plain = (results(lambda v, op=op: layers(op, v), leaves) for op in (ours, reference))
     exact = results(lambda v: layers(reference, v), [leaf.double() for leaf in leaves])
@@ -280,6 +281,52 @@ def test_no_rows_and_one(case: str, shape) -> None:
         assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
 
 
+def bank_and_scale(n: int, m: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in ((n, d, k), (m, d))]
+
+
+def bank_results(op: Callable, leaves: list[torch.Tensor], dtype: torch.dtype, douts) -> list[torch.Tensor]:
+    outputs = op(*leaves, dtype)
+    gradients = torch.autograd.grad(outputs, leaves, [dout.to(dtype) for dout in douts])
+    return [*(out.detach() for out in outputs), *gradients]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n, m, d, k", [(2, 1, 64, 32), (3, 3, 70, 5), (1, 0, 4, 4), (2, 2, 1, 300), (2, 1, 3, 0)])
+def test_scaled_bank(n: int, m: int, d: int, k: int, dtype: torch.dtype) -> None:
+    """One rounding: forward bit for bit what float64 rounds to, and so the gradient of the bank."""
+    masters = torch.float64 if dtype == torch.float64 else torch.float32
+    bank, scale = leaves = bank_and_scale(n, m, d, k, masters)
+    douts = [torch.randn(size, d, k, device=DEVICE).to(dtype) for size in (n - m, m)]
+    plain, scaled, dbank, dscale = bank_results(scaled_bank, leaves, dtype, douts)
+    factors = torch.cat([scale.new_ones(n - m, d), scale]).double()[:, :, None]
+    gradient = torch.cat(douts).double()
+    assert (plain.dtype, scaled.dtype, dbank.dtype, dscale.dtype) == (dtype, dtype, masters, masters)
+    product = (factors * bank.double()).to(masters)  # no kernel has more digits
+    assert torch.equal(torch.cat([plain, scaled]), product.to(dtype))
+    assert torch.equal(dbank, (factors * gradient).to(masters))
+    exact = (gradient * bank.double()).sum(-1)[n - m :]
+    assert torch.allclose(dscale.double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
+
+
+@needs_kernels
+def test_scaled_bank_is_what_the_products_take() -> None:
+    """Transposes are contiguous, whatever the inputs are; one gradient alone is enough; a compiler sees the same."""
+    leaves = bank_and_scale(4, 2, 24, 40)
+    strided = [torch.stack([leaf, leaf], -1)[..., 0].detach().requires_grad_() for leaf in leaves]
+    for op in (scaled_bank, compiled_for(lambda v: scaled_bank(*v, torch.bfloat16))):
+        arguments = (strided,) if op is not scaled_bank else (*strided, torch.bfloat16)
+        plain, scaled = op(*arguments)
+        assert plain.is_contiguous() and scaled.mT.is_contiguous()
+        for name, out in (("plain", plain), ("scaled", scaled)):
+            dout = torch.randn_like(out)
+            got = torch.autograd.grad(out, strided, dout, retain_graph=True)
+            reference = family.scaled_bank_reference(*leaves, torch.bfloat16)[name == "scaled"]
+            expected = torch.autograd.grad(reference, leaves, dout, allow_unused=True)
+            for leaf, a, b in zip(leaves, got, expected, strict=True):
+                assert torch.allclose(a, torch.zeros_like(leaf) if b is None else b, atol=0.05, rtol=0.02), name
+
+
 @needs_kernels
 def test_the_first_layer_reads_one_tensor_twice() -> None:
     x, _, mix = leaves_of("mix_norm")
@@ -298,24 +345,24 @@ def test_handed_through_without_a_copy() -> None:
     x, x0, mix = (leaf.requires_grad_() for leaf in leaves_of("mix_norm"))
     mixed = residual_mix_norm(x, x0, mix, scale_of(x))
     assert mixed.x.data_ptr() == x.data_ptr() and mixed.x0.data_ptr() == x0.data_ptr()
-    u, h, w, out_scale = mixed.u, *leaves_of("linear_norm")[1:]
-    v, _ = residual_linear_norm(u, h, w, out_scale, scale_of(x), inplace=True)
+    u, h, w = mixed.u, *leaves_of("linear_norm")[1:]
+    v, _ = residual_linear_norm(u, h, w, scale_of(x), inplace=True)
     assert v.data_ptr() == u.data_ptr()
-    v, n = residual_linear_norm(v, h, w, out_scale, scale_of(x))
-    y = residual_linear(v, h, w, out_scale, inplace=True)  # v is gone, and the norm's gradient does not need it
+    v, n = residual_linear_norm(v, h, w, scale_of(x))
+    y = residual_linear(v, h, w, inplace=True)  # v is gone, and the norm's gradient does not need it
     torch.autograd.grad(y.sum() + n.sum(), [x, x0, mix])
     with torch.no_grad():
-        assert residual_linear(v, h, w, out_scale, inplace=True).data_ptr() == v.data_ptr()
+        assert residual_linear(v, h, w, inplace=True).data_ptr() == v.data_ptr()
 
 
 @needs_kernels
 def test_overwriting_what_others_need_is_an_error() -> None:
-    residual, h, w, out_scale = (leaf.requires_grad_() for leaf in leaves_of("linear"))
+    residual, h, w = (leaf.requires_grad_() for leaf in leaves_of("linear"))
     with pytest.raises(RuntimeError, match="in-place"):
-        residual_linear(residual, h, w, out_scale, inplace=True)
+        residual_linear(residual, h, w, inplace=True)
     u = residual * 1
     square = u.square()
-    residual_linear(u, h, w, out_scale, inplace=True)
+    residual_linear(u, h, w, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.sum().backward()
 
@@ -365,19 +412,23 @@ def test_operators_are_registered_as_they_behave() -> None:
     library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 5, 0.0, False))
     library.opcheck(ops.residual_lanes.default, (x0, *lanes, mix, skip, weight, gate, scale, 1e-6, False))
     library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 5, 1e-6, True))
-    residual, h, w, out_scale = (leaf.float().requires_grad_() for leaf in leaves_of("linear"))
+    residual, h, w = (leaf.float().requires_grad_() for leaf in leaves_of("linear"))
     for norm in (True, False):
-        library.opcheck(ops.residual_linear.default, (residual, h, w, out_scale, scale, 1e-6, norm))
-    x, x0, mix, skip, weight, gate, residual, h, w, out_scale, *lanes = (
-        leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, out_scale, *lanes)
+        library.opcheck(ops.residual_linear.default, (residual, h, w, scale, 1e-6, norm))
+    bank, factors = bank_and_scale(3, 2, 12, 20)
+    for count in (2, 3):
+        library.opcheck(ops.scaled_bank.default, (bank[-count:], factors, torch.bfloat16))
+    x, x0, mix, skip, weight, gate, residual, h, w, bank, factors, *lanes = (
+        leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, bank, factors, *lanes)
     )
     library.opcheck(
         ops.residual_mix_backward.default, (x, x, x, x, x, x0, mix, skip, weight, gate, scale, 1e-6, False, False)
     )
     library.opcheck(ops.residual_norm_backward.default, (None, x, x, rstd, scale, True))
     library.opcheck(ops.residual_lanes_backward.default, (*(x,) * 5, x0, *lanes, mix, skip, weight, gate, scale, 1e-6))
-    for parameters in (True, False):
-        library.opcheck(ops.residual_linear_backward.default, (residual, h, w, out_scale, w, parameters))
+    for needs in ((True, True), (True, False), (False, True)):
+        library.opcheck(ops.residual_linear_backward.default, (residual, h, w, *needs))
+    library.opcheck(ops.scaled_bank_backward.default, (bank[:1].bfloat16(), bank[1:].bfloat16(), bank, factors))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -396,7 +447,7 @@ def test_compiles_whole(case: str, autocast: bool) -> None:
 
 
 def test_layers_compile_whole() -> None:
-    shapes = [(1, 5, 8), (1, 5, 8), (2, 8), (8,), (8,), (8, 8), (8,), (2, 2), (2,)]
+    shapes = [(1, 5, 8), (1, 5, 8), (2, 8), (8,), (8,), (8, 8), (2, 2), (2,)]
     leaves = [torch.randn(shape, device=DEVICE) for shape in shapes]
     plain = results(lambda v: layers(ours, v), leaves)
     whole = results(compiled_for(lambda v: layers(ours, v)), leaves)
@@ -437,14 +488,30 @@ def test_errors_name_the_argument() -> None:
         mix_lanes(*lanes[:4], lanes[5], lanes[5])
     with pytest.raises(ValueError, match="mlp must have lane0's shape"):
         mix_lanes(*lanes[:3], lanes[3][:1], *lanes[4:])
-    residual, h, w, out_scale = leaves_of("linear", device="cpu")
+    residual, h, w = leaves_of("linear", device="cpu")
     with pytest.raises(ValueError, match=r"weight must be \[d, k\], got shape \(12,\)"):
-        residual_linear(residual, h, out_scale, out_scale)
+        residual_linear(residual, h, w[:, 0])
     with pytest.raises(ValueError, match=r"weight must have shape \(12, 19\), got \(12, 20\)"):
-        residual_linear(residual, h[..., 1:], w, out_scale)
-    with pytest.raises(ValueError, match=r"out_scale must have shape \(12,\), got \(11,\)"):
-        residual_linear_norm(residual, h, w, out_scale[1:], scale)
+        residual_linear(residual, h[..., 1:], w)
+    with pytest.raises(ValueError, match=r"scale must be one element, got shape \(2,\)"):
+        residual_linear_norm(residual, h, w, torch.ones(2))
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 7, 12\), got \(2, 7, 20\)"):
-        residual_linear(h, h, w, out_scale)
+        residual_linear(h, h, w)
     with pytest.raises(TypeError, match="residual must have x's dtype"):
-        residual_linear(residual.float(), h, w, out_scale)
+        residual_linear(residual.float(), h, w)
+    bank, factors = torch.ones(3, 4, 5), torch.ones(2, 4)
+    for wrong, got in (
+        ((bank[0], factors), r"\(4, 5\), \(2, 4\)"),
+        ((bank, factors[0]), r"\(3, 4, 5\), \(4,\)"),
+        ((bank[:1], factors), r"\(1, 4, 5\), \(2, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=r"bank must be \[n, d, k\] and scale \[m, d\] with m <= n, got " + got):
+            scaled_bank(*wrong, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"scale must have shape \(2, 4\), got \(2, 3\)"):
+        scaled_bank(bank, factors[:, 1:], torch.bfloat16)
+    with pytest.raises(ValueError, match="scale must be on bank's device cpu, got meta"):
+        scaled_bank(bank, factors.to("meta"), torch.bfloat16)
+    with pytest.raises(TypeError, match="bank must be bfloat16, float16, float32 or float64, got torch.int64"):
+        scaled_bank(bank.long(), factors, torch.bfloat16)
+    with pytest.raises(TypeError, match="dtype must be bfloat16, float16, float32 or float64, got torch.int8"):
+        scaled_bank(bank, factors, torch.int8)

@@ -1,4 +1,4 @@
-"""The MLP with residual and scale: formula, gradients, precision, edges; kernels run on a GPU or interpreted."""
+"""The MLP with its residual: formula, gradients, precision, edges; kernels run on a GPU or interpreted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pgolf.kernels._launch import INTERPRETED, jit, tl
 from pgolf.kernels.residual_mlp import residual_mlp, residual_mlp_reference
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # of a relative error: one unit of bf16
-NAMES = ("residual", "x", "up", "down", "out_scale")
+NAMES = ("residual", "x", "up", "down")
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
 
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def inputs(device, tokens=(2, 5), width=8, hidden=24, dtype=torch.float32) -> list[torch.Tensor]:
-    """residual, x, up, down and out_scale."""
-    shapes = (*tokens, width), (*tokens, width), (hidden, width), (width, hidden), (width,)
-    sizes = 1, 1, width**-0.5, max(hidden, 1) ** -0.5, 1
+    """residual, x, up and down."""
+    shapes = (*tokens, width), (*tokens, width), (hidden, width), (width, hidden)
+    sizes = 1, 1, width**-0.5, max(hidden, 1) ** -0.5
     return [(size * torch.randn(shape, device=device)).to(dtype) for shape, size in zip(shapes, sizes, strict=True)]
 
 
@@ -46,15 +46,15 @@ def assert_as_precise(leaves, dout, function=residual_mlp, reference=residual_ml
 def with_parameters(monkeypatch, **changes: int) -> None:
     """All cases with these launch parameters, small tiles otherwise."""
     base = dict(block_m=64, block_n=64, block_k=32, subtiles=1, stages=2, warps=4, programs=1, descriptors=0)
-    tuned = base | dict(flatten=0, early=0, ping_pong=0, copies=0, columns_per_warp=512) | changes
+    tuned = base | dict(flatten=0, early=0, ping_pong=0, copies=0) | changes
     monkeypatch.setattr(family, "launch_parameters", lambda *_: tuned)
 
 
 def test_formula(device) -> None:
-    leaves = residual, x, up, down, out_scale = inputs(device)
+    leaves = residual, x, up, down = inputs(device)
     pre = x.double() @ up.double().T
     hidden = torch.where(pre < 0, pre / 2, pre) ** 2
-    expected = residual + out_scale.double() * (hidden @ down.double().T)
+    expected = residual + hidden @ down.double().T
     assert torch.allclose(residual_mlp(*leaves).double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(residual_mlp(None, *leaves[1:]).double(), expected - residual, rtol=1e-5, atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_nan_and_infinity_stay_what_they_are(dtype) -> None:
 
 @needs_kernels
 def test_integers_bit_for_bit() -> None:
-    shapes = (70, 16), (70, 16), (40, 16), (16, 40), (16,)
+    shapes = (70, 16), (70, 16), (40, 16), (16, 40)
     leaves = [torch.randint(-3, 4, shape, device=DEVICE).float() for shape in shapes]
     exact = residual_mlp_reference(*(leaf.double() for leaf in leaves))
     assert torch.equal(residual_mlp(*leaves).double(), exact)
@@ -189,7 +189,7 @@ def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
 def test_inputs_that_are_not_contiguous(device) -> None:
     residual, x = (torch.randn(16, 7, 3, device=device).permute(2, 1, 0) for _ in range(2))
     up, down = torch.randn(32, 24, device=device)[::2].T, torch.randn(24, 16, device=device).T
-    leaves = [residual, x, up, down, torch.randn(32, device=device)[::2]]
+    leaves = [residual, x, up, down]
     assert_as_precise(leaves, torch.randn(1, 1, 16, device=device).expand(3, 7, 16))
     # an address that is not of whole 16 bytes
     flat = torch.randn(1 + 9 * 16, device=device).bfloat16()[1:].view(9, 16)
@@ -274,24 +274,19 @@ def test_second_derivative_is_refused() -> None:
 
 
 def test_errors_name_the_argument() -> None:
-    leaves = residual, x, up, down, out_scale = inputs("cpu")
+    leaves = residual, x, up, down = inputs("cpu")
     with pytest.raises(ValueError, match=r"up must be \[m, d\] for x \[..., d\], got \(24, 4\)"):
-        residual_mlp(residual, x, up[:, :4], down, out_scale)
+        residual_mlp(residual, x, up[:, :4], down)
     with pytest.raises(ValueError, match=r"down must be \(8, 24\), got \(24, 8\)"):
-        residual_mlp(residual, x, up, up, out_scale)
-    with pytest.raises(ValueError, match=r"out_scale must be \(8,\), got \(4,\)"):
-        residual_mlp(residual, x, up, down, out_scale[:4])
+        residual_mlp(residual, x, up, up)
     with pytest.raises(ValueError, match=r"residual must be \(2, 5, 8\), got \(1, 5, 8\)"):
-        residual_mlp(residual[:1], x, up, down, out_scale)
+        residual_mlp(residual[:1], x, up, down)
     with pytest.raises(TypeError, match="x must be bfloat16, float16, float32 or float64, got torch.int64"):
-        residual_mlp(None, x.long(), up, down, out_scale)
+        residual_mlp(None, x.long(), up, down)
     for k, name in enumerate(NAMES):
         if name != "x":
             changed = [*leaves[:k], leaves[k].bfloat16(), *leaves[k + 1 :]]
-            if name == "out_scale":
-                assert residual_mlp(*changed).dtype == x.dtype
-            else:
-                with pytest.raises(TypeError, match=f"{name} must be x's dtype torch.float32, got torch.bfloat16"):
-                    residual_mlp(*changed)
+            with pytest.raises(TypeError, match=f"{name} must be x's dtype torch.float32, got torch.bfloat16"):
+                residual_mlp(*changed)
             with pytest.raises(ValueError, match=f"{name} must be on x's device cpu, got meta"):
                 residual_mlp(*leaves[:k], leaves[k].to("meta"), *leaves[k + 1 :])
