@@ -111,7 +111,8 @@ class Problem:
                  for _ in range(4)]  # fmt: skip
         floor = floor or FLOOR[got["y"].dtype]
         for name, c in exact.items():
-            size = c.norm().clamp(min=0.1 * double["dy"].norm())  # for what is zero but for rounding
+            rows = WIDTH**0.5 if name.startswith("dweight") else 1  # the length of n's
+            size = c.norm().clamp(min=0.1 * rows * double["dy"].norm())  # for what is zero but for rounding
             condition = max(1.0, *(float((other[name] - c).norm() / size) / NOISE for other in noisy))
             error, allowed = (float((results[name].double() - c).norm() / size) for results in (got, plain))
             assert error <= 1.5 * allowed + floor * condition, f"{name}: {error}, where the reference has {allowed}"
