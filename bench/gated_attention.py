@@ -1,7 +1,7 @@
 """The attention sublayer up to its output projection, bf16, at the record's shape: ``python -m bench.gated_attention``.
 
-The cases `forward` and `forward_backward` are the whole op, so the projection's products, too; `pgolf_flash` computes it
-by PyTorch's FlashAttention and operations. `prologue` makes q^ and k^ of a projection's q and k, ours in place.
+The cases `forward` and `forward_backward` are the whole op, so the projection's products, too; `pgolf_flash` takes
+PyTorch's FlashAttention and operations. `prologue` makes q^ and k^ of a projection's q and k, ours in place.
 Documents have about 400 tokens.
 """
 

@@ -10,18 +10,18 @@ each, then H gate logits where the op is ``gated``, then padding. Query head h r
 
 R rotates the pairs (i, i + P) of the leading 2 P dimensions by the token's angles, whose cosines and sines are given.
 
-Kernels: the product, whose q and k become q^ and k^ in place, and those of `varlen_attention`, which read q^, k^, v and
-logits where they lie and compute everything between o and y and its backward on what they have in registers. q and k
-are never kept: with r = 1 / rms and g = dq^ (k^ likewise, of gain 1)
+Kernels: the product, whose q and k become q^ and k^ in place, then those of `varlen_attention`, which read q^, k^, v
+and logits where they lie and compute what is between o and y, and its backward, on what they have in registers. q and k
+are not kept: of g = dq^, and of dk^ likewise with a gain of 1,
 
-    dq = r R⁻¹(gain g - q^ <g, q^> / (gain D)),   dgain = Σ <g, q^> / gain
+    dq = R⁻¹(gain g - q^ <g, q^> / (gain D)) / rms(q),   dgain = Σ <g, q^> / gain
 
-for which kernels take a gain no nearer to zero than ±2⁻²⁴: logits then are zero in fp32 all the same. The gradient of
-the projection is written by the core's backward; two products make those of n and weight of it. Saved are the inputs,
-projected with q^ and k^, 1 / rms [H + K, T], the logarithms of the softmax's sums (lse) and <o, u> [H, T], and y.
+for which kernels take a gain no nearer to zero than ±2⁻²⁴: logits are zero in fp32 all the same. The attention's
+backward writes the projection's gradient, two products make those of n and weight of it. Saved are the inputs, the
+projection with q^ and k^, 1 / rms [H + K, T], y, <o, u> [H, T] and the logarithms of the softmax's sums (lse).
 
-MB read + written at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: 102 + 204 for the product, 151 + 156 in place,
-205 + 107 for y, 363 + 261 for dq, dv's part and do, 304 + 101 for dk and dv. Without its pairs of zeros TODO.
+MB read + written at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: the product 102 + 204, prologue 154 + 156, y
+203 + 107; dq with dlogits, do and a part of dv 414 + 260, dk and dv 360 + 101, dn and dweight 509 + 102.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def _gradients(ctx, dy: Tensor | None, *_: None):
     of_n, of_weight, *_, of_update = ctx.needs_input_grad[:7]
     dn = (dprojected @ weight).view(n.shape) if of_n else None
     dweight = dprojected.t() @ n.reshape(-1, n.size(-1)) if of_weight else None
-    dupdate = dprojected.view(*n.shape[:-1], -1) if of_update else None
+    dupdate = dprojected.view(*n.shape[:-1], weight.size(0)) if of_update else None
     return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 8
 
 
