@@ -208,8 +208,9 @@ def _attention_queries_kernel(
             tl.store(dv, given.to(dv.dtype.element_ty), mask=first + tl.arange(0, QUERIES)[:, None] < length)
         tl.debug_barrier()
         do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
-    query = q + at_first * q_t + head * q_h + _offsets(q_t, q_h, QUERIES, HEADS, D)
-    query = tl.load(query, mask=inside[:, None], other=0)
+    made = q
+    q += at_first * q_t + head * q_h
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
     lse = tl.load(lse + at_rows, mask=inside, other=0)
     pair = tl.arange(0, WIDTH)[None, :]
     pairs += at_rows[:, None] * WIDTH + pair
@@ -221,7 +222,7 @@ def _attention_queries_kernel(
     for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
         valid = keys[:, None] < length - at
         key = tl.load(k, mask=valid, other=0)
-        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if at + KEYS > first:
             s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
         dp = tl.dot(do, tl.trans(tl.load(v, mask=valid, other=0)), input_precision=PRECISION)
@@ -233,13 +234,13 @@ def _attention_queries_kernel(
     if gain is not None:
         start, length, first = _tile(tiles, slot)  # anew, as q: registers are short until here
         at_first, inside = start + first, first + rows % QUERIES < length
-        q += at_first * q_t + head * q_h + _offsets(q_t, q_h, QUERIES, HEADS, D)
-        q = tl.load(q, mask=inside[:, None], other=0)
+        made += at_first * q_t + head * q_h
+        made = tl.load(made + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
         at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
         inverse = tl.load(inverse_rms + at_rows, mask=inside, other=0)
         strength = away_from_zero(tl.load(gain + head + rows // QUERIES))
         acc, component = _through_prologue(
-            acc, q, inverse, strength, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF
+            acc, made, inverse, strength, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF
         )
         at = (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
         tl.store(partials + at, tl.sum(tl.reshape(tl.where(inside, component, 0), (HEADS, QUERIES)), 1))
