@@ -199,17 +199,19 @@ def _gated_attention_backward_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of projected = n weightᵀ [B T, N] and of q_gain."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
-    dprojected, dgain = torch.empty_like(projected), inverse_rms.new_zeros(H)
-    if y.numel():
-        q, k, v, logits = _columns(projected, *sizes)
-        *into, dlogits = _columns(dprojected, *sizes)
-        options = dict(logits=logits, dlogits=dlogits) if gated else {}
-        varlen_attention._backward(
-            dy.reshape(-1, H, D), q, k, v, y.view(-1, H, D), lse, *_segments_of(n, cu_seqlens, max_seqlen), D**-0.5,
-            *into, along=along if exclude_own_value else None, dgain=dgain,
-            prologue=Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous()),
-            padding=dprojected[:, (H + 2 * K) * D + H * gated :], **options,
-        )  # fmt: skip
+    dprojected = torch.empty_like(projected)
+    if not y.numel():
+        return dprojected, q_gain.new_zeros(H)
+    dgain = inverse_rms.new_empty(H)
+    q, k, v, logits = _columns(projected, *sizes)
+    *into, dlogits = _columns(dprojected, *sizes)
+    options = dict(logits=logits, dlogits=dlogits) if gated else {}
+    varlen_attention._backward(
+        dy.reshape(-1, H, D), q, k, v, y.view(-1, H, D), lse, *_segments_of(n, cu_seqlens, max_seqlen), D**-0.5, *into,
+        along=along if exclude_own_value else None, dgain=dgain,
+        prologue=Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous()),
+        padding=dprojected[:, (H + 2 * K) * D + H * gated :], **options,
+    )  # fmt: skip
     return dprojected, dgain.to(q_gain.dtype)
 
 
