@@ -52,14 +52,24 @@ def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: t
 
 
 @jit
-def _through_prologue(
-    g, raw, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, factor, strength,
-):  # fmt: skip
-    """Gradient of the rows at ``raw``, x, by that of R(x / rms(x)) strength, g, and <g, R(x / rms(x))>.
+def away_from_zero(gain):
+    """A gain in fp32, at least ±2⁻²⁴: then q^ has the direction of q, and logits are zero in fp32 all the same."""
+    gain = gain.to(tl.float32)
+    return tl.where(tl.abs(gain) < 2**-24, tl.where(gain < 0, -(2**-24), 2**-24), gain)
+
+
+@jit
+def _through_prologue(g, made, inverse, gain, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr):
+    """Gradient of rows x by that of ``made`` = gain R(x inverse), g, and <g, made> / gain; inverse is 1 / rms(x).
 
     Both dimensions of a pair are in one thread, of a product's result and of 8 pairs.
     """
-    x = raw.to(tl.float32)
+    made = made.to(tl.float32)
+    along = tl.sum(g * made, 1)
+    if gain is not None:
+        along /= gain
+        g = gain[:, None] * g
+    g -= (along / D)[:, None] * made
     if HALF > 0:
         ROWS: tl.constexpr = g.shape[0]
         REST: tl.constexpr = D // (2 * HALF)
@@ -72,13 +82,7 @@ def _through_prologue(
         first, second = tl.split(tl.permute(tl.reshape(g, (ROWS, REST, 2, HALF)), (0, 1, 3, 2)))
         g = tl.join(tl.where(turned, first * c - second * s, first), tl.where(turned, second * c + first * s, second))
         g = tl.reshape(tl.permute(g, (0, 1, 3, 2)), (ROWS, D))
-    inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
-    along = factor * inverse * tl.sum(g * x, 1)
-    if strength is not None:
-        strength *= inverse
-    else:
-        strength = inverse
-    return (factor * strength)[:, None] * g - (strength * inverse * along / D)[:, None] * x, along
+    return inverse[:, None] * g, along
 
 
 @jit
@@ -138,13 +142,13 @@ def _attention_kernel(
 
 @jit
 def _attention_queries_kernel(
-    do, q, k, v, o, lse, delta, along, logits, pairs, dq, core_do, dlogits, dv, raw, cos, sin, gain, partials, padding,
-    tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h, raw_t, raw_h, logits_t, dlogits_t,
-    padding_t, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr,
+    do, q, k, v, o, lse, along, logits, pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin, partials,
+    padding, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h, logits_t, dlogits_t, padding_t,
+    T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    EPS: tl.constexpr, PADDING: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    PADDING: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries, and where there is no ``delta`` theirs, from o.
+    """dq of a tile of queries, and the pairs of their lse and delta = <do, o>.
 
     With ``core_do`` do and o are the gradient and the result y = g (o - <o, u> u) of `_forward`'s epilogue. Then also
     written are core_do = g (do - <do, u> u), dlogits, and into dv what the exclusion gives u; the tile's heads are a
@@ -153,11 +157,10 @@ def _attention_queries_kernel(
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     slot = tl.program_id(0) // (H // HEADS)
     start, length, first = _tile(tiles, slot)
-    if raw is not None:
-        partials += (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
     if first >= length:
-        if raw is not None:
-            tl.store(partials, tl.zeros((HEADS,), tl.float32))
+        if gain is not None:
+            at = (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
+            tl.store(partials + at, tl.zeros((HEADS,), tl.float32))
         return
     rows = tl.arange(0, QUERIES * HEADS)
     queries = first + rows % QUERIES
@@ -167,18 +170,14 @@ def _attention_queries_kernel(
     do += at_first * do_t + head * do_h
     do = tl.load(do + _offsets(do_t, do_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
     in_heads = (at_first * H + head) * D + _offsets(H * D, D, QUERIES, HEADS, D)
-    if delta is None:
-        o = tl.load(o + in_heads, mask=inside[:, None], other=0)
-    else:
-        own = tl.load(delta + at_rows, mask=inside, other=0)
+    o = tl.load(o + in_heads, mask=inside[:, None], other=0)
     if along is not None:
         value = v + at_first * v_t + head // GROUP * v_h + _offsets(v_t, 0, QUERIES, HEADS, D)
         value = tl.load(value, mask=inside[:, None], other=0).to(tl.float32)
         component = tl.load(along + at_rows, mask=inside, other=0)
     if logits is not None:
         logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
-    if delta is None:
-        own = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    own = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if core_do is not None:
         dy, y = do.to(tl.float32), o.to(tl.float32)
         gate = tl.full((QUERIES * HEADS,), 1, tl.float32)
@@ -202,14 +201,14 @@ def _attention_queries_kernel(
         if along is not None:
             # A direction does not depend on the length, but for where that is clamped.
             clamped = tl.where(norm > 1e-12, 0, 2 * gate * outward * inverse)
-            given = (inverse * outward)[:, None] * y + component[:, None] * (
-                do.to(tl.float32) + clamped[:, None] * value
-            )
+            given = (inverse * outward)[:, None] * y + (component * clamped)[:, None] * value
+            given += component[:, None] * do.to(tl.float32)
             given = -tl.sum(tl.reshape(given, (HEADS, QUERIES, D)), 0)
             dv += at_first * dv_t + head // GROUP * dv_h + _offsets(dv_t, 0, QUERIES, 1, D)
             tl.store(dv, given.to(dv.dtype.element_ty), mask=first + tl.arange(0, QUERIES)[:, None] < length)
         tl.debug_barrier()
         do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
+    made = q
     q += at_first * q_t + head * q_h
     q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
     lse = tl.load(lse + at_rows, mask=inside, other=0)
@@ -231,35 +230,35 @@ def _attention_queries_kernel(
         acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
         k += KEYS * k_t
         v += KEYS * v_t
-    if raw is None:
-        acc *= factor
-    else:
-        raw += at_first * raw_t + head * raw_h + _offsets(raw_t, raw_h, QUERIES, HEADS, D)
-        raw = tl.load(raw, mask=inside[:, None], other=0)
-        strength = tl.load(gain + head + rows // QUERIES).to(tl.float32)
+    acc *= factor
+    if gain is not None:
+        start, length, first = _tile(tiles, slot)  # anew, as q: registers are short until here
+        at_first, inside = start + first, first + rows % QUERIES < length
+        made += at_first * q_t + head * q_h
+        made = tl.load(made + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+        at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
+        inverse = tl.load(inverse_rms + at_rows, mask=inside, other=0)
+        strength = away_from_zero(tl.load(gain + head + rows // QUERIES))
         acc, component = _through_prologue(
-            acc, raw, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF, EPS, factor, strength
+            acc, made, inverse, strength, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF
         )
-        component = tl.where(inside, component, 0)
-        tl.store(partials, tl.sum(tl.reshape(component, (HEADS, QUERIES)), 1))
+        at = (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
+        tl.store(partials + at, tl.sum(tl.reshape(tl.where(inside, component, 0), (HEADS, QUERIES)), 1))
     dq += at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
     tl.store(dq, acc.to(dq.dtype.element_ty), mask=inside[:, None])
-    if padding is not None:  # noqa: SIM102  a constant, not to be joined with what a program finds out
-        if head == 0:
-            tokens, columns = tl.arange(0, QUERIES)[:, None], tl.arange(0, PADDING)[None, :]
-            tl.store(
-                padding + at_first * padding_t + tokens * padding_t + columns,
-                tl.zeros((QUERIES, PADDING), padding.dtype.element_ty),
-                mask=(first + tokens < length) & (columns < COLUMNS),
-            )
+    if PADDING > 0:
+        tokens, columns = tl.arange(0, QUERIES)[:, None], tl.arange(0, PADDED)[None, :]
+        zeros = tl.zeros((QUERIES, PADDED), padding.dtype.element_ty)
+        mask = (first + tokens < length) & (columns < PADDING) & (head == 0)
+        tl.store(padding + at_first * padding_t + tokens * padding_t + columns, zeros, mask=mask)
 
 
 @jit
 def _attention_keys_kernel(
-    do, q, k, v, pairs, dk, dv, raw, cos, sin, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h,
-    raw_t, raw_h, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h,
+    dv_t, dv_h, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
-    HALF: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, dv with ADD on top of what is there.
 
@@ -274,9 +273,6 @@ def _attention_keys_kernel(
     at_first = start + first
     k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
     v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
-    if raw is not None:
-        raw += at_first * raw_t + head * raw_h + _offsets(raw_t, 0, KEYS, 1, D)
-        raw = tl.load(raw, mask=inside, other=0)
     rows = tl.arange(0, QUERIES * HEADS)
     queries = rows % QUERIES
     acc_k = tl.zeros((KEYS, D), tl.float32)
@@ -309,12 +305,11 @@ def _attention_keys_kernel(
             q_rows += QUERIES * q_t
             do_rows += QUERIES * do_t
             of_rows += QUERIES * WIDTH
-    if raw is None:
-        acc_k *= factor
-    else:
-        acc_k, _ = _through_prologue(
-            acc_k, raw, cos, sin, at_first + tl.arange(0, KEYS), keys < length, period, D, HALF, EPS, factor, None
-        )
+    acc_k *= factor
+    if inverse_rms is not None:
+        tokens = at_first + tl.arange(0, KEYS)
+        inverse = tl.load(inverse_rms + (H + head) * T + tokens, mask=keys < length, other=0)
+        acc_k, _ = _through_prologue(acc_k, k, inverse, None, cos, sin, tokens, keys < length, period, D, HALF)
     dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
     tl.store(dk, acc_k.to(dk.dtype.element_ty), mask=inside)
     dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)

@@ -1,7 +1,7 @@
-"""Everything of an attention sublayer between its fused input projection and its output projection, as one op.
+"""An attention sublayer from its normalised input to the input of its output projection, as one op.
 
-A row of ``projected`` holds, of one token, H query heads, K key heads and K value heads of D columns each, then H gate
-logits where the op is ``gated``, then padding. Query head h reads key head j = h // (H / K):
+A row of projected = n weightᵀ (+ update) holds, of one token, H query heads, K key heads and K value heads of D columns
+each, then H gate logits where the op is ``gated``, then padding. Query head h reads key head j = h // (H / K):
 
     q^_h = gain_h R(q_h / rms(q_h)),   k^_j = R(k_j / rms(k_j)),   rms(x) = sqrt(mean(x²) + eps)
     o_h = softmax(q^_h k^_jᵀ / sqrt(D)) v_j over the token's own past in its segment
@@ -10,23 +10,24 @@ logits where the op is ``gated``, then padding. Query head h reads key head j = 
 
 R rotates the pairs (i, i + P) of the leading 2 P dimensions by the token's angles, whose cosines and sines are given.
 
-Kernels: four streams around an attention core (`CORES`), each of one pass and 16-byte accesses; a program takes a few
-tokens with all heads. The *prologue* reads q and k and writes q^ and k^ side by side, [T, H + K, D]; the *epilogue*
-reads o, v and logits and writes y. The *epilogue's backward* writes do, delta = <do, o>, and of the projection's
-gradient the logits' and what the exclusion gives v; the core's backward writes dq^ and dk^ where dq and dk will be; the
-*prologue's backward* turns them into these in place, adds the core's dv unless the core has, and sums the gains'
-gradient by programs. The Triton core computes the epilogue and its backward itself, on what it has in registers. Saved
-are the inputs, q^ and k^, the logarithms of the softmax's sums (lse), and o, or in its stead y and <o, u> [H, T].
+Kernels: the product, whose q and k become q^ and k^ in place, then those of `varlen_attention`, which read q^, k^, v
+and logits where they lie and compute what is between o and y, and its backward, on what they have in registers. q and k
+are not kept: of g = dq^, and of dk^ likewise with a gain of 1,
 
-MB read + written at T = 98,304, H = 8, K = 4, D = 64 in bf16: 151 + 151, 153 + 101, 253 + 157, and 403 + 201, or
-302 + 151 where the core adds to dv.
+    dq = R⁻¹(gain g - q^ <g, q^> / (gain D)) / rms(q),   dgain = Σ <g, q^> / gain
+
+for which kernels take a gain no nearer to zero than ±2⁻²⁴: logits are zero in fp32 all the same. The attention's
+backward writes the projection's gradient, two products make those of n and weight of it. Saved are the inputs, the
+projection with q^ and k^, 1 / rms [H + K, T], y, <o, u> [H, T] and the logarithms of the softmax's sums (lse).
+
+MB read + written at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: the product 102 + 204, prologue 154 + 156, y
+203 + 107; dq with dlogits, do and a part of dv 414 + 260, dk and dv 360 + 101, dn and dweight 509 + 102.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ from ._launch import RMS_EPS, operator, runs_kernels, select
 from .varlen_attention import Prologue, turns_in_registers
 
 Tensor = torch.Tensor
+CORES = "triton", "flash", "sdpa"  # the kernels; PyTorch's FlashAttention; plain PyTorch, segment by segment
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # torch 2.11 takes fewer key heads without being told; later versions want to be told.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -95,96 +97,31 @@ def attention_reference(
     return torch.cat(parts, dim=1) if parts else q
 
 
-def _gated_attention_reference(
-    projected, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, exclude_own_value, gated, eps, core
-) -> Tensor:
-    q, k, v, rest = projected.split([H * D, K * D, K * D, projected.size(-1) - (H + 2 * K) * D], dim=-1)
-    q, k, v = (x.unflatten(-1, (-1, D)) for x in (q, k, v))
-    o = attention_reference(*prologue_reference(q, k, cos, sin, q_gain, eps), v, cu_seqlens, max_seqlen, core)
-    return epilogue_reference(o, v, rest[..., :H] if gated else None, exclude_own_value).flatten(2)
-
-
-# --- Attention cores ---
-
-
 def _segments(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
     return ((low, high) for low, high in zip(bounds, bounds[1:], strict=False) if high > low)
 
 
-def _scores(q: Tensor, k: Tensor, v: Tensor, low: int, high: int, scale: float) -> tuple[Tensor, ...]:
-    """q, k, v of one segment as [heads, L, D] in at least float32, k and v for each query head, and the scores."""
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = (x[low:high].transpose(0, 1).to(accumulate) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.size(0) // x.size(0), 0) for x in (k, v))
-    future = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
-    return q, k, v, (scale * q @ k.mT).masked_fill(future, float("-inf"))
+def gated_attention_reference(
+    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, max_seqlen: int,
+    num_heads: int, num_kv_heads: int, *, exclude_own_value: bool, gated: bool, head_dim: int | None = None,
+    gate_width: int | None = None, update: Tensor | None = None, eps: float = RMS_EPS, core: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Plain PyTorch; the contract of `gated_attention`, whose arguments it shares; ``sdpa`` keeps it from flash."""
+    H, K = num_heads, num_kv_heads
+    D = _head_dim(weight, H, K, gated) if head_dim is None else head_dim
+    projected = F.linear(n, weight)
+    if update is not None:
+        projected = projected + update
+    whole = projected if n.ndim == 3 else projected[None]
+    q, k, v, rest = whole.split([H * D, K * D, K * D, whole.size(-1) - (H + 2 * K) * D], dim=-1)
+    q, k, v = (x.unflatten(-1, (-1, D)) for x in (q, k, v))
+    o = attention_reference(*prologue_reference(q, k, cos, sin, q_gain, eps), v, cu_seqlens, max_seqlen, core)
+    y = epilogue_reference(o, v, rest[..., :H] if gated else None, exclude_own_value).flatten(2)
+    return y if n.ndim == 3 else y[0]
 
 
-def _plain_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[Tensor, Tensor]:
-    o = q.new_empty(q.shape)
-    lse = q.new_empty(q.size(1), q.size(0), dtype=torch.promote_types(q.dtype, torch.float32))
-    with torch.autocast(q.device.type, enabled=False):
-        for low, high in _segments(cu_seqlens):
-            *_, values, scores = _scores(q, k, v, low, high, scale)
-            lse[:, low:high] = scores.logsumexp(-1)
-            o[low:high] = (scores.softmax(-1) @ values).transpose(0, 1).to(o.dtype)
-    return o, lse
-
-
-def _plain_backward(
-    do, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, delta=None, dq=None, dk=None, dv=None, *, add_dv=False
-):
-    dq, dk, dv = (x.new_empty(x.shape) if out is None else out for x, out in ((q, dq), (k, dk), (v, dv)))
-    with torch.autocast(q.device.type, enabled=False):
-        for low, high in _segments(cu_seqlens):
-            span = slice(low, high)
-            queries, keys, values, scores = _scores(q, k, v, low, high, scale)
-            slope = do[span].transpose(0, 1).to(scores.dtype)
-            p = (scores - lse[:, span, None]).exp()
-            along = (slope * o[span].transpose(0, 1)).sum(-1) if delta is None else delta[:, span]
-            ds = scale * p * (slope @ values.mT - along[..., None])
-            for out, whole, add in ((dq, ds @ keys, False), (dk, ds.mT @ queries, False), (dv, p.mT @ slope, add_dv)):
-                whole = whole.unflatten(0, (out.size(1), -1)).sum(1).transpose(0, 1)
-                out[span] = (whole + out[span] if add else whole).to(out.dtype)
-    return dq, dk, dv
-
-
-def _flash_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[Tensor, Tensor]:
-    v = v if v.stride(0) % 8 == 0 else v.contiguous()
-    bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, True, False, scale=scale)[:2]
-
-
-def _flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, scale, delta=None, dq=None, dk=None, dv=None):
-    v = v if v.stride(0) % 8 == 0 else v.contiguous()
-    bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    # Without dropout the state of the random numbers is not read.
-    random = torch.empty(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
-    return torch.ops.aten._flash_attention_backward(do, q, k, v, o, lse, *bounds, 0.0, True, *random, scale=scale)
-
-
-class Core(NamedTuple):
-    """Attention of q [T, H, D] on k, v [T, K, D], which may be strided.
-
-    forward(q, k, v, cu_seqlens, max_seqlen, scale) -> (o, lse [H, T]). backward(do, q, k, v, o, lse, cu_seqlens,
-    max_seqlen, scale, delta, dq, dk, dv) -> (dq, dk, dv) with delta = <do, o> [H, T] may write into the dq, dk, dv that
-    it gets, or return others. With ``adds`` it takes ``add_dv=True`` to add to dv. With ``fuses`` forward and backward
-    also take what makes the epilogue part of them, as `varlen_attention._forward` and `_backward` have it.
-    """
-
-    forward: Callable
-    backward: Callable
-    adds: bool = False
-    fuses: bool = False
-
-
-CORES = {
-    # heads of 16, 32, 64 or 128
-    "triton": Core(varlen_attention._forward, varlen_attention._backward, adds=True, fuses=True),
-    "flash": Core(_flash_forward, _flash_backward),  # PyTorch's FlashAttention: CUDA, half precision
-    "sdpa": Core(_plain_forward, _plain_backward, adds=True),  # plain PyTorch, segment by segment; waits for the device
-}
+# --- The op ---
 
 
 def _flash_takes(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> bool:
@@ -192,8 +129,15 @@ def _flash_takes(device: torch.device | str, dtype: torch.dtype, head_dim: int) 
     return torch.device(device).type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
 
 
-def resolve_core(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
-    """``auto`` made definite: which core computes attention there.
+def _kernels_take(dtype: torch.dtype, head_dim: int, group: int, half: int) -> bool:
+    fits = head_dim in (16, 32, 64, 128) and group in (1, 2, 4, 8, 16) and turns_in_registers(half, head_dim)
+    return fits and dtype in (torch.bfloat16, torch.float32)
+
+
+def resolve_core(
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, group: int = 1, half: int = 0
+) -> str:
+    """``auto`` made definite: which core computes attention there, with ``group`` = H / K and ``half`` = P.
 
     Raises ValueError for an unknown name and where ``flash`` is asked for and cannot be had.
     """
@@ -203,131 +147,97 @@ def resolve_core(name: str, device: torch.device | str, dtype: torch.dtype, head
     if name == "flash" and not flash:
         raise ValueError(f"flash attention needs CUDA, half precision and heads of a multiple of 8 up to 256, and this "
                          f"is {device}, {dtype}, {head_dim}; use auto or sdpa")  # fmt: skip
-    if name != "auto":
+    if name in ("flash", "sdpa"):
         return name
-    suits = dtype != torch.float64 and head_dim in (16, 32, 64, 128)
-    if suits and runs_kernels(torch.device(device)):
+    fits = _kernels_take(dtype, head_dim, group, half)
+    if fits and (name == "triton" or runs_kernels(torch.device(device))):
         return "triton"
     return "flash" if flash else "sdpa"
 
 
-# --- The op ---
-
-
-def _flat(projected: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Tensor, Tensor, int]:
-    """Rows [B T, N], contiguous each, the segments' boundaries and the longest segment."""
-    rows, tokens, width = projected.shape
-    projected = projected.reshape(rows * tokens, width)
-    projected = projected if projected.stride(1) == 1 else projected.contiguous()
+def _segments_of(n: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Tensor, int]:
+    """Boundaries of segments, the rows of n [B, T, d] where there are none, and the longest one's length."""
+    rows, tokens, _ = n.shape
     if cu_seqlens is not None:
-        return projected, cu_seqlens, max_seqlen
-    cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=projected.device) * tokens
-    return projected, cu_seqlens, tokens
+        return cu_seqlens, max_seqlen
+    return torch.arange(rows + 1, dtype=torch.int32, device=n.device) * tokens, tokens
 
 
-def _heads(x: Tensor, first: int, count: int, D: int) -> Tensor:
-    """``count`` heads of D columns, from the ``first`` on, of x [T, columns]: a view [T, count, D]."""
-    return x[:, first * D : (first + count) * D].unflatten(1, (count, D))
-
-
-def _logits(x: Tensor, H: int, K: int, D: int) -> Tensor:
-    return x[:, (H + 2 * K) * D : (H + 2 * K) * D + H]
-
-
-def _fuses(core: str, H: int, K: int) -> bool:
-    """Whether the core computes the epilogue, whose backward takes the heads of a group together."""
-    return CORES[core].fuses and H // K in (1, 2, 4, 8, 16)
+def _columns(x: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
+    """Views of x [T, N]: H, K and K heads [T, heads, D], H columns of logits."""
+    q, k, v, rest = x.split([H * D, K * D, K * D, x.size(1) - (H + 2 * K) * D], dim=1)
+    return *(part.unflatten(1, (-1, D)) for part in (q, k, v)), rest[:, :H]
 
 
 def _gated_attention_triton(
-    projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, max_seqlen: int,
-    num_heads: int, num_kv_heads: int, head_dim: int, exclude_own_value: bool, gated: bool, eps: float, core: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and what the backward needs besides: q^ and k^ [B T, H + K, D]; o [B T, H, D] or `along`; lse [H, B T]."""
+    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None,
+    update: Tensor | None, max_seqlen: int, num_heads: int, num_kv_heads: int, head_dim: int,
+    exclude_own_value: bool, gated: bool, gate_width: int | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, and what the backward needs besides: projected, 1 / rms [H + K, B T], <o, u> and lse [H, B T]."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
-    rows, tokens, _ = projected.shape
+    rows, tokens, d = n.shape
     if not rows * tokens:
-        return _fake(projected, cos, sin, q_gain, cu_seqlens, max_seqlen, *sizes, exclude_own_value, gated, eps, core)
-    flat, cu_seqlens, max_seqlen = _flat(projected, cu_seqlens, max_seqlen)
-    qk = kernels.prologue(flat, cos, sin, q_gain, *sizes, eps)
-    arguments = qk[:, :H], qk[:, H:], _heads(flat, H + K, K, D), cu_seqlens, max_seqlen, D**-0.5
-    if _fuses(core, H, K):
-        kept = flat.new_empty(H * exclude_own_value, rows * tokens, dtype=torch.float32)
-        epilogue = dict(along=kept if exclude_own_value else None, logits=_logits(flat, *sizes) if gated else None)
-        y, lse = CORES[core].forward(*arguments, **epilogue)
-    else:
-        kept, lse = CORES[core].forward(*arguments)
-        y = kernels.epilogue(kept, flat, *sizes, exclude_own_value, gated)
-    return y.view(rows, tokens, H * D), qk, kept, lse
+        return _fake(n, weight, cos, sin, q_gain, cu_seqlens, update, max_seqlen, *sizes, exclude_own_value)
+    update = None if update is None else update.reshape(rows * tokens, -1)
+    projected, inverse_rms = kernels.project(
+        n.reshape(-1, d), weight, cos, sin, q_gain, *sizes, eps, gate_width, gated, update
+    )
+    q, k, v, logits = _columns(projected, *sizes)
+    along = inverse_rms.new_empty(H * exclude_own_value, rows * tokens)
+    y, lse = varlen_attention._forward(
+        q, k, v, *_segments_of(n, cu_seqlens, max_seqlen), D**-0.5, along=along if exclude_own_value else None,
+        logits=logits if gated else None,
+    )  # fmt: skip
+    return y.view(rows, tokens, H * D), projected, inverse_rms, along, lse
 
 
 def _gated_attention_backward_triton(
-    dy: Tensor, projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, y: Tensor,
-    qk: Tensor, kept: Tensor, lse: Tensor, max_seqlen: int, num_heads: int, num_kv_heads: int, head_dim: int,
-    exclude_own_value: bool, gated: bool, eps: float, core: str,
+    dy: Tensor, n: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, y: Tensor,
+    projected: Tensor, inverse_rms: Tensor, along: Tensor, lse: Tensor, max_seqlen: int, num_heads: int,
+    num_kv_heads: int, head_dim: int, exclude_own_value: bool, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of projected = n weightᵀ [B T, N] and of q_gain."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
-    if not dy.numel():
-        return projected.new_empty(projected.shape), q_gain.new_zeros(q_gain.shape)
-    flat, cu_seqlens, max_seqlen = _flat(projected, cu_seqlens, max_seqlen)
-    do, options, delta = dy.reshape(flat.size(0), H * D), {}, None
-    fused, add = _fuses(core, H, K), exclude_own_value and CORES[core].adds
-    if fused:
-        if exclude_own_value:
-            options["along"] = kept
-        do, kept, dprojected = do.view(-1, H, D), y.view(-1, H, D), projected.new_empty(flat.shape)
-        if gated:
-            options |= dict(logits=_logits(flat, *sizes), dlogits=_logits(dprojected, *sizes))
-        if turns_in_registers(cos.size(1), D):
-            angles = cos.contiguous(), sin.contiguous()
-            made = Prologue(_heads(flat, 0, H, D), _heads(flat, H, K, D), *angles, q_gain.contiguous(), eps)
-            padding = dprojected[:, (H + 2 * K) * D + H * gated :]
-            dgain = kept.new_empty(H, dtype=torch.float32)
-            options |= dict(prologue=made, dgain=dgain, padding=padding)
-    else:
-        do, delta, dprojected = kernels.epilogue_backward(do, kept, flat, *sizes, exclude_own_value, gated)
-        if add:
-            options["add_dv"] = True
-    dq, dk, dv = _heads(dprojected, 0, H, D), _heads(dprojected, H, K, D), _heads(dprojected, H + K, K, D)
-    dq, dk, dv = CORES[core].backward(
-        do, qk[:, :H], qk[:, H:], _heads(flat, H + K, K, D), kept, lse, cu_seqlens, max_seqlen, D**-0.5, delta, dq, dk,
-        None if exclude_own_value and not (add or fused) else dv, **options,
+    dprojected = torch.empty_like(projected)
+    if not y.numel():
+        return dprojected, q_gain.new_zeros(H)
+    dgain = inverse_rms.new_empty(H)
+    q, k, v, logits = _columns(projected, *sizes)
+    *into, dlogits = _columns(dprojected, *sizes)
+    options = dict(logits=logits, dlogits=dlogits) if gated else {}
+    varlen_attention._backward(
+        dy.reshape(-1, H, D), q, k, v, y.view(-1, H, D), lse, *_segments_of(n, cu_seqlens, max_seqlen), D**-0.5, *into,
+        along=along if exclude_own_value else None, dgain=dgain,
+        prologue=Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous()),
+        padding=dprojected[:, (H + 2 * K) * D + H * gated :], **options,
     )  # fmt: skip
-    if "prologue" in options:
-        dgain = dgain.to(q_gain.dtype)
-    else:
-        dgain = kernels.prologue_backward(
-            dq, dk, dv, flat, cos, sin, q_gain, dprojected, *sizes, exclude_own_value, gated, eps
-        )
-    return dprojected.view(projected.shape), dgain
+    return dprojected, dgain.to(q_gain.dtype)
 
 
 def _fake(
-    projected, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, exclude, gated, eps, core
-) -> tuple[Tensor, ...]:
-    rows, tokens, _ = projected.shape
-    qk, o = (projected.new_empty(rows * tokens, heads, D) for heads in (H + K, H))
-    lse = projected.new_empty(H, rows * tokens, dtype=torch.promote_types(projected.dtype, torch.float32))
-    if _fuses(core, H, K):
-        o = lse.new_empty(H * exclude, rows * tokens)
-    return projected.new_empty(rows, tokens, H * D), qk, o, lse
+    n, weight, cos, sin, q_gain, cu_seqlens, update, max_seqlen, H, K, D, exclude, *_
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, tokens, _ = n.shape
+    small = (n.new_empty(count, rows * tokens, dtype=torch.float32) for count in (H + K, H * exclude, H))
+    return n.new_empty(rows, tokens, H * D), n.new_empty(rows * tokens, weight.size(0)), *small
 
 
-_ARGUMENTS = "SymInt max_seqlen, int num_heads, int num_kv_heads, int head_dim, bool exclude_own_value, bool gated, "
-_ARGUMENTS += "float eps, str core"
+_ARGUMENTS = "SymInt max_seqlen, int num_heads, int num_kv_heads, int head_dim, bool exclude_own_value, bool gated"
 _backward_op = operator(
-    "gated_attention_backward(Tensor dy, Tensor projected, Tensor cos, Tensor sin, Tensor q_gain, Tensor? cu_seqlens, "
-    f"Tensor y, Tensor qk, Tensor kept, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    "gated_attention_backward(Tensor dy, Tensor n, Tensor cos, Tensor sin, Tensor q_gain, Tensor? cu_seqlens, "
+    "Tensor y, Tensor projected, Tensor inverse_rms, Tensor along, Tensor lse, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor)",
     _gated_attention_backward_triton,
-    lambda dy, projected, cos, sin, q_gain, *rest: (
-        projected.new_empty(projected.shape), q_gain.new_empty(q_gain.shape)
+    lambda dy, n, cos, sin, q_gain, cu_seqlens, y, projected, *rest: (
+        torch.empty_like(projected), torch.empty_like(q_gain)
     ),
 )  # fmt: skip
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.rest = inputs[5:]
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.rest = inputs[7:13]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -335,53 +245,90 @@ def _save(ctx, inputs, output) -> None:
 @once_differentiable
 def _gradients(ctx, dy: Tensor | None, *_: None):
     if dy is None:
-        return (None,) * 13
-    dprojected, dgain = _backward_op(dy, *ctx.saved_tensors, *ctx.rest)
-    return dprojected, None, None, dgain, *(None,) * 9
+        return (None,) * 15
+    n, weight, *saved = ctx.saved_tensors
+    dprojected, dgain = _backward_op(dy, n, *saved, *ctx.rest)
+    of_n, of_weight, *_, of_update = ctx.needs_input_grad[:7]
+    dn = (dprojected @ weight).view(n.shape) if of_n else None
+    dweight = dprojected.t() @ n.reshape(-1, n.size(-1)) if of_weight else None
+    dupdate = dprojected.view(*n.shape[:-1], weight.size(0)) if of_update else None
+    return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 8
 
 
 _op = operator(
-    "gated_attention(Tensor projected, Tensor cos, Tensor sin, Tensor q_gain, Tensor? cu_seqlens, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gated_attention(Tensor n, Tensor weight, Tensor cos, Tensor sin, Tensor q_gain, Tensor? cu_seqlens, "
+    f"Tensor? update, {_ARGUMENTS}, int? gate_width, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_attention_triton,
     _fake,
     setup_context=_save,
     backward=_gradients,
 )
-_GATED_ATTENTION = {"reference": _gated_attention_reference, "triton": lambda *arguments: _op(*arguments)[0]}
 
 
-def _check(projected, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated) -> None:
+def _triton(
+    n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, *, exclude_own_value, gated, head_dim, gate_width,
+    update, eps, core,
+) -> Tensor:  # fmt: skip
+    whole, update = (x if x is None or x.ndim == 3 else x[None] for x in (n, update))
+    y = _op(
+        whole, weight, cos, sin, q_gain, cu_seqlens, update, max_seqlen, H, K, head_dim, exclude_own_value, gated,
+        gate_width, eps,
+    )[0]  # fmt: skip
+    return y if n.ndim == 3 else y[0]
+
+
+_GATED_ATTENTION = {"reference": gated_attention_reference, "triton": _triton}
+
+
+def _head_dim(weight: Tensor, H: int, K: int, gated: bool) -> int:
+    return (weight.size(0) - H * gated) // max(H + 2 * K, 1)
+
+
+def _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update) -> None:
+    if n.ndim not in (2, 3):
+        raise ValueError(f"n must be [T, d] or [B, T, d], got shape {tuple(n.shape)}")
+    if weight.ndim != 2 or weight.size(1) != n.size(-1):
+        raise ValueError(f"weight must be [N, {n.size(-1)}] for n, got shape {tuple(weight.shape)}")
     if H < 1 or K < 1 or H % K:
         raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {H} and {K}")
-    columns = (H + 2 * K) * D + H * gated
-    if D < 1 or projected.size(-1) < columns:
-        raise ValueError(f"projected must have at least {columns} columns for heads of {D}, got {projected.size(-1)}")
-    if cos.ndim != 2 or cos.size(0) != projected.size(1) or 2 * cos.size(1) > D:
-        raise ValueError(f"cos must be [{projected.size(1)}, at most {D // 2}], got shape {tuple(cos.shape)}")
+    rows, tokens = (H + 2 * K) * D + H * gated, n.size(-2)
+    if D < 1 or weight.size(0) < rows:
+        raise ValueError(f"weight must have at least {rows} rows for heads of {D}, got {weight.size(0)}")
+    if gate_width is not None and not 0 < gate_width <= n.size(-1):
+        raise ValueError(f"gate_width must be from 1 to {n.size(-1)}, got {gate_width}")
+    if cos.ndim != 2 or cos.size(0) != tokens or 2 * cos.size(1) > D:
+        raise ValueError(f"cos must be [{tokens}, at most {D // 2}], got shape {tuple(cos.shape)}")
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
     if q_gain.shape != (H,):
         raise ValueError(f"q_gain must be [{H}], got shape {tuple(q_gain.shape)}")
-    for name, tensor in (("projected", projected), ("cos", cos), ("sin", sin), ("q_gain", q_gain)):
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
-        if tensor.device != projected.device:
-            raise ValueError(f"{name} must be on projected's device {projected.device}, got {tensor.device}")
+    if update is not None and update.shape != (*n.shape[:-1], weight.size(0)):
+        raise ValueError(f"update must be {(*n.shape[:-1], weight.size(0))}, got shape {tuple(update.shape)}")
+    tensors = dict(n=n, weight=weight, update=update, cos=cos, sin=sin, q_gain=q_gain)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        follows = name in ("weight", "update")
+        if tensor.dtype not in _DTYPES or (follows and tensor.dtype != n.dtype):
+            allowed = f"n's dtype {n.dtype}" if follows else "bfloat16, float16, float32 or float64"
+            raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
+        if tensor.device != n.device:
+            raise ValueError(f"{name} must be on n's device {n.device}, got {tensor.device}")
     if cu_seqlens is not None:
-        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != projected.device:
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != n.device:
             raise ValueError(
-                f"cu_seqlens must be one-dimensional int32 on {projected.device}, got {cu_seqlens.dtype} "
+                f"cu_seqlens must be one-dimensional int32 on {n.device}, got {cu_seqlens.dtype} "
                 f"{tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
             )
-        if projected.size(0) != 1:
-            raise ValueError(f"projected must be one row with cu_seqlens, got {projected.size(0)} rows")
-        if max_seqlen < 1 and projected.size(1):
+        if n.ndim == 3 and n.size(0) != 1:
+            raise ValueError(f"n must be one row with cu_seqlens, got {n.size(0)} rows")
+        if max_seqlen < 1 and tokens:
             raise ValueError(f"max_seqlen must be the longest segment's length or more, got {max_seqlen}")
 
 
 def gated_attention(
-    projected: Tensor,
+    n: Tensor,
+    weight: Tensor,
     cos: Tensor,
     sin: Tensor,
     q_gain: Tensor,
@@ -393,53 +340,41 @@ def gated_attention(
     exclude_own_value: bool,
     gated: bool,
     head_dim: int | None = None,
+    gate_width: int | None = None,
+    update: Tensor | None = None,
     eps: float = RMS_EPS,
     core: str = "auto",
 ) -> Tensor:
-    """The attention sublayer between its projections; see the module's docstring for the formula.
+    """The attention sublayer up to its output projection; see the module's docstring for the formula.
 
-    Differentiable once in projected and q_gain.
+    Differentiable once in n, weight, q_gain and update.
 
     Args:
-        projected: [T, N] or [B, T, N], N >= (H + 2 K) D, plus H where gated; more columns are padding. A Triton core
-            needs N to be a multiple of 16 for its fastest accesses.
+        n: [T, d] or [B, T, d].
+        weight: [N, d] in n's dtype, N >= (H + 2 K) D, plus H where gated; more rows are padding. Kernels need N and d
+            to be multiples of 16 for their fastest accesses.
         cos, sin: [T, P], 2 P <= D, of the angles by index in a row.
         q_gain: [H], of any floating dtype.
         cu_seqlens: int32 boundaries of segments, from 0 to T, repeated values allowed; needs B = 1. None: each row is
             one causal sequence.
         max_seqlen: at least the longest segment's length; read only with cu_seqlens.
-        head_dim: D; None: as many columns as there are for each head, so that less than H + 2 K are padding.
-        core: the attention inside the kernels, of `CORES`; auto: triton where its kernels are in use, else flash where
-            it can, else sdpa.
+        head_dim: D; None: as many rows as there are for each head, so that less than H + 2 K are padding.
+        gate_width: promises that the gates' rows of ``weight`` are zero from this column on, and that nobody reads the
+            gradient of those zeros, which may be anything; None: d.
+        update: [.., T, N] in n's dtype, added to n weightᵀ: low-rank adapters'.
+        core: the attention, of `CORES`; auto: triton where kernels are in use, else flash where it can, else sdpa.
 
-    Returns [.., T, H D] in projected's dtype. Kernels compute in fp32, or in fp64 for float64. Raises ValueError for a
-    wrong shape, value or device, TypeError for a wrong dtype.
+    Returns [.., T, H D] in n's dtype. The core triton, which is all of the op in kernels, takes bfloat16 and float32, D
+    of 16, 32, 64 or 128, H / K of 1, 2, 4, 8 or 16, and P of zero or a power of two; everything else takes the
+    reference. Kernels compute in fp32. Raises ValueError for a wrong shape, value or device, TypeError for a wrong
+    dtype.
     """
-    if projected.ndim not in (2, 3):
-        raise ValueError(f"projected must be [T, N] or [B, T, N], got shape {tuple(projected.shape)}")
-    if head_dim is None:
-        head_dim = (projected.size(-1) - num_heads * gated) // max(num_heads + 2 * num_kv_heads, 1)
-    whole = projected if projected.ndim == 3 else projected[None]
-    core = resolve_core(core, projected.device, projected.dtype, head_dim)
-    _check(whole, cos, sin, q_gain, cu_seqlens, max_seqlen, num_heads, num_kv_heads, head_dim, gated)
-    y = select("gated_attention", _GATED_ATTENTION, projected)(
-        whole, cos, sin, q_gain, cu_seqlens, max_seqlen, num_heads, num_kv_heads, head_dim, exclude_own_value, gated,
-        eps, core,
+    H, K = num_heads, num_kv_heads
+    D = _head_dim(weight, H, K, gated) if head_dim is None else head_dim
+    _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update)
+    core = resolve_core(core, n.device, n.dtype, D, H // K, cos.size(1))
+    chosen = select("gated_attention", _GATED_ATTENTION, n) if core == "triton" else gated_attention_reference
+    return chosen(
+        n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, exclude_own_value=exclude_own_value, gated=gated,
+        head_dim=D, gate_width=gate_width, update=update, eps=eps, core=core,
     )  # fmt: skip
-    return y if projected.ndim == 3 else y[0]
-
-
-def gated_attention_reference(
-    projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, max_seqlen: int,
-    num_heads: int, num_kv_heads: int, *, exclude_own_value: bool, gated: bool, head_dim: int | None = None,
-    eps: float = RMS_EPS, core: str = "auto",
-) -> Tensor:  # fmt: skip
-    """Plain PyTorch; the contract of `gated_attention`, whose arguments it shares; ``sdpa`` keeps it from flash."""
-    if head_dim is None:
-        head_dim = (projected.size(-1) - num_heads * gated) // (num_heads + 2 * num_kv_heads)
-    whole = projected if projected.ndim == 3 else projected[None]
-    y = _gated_attention_reference(
-        whole, cos, sin, q_gain, cu_seqlens, max_seqlen, num_heads, num_kv_heads, head_dim, exclude_own_value, gated,
-        eps, core,
-    )  # fmt: skip
-    return y if projected.ndim == 3 else y[0]

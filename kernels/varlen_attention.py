@@ -97,14 +97,12 @@ def _row_strides(*tensors: torch.Tensor | None) -> list[int]:
 
 
 class Prologue(NamedTuple):
-    """What q and k are made of, as `gated_attention` has it: q^ = gain R(q / rms(q)), k^ = R(k / rms(k))."""
+    """What q and k were made by, as `gated_attention` has it: q = gain R(x / rms(x)) of rows x, k = R(x / rms(x))."""
 
-    q: torch.Tensor  # [T, H, D]
-    k: torch.Tensor  # [T, K, D]
+    inverse_rms: torch.Tensor  # 1 / rms(x), float32 [H + K, T], contiguous
+    gain: torch.Tensor  # [H], contiguous
     cos: torch.Tensor  # [P, HALF], contiguous, a token's at its index modulo P; see `turns_in_registers`
     sin: torch.Tensor
-    gain: torch.Tensor  # [H], contiguous
-    eps: float
 
 
 def turns_in_registers(half: int, width: int) -> bool:
@@ -137,27 +135,24 @@ def _forward(
 
 def _backward(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
-    cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, delta: torch.Tensor | None = None,
-    dq: torch.Tensor | None = None, dk: torch.Tensor | None = None, dv: torch.Tensor | None = None, *,
-    add_dv: bool = False, along: torch.Tensor | None = None, logits: torch.Tensor | None = None,
-    dlogits: torch.Tensor | None = None, prologue: Prologue | None = None, dgain: torch.Tensor | None = None,
-    padding: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, dq: torch.Tensor | None = None,
+    dk: torch.Tensor | None = None, dv: torch.Tensor | None = None, *, along: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None, dlogits: torch.Tensor | None = None, prologue: Prologue | None = None,
+    dgain: torch.Tensor | None = None, padding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, written into those given, whose rows must be contiguous.
 
-    lse is `_forward`'s; delta, contiguous float32 [H, T], the rows' Σ do o, computed from o where it is not given. With
-    ``add_dv`` dv is added to what is in the one given. Where `_forward` was given ``along`` or ``logits``, they are
-    given with their values, do is the gradient of its result, o, and dlogits is written; this needs H / K to be a power
-    of two up to 16. With ``prologue``, of which q and k are the results, dq and dk are the gradients of what those are
-    made of, and dgain, float32 [H], is written; so are zeros to ``padding`` [T, columns], if given. Here and in
-    `_forward` D is a power of two from 16 to 128.
+    lse is `_forward`'s. Where that was given ``along`` or ``logits``, they are given with their values, do is the
+    gradient of its result, o, and dlogits is written; this needs H / K to be a power of two up to 16. With
+    ``prologue``, which made q and k, dq and dk are the gradients of what it made them of, and dgain, float32 [H], is
+    written. ``padding`` [T, columns] gets zeros. Here and in `_forward` D is a power of two from 16 to 128.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
     dk = k.new_empty(k.shape) if dk is None else dk
     dv = v.new_empty(v.shape) if dv is None else dv
     if not q.numel():
-        return dq, dk.zero_(), dv if add_dv else dv.zero_()
+        return dq, dk.zero_(), dv.zero_()
     do, q, k, v = _rows(do, q, k, v)
     by_queries, by_keys = _settings("queries", q, k), _settings("keys", q, k)
     core_do = None
@@ -169,22 +164,19 @@ def _backward(
     rows = by_keys["QUERIES"] * by_keys["HEADS"]
     width = min(8, max(2, 32 * by_keys["num_warps"] // rows))
     pairs = lse.new_empty(*lse.shape, width)
-    made = prologue or Prologue(None, None, None, None, None, 0.0)
-    period = None if prologue is None or made.cos.size(0) == tokens else made.cos.size(0)
-    rest = tokens, period, scale * math.log2(math.e), scale
-    constants = dict(WIDTH=width, HALF=made.cos.size(1) if prologue else 0, EPS=made.eps)
-    partials = None
+    partials, columns, period = None, 0 if padding is None else padding.size(1), None
+    inverse_rms, gain, cos, sin = prologue or (None,) * 4
+    constants = dict(WIDTH=width, HALF=0 if cos is None else cos.size(1))
     with torch.cuda.device_of(q):
         tiles = _plan(cu_seqlens, tokens, by_queries["QUERIES"])
         if prologue:
-            made = made._replace(**dict(zip("qk", _rows(made.q, made.k), strict=True)))
             partials = lse.new_empty(heads, tiles.size(0))
-        columns = 0 if padding is None else padding.size(1)
+            period = None if cos.size(0) == tokens else cos.size(0)
+        rest = tokens, period, scale * math.log2(math.e), scale
         _attention_queries_kernel[(tiles.size(0) * heads // by_queries["HEADS"],)](
-            do, q, k, v, o.contiguous() if delta is None else None, lse, delta, along, logits, pairs, dq, core_do,
-            dlogits, dv, made.q, made.cos, made.sin, made.gain, partials, padding if columns else None, tiles,
-            *_strides(do, q, k, v, dq, dv, made.q), *_row_strides(logits, dlogits, padding), *rest,
-            COLUMNS=columns, PADDING=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,
+            do, q, k, v, o.contiguous(), lse, along, logits, pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos,
+            sin, partials, padding, tiles, *_strides(do, q, k, v, dq, dv), *_row_strides(logits, dlogits, padding),
+            *rest, PADDING=columns, PADDED=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,
         )  # fmt: skip
         if prologue:
             torch.sum(partials, 1, out=dgain)
@@ -192,8 +184,8 @@ def _backward(
         if by_keys["KEYS"] != by_queries["QUERIES"]:
             tiles = _plan(cu_seqlens, tokens, by_keys["KEYS"])
         _attention_keys_kernel[(tiles.size(0) * k.size(1),)](
-            do, q, k, v, pairs, dk, dv, made.k, made.cos, made.sin, tiles, *_strides(do, q, k, v, dk, dv, made.k),
-            *rest, ADD=add_dv or along is not None, **constants, **by_keys,
+            do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, tiles, *_strides(do, q, k, v, dk, dv), *rest,
+            ADD=along is not None, **constants, **by_keys,
         )  # fmt: skip
     return dq, dk, dv
 

@@ -80,6 +80,7 @@ class Heads(NamedTuple):
     count: int
     kv_count: int
     gated: bool
+    gate_width: int | None  # columns that gates read
     cos: Tensor  # [T, rope_dims / 2]
     sin: Tensor  # [T, rope_dims / 2]
     cu_seqlens: Tensor | None
@@ -105,12 +106,11 @@ def attention(
     n: Tensor, w: LayerWeights, heads: Heads, xsa: bool, lora: LayerAdapters | None, scale: float, tap: Observe | None
 ) -> Tensor:
     """Attention of the normalised input n [B, T, d], before the output projection."""
-    projected = F.linear(n, w.inputs)
-    if lora is not None:
-        projected = projected + _input_updates(n, lora, scale, projected.size(-1), heads)
+    update = None if lora is None else _input_updates(n, lora, scale, w.inputs.size(0), heads)
     y = gated_attention(
-        projected, heads.cos, heads.sin, w.q_gain, heads.cu_seqlens, heads.max_seqlen, heads.count, heads.kv_count,
-        head_dim=n.size(-1) // heads.count, exclude_own_value=xsa, gated=heads.gated, core=heads.core,
+        n, w.inputs, heads.cos, heads.sin, w.q_gain, heads.cu_seqlens, heads.max_seqlen, heads.count, heads.kv_count,
+        head_dim=n.size(-1) // heads.count, exclude_own_value=xsa, gated=heads.gated, gate_width=heads.gate_width,
+        update=update, core=heads.core,
     )  # fmt: skip
     if tap is not None:
         tap("attn.qkv", n)
@@ -279,7 +279,8 @@ def _compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 def attention_core(config: RunConfig, device: torch.device) -> str:
     """The code that will compute attention there; raises ConfigError where the setting asks for what cannot be."""
     try:
-        return resolve_core(config.attention_backend, device, _compute_dtype(config, device), config.head_dim)
+        shape = config.head_dim, config.num_heads // config.num_kv_heads, config.rope_dims // 2
+        return resolve_core(config.attention_backend, device, _compute_dtype(config, device), *shape)
     except ValueError as error:
         raise ConfigError(f"attention_backend: {error}") from None
 
@@ -423,7 +424,8 @@ class GPT(nn.Module):
         if self._compiled is not None and cu_seqlens is not None:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # or every number of documents would compile anew
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        return Heads(c.num_heads, c.num_kv_heads, c.gate_attn_out, cos, sin, cu_seqlens, max_seqlen, core)
+        gates = c.gate_attn_out, c.gate_attn_width if c.gate_attn_out else None
+        return Heads(c.num_heads, c.num_kv_heads, *gates, cos, sin, cu_seqlens, max_seqlen, core)
 
     def _prologue(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         table = self.tok_emb.weight.to(dtype)

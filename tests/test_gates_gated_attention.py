@@ -1,4 +1,4 @@
-"""What the streams around the attention become on GPUs that need not be there: registers, spills, accesses."""
+"""What the projection's prologue becomes on GPUs that need not be there: registers, spills, accesses."""
 
 from __future__ import annotations
 
@@ -11,59 +11,45 @@ if INTERPRETED:
     pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from pgolf.kernels._gated_attention_kernels import epilogue, epilogue_backward, prologue, prologue_backward
+from pgolf.kernels._gated_attention_kernels import prologue
 from tests.gates import check, compiling
 
 TOKENS = 98_304  # the record's micro-step
-# registers, 16-byte loads and stores of a thread: q, k or o of so many tokens, each with its pairs, cosines and sines
-LIMITS = {
-    "_prologue_kernel": (48, 12, 3),
-    "_epilogue_kernel": (40, 3, 2),
-    "_epilogue_backward_kernel": (64, 5, 3),
-    "_prologue_backward_kernel": (64, 17, 4),
-}
 
 
-def launch(dtype, H=8, K=4, D=64, half=8, padding=0, exclude=True, gated=True):
-    """All four kernels; the core wrote dq and dk in place and dv elsewhere."""
-    width = (H + 2 * K) * D + H * gated + padding
-    projected, o = torch.empty(TOKENS, width, dtype=dtype), torch.empty(TOKENS, H, D, dtype=dtype)
-    angles, gain, dv = torch.empty(TOKENS, half, dtype=dtype), torch.empty(H), torch.empty(TOKENS, K, D, dtype=dtype)
-    prologue(projected, angles, angles, gain, H, K, D, 1e-7)
-    epilogue(o, projected, H, K, D, exclude, gated)
-    _, _, dprojected = epilogue_backward(o.flatten(1), o, projected, H, K, D, exclude, gated)
-    dq, dk = dprojected[:, : H * D].view(-1, H, D), dprojected[:, H * D : (H + K) * D].view(-1, K, D)
-    prologue_backward(dq, dk, dv, projected, angles, angles, gain, dprojected, H, K, D, exclude, gated, 1e-7)
+def launch(dtype, H=8, K=4, D=64, half=8, padding=8, period=TOKENS):
+    projected = torch.empty(TOKENS, (H + 2 * K) * D + H + padding, dtype=dtype)
+    angles = torch.empty(period, half, dtype=dtype)
+    prologue(projected, angles, angles, torch.empty(H), H, K, D, 1e-7)
 
 
-@pytest.mark.parametrize("capability, padding", [(80, 8), (90, 8), (90, 0), (100, 8)])
-def test_record_model(capability: int, padding: int) -> None:
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_record_model(capability: int) -> None:
     with compiling(capability) as compiled:
-        launch(torch.bfloat16, padding=padding)
-    assert {kernel.name for kernel in compiled} == set(LIMITS)
-    for kernel in compiled:
-        if capability != 90:
-            check(kernel, registers=128, shared=1024, streams=True)
-            continue
-        registers, loads, stores = LIMITS[kernel.name]
-        check(kernel, registers=registers, shared=1024, streams=True)
-        assert (kernel.count(r"LDG\.E\S*\.128"), kernel.count(r"STG\.E\S*\.128")) == (loads, stores), kernel.name
-        # Besides: gains or logits; gradients of logits, delta, padding, or the gains' partial sums.
-        assert kernel.count("LDG") - loads <= 2 and kernel.count("STG") - stores <= 5, kernel.name
+        launch(torch.bfloat16)
+    (kernel,) = compiled
+    check(kernel, registers=80, shared=1024, streams=True)
+    if capability == 90:
+        assert kernel.registers <= 48
+        # Of a thread's two heads: it, its pairs, cosines and sines, gain; it and 1 / rms.
+        assert (kernel.count(r"LDG\.E\S*\.128"), kernel.count("LDG")) == (8, 10)
+        assert (kernel.count(r"STG\.E\S*\.128"), kernel.count("STG")) == (2, 3)
+    assert kernel.sass.index("BAR.SYNC") < kernel.sass.index("STG")
 
 
 @pytest.mark.parametrize(
     "options",
     [
         dict(dtype=torch.float32),
-        dict(dtype=torch.bfloat16, exclude=False, gated=False),
-        dict(dtype=torch.bfloat16, H=4, K=2, D=24, half=4, padding=4),  # the demo's
-        dict(dtype=torch.float16, H=16, K=2, D=128, half=64, padding=8),
+        dict(dtype=torch.bfloat16, period=1024),
+        dict(dtype=torch.bfloat16, H=4, K=2, D=32, half=4, padding=4),
+        dict(dtype=torch.bfloat16, H=16, K=2, D=128, half=64, padding=0),
+        dict(dtype=torch.bfloat16, H=6, K=3, half=0, padding=2),
     ],
-    ids=["float32", "plain", "demo", "wide"],
+    ids=["float32", "rows", "narrow", "wide", "no rotation"],
 )
 def test_other_models(options: dict) -> None:
     with compiling(90) as compiled:
         launch(**options)
     for kernel in compiled:
-        check(kernel, registers=168, shared=4096, streams=True)
+        check(kernel, registers=200, shared=4096, streams=True)

@@ -26,9 +26,14 @@ TABLE = {"_attention_kernel": "forward", "_attention_queries_kernel": "queries",
 
 
 def compile_all(
-    capability: int, width: int = 64, heads: int = 8, dtype=torch.bfloat16, epilogue: bool = False
+    capability: int,
+    width: int = 64,
+    heads: int = 8,
+    dtype=torch.bfloat16,
+    epilogue: bool = False,
+    half: int | None = 8,
 ) -> list[Compiled]:
-    """Every kernel of the family, without or with their ``epilogue``; k and v are slices of a projection."""
+    """Every kernel of the family, alone or with ``epilogue`` and prologue; k and v are slices of a projection."""
     q, fused = torch.empty(TOKENS, heads, width, dtype=dtype), torch.empty(TOKENS, 16 * width + 16, dtype=dtype)
     k, v = (fused[:, i * 4 * width : (i + 1) * 4 * width].unflatten(1, (4, width)) for i in range(2))
     bounds, lse = torch.zeros(SEGMENTS + 1, dtype=torch.int32), torch.empty(heads, TOKENS)
@@ -36,7 +41,12 @@ def compile_all(
     forward, backward = {}, {}
     if epilogue:
         forward = dict(along=lse, logits=logits)
-        backward = dict(dq=q, dk=k, dv=v, dlogits=logits, **forward)
+        padding = fused[:, 16 * width + heads :]
+        backward = dict(dq=q, dk=k, dv=v, dlogits=logits, padding=padding, **forward)
+    if epilogue and half is not None:
+        angles, gain = torch.empty(TOKENS, half, dtype=dtype), torch.empty(heads)
+        made_by = varlen_attention.Prologue(torch.empty(heads + 4, TOKENS), gain, angles, angles)
+        backward |= dict(prologue=made_by, dgain=gain)
     with compiling(capability) as kernels:
         varlen_attention._forward(q, k, v, bounds, 2048, 0.125, **forward)
         varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125, **backward)
@@ -69,12 +79,18 @@ def test_attention(capability: int, width: int, epilogue: bool) -> None:
 
 @pytest.mark.parametrize("heads, epilogue", [(4, True), (12, False), (16, True)])
 def test_attention_with_other_groups(heads: int, epilogue: bool) -> None:
-    for kernel in compile_all(90, heads=heads, epilogue=epilogue):
+    for kernel in compile_all(90, heads=heads, epilogue=epilogue, half=None):  # a prologue has spills around the loops
         check(kernel, matrix_products=True, streams=True)
         rounds = 3 if heads == 12 else 1  # for dk and dv, of a group that no power of two divides
         assert kernel.count(r"WARPGROUP\.DEPBAR") <= rounds * PRODUCTS[kernel.name], (
             f"{kernel.name}: products in series"
         )
+
+
+@pytest.mark.parametrize("half", [0, 32])
+def test_attention_with_other_rotations(half: int) -> None:
+    for kernel in compile_all(90, epilogue=True, half=half):
+        check(kernel, registers=REGISTERS[kernel.name], matrix_products=True, streams=True)
 
 
 def test_attention_in_float32() -> None:
