@@ -1,9 +1,13 @@
-"""The projection of `gated_attention`, which has the formula, with q^ and k^ where its product has q and k."""
+"""The projection of `gated_attention`, which has the formula, with q^ and k^ where its product has q and k.
+
+On Hopper, where shapes allow, they are made in the product's epilogue, else by a kernel after it, in place.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from . import _product_hopper as hopper
 from ._launch import jit, launch_parameters, tl
 from ._varlen_attention_kernels import away_from_zero
 
@@ -74,7 +78,17 @@ def project(
 
     A token's angles are those at its index modulo their number; they are of a power of two of pairs or none.
     """
-    projected = n.new_empty(n.size(0), weight.size(0))
+    projected, width = n.new_empty(n.size(0), weight.size(0)), (H + 2 * K) * D
+    stages = launch_parameters("gated_attention", "project", n.device)["ping_pong"]
+    if update is None and hopper.projects(n, weight[:width], cos, projected, H, K, D, stages):
+        inverse_rms = n.new_empty(H + K, n.size(0), dtype=torch.float32)
+        angles_and_gain = cos.contiguous(), sin.contiguous(), q_gain.contiguous()
+        with torch.cuda.device_of(n):
+            hopper.project(n, weight[:width], *angles_and_gain, projected, inverse_rms, eps, stages)
+        if gated:
+            columns = slice(gate_width)
+            torch.mm(n[:, columns], weight[width:, columns].t(), out=projected[:, width:])
+        return projected, inverse_rms
     if update is None:
         torch.mm(n, weight.t(), out=projected)  # `out` keeps autocast away
     else:

@@ -39,6 +39,7 @@ import torch
 
 from ._launch import INTERPRETED, constexpr, multiprocessors, triton
 from ._residual_mlp_epilogues import ADD, GRADIENT, finish
+from ._varlen_attention_kernels import away_from_zero
 
 try:
     if not triton.__version__.startswith("3.6."):
@@ -56,7 +57,6 @@ FEWEST_STAGES = 4  # with which loads keep ahead
 REGISTERS, FEW_REGISTERS = 240, 24  # of a consumer's and the producer's thread
 NORMALISE = constexpr(ADD.value + 1)  # the epilogue of `project`
 HEAD, PAIRS = 64, 8  # columns of a head and how many pairs of them are rotated, in `project`
-LEAST_GAIN = constexpr(2.0**-24)
 
 if gluon is not None:
     jit = gluon.jit
@@ -163,8 +163,7 @@ def _normalise(
     rows = gl.arange(0, 128, gl.SliceLayout(1, S))[:, None]
     mask = (rows < M - row) & (head < NORMALISED)
     gl.store(inverse_rms + (head.to(gl.int64) * M + row + rows), inverse, mask=mask)
-    strength = gl.load(gain + head, mask=head < H, other=1).to(gl.float32)
-    strength = gl.where(gl.abs(strength) < LEAST_GAIN, gl.where(strength < 0, -LEAST_GAIN, LEAST_GAIN), strength)
+    strength = away_from_zero(gl.load(gain + head, mask=head < H, other=1))
     strength = gl.where(head < NORMALISED, strength * inverse, 1)
     y = (heads * strength[:, :, None]).reshape(128, 2, 4, 2, 8).permute(0, 1, 2, 4, 3)
     first, second = y.split()
@@ -306,11 +305,12 @@ def ping_pong(
 
 
 def projects(
-    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, H: int, K: int, D: int, stages: int
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, out: torch.Tensor, H: int, K: int, D: int, stages: int
 ) -> bool:  # fmt: skip
     """Whether `project` runs here and is made for these shapes, weight [(H + 2 K) D, d]."""
     made = D == HEAD and cos.size(1) == PAIRS and not (H + K) % 2 and x.element_size() == 2
-    return made and fits(x, weight, stages)
+    aligned = all(t.stride(1) == 1 and not t.stride(0) % 8 and not t.data_ptr() % 16 for t in (x, weight, out))
+    return made and aligned and x.is_contiguous() and weight.is_contiguous() and fits(x, weight, stages)
 
 
 def project(

@@ -20,9 +20,9 @@ def test_project_on_an_h100() -> None:
     x, weight = torch.empty(tokens, 512).bfloat16(), torch.empty(1024, 512).bfloat16()
     cos, sin, out = (torch.empty(tokens, columns).bfloat16() for columns in (8, 8, 1040))
     with compiling(90) as kernels:
-        assert hopper.projects(x, weight, cos, heads, kv_heads, 64, 6)
-        assert not hopper.projects(x, weight, cos[:, :4], heads, kv_heads, 64, 6)
-        assert not hopper.projects(x, weight, cos, heads, kv_heads, 32, 6)
+        assert hopper.projects(x, weight, cos, out, heads, kv_heads, 64, 6)
+        assert not hopper.projects(x, weight, cos[:, :4], out, heads, kv_heads, 64, 6)
+        assert not hopper.projects(x, weight, cos, out, heads, kv_heads, 32, 6)
         hopper.project(x, weight, cos, sin, torch.empty(heads), out, torch.empty(12, tokens), 1e-7, 6)
     (kernel,) = kernels
     check(kernel, registers=168, matrix_products=True)

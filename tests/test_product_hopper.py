@@ -245,7 +245,7 @@ def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype) -> Non
     width, eps, rest = (H + 2 * K) * 64, 1e-7, 16
     room = torch.full((T + 256, width + rest), torch.nan, device="cuda", dtype=dtype)
     inverse = torch.full((H + K + 2, T), torch.nan, device="cuda")
-    assert hopper.projects(given[0], given[1], given[2], H, K, 64, 6)
+    assert hopper.projects(*given[:3], room, H, K, 64, 6)
     hopper.project(*given, room[128:-128], inverse[1:-1], eps, 6)
     assert room[:128].isnan().all() and room[-128:].isnan().all() and room[:, width:].isnan().all()
     assert inverse[0].isnan().all() and inverse[-1].isnan().all()
