@@ -107,7 +107,7 @@ def prologue(device: torch.device, quick: bool) -> Case:
         own = projected.clone()
 
         def run() -> Tensor:
-            kernels.prologue(own, cos, sin, gain, HEADS, KEYS, DIM, family.RMS_EPS)
+            kernels.prologue(own, cos, sin, gain, HEADS, KEYS, DIM, family.RMS_EPS, 0.18)
             return own[:, :columns]
 
         return run

@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 @jit
 def _prologue_kernel(
-    projected, inverse_rms, gain, cos, sin, T, period, EPS: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
+    projected, inverse_rms, gain, cos, sin, unit, T, period, EPS: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
     HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A few tokens' query and key heads, in place; 64-bit offsets of rows."""
@@ -26,7 +26,7 @@ def _prologue_kernel(
     columns = tl.arange(0, D)[None, :]
     projected += (tokens.to(tl.int64) * STRIDE + heads * D)[:, None]
     x = tl.load(projected + columns, mask=inside[:, None], other=0)
-    strength = away_from_zero(tl.load(gain + heads, mask=heads < H, other=1))
+    strength = tl.where(heads < H, unit * away_from_zero(tl.load(gain + heads, mask=heads < H, other=1)), 1)
     if HALF > 0:
         # Pairs lie in the same or in a neighbour thread: the second load finds them in the L1 cache.
         first = columns < HALF
@@ -49,9 +49,9 @@ def _prologue_kernel(
 
 
 def prologue(
-    projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float
+    projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float, unit: float
 ) -> Tensor:  # fmt: skip
-    """Make q^ and k^ of the q and k in projected [T, N], whose rows are contiguous, where they lie.
+    """Make unit q^ and k^ of the q and k in projected [T, N], whose rows are contiguous, where they lie.
 
     Returns their 1 / rms, float32 [H + K, T].
     """
@@ -63,7 +63,7 @@ def prologue(
     warps = max(1, min(tuned["warps"], tuned["tokens"] * padded * D // 256))
     with torch.cuda.device_of(projected):  # Triton launches on the current device
         _prologue_kernel[(-(-T // tuned["tokens"]),)](
-            projected, inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous(), T,
+            projected, inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous(), unit, T,
             None if period == T else period, EPS=eps, STRIDE=projected.stride(0), H=H, HEADS=heads, PADDED=padded,
             D=D, HALF=half, TOKENS=tuned["tokens"], num_warps=warps,
         )  # fmt: skip
@@ -72,9 +72,9 @@ def prologue(
 
 def project(
     n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float,
-    gate_width: int | None, gated: bool, update: Tensor | None,
+    unit: float, gate_width: int | None, gated: bool, update: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """n [T, d] weightᵀ (+ update) [T, N] with q^ and k^ for q and k, and 1 / rms of these, float32 [H + K, T].
+    """n [T, d] weightᵀ (+ update) [T, N] with unit q^ and k^ for q and k, and 1 / rms of these, float32 [H + K, T].
 
     A token's angles are those at its index modulo their number; they are of a power of two of pairs or none.
     """
@@ -84,7 +84,7 @@ def project(
         inverse_rms = n.new_empty(H + K, n.size(0), dtype=torch.float32)
         angles_and_gain = cos.contiguous(), sin.contiguous(), q_gain.contiguous()
         with torch.cuda.device_of(n):
-            hopper.project(n, weight[:width], *angles_and_gain, projected, inverse_rms, eps, stages)
+            hopper.project(n, weight[:width], *angles_and_gain, projected, inverse_rms, eps, unit, stages)
         if gated:
             columns = slice(gate_width)
             torch.mm(n[:, columns], weight[width:, columns].t(), out=projected[:, width:])
@@ -93,4 +93,4 @@ def project(
         torch.mm(n, weight.t(), out=projected)  # `out` keeps autocast away
     else:
         torch.addmm(update, n, weight.t(), out=projected)
-    return projected, prologue(projected, cos, sin, q_gain, H, K, D, eps)
+    return projected, prologue(projected, cos, sin, q_gain, H, K, D, eps, unit)

@@ -153,17 +153,23 @@ def _angles(table, row, column, M, period, NORMALISED: gl.constexpr, OTHER: gl.c
 
 @jit
 def _normalise(
-    x, c, s, gain, inverse_rms, row, column, M, H: gl.constexpr, NORMALISED: gl.constexpr, EPS: gl.constexpr,
+    x, c, s, gain, inverse_rms, row, column, M, HEADS: gl.constexpr,
 ):  # fmt: skip
-    """gain R(x / rms(x)) of the two heads of a tile, or x where heads are values; stores 1 / rms(x)."""
+    """UNIT gain R(x / rms(x)) of the two heads of a tile, R(x / rms(x)) of keys, x of values.
+
+    Stores 1 / rms(x).
+    """
+    H: gl.constexpr = HEADS[0]
+    NORMALISED: gl.constexpr = HEADS[1]
+    UNIT: gl.constexpr = HEADS[3]
     heads = x.reshape(128, 2, 64)
-    inverse = gl.rsqrt(gl.sum(heads * heads, 2) / 64 + EPS)
+    inverse = gl.rsqrt(gl.sum(heads * heads, 2) / 64 + HEADS[2])
     S: gl.constexpr = inverse.type.layout
     head = column // 64 + gl.arange(0, 2, gl.SliceLayout(0, S))[None, :]
     rows = gl.arange(0, 128, gl.SliceLayout(1, S))[:, None]
     mask = (rows < M - row) & (head < NORMALISED)
     gl.store(inverse_rms + (head.to(gl.int64) * M + row + rows), inverse, mask=mask)
-    strength = away_from_zero(gl.load(gain + head, mask=head < H, other=1))
+    strength = gl.where(head < H, UNIT * away_from_zero(gl.load(gain + head, mask=head < H, other=1)), 1)
     strength = gl.where(head < NORMALISED, strength * inverse, 1)
     y = (heads * strength[:, :, None]).reshape(128, 2, 4, 2, 8).permute(0, 1, 2, 4, 3)
     first, second = y.split()
@@ -219,7 +225,7 @@ def _consume(
         if row < M:  # as it always is: no instruction of the epilogue comes before the arrival
             ordered = _neighbours(product, EPILOGUE)
             if EPILOGUE == NORMALISE:
-                result = _normalise(ordered, c, s, gain, inverse_rms, row, column, M, HEADS[0], HEADS[1], HEADS[2])
+                result = _normalise(ordered, c, s, gain, inverse_rms, row, column, M, HEADS)
                 gl.store(pointers, result.to(out.dtype.element_ty), mask=inside)
             else:  # read again long after it has left the cache
                 result = finish(ordered, other, EPILOGUE, out.dtype.element_ty)
@@ -276,7 +282,7 @@ def fits(a: torch.Tensor, b: torch.Tensor, stages: int) -> bool:
 
 def ping_pong(
     epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | tuple, out: torch.Tensor, stages: int,
-    copies: bool, heads: tuple[int, int, float] = (0, 0, 0.0),
+    copies: bool, heads: tuple[int, int, float, float] = (0, 0, 0.0, 0.0),
 ) -> None:  # fmt: skip
     """out = ``epilogue`` of a bᵀ and, where it reads a matrix, aux; rows contiguous, of 16-bit numbers.
 
@@ -315,13 +321,13 @@ def projects(
 
 def project(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_gain: torch.Tensor,
-    out: torch.Tensor, inverse_rms: torch.Tensor, eps: float, stages: int,
+    out: torch.Tensor, inverse_rms: torch.Tensor, eps: float, unit: float, stages: int,
 ) -> None:  # fmt: skip
-    """The columns of out [T, N] that are q^, k^ and v: x weightᵀ with heads of 64 columns normalised and rotated.
+    """The columns of out [T, N] that are unit q^, k^ and v: x weightᵀ with heads of 64 columns normalised and rotated.
 
     weight [(H + 2 K) 64, d] of H = ``q_gain.numel()`` and H + K = ``inverse_rms.size(0)``, which is even; see
     `gated_attention`. cos, sin [period, 8] and q_gain are contiguous, inverse_rms is float32 [H + K, T].
     """
-    heads = q_gain.numel(), inverse_rms.size(0), eps
+    heads = q_gain.numel(), inverse_rms.size(0), eps, unit
     aux = cos, sin, q_gain, inverse_rms, cos.size(0)
     ping_pong(NORMALISE.value, x, weight, aux, out, stages, True, heads)

@@ -59,6 +59,12 @@ def away_from_zero(gain):
 
 
 @jit
+def _base_2(s, scale):
+    """Scores to the base 2, which products of keys and a prologue's queries are already."""
+    return s if scale is None else s * scale
+
+
+@jit
 def _through_prologue(g, made, inverse, gain, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr):
     """Gradient of rows x by that of ``made`` = gain R(x inverse), g, and <g, made> / gain; inverse is 1 / rms(x).
 
@@ -86,11 +92,49 @@ def _through_prologue(g, made, inverse, gain, cos, sin, tokens, inside, period, 
 
 
 @jit
+def _attend(
+    q, k, v, queries, first, length, k_t, v_t, scale, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, MAXIMUM: tl.constexpr,
+):  # fmt: skip
+    """Sums of p v and of p = exp2(score - top) over a tile's keys, and top: the running maximum, else 0."""
+    ROWS: tl.constexpr = q.shape[0]
+    keys = tl.arange(0, KEYS)
+    k += _offsets(k_t, 0, KEYS, 1, D)
+    v += _offsets(v_t, 0, KEYS, 1, D)
+    acc = tl.zeros((ROWS, D), tl.float32)
+    top = tl.full((ROWS,), float("-inf") if MAXIMUM else 0.0, tl.float32)
+    total = tl.zeros((ROWS, 8), tl.float32)  # of every eighth key: a thread's own, in a product's result
+    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
+        valid = keys[:, None] < length - at
+        s = tl.dot(q, tl.trans(tl.load(k, mask=valid, other=0)), input_precision=PRECISION)
+        if at + KEYS > first:  # a tile on the diagonal
+            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+        if MAXIMUM:
+            higher = tl.maximum(top, _base_2(tl.max(s, 1), scale))
+            shrunk = tl.exp2(top - higher)
+            acc *= shrunk[:, None]
+            total *= shrunk[:, None]
+            top = higher
+            p = tl.exp2(_base_2(s, scale) - top[:, None])
+        else:
+            p = tl.exp2(_base_2(s, scale))
+        total += tl.sum(tl.reshape(p, (ROWS, KEYS // 8, 8)), 1)
+        acc = tl.dot(p.to(v.dtype.element_ty), tl.load(v, mask=valid, other=0), acc, input_precision=PRECISION)
+        k += KEYS * k_t
+        v += KEYS * v_t
+    return acc, tl.sum(total, 1), top
+
+
+@jit
 def _attention_kernel(
     q, k, v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale, H: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
+    """With PLAIN exponentials are of the scores themselves: no maximum, nothing to scale back in the loop.
+
+    Where sums then tell that some were too large or all too small, the tile is computed again.
+    """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     start, length, first = _tile(tiles, tl.program_id(0) // (H // HEADS))
     if first >= length:
@@ -98,38 +142,29 @@ def _attention_kernel(
     rows = tl.arange(0, QUERIES * HEADS)
     queries = first + rows % QUERIES
     inside = queries < length
-    q += (start + first) * q_t + head * q_h
-    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
-    keys = tl.arange(0, KEYS)
-    k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
-    if along is not None:
-        own = v + (start + first) * v_t + head // GROUP * v_h
-        own = tl.load(own + _offsets(v_t, 0, QUERIES, HEADS, D), mask=inside[:, None], other=0)
     if logits is not None:
         logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
-    v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
-    acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
-    top = tl.full((QUERIES * HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((QUERIES * HEADS,), tl.float32)
-    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
-        valid = keys[:, None] < length - at
-        s = tl.dot(q, tl.trans(tl.load(k, mask=valid, other=0)), input_precision=PRECISION)
-        if at + KEYS > first:  # a tile on the diagonal
-            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - higher[:, None])
-        shrunk = tl.exp2(top - higher)
-        total = total * shrunk + tl.sum(p, 1)
-        value = tl.load(v, mask=valid, other=0)
-        acc = tl.dot(p.to(value.dtype), value, acc * shrunk[:, None], input_precision=PRECISION)
-        top = higher
-        k += KEYS * k_t
-        v += KEYS * v_t
-    acc /= total[:, None]
+    q += (start + first) * q_t + head * q_h
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    k += start * k_t + head // GROUP * k_h
+    v += start * v_t + head // GROUP * v_h
+    acc, total, top = _attend(
+        q, k, v, queries, first, length, k_t, v_t, scale, D, QUERIES, KEYS, STAGES, PRECISION, not PLAIN
+    )
+    if PLAIN:
+        # Then nothing has overflowed, and what float32 cannot tell from zero is less than 2^-80 of the row's sum.
+        sound = (total > 2.0**-40) & (total < 2.0**100) & (tl.sum(tl.abs(acc), 1) < 2.0**126)
+        if tl.min(sound.to(tl.int32)) == 0:
+            acc, total, top = _attend(
+                q, k, v, queries, first, length, k_t, v_t, scale, D, QUERIES, 32, 1, PRECISION, True
+            )
+    # A first token has one p, which was rounded for its product.
+    acc *= (1 / tl.where(queries == 0, total.to(v.dtype.element_ty).to(tl.float32), total))[:, None]
     at_rows = start + first + head * T + rows // QUERIES * T + rows % QUERIES
     tl.store(lse + at_rows, top + tl.log2(total), mask=inside)
     if along is not None:
-        own = own.to(tl.float32)
+        v += first * v_t + _offsets(v_t, 0, QUERIES, HEADS, D)
+        own = tl.load(v, mask=inside[:, None], other=0).to(tl.float32)
         inverse = 1 / tl.maximum(tl.sqrt(tl.sum(own * own, 1)), 1e-12)
         component = tl.sum(acc * own, 1) * inverse
         tl.store(along + at_rows, component, mask=inside)
@@ -144,7 +179,7 @@ def _attention_kernel(
 def _attention_queries_kernel(
     do, q, k, v, o, lse, along, logits, pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin, partials,
     padding, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h, logits_t, dlogits_t, padding_t,
-    T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr,
+    T, period, scale, factor, unit, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
     PADDING: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -226,7 +261,7 @@ def _attention_queries_kernel(
         if at + KEYS > first:
             s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
         dp = tl.dot(do, tl.trans(tl.load(v, mask=valid, other=0)), input_precision=PRECISION)
-        ds = tl.exp2(s * scale - lse[:, None]) * (dp - own[:, None])
+        ds = tl.exp2(_base_2(s, scale) - lse[:, None]) * (dp - own[:, None])
         acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
         k += KEYS * k_t
         v += KEYS * v_t
@@ -238,12 +273,12 @@ def _attention_queries_kernel(
         made = tl.load(made + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
         at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
         inverse = tl.load(inverse_rms + at_rows, mask=inside, other=0)
-        strength = away_from_zero(tl.load(gain + head + rows // QUERIES))
+        strength = unit * away_from_zero(tl.load(gain + head + rows // QUERIES))
         acc, component = _through_prologue(
             acc, made, inverse, strength, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF
         )
         at = (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
-        tl.store(partials + at, tl.sum(tl.reshape(tl.where(inside, component, 0), (HEADS, QUERIES)), 1))
+        tl.store(partials + at, unit * tl.sum(tl.reshape(tl.where(inside, component, 0), (HEADS, QUERIES)), 1))
     dq += at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
     tl.store(dq, acc.to(dq.dtype.element_ty), mask=inside[:, None])
     if PADDING > 0:
@@ -258,11 +293,12 @@ def _attention_keys_kernel(
     do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h,
     dv_t, dv_h, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
-    HALF: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, dv with ADD on top of what is there.
 
-    Scores are transposed, so that their gradients are left operands, from registers.
+    Scores are transposed, so that their gradients are left operands, from registers; so is k if HELD, which spares
+    shared memory, whose bandwidth is what these small products take most of.
     """
     head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
     start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))
@@ -271,8 +307,12 @@ def _attention_keys_kernel(
     keys = first + tl.arange(0, KEYS)
     inside = keys[:, None] < length
     at_first = start + first
+    made = k
     k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
     v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
+    if HELD:  # as a product's result k is in registers, where the next takes its left operand from
+        unit = (tl.arange(0, D)[:, None] == tl.arange(0, D)[None, :]).to(k.dtype)
+        k = tl.dot(k, unit, input_precision=PRECISION).to(k.dtype)
     rows = tl.arange(0, QUERIES * HEADS)
     queries = rows % QUERIES
     acc_k = tl.zeros((KEYS, D), tl.float32)
@@ -298,7 +338,7 @@ def _attention_keys_kernel(
             if at < first + KEYS:
                 s = tl.where(queries[None, :] + at >= keys[:, None], s, float("-inf"))
             dp = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
-            p = tl.exp2(s * scale - lse[None, :])
+            p = tl.exp2(_base_2(s, scale) - lse[None, :])
             acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
             ds = p * (dp - delta[None, :])
             acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision=PRECISION)
@@ -306,10 +346,15 @@ def _attention_keys_kernel(
             do_rows += QUERIES * do_t
             of_rows += QUERIES * WIDTH
     acc_k *= factor
+    start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))  # anew, as k: registers are short until here
+    at_first, keys = start + first, first + tl.arange(0, KEYS)
+    inside = keys[:, None] < length
     if inverse_rms is not None:
         tokens = at_first + tl.arange(0, KEYS)
         inverse = tl.load(inverse_rms + (H + head) * T + tokens, mask=keys < length, other=0)
-        acc_k, _ = _through_prologue(acc_k, k, inverse, None, cos, sin, tokens, keys < length, period, D, HALF)
+        made += at_first * k_t + head * k_h
+        made = tl.load(made + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
+        acc_k, _ = _through_prologue(acc_k, made, inverse, None, cos, sin, tokens, keys < length, period, D, HALF)
     dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
     tl.store(dk, acc_k.to(dk.dtype.element_ty), mask=inside)
     dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)

@@ -16,7 +16,8 @@ are not kept: of g = dq^, and of dk^ likewise with a gain of 1,
 
     dq = R⁻¹(gain g - q^ <g, q^> / (gain D)) / rms(q),   dgain = Σ <g, q^> / gain
 
-for which kernels take a gain no nearer to zero than ±2⁻²⁴: logits are zero in fp32 all the same. The attention's
+for which kernels take a gain no nearer to zero than ±2⁻²⁴: logits are zero in fp32 all the same. What lies in q's place
+is log2(e) / √D q^, whose products with k^ are scores to the base 2. The attention's
 backward writes the projection's gradient, two products make those of n and weight of it. Saved are the inputs, the
 projection with q^ and k^, 1 / rms [H + K, T], y, <o, u> [H, T] and the logarithms of the softmax's sums (lse).
 
@@ -27,6 +28,7 @@ MB read + written at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: the prod
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 
 import torch
@@ -181,13 +183,13 @@ def _gated_attention_triton(
         return _fake(n, weight, cos, sin, q_gain, cu_seqlens, update, max_seqlen, *sizes, exclude_own_value)
     update = None if update is None else update.reshape(rows * tokens, -1)
     projected, inverse_rms = kernels.project(
-        n.reshape(-1, d), weight, cos, sin, q_gain, *sizes, eps, gate_width, gated, update
+        n.reshape(-1, d), weight, cos, sin, q_gain, *sizes, eps, D**-0.5 * math.log2(math.e), gate_width, gated, update
     )
     q, k, v, logits = _columns(projected, *sizes)
     along = inverse_rms.new_empty(H * exclude_own_value, rows * tokens)
     y, lse = varlen_attention._forward(
         q, k, v, *_segments_of(n, cu_seqlens, max_seqlen), D**-0.5, along=along if exclude_own_value else None,
-        logits=logits if gated else None,
+        logits=logits if gated else None, base_2=True,
     )  # fmt: skip
     return y.view(rows, tokens, H * D), projected, inverse_rms, along, lse
 

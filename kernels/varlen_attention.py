@@ -11,8 +11,11 @@ diagonal need a mask. Segment s owns the tiles from ``cu_seqlens[s] // BLOCK + s
 without a sum over segments, T // BLOCK + S in all; a small kernel sorts them by their segment's length, so that the
 last programs to start are short and few have nothing to do. Backward is one kernel for dq, which also computes
 delta = Σ do o, and one for dk and dv, each with probabilities recomputed from the base 2 ``lse``: two products more
-than in a single kernel, which would have to add to dq in memory. `_forward` and `_backward` can take in what
-`gated_attention` does to o: tiles have whole rows of it, and those of dq all heads of a group.
+than in a single kernel, which would have to add to dq in memory. With the tuned ``plain`` the forward kernel does not
+subtract the maximum of scores, whose comparisons and the scaling back of sums are a quarter of its instructions: a row
+whose largest is from -40 to 90 to the base 2 does not need it, and a tile whose sums tell of others is computed again.
+`_forward` and `_backward` can take in what `gated_attention` does to o: tiles have whole rows of it, and those of dq
+all heads of a group.
 """
 
 from __future__ import annotations
@@ -64,7 +67,12 @@ def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
     name = "float32" if q.dtype == torch.float32 else f"{case}_wide" if width > 64 else case
     tuned = launch_parameters("varlen_attention", name, q.device)
     together = min(group & -group, tuned["heads"])  # as many heads of a group as a power of two divides it
-    return dict(
+    options = {}
+    if case == "forward":  # what is not divided by the largest passes float16's
+        options["PLAIN"] = bool(tuned["plain"]) and q.dtype != torch.float16
+    elif case == "keys":
+        options["HELD"] = bool(tuned["held"])
+    return options | dict(
         H=heads, GROUP=group, D=width, QUERIES=tuned["rows"] // together, HEADS=together, KEYS=tuned["keys"],
         STAGES=tuned["stages"], PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tuned["warps"],
         maxnreg=tuned["maxnreg"] if together == tuned["heads"] else 255,  # of one head there are more tokens to address
@@ -97,7 +105,10 @@ def _row_strides(*tensors: torch.Tensor | None) -> list[int]:
 
 
 class Prologue(NamedTuple):
-    """What q and k were made by, as `gated_attention` has it: q = gain R(x / rms(x)) of rows x, k = R(x / rms(x))."""
+    """What q and k were made by, as `gated_attention` has it, of rows x.
+
+    q = unit gain R(x / rms(x)), k = R(x / rms(x)), with unit = scale log2(e), so that q · k is a score to the base 2.
+    """
 
     inverse_rms: torch.Tensor  # 1 / rms(x), float32 [H + K, T], contiguous
     gain: torch.Tensor  # [H], contiguous
@@ -112,9 +123,9 @@ def turns_in_registers(half: int, width: int) -> bool:
 
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, *,
-    along: torch.Tensor | None = None, logits: torch.Tensor | None = None,
+    along: torch.Tensor | None = None, logits: torch.Tensor | None = None, base_2: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """o and the base 2 logarithm of each row's sum of exponentials, float32 [H, T].
+    """o and the base 2 logarithm of each row's sum of exponentials, float32 [H, T]; ``base_2``: q is as `Prologue`'s.
 
     With ``along``, contiguous float32 [H, T], o loses its part along u = v / max(|v|, 1e-12) of its own token, <o, u>,
     which is written there. With ``logits`` [T, H], whose rows are contiguous, it is then multiplied by 2 σ(logits).
@@ -128,7 +139,7 @@ def _forward(
             tiles = _plan(cu_seqlens, tokens, settings["QUERIES"])
             _attention_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
                 q, k, v, o, lse, along, logits, tiles, *_strides(q, k, v), *_row_strides(logits),
-                tokens, scale * math.log2(math.e), **settings,
+                tokens, None if base_2 else scale * math.log2(math.e), **settings,
             )  # fmt: skip
     return o, lse
 
@@ -172,11 +183,12 @@ def _backward(
         if prologue:
             partials = lse.new_empty(heads, tiles.size(0))
             period = None if cos.size(0) == tokens else cos.size(0)
-        rest = tokens, period, scale * math.log2(math.e), scale
+        unit = scale * math.log2(math.e)
+        rest = tokens, period, *((None, math.log(2)) if prologue else (unit, scale))
         _attention_queries_kernel[(tiles.size(0) * heads // by_queries["HEADS"],)](
             do, q, k, v, o.contiguous(), lse, along, logits, pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos,
             sin, partials, padding, tiles, *_strides(do, q, k, v, dq, dv), *_row_strides(logits, dlogits, padding),
-            *rest, PADDING=columns, PADDED=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,
+            *rest, unit, PADDING=columns, PADDED=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,
         )  # fmt: skip
         if prologue:
             torch.sum(partials, 1, out=dgain)

@@ -379,7 +379,7 @@ def test_offsets_beyond_32_bits() -> None:
     projected.copy_(torch.randn(3, 66))
     near = projected.clone()
     angles, gain = torch.randn(3, 4, device=DEVICE), torch.ones(2, device=DEVICE)
-    far_rms, near_rms = (kernels.prologue(x, angles, angles, gain, 2, 1, 16, 1e-7) for x in (projected, near))
+    far_rms, near_rms = (kernels.prologue(x, angles, angles, gain, 2, 1, 16, 1e-7, 0.5) for x in (projected, near))
     assert torch.equal(projected, near) and torch.equal(far_rms, near_rms)
 
 

@@ -20,7 +20,7 @@ TOKENS = 98_304  # the record's micro-step
 def launch(dtype, H=8, K=4, D=64, half=8, padding=8, period=TOKENS):
     projected = torch.empty(TOKENS, (H + 2 * K) * D + H + padding, dtype=dtype)
     angles = torch.empty(period, half, dtype=dtype)
-    prologue(projected, angles, angles, torch.empty(H), H, K, D, 1e-7)
+    prologue(projected, angles, angles, torch.empty(H), H, K, D, 1e-7, 0.18)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -23,7 +23,7 @@ def test_project_on_an_h100() -> None:
         assert hopper.projects(x, weight, cos, out, heads, kv_heads, 64, 6)
         assert not hopper.projects(x, weight, cos[:, :4], out, heads, kv_heads, 64, 6)
         assert not hopper.projects(x, weight, cos, out, heads, kv_heads, 32, 6)
-        hopper.project(x, weight, cos, sin, torch.empty(heads), out, torch.empty(12, tokens), 1e-7, 6)
+        hopper.project(x, weight, cos, sin, torch.empty(heads), out, torch.empty(12, tokens), 1e-7, 0.18, 6)
     (kernel,) = kernels
     check(kernel, registers=168, matrix_products=True)
     assert kernel.count(r"HGMMA\.64x128x16") == kernel.count("HGMMA") == 2 * 2 * 8

@@ -224,8 +224,8 @@ def projection(T: int, H: int, K: int, period: int, dtype: torch.dtype) -> tuple
     return x, weight, angles.cos().to(dtype), angles.sin().to(dtype), gain
 
 
-def projected_reference(x, weight, cos, sin, gain, H: int, K: int, eps: float) -> tuple:
-    """q^, k^ and v in float64, [T, H + 2 K, 64], and 1 / rms."""
+def projected_reference(x, weight, cos, sin, gain, H: int, K: int, eps: float, unit: float) -> tuple:
+    """unit q^, k^ and v in float64, [T, H + 2 K, 64], and 1 / rms."""
     T = x.size(0)
     whole = (x.double() @ weight.double().t()).view(T, H + 2 * K, 64)
     inverse = (whole.square().mean(2) + eps).rsqrt()
@@ -233,7 +233,7 @@ def projected_reference(x, weight, cos, sin, gain, H: int, K: int, eps: float) -
     moved = torch.where(gain.abs() < 2.0**-24, torch.where(gain < 0, -(2.0**-24), 2.0**-24), gain).double()
     y = whole * inverse[:, :, None]
     y = torch.cat([y[..., :8] * cos + y[..., 8:16] * sin, y[..., 8:16] * cos - y[..., :8] * sin, y[..., 16:]], 2)
-    y[:, :H] *= moved[:, None]
+    y[:, :H] *= unit * moved[:, None]
     return torch.cat([y[:, : H + K], whole[:, H + K :]], 1), inverse[:, : H + K].t()
 
 
@@ -242,19 +242,19 @@ def projected_reference(x, weight, cos, sin, gain, H: int, K: int, eps: float) -
 @pytest.mark.parametrize("T, H, K, period", [(1, 8, 4, 1), (100, 8, 4, 100), (4099, 8, 4, 4099), (514, 2, 2, 257)])
 def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype) -> None:
     given = projection(T, H, K, period, dtype)
-    width, eps, rest = (H + 2 * K) * 64, 1e-7, 16
+    width, eps, unit, rest = (H + 2 * K) * 64, 1e-7, 0.18, 16
     room = torch.full((T + 256, width + rest), torch.nan, device="cuda", dtype=dtype)
     inverse = torch.full((H + K + 2, T), torch.nan, device="cuda")
     assert hopper.projects(*given[:3], room, H, K, 64, 6)
-    hopper.project(*given, room[128:-128], inverse[1:-1], eps, 6)
+    hopper.project(*given, room[128:-128], inverse[1:-1], eps, unit, 6)
     assert room[:128].isnan().all() and room[-128:].isnan().all() and room[:, width:].isnan().all()
     assert inverse[0].isnan().all() and inverse[-1].isnan().all()
-    expected, of_rms = projected_reference(*given, H, K, eps)
+    expected, of_rms = projected_reference(*given, H, K, eps, unit)
     got = room[128:-128, :width].view(T, H + 2 * K, 64).double()
     error = (got - expected).abs().amax(2)
     assert (error <= torch.finfo(dtype).eps * expected.abs().amax(2) + 6e-8 * (dtype == torch.float16)).all()
     torch.testing.assert_close(inverse[1:-1].double(), of_rms, rtol=1e-5, atol=0)
     again = torch.full_like(room, torch.nan)
     for _ in range(20):
-        hopper.project(*given, again[128:-128], inverse[1:-1], eps, 6)
+        hopper.project(*given, again[128:-128], inverse[1:-1], eps, unit, 6)
         assert torch.equal(again[128:-128, :width], room[128:-128, :width])

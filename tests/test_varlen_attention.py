@@ -77,6 +77,7 @@ def tiles(request, monkeypatch) -> None:
     """Launch with other tiles than the table's."""
     rows, keys = request.param
     parameters = dict(rows=rows, heads=min(4, rows // 16), keys=keys, warps=4, stages=2, maxnreg=255)
+    parameters |= dict(plain=keys == 16, held=keys == 32)
     monkeypatch.setattr(family, "launch_parameters", lambda *_: parameters)
 
 
@@ -211,6 +212,26 @@ def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> No
         o = by_segments(*double[:3], cu_seqlens, 0.3)
         own = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
         assert (along.T - (o * own).sum(-1)).abs().max() < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shift, of_values", [(0, 1), (90, 1), (200, 1), (-90, 1), (-200, 1), (60, 1e30), (-60, 1e-30)])
+def test_exponentials_without_their_maximum(monkeypatch, dtype, shift: float, of_values: float) -> None:
+    """Scores near ``shift`` to the base 2, beyond what floats have exponents for, and values beyond it with them."""
+    tuned = dict(rows=16, heads=1, keys=16, warps=4, stages=2, maxnreg=255, plain=True)
+    monkeypatch.setattr(family, "launch_parameters", lambda *_: tuned)
+    (q, k, v), _, cu_seqlens, longest = inputs(DEVICE, [40, 1, 23], 2, 1, 16, dtype)
+    k[..., 0], q[..., 0] = 8, shift * math.log(2) / 8  # q k = shift ln 2 and the rest
+    v = v * of_values
+    o, lse = family._forward(q, k, v, cu_seqlens, longest, 1.0)
+    exact = by_segments(q.double(), k.double(), v.double(), cu_seqlens, 1.0)
+    plain = dict(tuned, plain=False)
+    monkeypatch.setattr(family, "launch_parameters", lambda *_: plain)
+    usual, usual_lse = family._forward(q, k, v, cu_seqlens, longest, 1.0)
+    error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (o, usual))
+    assert error <= 1.5 * allowed + FLOOR[dtype]
+    assert torch.allclose(lse, usual_lse, rtol=1e-6, atol=1e-4)
 
 
 @needs_kernels
