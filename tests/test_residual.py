@@ -256,7 +256,8 @@ def test_layers(dtype: torch.dtype) -> None:
     exact = results(lambda v: layers(reference, v), [leaf.double() for leaf in leaves])
     for a, b, c in zip(got, plain, exact, strict=True):
         error, allowed = (float((tensor.double() - c).norm() / c.norm()) for tensor in (a, b))
-        assert error <= 1.5 * allowed + 4 * UNIT[dtype]
+        # Behind the lanes' few gradients are sums over all tokens that may nearly cancel.
+        assert error <= 1.5 * allowed + (4 if c.numel() > 4 else 16) * UNIT[dtype]
 
 
 def test_inputs_that_are_not_contiguous() -> None:
