@@ -121,7 +121,10 @@ CASES: dict[str, Builder] = {
     "forward_backward": partial(whole, True),
     "prologue": prologue,
 }
-TUNING = {"prologue": Tuning(prologue, dict(tokens=(1, 2, 4, 8, 16), warps=(1, 2, 4, 8)))}
+TUNING = {
+    "prologue": Tuning(prologue, dict(tokens=(1, 2, 4, 8, 16), warps=(1, 2, 4, 8))),
+    "project": Tuning(CASES["forward"], dict(ping_pong=(0, 4, 5, 6))),
+}
 
 if __name__ == "__main__":
     sys.exit(main({"gated_attention": CASES}, __doc__.splitlines()[0]))

@@ -359,7 +359,7 @@ class GPT(nn.Module):
 
     def runs_kernels(self) -> bool:
         """Whether a layer's kernels are on; without adapters the compiler then has nothing to do."""
-        return runs_kernels(self.qo_bank.device)
+        return runs_kernels(self.qo_bank.device, "gated_attention")
 
     def _regions(self, adapters: Adapters | None) -> Regions:
         plain = self._compiled is None or (adapters is None and self.runs_kernels())
@@ -386,9 +386,8 @@ class GPT(nn.Module):
 
     def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
         n, d, blocks = self.config.num_layers, self.config.model_dim, self.blocks
-        attn_scales, mlp_scales = (
-            torch.stack([getattr(block, name) for block in blocks]) for name in ("attn_scale", "mlp_scale")
-        )
+        attn_scales = torch.stack([block.attn_scale for block in blocks])
+        mlp_scales = torch.stack([block.mlp_scale for block in blocks])
         q, out = scaled_bank(self.qo_bank, attn_scales, dtype)
         _, down = scaled_bank(self.mlp_down_bank, mlp_scales, dtype)
         inputs = [q, *self.kv_bank.to(dtype).split(n)]

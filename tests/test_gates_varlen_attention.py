@@ -17,7 +17,7 @@ from tests.gates import Compiled, check, compiling
 TOKENS, SEGMENTS = 98_304, 191  # the record's micro-step
 REGISTERS = {
     "_attention_kernel": 128,
-    "_attention_queries_kernel": 128,
+    "_attention_queries_kernel": 168,
     "_attention_keys_kernel": 240,
 }  # at 64 wide heads of sm_90
 # Waits for products, which are that many; in the keys' kernel, whose programs are small, three an SM hide them.
