@@ -17,9 +17,9 @@ are not kept: of g = dq^, and of dk^ likewise with a gain of 1,
     dq = R⁻¹(gain g - q^ <g, q^> / (gain D)) / rms(q),   dgain = Σ <g, q^> / gain
 
 for which kernels take a gain no nearer to zero than ±2⁻²⁴: logits are zero in fp32 all the same. What lies in q's place
-is log2(e) / √D q^, whose products with k^ are scores to the base 2. The attention's
-backward writes the projection's gradient, two products make those of n and weight of it. Saved are the inputs, the
-projection with q^ and k^, 1 / rms [H + K, T], y, <o, u> [H, T] and the logarithms of the softmax's sums (lse).
+is log2(e) / √D q^, whose products with k^ are scores to the base 2. The attention's backward writes the projection's
+gradient, two products make those of n and weight of it. Saved are the inputs, the projection with q^ and k^, 1 / rms
+[H + K, T], y, <o, u> [H, T] and the logarithms of the softmax's sums (lse).
 
 MB read + written at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: the product 102 + 204, prologue 154 + 156, y
 203 + 107; dq with dlogits, do and a part of dv 414 + 260, dk and dv 360 + 101, dn and dweight 509 + 102.
