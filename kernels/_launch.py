@@ -1,9 +1,9 @@
 """What all kernel families share: the choice of code, the registration of operators, launch parameters by chip.
 
 Every op lists its implementations and asks `select` at each call. ``auto`` takes Triton for CUDA tensors where the op
-has a kernel that has proven itself, and the reference otherwise; ``triton`` insists and says so where there is none;
-the environment variable ``PGOLF_KERNELS`` overrides what the program chose with `set_backend`. Under
-``TRITON_INTERPRET=1`` kernels also take CPU tensors.
+has a kernel, and the reference otherwise; ``triton`` insists and says so where there is none; the environment variable
+``PGOLF_KERNELS`` overrides what the program chose with `set_backend`. Under ``TRITON_INTERPRET=1`` kernels take CPU
+tensors, too.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ if not __name__.startswith("pgolf."):
 
 RMS_EPS = torch.finfo(torch.float32).eps  # of every RMSNorm, as torch has it for float32
 BACKENDS = ("auto", "reference", "triton")
-# Ops that ``auto`` leaves to the references: two of three seeds left the references' loss curve with them.
-UNPROVEN = frozenset({"gated_attention", "varlen_attention"})
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 TUNED = Path(__file__).with_name("tuned")
 _chosen = "auto"
@@ -73,10 +71,10 @@ def using(name: str) -> Iterator[None]:
         _forced = before
 
 
-def runs_kernels(device: torch.device, op: str = "") -> bool:
-    """Whether the choice in force computes ``op``, or ops that have a proven kernel, with Triton on ``device``."""
+def runs_kernels(device: torch.device) -> bool:
+    """Whether the choice in force computes ops that have a kernel with Triton on ``device``."""
     name = backend()
-    return name == "triton" or (name == "auto" and device.type == "cuda" and triton is not None and op not in UNPROVEN)
+    return name == "triton" or (name == "auto" and device.type == "cuda" and triton is not None)
 
 
 def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> Callable:
@@ -86,7 +84,7 @@ def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
     on a GPU.
     """
     kernel = implementations.get("triton")
-    if not runs_kernels(tensor.device, op) or (kernel is None and backend() == "auto"):
+    if not runs_kernels(tensor.device) or (kernel is None and backend() == "auto"):
         return implementations["reference"]
     if triton is None:
         raise RuntimeError(f"{op}: Triton is not installed; use PGOLF_KERNELS=auto or PGOLF_KERNELS=reference")

@@ -19,16 +19,16 @@ from ._launch import constexpr, launch_parameters, multiprocessors
 from ._polar_express import Coefficients
 
 ALIGN, TASK = constexpr(16), constexpr(32)
-(KIND, MATRIX, NEEDED, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND1, ADDEND2, ALPHA, BETA, GAMMA, BANK, IN_BANK,
- ROW, COLUMN, ROWS, COLUMNS, NORMS) = map(constexpr, range(23))  # fmt: skip
-(UPDATE, MIRROR, DIAGONAL, LAST, TALL, FIRST_ADDEND, SECOND_ADDEND, GRAM, ROW_NORMS, NORMALIZE) = (
-    constexpr(1 << bit) for bit in range(10)
+(KIND, MATRIX, NEEDED, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND, CONSTANT, LINEAR, QUADRATIC, BANK, IN_BANK,
+ ROW, COLUMN, ROWS, COLUMNS, NORMS) = map(constexpr, range(22))  # fmt: skip
+(UPDATE, MIRROR, DIAGONAL, LAST, TALL, POLYNOMIAL, GRAM, ROW_NORMS, NORMALIZE) = (
+    constexpr(1 << bit) for bit in range(9)
 )  # fmt: skip
 
 
 def segments(steps: int) -> list[range]:
-    """The steps of the Gram form between restarts: three, then two at a time."""
-    starts = [0, *range(3, steps, 2), steps]
+    """The steps of the Gram form between restarts: the first, then two at a time."""
+    starts = [0, *range(1, steps, 2), steps]
     return [range(begin, end) for begin, end in zip(starts, starts[1:], strict=False)]
 
 
@@ -39,11 +39,7 @@ class _Product(NamedTuple):
     a: str
     b: str
     c: str
-    first: str = ""
-    second: str = ""
-    alpha: float = 1.0
-    beta: float = 0.0
-    gamma: float = 0.0
+    polynomial: tuple[float, float, float] = (0.0, 0.0, 1.0)  # c = a I + b operand + c operand², its coefficients
 
 
 def _levels(coefficients: Coefficients, gram: bool) -> list[list[_Product]]:
@@ -52,25 +48,21 @@ def _levels(coefficients: Coefficients, gram: bool) -> list[list[_Product]]:
     X, free_X = "X0", "X1"
     steps = range(len(coefficients))
     for segment in segments(len(steps)) if gram else [range(step, step + 1) for step in steps]:
-        R, W, Z, Q, spare = "S0", "S1", "S2", "S3", "S4"
-        q = 1.0
+        R, W, P, Q, spare = "S0", "S1", "S2", "S3", "S4"
         levels.append([_Product(GRAM, X, X, R)])
         for step in segment:
-            a, b, c = coefficients[step]
-            levels.append([_Product(FIRST_ADDEND, R, R, Z, R, "", c, b)])
-            level = [_Product(FIRST_ADDEND, R, Z, W, R, "", 1.0, a)] if step != segment[-1] else []
-            if step == segment[0]:
-                Q, Z, q = Z, Q, a
-                level = [product._replace(b=Q) for product in level]
-            else:
-                level.append(_Product(FIRST_ADDEND | SECOND_ADDEND, Q, Z, spare, Q, Z, 1.0, a, q))
-                Q, spare, q = spare, Q, q * a
+            first, last = step == segment[0], step == segment[-1]
+            polynomial = Q if first else P
+            levels.append([_Product(POLYNOMIAL, R, R, polynomial, coefficients[step])])
+            level = [] if last else [_Product(0, R, polynomial, W)]
+            if not first:
+                level.append(_Product(0, Q, P, spare))
+                Q, spare = spare, Q
             if level:
                 levels.append(level)
-            if step != segment[-1]:
-                polynomial = Q if step == segment[0] else Z
-                levels.append([_Product(FIRST_ADDEND, W, polynomial, R, W, "", 1.0, a)])
-        levels.append([_Product(UPDATE, Q, X, free_X, X, "", 1.0, q)])
+            if not last:
+                levels.append([_Product(0, W, polynomial, R)])
+        levels.append([_Product(UPDATE, Q, X, free_X)])
         X, free_X = free_X, X
     levels[-1] = [levels[-1][0]._replace(kind=UPDATE | LAST)]
     return levels
@@ -157,7 +149,7 @@ class _Bank(NamedTuple):
     def product_tasks(self, product: _Product, whole: bool, parameters: dict[str, int]) -> np.ndarray:
         """Tiles of one product of every matrix, of one triangle if it is symmetric and not wanted ``whole``."""
         (M, N), tile = self.padded, parameters["tile"]
-        update, gram = (bool(product.kind & kind) for kind in (UPDATE, GRAM))
+        update, gram = (bool(int(product.kind) & int(kind)) for kind in (UPDATE, GRAM))
         width = parameters["columns"] if update else tile
         matrix, row, column = _points(range(self.count), range(0, M, tile), range(0, N if update else M, width))
         kind = np.full_like(row, int(product.kind))
@@ -167,16 +159,13 @@ class _Bank(NamedTuple):
             kind = int(product.kind) + np.where(row < column, int(MIRROR), diagonal)
         ld_a, ld_b, ld_c = (N, N, M) if gram else (M, N, N) if update else (M, M, M)
         start = self.start + matrix * self.size
-        a, b, c, first, second = (
-            start + self.buffer(name or "X0")
-            for name in (product.a, product.b, product.c, product.first, product.second)
-        )
+        a, b, c = (start + self.buffer(name) for name in (product.a, product.b, product.c))
         place = row * ld_c + column
         blocks = {
             A: a + row * ld_a, B: b + (column if update else column * ld_b), LD_A: ld_a, LD_B: ld_b, LD_C: ld_c,
-            C: c + place, C_MIRROR: c + column * ld_c + row, ADDEND1: first + place, ADDEND2: second + place,
+            C: c + place, C_MIRROR: c + column * ld_c + row, ADDEND: a + place,
         }  # fmt: skip
-        factors = {ALPHA: product.alpha, BETA: product.beta, GAMMA: product.gamma}
+        factors = dict(zip((CONSTANT, LINEAR, QUADRATIC), product.polynomial, strict=True))
         return self._records(matrix, kind, {
             DEPTH: (N if gram else M) // parameters["depth"], ROW: row, COLUMN: column, ROWS: min(self.shape),
             COLUMNS: max(self.shape),

@@ -152,7 +152,7 @@ def resolve_core(
     if name in ("flash", "sdpa"):
         return name
     fits = _kernels_take(dtype, head_dim, group, half)
-    if fits and (name == "triton" or runs_kernels(torch.device(device), "gated_attention")):
+    if fits and (name == "triton" or runs_kernels(torch.device(device))):
         return "triton"
     return "flash" if flash else "sdpa"
 

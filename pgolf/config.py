@@ -76,7 +76,7 @@ class RunConfig:
     )
     kernels: str = _field(
         "auto",
-        "which code computes the kernel families (PGOLF_KERNELS overrides); auto: Triton on CUDA where proven",
+        "which code computes the kernel families (PGOLF_KERNELS overrides); auto: Triton on CUDA",
         choices=("auto", "reference", "triton"),
     )
     attention_backend: str = _field(

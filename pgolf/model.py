@@ -359,7 +359,7 @@ class GPT(nn.Module):
 
     def runs_kernels(self) -> bool:
         """Whether a layer's kernels are on; without adapters the compiler then has nothing to do."""
-        return runs_kernels(self.qo_bank.device, "gated_attention")
+        return runs_kernels(self.qo_bank.device)
 
     def _regions(self, adapters: Adapters | None) -> Regions:
         plain = self._compiled is None or (adapters is None and self.runs_kernels())

@@ -26,8 +26,6 @@ if INTERPRETED:  # this process runs kernels on CPU tensors, see test_interprete
     _launch.set_backend("triton")
     _launch.chip = lambda device: "default"  # small tiles: the interpreter's time is that of the padding, too
 
-_launch.UNPROVEN = frozenset()  # tests are of all kernels: on a GPU `auto` takes them
-
 torch.set_num_threads(1)  # tensors are small here, and sums keep one order on every machine
 for _variable in ("PGOLF_KERNELS", *(name.upper() for name in (*FIELDS, *ALIASES))):
     os.environ.pop(_variable, None)  # the caller's settings are not the tests'

@@ -29,16 +29,6 @@ def test_auto_takes_kernels_for_cuda_tensors() -> None:
 
 
 @pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter's process insists")
-def test_auto_leaves_what_is_unproven_to_the_reference(monkeypatch) -> None:
-    monkeypatch.setattr(_launch, "UNPROVEN", frozenset({"op"}))
-    assert _launch.select("op", BOTH, CUDA) == "reference" and _launch.select("other", BOTH, CUDA) == "triton"
-    assert not _launch.runs_kernels(torch.device("cuda"), "op") and _launch.runs_kernels(torch.device("cuda"))
-    with _launch.using("triton"):
-        assert _launch.select("op", BOTH, CUDA) == "triton" and _launch.runs_kernels(torch.device("cuda"), "op")
-
-
-@pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
 def test_triton_insists(monkeypatch) -> None:
     monkeypatch.setenv("PGOLF_KERNELS", "triton")
     assert _launch.select("op", BOTH, CUDA) == "triton"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
 
+from pgolf.kernels import _launch
 from pgolf.kernels import varlen_attention as family
 from pgolf.kernels._launch import INTERPRETED
 from pgolf.kernels.varlen_attention import varlen_attention, varlen_attention_reference
@@ -215,13 +216,17 @@ def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> No
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype, shipped", [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("shift, of_values", [(0, 1), (90, 1), (200, 1), (-90, 1), (-200, 1), (60, 1e30), (-60, 1e-30)])
-def test_exponentials_without_their_maximum(monkeypatch, dtype, shift: float, of_values: float) -> None:
+def test_exponentials_without_their_maximum(monkeypatch, dtype, shipped: bool, shift: float, of_values: float) -> None:
     """Scores near ``shift`` to the base 2, beyond what floats have exponents for, and values beyond it with them."""
-    tuned = dict(rows=16, heads=1, keys=16, warps=4, stages=2, maxnreg=255, plain=True)
+    if shipped:
+        tuned = _launch.launch_parameters("varlen_attention", "forward", torch.device(DEVICE)) | dict(plain=True)
+        (q, k, v), _, cu_seqlens, longest = inputs(DEVICE, [140, 1, 300] if DEVICE == "cuda" else [40], 4, 2, 64, dtype)
+    else:
+        tuned = dict(rows=16, heads=1, keys=16, warps=4, stages=2, maxnreg=255, plain=True)
+        (q, k, v), _, cu_seqlens, longest = inputs(DEVICE, [40, 1, 23], 2, 1, 16, dtype)
     monkeypatch.setattr(family, "launch_parameters", lambda *_: tuned)
-    (q, k, v), _, cu_seqlens, longest = inputs(DEVICE, [40, 1, 23], 2, 1, 16, dtype)
     k[..., 0], q[..., 0] = 8, shift * math.log(2) / 8  # q k = shift ln 2 and the rest
     v = v * of_values
     o, lse = family._forward(q, k, v, cu_seqlens, longest, 1.0)
