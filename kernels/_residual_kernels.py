@@ -1,7 +1,7 @@
 """The kernels of `residual` and their launches; formulas and shapes are there.
 
 A program, one warp at d = 512, walks a chunk of consecutive rows with the next ones on their way. Whoever sums
-gradients of parameters keeps the columns' sums in registers, leaves them as one part and `torch.sum` adds the parts.
+gradients of parameters keeps the columns' sums in registers, leaves them as one part; `partial_sums` adds the parts.
 A pointer that is None leaves what belongs to it out of the compiled kernel.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ._launch import jit, launch_parameters, multiprocessors, tl
+from ._partial_sums import partial_sums
 
 Tensor = torch.Tensor
 
@@ -421,7 +422,7 @@ def mix_backward(
         _residual_backward_kernel[grid](
             *inputs, None, *map(_pointer, outputs), partials, *extent, EPS=eps, HALF=False, WIDTH=width, **settings
         )
-    return *outputs, partials.sum(0)
+    return *outputs, partial_sums(partials)
 
 
 def norm_forward(x: Tensor, other: Tensor | None, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -495,7 +496,7 @@ def lanes_backward(
         _lanes_backward_kernel[grid](
             *inputs, *map(_pointer, outputs), partials, *extent, EPS=eps, WIDTH=width, **settings
         )
-    return *outputs, partials.sum(0)
+    return *outputs, partial_sums(partials)
 
 
 def lanes_sums(lane0: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None) -> int:

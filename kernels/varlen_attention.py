@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ._launch import launch_parameters, operator, select
+from ._partial_sums import partial_sums
 from ._varlen_attention_kernels import (
     _attention_kernel,
     _attention_keys_kernel,
@@ -191,7 +192,7 @@ def _backward(
             *rest, unit, PADDING=columns, PADDED=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,
         )  # fmt: skip
         if prologue:
-            torch.sum(partials, 1, out=dgain)
+            partial_sums(partials.t(), dgain)
         do = do if core_do is None else core_do
         if by_keys["KEYS"] != by_queries["QUERIES"]:
             tiles = _plan(cu_seqlens, tokens, by_keys["KEYS"])

@@ -88,9 +88,13 @@ def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
 def test_shipped(name: str) -> None:
     with compiling(90) as compiled:
         launch(name, torch.bfloat16)
-    (kernel,) = compiled
+    kernel, *sums = compiled
     registers, warps = LAUNCHES[name]
     check(kernel, registers=registers, streams=True)
+    assert [of_parts.name for of_parts in sums] in ([], ["_partial_sums_kernel"])
+    for of_parts in sums:
+        check(of_parts, registers=64)
+        assert name.startswith("lanes") or of_parts.count(r"LDG\.E\.128") >= 4  # whose rows are not of whole 16 bytes
     assert warps * 32 * -(-kernel.registers // 8) * 8 <= 65_536
     if not name.startswith("scaled_bank"):  # rows on their way while others are worked on
         assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, "no asynchronous copies of 16 bytes"
@@ -103,8 +107,7 @@ def test_shipped(name: str) -> None:
 def test_other_chips(name: str, capability: int) -> None:
     with compiling(capability) as compiled:
         launch(name, torch.bfloat16)
-    (kernel,) = compiled
-    check(kernel, streams=True)
+    check(compiled[0], streams=True)
 
 
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 512), (torch.bfloat16, 768), (torch.bfloat16, 1024)], ids=str)
@@ -112,5 +115,4 @@ def test_other_chips(name: str, capability: int) -> None:
 def test_other_dtypes_and_widths(name: str, dtype: torch.dtype, width: int) -> None:
     with compiling(90) as compiled:
         launch(name, dtype, width)
-    (kernel,) = compiled
-    check(kernel, streams=True)
+    check(compiled[0], streams=True)

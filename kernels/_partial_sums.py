@@ -1,0 +1,32 @@
+"""The last step of sums over a whole GPU: programs leave their parts, one small kernel adds them in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+
+from ._launch import jit, tl
+
+
+@jit(do_not_specialize=["count"])
+def _partial_sums_kernel(
+    parts, out, count, part_stride, stride, WIDTH: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (columns < WIDTH)[None, :]
+    total = tl.zeros((PARTS, COLUMNS), parts.dtype.element_ty)
+    for first in range(0, count, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        total += tl.load(parts + part * part_stride + columns[None, :] * stride, mask=inside & (part < count), other=0)
+    tl.store(out + columns, tl.sum(total, 0), mask=columns < WIDTH)
+
+
+def partial_sums(parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum over rows of parts [count, width], float32 or float64, one of whose dimensions is contiguous."""
+    count, width = parts.shape
+    out = parts.new_empty(width) if out is None else out
+    rows, columns = (256, 16) if parts.stride(1) == 1 else (1024, 1)
+    with torch.cuda.device_of(parts):  # Triton launches on the current device
+        _partial_sums_kernel[(-(-width // columns),)](
+            parts, out, count, *parts.stride(), WIDTH=width, PARTS=rows, COLUMNS=columns, num_warps=8
+        )
+    return out
