@@ -40,11 +40,11 @@ RUNS = {
     "triton_300": ReferenceRun("record", FOR_300_STEPS | dict(kernels="triton"), ("train",)),
     "reference_300": ReferenceRun("record", FOR_300_STEPS | dict(kernels="reference"), ("train",)),
     "reference_300_again": ReferenceRun("record", FOR_300_STEPS | dict(kernels="reference"), ("train",)),
-    "triton_500": ReferenceRun("record", FOR_500_STEPS | dict(kernels="triton"), ("train",)),
     **{
-        f"reference_500_seed{seed}": ReferenceRun(
-            "record", FOR_500_STEPS | dict(kernels="reference", seed=seed), ("train",)
+        f"{kernels}_500_seed{seed}": ReferenceRun(
+            "record", FOR_500_STEPS | dict(kernels=kernels, seed=seed), ("train",)
         )
+        for kernels in ("triton", "reference")
         for seed in (1337, 42, 7)
     },
     "five_minutes": ReferenceRun(

@@ -18,11 +18,11 @@ polynomials to X at the end, 9 m²n + 11 m³ operations instead of 15 m²n + 5 m
 
     P = a I + b R + c R²;   Q = Q P;   W = R P;   R = W P
 
-It restarts from X = Q X after the first step and every second one after that, which keeps its error in float16 at a
-sixth of that of ``standard`` in bfloat16, or less. The first polynomial takes large singular values down from 8 to 0.2
-times themselves: in R what rounding leaves of the difference couples large and small directions, and makes eigenvalues
-negative, which later steps let grow. Restarting after two or three steps only, updates had singular values up to 1.5
-and 3,000 where gradients have a few large ones, as training makes them.
+It restarts from X = Q X after the first step and every second one after that, which keeps its error in float16 at half
+of that of ``standard`` in bfloat16 at most, at a fifth from 256 rows on. The first polynomial takes large
+singular values down from 8 to 0.2 times themselves: in R what rounding leaves of the difference couples large and small
+directions, and makes eigenvalues negative, which later steps let grow. Restarting first after three steps, updates in
+training had singular values up to 3,000 where momentum has a few large ones; after two, emulated, up to 1.5.
 
 On a GPU all matrices of all banks go through in one launch. It is a list of tasks in topological order: row norms of a
 matrix, normalisation, cast and transposition into a zero-padded workspace, and the tiles of all products. Each program
@@ -524,7 +524,8 @@ def newton_schulz(
         coefficients: one (a, b, c) a step, or a single one for all steps.
         algorithm: ``standard``, ``symmetric`` or ``gram`` (see above); ``auto`` is the fastest that is at least as
             accurate as ``standard`` in bfloat16: on a GPU ``gram`` or, for nearly square matrices, ``symmetric``, both
-            stored in float16; elsewhere ``standard``.
+            stored in float16, or all by ``symmetric`` in bfloat16 where coefficients could overflow float16 (those of
+            the Polar Express cannot); elsewhere ``standard``.
         dtype: of the result, and of the arithmetic except where the algorithm stores in float16; None is bfloat16.
             float32 and float64 are computed by PyTorch everywhere.
         norm_scale: factor on the Frobenius norm before dividing (1.02 in modded-nanogpt, 1 in PR #1874).

@@ -53,7 +53,7 @@ def compile_all(
         varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125, **backward)
     for kernel in kernels:
         check(kernel)
-    kernels = [kernel for kernel in kernels if kernel.name in PRODUCTS]
+    kernels = [kernel for kernel in kernels if kernel.name not in ("_attention_plan_kernel", "_partial_sums_kernel")]
     assert [kernel.name for kernel in kernels] == list(PRODUCTS)
     return kernels
 

@@ -125,6 +125,7 @@ def test_a_few_large_singular_values(device, shape, spread: float, row_normalize
     """As training makes them: Gram forms that restart later have let singular values of updates grow to 3,000."""
     if device.type != "cuda" and shape[0] > 64:
         pytest.skip("takes minutes on a CPU")
+    share = 0.5 if shape == (64, 64) else 0.3  # measured 0.46 and 0.15
     generator = torch.Generator().manual_seed(0)
     G = torch.stack([of_training(*shape, spread, generator) for _ in range(4)]).mT  # normalised rows are columns of X
     G = G.to(device, torch.bfloat16)
@@ -136,7 +137,7 @@ def test_a_few_large_singular_values(device, shape, spread: float, row_normalize
     for run, algorithm in runs:
         update = run(G, algorithm=algorithm, row_normalize=row_normalize)
         for one, plain_one, expected_one in zip(update, plain, expected, strict=True):
-            assert relative_error(one, expected_one) <= 0.5 * relative_error(plain_one, expected_one)
+            assert relative_error(one, expected_one) <= share * relative_error(plain_one, expected_one)
             assert torch.linalg.matrix_norm(one.double(), 2) < 1.16
 
 
