@@ -65,17 +65,19 @@ def _base_2(s, scale):
 
 
 @jit
-def _through_prologue(g, made, inverse, gain, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr):
-    """Gradient of rows x by that of ``made`` = gain R(x inverse), g, and <g, made> / gain; inverse is 1 / rms(x).
+def _through_prologue(
+    g, factor, made, inverse, gain, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """Gradient of rows x by that of ``made`` = gain R(x inverse), factor g, and factor <g, made> / gain.
 
-    Both dimensions of a pair are in one thread, of a product's result and of 8 pairs.
+    inverse is 1 / rms(x). Both dimensions of a pair are in one thread, of a product's result and of 8 pairs.
     """
     made = made.to(tl.float32)
-    along = tl.sum(g * made, 1)
+    along, strength = factor * tl.sum(g * made, 1), factor * inverse
     if gain is not None:
         along /= gain
-        g = gain[:, None] * g
-    g -= (along / D)[:, None] * made
+        strength *= gain
+    g = strength[:, None] * g - (inverse * along / D)[:, None] * made
     if HALF > 0:
         ROWS: tl.constexpr = g.shape[0]
         REST: tl.constexpr = D // (2 * HALF)
@@ -88,7 +90,7 @@ def _through_prologue(g, made, inverse, gain, cos, sin, tokens, inside, period, 
         first, second = tl.split(tl.permute(tl.reshape(g, (ROWS, REST, 2, HALF)), (0, 1, 3, 2)))
         g = tl.join(tl.where(turned, first * c - second * s, first), tl.where(turned, second * c + first * s, second))
         g = tl.reshape(tl.permute(g, (0, 1, 3, 2)), (ROWS, D))
-    return inverse[:, None] * g, along
+    return g, along
 
 
 @jit
@@ -165,7 +167,7 @@ def _attention_kernel(
     if along is not None:
         v += first * v_t + _offsets(v_t, 0, QUERIES, HEADS, D)
         own = tl.load(v, mask=inside[:, None], other=0).to(tl.float32)
-        inverse = 1 / tl.maximum(tl.sqrt(tl.sum(own * own, 1)), 1e-12)
+        inverse = tl.rsqrt(tl.maximum(tl.sum(own * own, 1), 1e-24))
         component = tl.sum(acc * own, 1) * inverse
         tl.store(along + at_rows, component, mask=inside)
         acc -= (component * inverse)[:, None] * own
@@ -212,37 +214,35 @@ def _attention_queries_kernel(
         component = tl.load(along + at_rows, mask=inside, other=0)
     if logits is not None:
         logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
-    own = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    dy, y = do.to(tl.float32), o.to(tl.float32)
+    own = tl.sum(dy * y, 1)
     if core_do is not None:
-        dy, y = do.to(tl.float32), o.to(tl.float32)
         gate = tl.full((QUERIES * HEADS,), 1, tl.float32)
         if logits is not None:
             gate = 2 * tl.sigmoid(logit.to(tl.float32))
             dlogits += (start + queries) * dlogits_t + head + rows // QUERIES
             tl.store(dlogits, ((1 - gate / 2) * own).to(dlogits.dtype.element_ty), mask=inside)
         exact = gate[:, None] * dy
-        back = (1 / tl.maximum(gate, 1e-30))[:, None] * y
         if along is not None:
-            norm = tl.sqrt(tl.sum(value * value, 1))
-            inverse = 1 / tl.maximum(norm, 1e-12)
+            squares = tl.sum(value * value, 1)
+            inverse = tl.rsqrt(tl.maximum(squares, 1e-24))
             component *= inverse
             outward = tl.sum(dy * value, 1) * inverse
             exact -= (gate * outward * inverse)[:, None] * value
-            back += component[:, None] * value
-        do = exact.to(do.dtype)
-        tl.store(core_do + in_heads, do, mask=inside[:, None])
-        # Of do as rounded, as the products are: then the rows of dS sum to zero.
-        own += tl.sum((do.to(tl.float32) - exact) * back, 1)
+        tl.store(core_do + in_heads, exact.to(core_do.dtype.element_ty), mask=inside[:, None])
+        tl.debug_barrier()
+        do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
+        # Delta is of do as rounded, as the products are: then the rows of dS sum to zero. o is y / g + <o, u> u.
+        rounded = do.to(tl.float32)
+        own = tl.sum(rounded * y, 1) / tl.maximum(gate, 1e-30)
         if along is not None:
+            own += component * tl.sum(rounded * value, 1)
             # A direction does not depend on the length, but for where that is clamped.
-            clamped = tl.where(norm > 1e-12, 0, 2 * gate * outward * inverse)
-            given = (inverse * outward)[:, None] * y + (component * clamped)[:, None] * value
-            given += component[:, None] * do.to(tl.float32)
+            clamped = tl.where(squares > 1e-24, 0, 2 * gate * outward * inverse)
+            given = (inverse * outward)[:, None] * y + component[:, None] * (rounded + clamped[:, None] * value)
             given = -tl.sum(tl.reshape(given, (HEADS, QUERIES, D)), 0)
             dv += at_first * dv_t + head // GROUP * dv_h + _offsets(dv_t, 0, QUERIES, 1, D)
             tl.store(dv, given.to(dv.dtype.element_ty), mask=first + tl.arange(0, QUERIES)[:, None] < length)
-        tl.debug_barrier()
-        do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
     made = q
     q += at_first * q_t + head * q_h
     q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
@@ -265,8 +265,9 @@ def _attention_queries_kernel(
         acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
         k += KEYS * k_t
         v += KEYS * v_t
-    acc *= factor
-    if gain is not None:
+    if gain is None:
+        acc *= factor
+    else:
         start, length, first = _tile(tiles, slot)  # anew, as q: registers are short until here
         at_first, inside = start + first, first + rows % QUERIES < length
         made += at_first * q_t + head * q_h
@@ -275,7 +276,7 @@ def _attention_queries_kernel(
         inverse = tl.load(inverse_rms + at_rows, mask=inside, other=0)
         strength = unit * away_from_zero(tl.load(gain + head + rows // QUERIES))
         acc, component = _through_prologue(
-            acc, made, inverse, strength, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF
+            acc, factor, made, inverse, strength, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF
         )
         at = (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
         tl.store(partials + at, unit * tl.sum(tl.reshape(tl.where(inside, component, 0), (HEADS, QUERIES)), 1))
@@ -345,16 +346,19 @@ def _attention_keys_kernel(
             q_rows += QUERIES * q_t
             do_rows += QUERIES * do_t
             of_rows += QUERIES * WIDTH
-    acc_k *= factor
     start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))  # anew, as k: registers are short until here
     at_first, keys = start + first, first + tl.arange(0, KEYS)
     inside = keys[:, None] < length
-    if inverse_rms is not None:
+    if inverse_rms is None:
+        acc_k *= factor
+    else:
         tokens = at_first + tl.arange(0, KEYS)
         inverse = tl.load(inverse_rms + (H + head) * T + tokens, mask=keys < length, other=0)
         made += at_first * k_t + head * k_h
         made = tl.load(made + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
-        acc_k, _ = _through_prologue(acc_k, made, inverse, None, cos, sin, tokens, keys < length, period, D, HALF)
+        acc_k, _ = _through_prologue(
+            acc_k, factor, made, inverse, None, cos, sin, tokens, keys < length, period, D, HALF
+        )
     dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
     tl.store(dk, acc_k.to(dk.dtype.element_ty), mask=inside)
     dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
