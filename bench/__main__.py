@@ -12,6 +12,7 @@ import sys
 from bench import (
     dequant,
     gated_attention,
+    layer_weights,
     linear_cross_entropy,
     muon_update,
     newton_schulz,
@@ -23,8 +24,8 @@ from bench import (
 from bench.harness import main
 
 FAMILIES = (
-    newton_schulz, dequant, smear_gate, residual, varlen_attention, gated_attention, residual_mlp, linear_cross_entropy,
-    muon_update,
+    newton_schulz, dequant, smear_gate, residual, layer_weights, varlen_attention, gated_attention, residual_mlp,
+    linear_cross_entropy, muon_update,
 )  # fmt: skip
 BENCHES = {family.__name__.removeprefix("bench."): family.CASES for family in FAMILIES}
 

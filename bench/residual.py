@@ -4,8 +4,7 @@ At the record model's 98,304 tokens of width 512. `mix_norm` begins a layer, `jo
 ends a parallel layer, `lanes_norm` begins the next one with it, `lanes_final` ends the last one with the final norm,
 which is `norm_of_mean` alone. With `carry` the inputs are handed through and have later readers, whose gradients
 autograd adds for the opponents. `linear` is a product without residual (attention's, 512 inputs), `layer` the stream
-through a whole serial layer with its products onto the residual (512 and 2048 inputs). `bank` scales the MLP's output
-matrices of 11 layers, float32, `half_bank` the latter half of attention's 22.
+through a whole serial layer with its products onto the residual (512 and 2048 inputs).
 """
 
 from __future__ import annotations
@@ -117,39 +116,9 @@ def build(name: str, backward: bool, device: torch.device, quick: bool) -> Case:
     return Case(providers, exact, passes * 2 * tokens * WIDTH, (1 + 2 * backward) * products)
 
 
-BANKS = {"bank": (11, WIDTH, HIDDEN), "half_bank": (22, WIDTH, WIDTH)}
-
-
-def build_bank(name: str, backward: bool, device: torch.device, quick: bool) -> Case:
-    """`scaled_bank` of the last 11 matrices."""
-    size, rows, columns = BANKS[name]
-    columns //= 16 if quick or device.type != "cuda" else 1
-    bank, scale = torch.randn(size, rows, columns, device=device), torch.randn(11, rows, device=device)
-    douts = [torch.randn(count, rows, columns, device=device) + bank[:count] for count in (size - 11, 11)]
-
-    def provider(op: Callable, masters: torch.dtype, dtype: torch.dtype) -> Function:
-        leaves = [leaf.detach().to(masters).requires_grad_(backward) for leaf in (bank, scale)]
-        given = [dout.bfloat16().to(dtype) for dout in douts]
-        function = partial(op, dtype=dtype)
-        if backward:
-            return partial(with_backward, function, leaves, given)
-        return partial(torch.no_grad()(function), *leaves)
-
-    def ours(op: Callable) -> Function:
-        return provider(op, torch.float32, torch.bfloat16)
-
-    providers = {
-        "eager": lambda: ours(residual.scaled_bank_reference),
-        "compile": lambda: ours(compiled(residual.scaled_bank_reference, device)),
-        "pgolf": lambda: ours(residual.scaled_bank),
-    }
-    exact = provider(residual.scaled_bank_reference, torch.float64, torch.float64)
-    return Case(providers, lambda: as_tensors(exact()), (16 if backward else 6) * bank.numel())
-
-
 CASES: dict[str, Builder] = {
-    f"{name}_forward{'_backward' * backward}": partial(build_bank if name in BANKS else build, name, backward)
-    for name in (*OPS, *BANKS)
+    f"{name}_forward{'_backward' * backward}": partial(build, name, backward)
+    for name in OPS
     for backward in (False, True)
 }
 _CHOICES = dict(
@@ -165,13 +134,7 @@ _ENTRIES = {
     "lanes_norm_backward": "lanes_norm_carry_forward_backward", "lanes_mean_forward": "lanes_final_forward",
     "lanes_mean_backward": "lanes_final_forward_backward",
 }  # fmt: skip
-TUNING = {
-    **{entry: Tuning(CASES[case], _CHOICES) for entry, case in _ENTRIES.items()},
-    "scaled_bank": Tuning(CASES["bank_forward"], dict(block=(32, 64, 128), warps=(2, 4, 8))),
-    "scaled_bank_backward": Tuning(
-        CASES["bank_forward_backward"], dict(block=(512, 1024, 2048), columns_per_warp=(128, 256, 512))
-    ),
-}
+TUNING = {entry: Tuning(CASES[case], _CHOICES) for entry, case in _ENTRIES.items()}
 
 if __name__ == "__main__":
     sys.exit(main({"residual": CASES}, __doc__.splitlines()[0]))

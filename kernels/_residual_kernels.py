@@ -311,37 +311,6 @@ def _lanes_backward_kernel(
     tl.store(partials + 5, tl.sum(m1_sum))
 
 
-@jit
-def _scaled_bank_kernel(bank, scale, out, height, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """out = (scale[:, None] bank)ᵀ of each matrix [height, width]; a program a tile."""
-    across = tl.cdiv(width, BLOCK)
-    tiles = across * tl.cdiv(height, BLOCK)
-    matrix, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    rows = tile // across * BLOCK + tl.arange(0, BLOCK)
-    columns = tile % across * BLOCK + tl.arange(0, BLOCK)
-    start = matrix * height * width
-    offsets = start + rows.to(tl.int64)[:, None] * width + columns[None, :]
-    value = _load(bank, offsets, (rows < height)[:, None] & (columns < width)[None, :], ACC)
-    value *= _load(scale, matrix * height + rows, rows < height, ACC)[:, None]
-    offsets = start + columns.to(tl.int64)[:, None] * height + rows[None, :]
-    _store(out, offsets, (columns < width)[:, None] & (rows < height)[None, :], value.T)
-
-
-@jit
-def _scaled_bank_backward_kernel(dout, bank, scale, dbank, dscale, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """dbank = scale dout, dscale = Σ bank dout; a program a row."""
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(scale + row).to(ACC)
-    total = tl.zeros((BLOCK,), ACC)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        gradient = _load(dout, row * width + columns, inside, ACC)
-        total += gradient * _load(bank, row * width + columns, inside, ACC)
-        _store(dbank, row * width + columns, inside, factor * gradient)
-    tl.store(dscale + row, tl.sum(total).to(dscale.dtype.element_ty))
-
-
 def accumulator(tensor: Tensor) -> torch.dtype:
     """The dtype kernels compute in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -502,34 +471,3 @@ def lanes_backward(
 def lanes_sums(lane0: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None) -> int:
     """Length of `lanes_backward`'s sums."""
     return mix_sums(lane0, mix, skip, gate) + 6
-
-
-def scaled_bank(bank: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The first matrices of the bank [n, d, k], and the last times scale [m, d], whose transposes are contiguous."""
-    first, (count, height) = bank.size(0) - scale.size(0), scale.shape
-    out = bank.new_empty(count, bank.size(2), height, dtype=dtype)
-    if out.numel():
-        tuned = launch_parameters("residual", "scaled_bank", bank.device)
-        block = tuned["block"]
-        with torch.cuda.device_of(bank):
-            _scaled_bank_kernel[(count * -(-height // block) * -(-bank.size(2) // block),)](
-                *_contiguous(bank[first:], scale), out, height, bank.size(2), BLOCK=block, num_warps=tuned["warps"],
-                **_accumulates(bank),
-            )  # fmt: skip
-    return bank[:first].to(dtype, copy=True), out.mT
-
-
-def scaled_bank_backward(dplain: Tensor, dout: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of bank and scale."""
-    first, width = bank.size(0) - scale.size(0), bank.size(2)
-    dbank, dscale = bank.new_empty(bank.shape), scale.new_empty(scale.shape) if width else torch.zeros_like(scale)
-    dbank[:first].copy_(dplain)
-    if dout.numel():
-        tuned = launch_parameters("residual", "scaled_bank_backward", bank.device)
-        block = min(tuned["block"], 1 << (width - 1).bit_length())
-        with torch.cuda.device_of(bank):
-            _scaled_bank_backward_kernel[(scale.numel(),)](
-                *_contiguous(dout, bank[first:], scale), dbank[first:], dscale, width, BLOCK=block,
-                num_warps=max(1, block // tuned["columns_per_warp"]), **_accumulates(bank),
-            )  # fmt: skip
-    return dbank, dscale

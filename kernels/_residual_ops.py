@@ -95,11 +95,6 @@ _linear_backward_op = operator(
         t.new_empty(t.shape if need else 0) for t, need in zip((x, weight), needs, strict=True)
     ),
 )
-_bank_backward_op = operator(
-    "scaled_bank_backward(Tensor dplain, Tensor dscaled, Tensor bank, Tensor scale) -> (Tensor, Tensor)",
-    kernels.scaled_bank_backward,
-    lambda dplain, dscaled, bank, scale: (bank.new_empty(bank.shape), scale.new_empty(scale.shape)),
-)
 
 
 def _given(gradient: Tensor | None) -> Tensor | None:
@@ -193,15 +188,6 @@ def _linear_gradients(ctx, dv, dn, drstd):
     return dv if ctx.has_residual else None, *(g if need else None for g, need in gradients), None, None, None
 
 
-def _save_bank(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-@once_differentiable
-def _bank_gradients(ctx, dplain, dscaled):
-    return *_bank_backward_op(dplain, dscaled, *ctx.saved_tensors), None
-
-
 def _carrying(
     schema: str, implementation: Callable, fake: Callable, setup_context: Callable, backward: Callable, carried: int
 ) -> Callable:
@@ -280,15 +266,3 @@ _linear_inplace = overwriting(_linear, _save_linear, _linear_gradients)
 def linear(*args: Any, inplace: bool = False) -> tuple[Tensor, ...]:
     """The operator of both products; ``inplace`` writes onto the residual where it can."""
     return (_linear_inplace if inplace and may_overwrite(args) else _linear_op)(*args)
-
-
-bank_op = operator(
-    "scaled_bank(Tensor bank, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
-    kernels.scaled_bank,
-    lambda bank, scale, dtype: (
-        bank.new_empty(bank.size(0) - scale.size(0), *bank.shape[1:], dtype=dtype),
-        bank.new_empty(scale.size(0), bank.size(2), bank.size(1), dtype=dtype).mT,
-    ),
-    setup_context=_save_bank,
-    backward=_bank_gradients,
-)

@@ -3,7 +3,6 @@
     residual_mix_norm     u = mix[0] x + mix[1] x0,  n = scale rms(u);  with a skip, x is first joined with it
     residual_linear       v = residual + x Wᵀ
     residual_linear_norm  the same, and n = scale rms(v)
-    scaled_bank           the matrices W of all layers, rounded; the last ones' rows times a scale
     join_skip             lerp(weight skip, x, σ(gate)); without a gate x + weight skip
     mix_lanes             lane_j' = resid[j] lane_j + post[0, j] attention + post[1, j] mlp
     mix_lanes_norm        the same and, of the next layer, lane 0 joined with its skip and both lanes' norms
@@ -16,7 +15,7 @@ float16, float32 or float64), parameters of any of these; scale is one element o
 Each op but the products is one pass over what it reads and writes, forward and backward. Products are cuBLAS's, onto
 the residual; torch copies that first unless it may overwrite it (``inplace``), two passes more; that is why the norms
 keep n and 1 / sqrt(mean(v²) + eps) for backward, and not v. A scale of a product's outputs is one of its weight's rows:
-`scaled_bank` multiplies it into the weights of all layers at once.
+`layer_weights` multiplies it into the weights of all layers at once.
 
 An op that feeds one tensor to two readers makes autograd add their gradients, three passes. So ops hand their inputs
 through (`Mixed.x`, `Mixed.x0`, ``carry``): who reads the tensor later takes it from there, and the gradient that comes
@@ -131,12 +130,6 @@ def residual_linear_norm_reference(
     return v, _rms_norm(v, scale, eps)
 
 
-def scaled_bank_reference(bank: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch; the contract of `scaled_bank`, whose arguments it shares."""
-    plain, rest = bank.tensor_split([bank.size(0) - scale.size(0)])
-    return plain.to(dtype), (scale[:, :, None] * rest).to(dtype)
-
-
 def _mix_norm_triton(x, x0, mix, scale, eps, *, skip, weight, gate, keep_u, keep_x) -> Mixed:
     keep_joined = skip is not None and keep_x
     joined, u, n, x, x0 = ops.mix_op(x, x0, mix, skip, weight, gate, scale, eps, keep_joined, keep_u, True)
@@ -181,7 +174,6 @@ _LINEAR_NORM = {
     "reference": residual_linear_norm_reference,
     "triton": lambda *args, inplace: ops.linear(*args, True, inplace=inplace)[:2],
 }
-_BANK = {"reference": scaled_bank_reference, "triton": ops.bank_op}
 
 
 def _same(argument: str, tensor: Tensor, name: str, x: Tensor) -> None:
@@ -333,19 +325,3 @@ def residual_linear_norm(
     """v = residual + x weightᵀ and n = scale rms(v); arguments and errors as `residual_linear`."""
     _check_linear(residual, x, weight, scale)
     return select("residual_linear_norm", _LINEAR_NORM, x)(residual, x, weight, scale, eps, inplace=inplace)
-
-
-def scaled_bank(bank: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """bank[: n - m] and scale[:, :, None] * bank[n - m :], both rounded once to ``dtype``.
-
-    bank is [n, d, k], scale [m, d] with m <= n; differentiable once in both. Of the scaled matrices the kernel's
-    transposes are contiguous, which the products onto the residual take as well, and `residual_mlp`'s gradient takes
-    without a copy. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
-    """
-    if bank.ndim != 3 or scale.ndim != 2 or scale.size(0) > bank.size(0):
-        shapes = f"{tuple(bank.shape)}, {tuple(scale.shape)}"
-        raise ValueError(f"bank must be [n, d, k] and scale [m, d] with m <= n, got {shapes}")
-    _check({"bank": bank}, {"scale": (scale, (scale.size(0), bank.size(1)))})
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
-    return select("scaled_bank", _BANK, bank)(bank, scale, dtype)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pgolf.config import ConfigError, RunConfig
 from pgolf.kernels._launch import runs_kernels, using
 from pgolf.kernels.gated_attention import gated_attention, resolve_core
+from pgolf.kernels.layer_weights import layer_weights
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.kernels.residual import (
     Lanes,
@@ -29,7 +30,6 @@ from pgolf.kernels.residual import (
     residual_linear,
     residual_linear_norm,
     residual_mix_norm,
-    scaled_bank,
     scaled_rms_norm,
 )
 from pgolf.kernels.residual_mlp import residual_mlp
@@ -384,24 +384,19 @@ class GPT(nn.Module):
             order = order[: c.loop_start] + loop * (c.num_loops + 1) + order[c.loop_end + 1 :]
         return order[: len(order) // 2], order[len(order) // 2 :]
 
-    def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
-        n, d, blocks = self.config.num_layers, self.config.model_dim, self.blocks
-        attn_scales = torch.stack([block.attn_scale for block in blocks])
-        mlp_scales = torch.stack([block.mlp_scale for block in blocks])
-        q, out = scaled_bank(self.qo_bank, attn_scales, dtype)
-        _, down = scaled_bank(self.mlp_down_bank, mlp_scales, dtype)
-        inputs = [q, *self.kv_bank.to(dtype).split(n)]
+    def _layers(self, order: list[int], dtype: torch.dtype) -> list[LayerWeights]:
+        """The weights of each pass through a layer."""
+        blocks, gates = self.blocks, None
+        scales = torch.stack([*(block.attn_scale for block in blocks), *(block.mlp_scale for block in blocks)])
         if self.config.gate_attn_out:
-            gates = torch.stack([block.attn.attn_gate_proj.weight for block in blocks]).to(dtype)
-            rows = sum(part.size(1) for part in inputs) + gates.size(1)
-            inputs.append(F.pad(gates, (0, d - gates.size(2), 0, -rows % 16)))
-        banks = torch.cat(inputs, dim=1), out, self.mlp_up_bank.to(dtype), down
-        matrices = zip(*(bank.unbind() for bank in banks), strict=True)
-        vectors = ((block.attn.q_gain, block.attn_scale, block.mlp_scale, block.resid_mix) for block in blocks)
-        return [
-            LayerWeights(*matrix, *group, self.ln_scales[i])
-            for i, (matrix, group) in enumerate(zip(matrices, vectors, strict=True))
+            gates = torch.stack([block.attn.attn_gate_proj.weight for block in blocks])
+        banks = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
+        vectors = [
+            (block.attn.q_gain, block.attn_scale, block.mlp_scale, block.resid_mix, ln_scale)
+            for block, ln_scale in zip(blocks, self.ln_scales, strict=True)
         ]
+        matrices = layer_weights(*banks, scales, gates, dtype, order)
+        return [LayerWeights(*each, *vectors[i]) for each, i in zip(matrices, order, strict=True)]
 
     def _heads(self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, dtype: torch.dtype) -> Heads:
         c = self.config
@@ -452,15 +447,16 @@ class GPT(nn.Module):
             observe: called with (group of tensors, activation) at the input of every quantised product.
         """
         c, dtype = self.config, self.compute_dtype
-        layers, heads = self._layers(dtype), self._heads(input_ids, cu_seqlens, max_seqlen, dtype)
         regions = PLAIN if observe is not None else self._regions(adapters)  # a Python callback cannot be compiled
         encoder, decoder = self.execution_lists()
+        heads = self._heads(input_ids, cu_seqlens, max_seqlen, dtype)
+        layers = self._layers(encoder + decoder, dtype)
         scale = 1.0 if adapters is None else adapters.scale
 
         def layer_arguments(virtual: int, i: int) -> tuple:
             tap = None if observe is None else lambda name, x: observe(f"blocks.{i}.{name}", x)
             lora = None if adapters is None else adapters.layers[virtual]
-            return heads, i >= c.num_layers - c.xsa_last_n, lora, scale, tap
+            return layers[virtual], heads, i >= c.num_layers - c.xsa_last_n, lora, scale, tap
 
         def any_shape(x: Any) -> Any:
             # Rows and lengths change all the time in test-time training: one compilation for all.
@@ -475,17 +471,16 @@ class GPT(nn.Module):
         x0 = any_shape(self._prologue(input_ids, dtype))
         x, lanes, skips, outputs = any_shape(another(x0)), None, [], ()
         for virtual, i in enumerate(encoder):
-            output, x, x0 = regions.serial(x, x0, None, layers[i], *layer_arguments(virtual, i))
+            output, x, x0 = regions.serial(x, x0, None, *layer_arguments(virtual, i))
             skips += [x] if virtual else []
             x = any_shape(output)
         skips.append(x)
+        skip_weights = self.skip_weights.unbind()
+        skip_gates = self.skip_gates.unbind() if c.skip_gates_enabled else [None] * len(skip_weights)
         for position, i in enumerate(decoder):
-            skip = None
-            if position < self.skip_weights.size(0) and skips:
-                gate = self.skip_gates[position] if c.skip_gates_enabled else None
-                skip = skips.pop()
-                skip = Skip(any_shape(another(skip)), self.skip_weights[position], gate)
-            arguments = layers[i], *layer_arguments(len(encoder) + position, i)
+            skip, arguments = None, layer_arguments(len(encoder) + position, i)
+            if position < len(skip_weights) and skips:
+                skip = Skip(any_shape(another(skips.pop())), skip_weights[position], skip_gates[position])
             if lanes is None and i < c.parallel_start_layer:
                 if skip is not None and regions is not PLAIN:  # one compiled block serves with and without a skip
                     x, skip = any_shape(regions.join(x, *skip)), None
@@ -493,9 +488,9 @@ class GPT(nn.Module):
                 x = any_shape(x)
                 continue
             if lanes is None:
-                lanes = regions.enter(x, x0, skip, layers[i])
+                lanes = regions.enter(x, x0, skip, arguments[0])
             else:
-                lanes = regions.mix(lanes, *outputs, skip, layers[i])
+                lanes = regions.mix(lanes, *outputs, skip, arguments[0])
             lanes = any_shape(lanes)
             outputs = any_shape(regions.parallel(lanes.n0, lanes.n1, *arguments))
             outputs += (self.parallel_post_lambdas[i], self.parallel_resid_lambdas[i])

@@ -40,8 +40,6 @@ LAUNCHES = {
     "lanes_norm_join_backward": (232, 8),
     "lanes_mean_forward": (64, 24),
     "lanes_mean_backward": (128, 16),
-    "scaled_bank": (64, 24),
-    "scaled_bank_backward": (64, 28),
 }
 
 
@@ -55,14 +53,13 @@ SUMS = ["_partial_sums_kernel"]
 
 def has_sums(name: str) -> bool:
     """Whether a launch leaves parts of parameters' gradients, which a second kernel adds."""
-    return "backward" in name and not name.startswith(("norm", "scaled_bank"))
+    return "backward" in name and not name.startswith("norm")
 
 
 def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
     x, vector, scale = torch.empty(1, TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype), torch.ones(())
     mix, join, rstd = torch.empty(2, width, dtype=dtype), (x, vector, vector), torch.empty(1, TOKENS)
     none, lanes = (None,) * 3, (x, x, x, x, torch.empty(2, 2), torch.empty(2))
-    bank, factors, dbank = torch.empty(11, 512, 2048), torch.empty(11, 512), torch.empty(11, 512, 2048, dtype=dtype)
     {
         "mix_forward": lambda: kernels.mix_forward(x, x, mix, *none, scale, EPS, False, True, True),
         "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True),
@@ -87,8 +84,6 @@ def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
         "lanes_norm_join_backward": lambda: kernels.lanes_backward(*[x] * 6, *lanes, mix, *join, scale, EPS),
         "lanes_mean_forward": lambda: kernels.lanes_forward(None, *lanes, None, *none, None, EPS, True),
         "lanes_mean_backward": lambda: kernels.lanes_backward(*none, x, None, None, *lanes, None, *none, None, EPS),
-        "scaled_bank": lambda: kernels.scaled_bank(bank, factors, dtype),
-        "scaled_bank_backward": lambda: kernels.scaled_bank_backward(dbank[:0], dbank, bank, factors),
     }[name]()
 
 
@@ -104,10 +99,9 @@ def test_shipped(name: str) -> None:
         check(of_parts, registers=64)
         assert name.startswith("lanes") or of_parts.count(r"LDG\.E\.128") >= 4  # whose rows are not of whole 16 bytes
     assert warps * 32 * -(-kernel.registers // 8) * 8 <= 65_536
-    if not name.startswith("scaled_bank"):  # rows on their way while others are worked on
-        assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, "no asynchronous copies of 16 bytes"
-        in_a_program = 2 if name.startswith(("join_mix_backward", "lanes_norm")) and "backward" in name else 1
-        assert warps // in_a_program * (kernel.shared_bytes + 1024) <= 233_472
+    assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, "no asynchronous copies of 16 bytes"  # of rows to come
+    in_a_program = 2 if name.startswith(("join_mix_backward", "lanes_norm")) and "backward" in name else 1
+    assert warps // in_a_program * (kernel.shared_bytes + 1024) <= 233_472
 
 
 @pytest.mark.parametrize("capability", [80, 100])

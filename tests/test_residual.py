@@ -20,7 +20,6 @@ from pgolf.kernels.residual import (
     residual_linear,
     residual_linear_norm,
     residual_mix_norm,
-    scaled_bank,
     scaled_rms_norm,
 )
 
@@ -282,52 +281,6 @@ def test_no_rows_and_one(case: str, shape) -> None:
         assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
 
 
-def bank_and_scale(n: int, m: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in ((n, d, k), (m, d))]
-
-
-def bank_results(op: Callable, leaves: list[torch.Tensor], dtype: torch.dtype, douts) -> list[torch.Tensor]:
-    outputs = op(*leaves, dtype)
-    gradients = torch.autograd.grad(outputs, leaves, [dout.to(dtype) for dout in douts])
-    return [*(out.detach() for out in outputs), *gradients]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("n, m, d, k", [(2, 1, 64, 32), (3, 3, 70, 5), (1, 0, 4, 4), (2, 2, 1, 300), (2, 1, 3, 0)])
-def test_scaled_bank(n: int, m: int, d: int, k: int, dtype: torch.dtype) -> None:
-    """One rounding: forward bit for bit what float64 rounds to, and so the gradient of the bank."""
-    masters = torch.float64 if dtype == torch.float64 else torch.float32
-    bank, scale = leaves = bank_and_scale(n, m, d, k, masters)
-    douts = [torch.randn(size, d, k, device=DEVICE).to(dtype) for size in (n - m, m)]
-    plain, scaled, dbank, dscale = bank_results(scaled_bank, leaves, dtype, douts)
-    factors = torch.cat([scale.new_ones(n - m, d), scale]).double()[:, :, None]
-    gradient = torch.cat(douts).double()
-    assert (plain.dtype, scaled.dtype, dbank.dtype, dscale.dtype) == (dtype, dtype, masters, masters)
-    product = (factors * bank.double()).to(masters)  # no kernel has more digits
-    assert torch.equal(torch.cat([plain, scaled]), product.to(dtype))
-    assert torch.equal(dbank, (factors * gradient).to(masters))
-    exact = (gradient * bank.double()).sum(-1)[n - m :]
-    assert torch.allclose(dscale.double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
-
-
-@needs_kernels
-def test_scaled_bank_is_what_the_products_take() -> None:
-    """Transposes are contiguous, whatever the inputs are; one gradient alone is enough; a compiler sees the same."""
-    leaves = bank_and_scale(4, 2, 24, 40)
-    strided = [torch.stack([leaf, leaf], -1)[..., 0].detach().requires_grad_() for leaf in leaves]
-    for op in (scaled_bank, compiled_for(lambda v: scaled_bank(*v, torch.bfloat16))):
-        arguments = (strided,) if op is not scaled_bank else (*strided, torch.bfloat16)
-        plain, scaled = op(*arguments)
-        assert plain.is_contiguous() and scaled.mT.is_contiguous()
-        for name, out in (("plain", plain), ("scaled", scaled)):
-            dout = torch.randn_like(out)
-            got = torch.autograd.grad(out, strided, dout, retain_graph=True)
-            reference = family.scaled_bank_reference(*leaves, torch.bfloat16)[name == "scaled"]
-            expected = torch.autograd.grad(reference, leaves, dout, allow_unused=True)
-            for leaf, a, b in zip(leaves, got, expected, strict=True):
-                assert torch.allclose(a, torch.zeros_like(leaf) if b is None else b, atol=0.05, rtol=0.02), name
-
-
 @needs_kernels
 def test_the_first_layer_reads_one_tensor_twice() -> None:
     x, _, mix = leaves_of("mix_norm")
@@ -416,11 +369,8 @@ def test_operators_are_registered_as_they_behave() -> None:
     residual, h, w = (leaf.float().requires_grad_() for leaf in leaves_of("linear"))
     for norm in (True, False):
         library.opcheck(ops.residual_linear.default, (residual, h, w, scale, 1e-6, norm))
-    bank, factors = bank_and_scale(3, 2, 12, 20)
-    for count in (2, 3):
-        library.opcheck(ops.scaled_bank.default, (bank[-count:], factors, torch.bfloat16))
-    x, x0, mix, skip, weight, gate, residual, h, w, bank, factors, *lanes = (
-        leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, bank, factors, *lanes)
+    x, x0, mix, skip, weight, gate, residual, h, w, *lanes = (
+        leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, *lanes)
     )
     library.opcheck(
         ops.residual_mix_backward.default, (x, x, x, x, x, x0, mix, skip, weight, gate, scale, 1e-6, False, False)
@@ -429,7 +379,6 @@ def test_operators_are_registered_as_they_behave() -> None:
     library.opcheck(ops.residual_lanes_backward.default, (*(x,) * 5, x0, *lanes, mix, skip, weight, gate, scale, 1e-6))
     for needs in ((True, True), (True, False), (False, True)):
         library.opcheck(ops.residual_linear_backward.default, (residual, h, w, *needs))
-    library.opcheck(ops.scaled_bank_backward.default, (bank[:1].bfloat16(), bank[1:].bfloat16(), bank, factors))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -500,19 +449,3 @@ def test_errors_name_the_argument() -> None:
         residual_linear(h, h, w)
     with pytest.raises(TypeError, match="residual must have x's dtype"):
         residual_linear(residual.float(), h, w)
-    bank, factors = torch.ones(3, 4, 5), torch.ones(2, 4)
-    for wrong, got in (
-        ((bank[0], factors), r"\(4, 5\), \(2, 4\)"),
-        ((bank, factors[0]), r"\(3, 4, 5\), \(4,\)"),
-        ((bank[:1], factors), r"\(1, 4, 5\), \(2, 4\)"),
-    ):
-        with pytest.raises(ValueError, match=r"bank must be \[n, d, k\] and scale \[m, d\] with m <= n, got " + got):
-            scaled_bank(*wrong, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"scale must have shape \(2, 4\), got \(2, 3\)"):
-        scaled_bank(bank, factors[:, 1:], torch.bfloat16)
-    with pytest.raises(ValueError, match="scale must be on bank's device cpu, got meta"):
-        scaled_bank(bank, factors.to("meta"), torch.bfloat16)
-    with pytest.raises(TypeError, match="bank must be bfloat16, float16, float32 or float64, got torch.int64"):
-        scaled_bank(bank.long(), factors, torch.bfloat16)
-    with pytest.raises(TypeError, match="dtype must be bfloat16, float16, float32 or float64, got torch.int8"):
-        scaled_bank(bank, factors, torch.int8)
