@@ -6,34 +6,38 @@ from ._launch import jit, tl
 
 
 @jit(do_not_specialize=["S"])
-def _attention_plan_kernel(cu_seqlens, tiles, S, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Tile ``program`` of those that segments own, to its place: segments by length, then their empty tiles.
+def _attention_tiles_kernel(cu_seqlens, tiles, S, SIZES: tl.constexpr, CHUNK: tl.constexpr):
+    """Tile ``slot`` of those of one size that segments own, to its place: segments by length, then their empty tiles.
 
     A tile is its segment's first token, the segment's length and the tile's first token in it.
     """
-    slot = tl.program_id(0)
+    slot, which = tl.program_id(0), tl.program_id(1)
+    size = SIZES[0]
+    for i in tl.static_range(1, len(SIZES)):
+        size = tl.where(which == i, SIZES[i], size)
+    tiles += which * tl.num_programs(0) * 4
     low, high = slot * 0, slot * 0 + S
     while high - low > CHUNK:
         middle = (low + high) // 2
-        owned = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
+        owned = tl.load(cu_seqlens + middle) // size + middle <= slot
         low, high = tl.where(owned, middle, low), tl.where(owned, high, middle)
     s = low + tl.arange(0, CHUNK)
-    owned = (tl.load(cu_seqlens + s, mask=s < high, other=0) // BLOCK + s <= slot) & (s < high)
+    owned = (tl.load(cu_seqlens + s, mask=s < high, other=0) // size + s <= slot) & (s < high)
     segment = low + tl.sum(owned.to(tl.int32)) - 1
     start = tl.load(cu_seqlens + segment)
     length = tl.load(cu_seqlens + segment + 1) - start
-    block = slot - start // BLOCK - segment
+    block = slot - start // size - segment
     used, before = slot * 0, slot * 0
     for at in range(0, S, CHUNK):
         s = at + tl.arange(0, CHUNK)
         starts = tl.load(cu_seqlens + s, mask=s < S, other=0)
         lengths = tl.load(cu_seqlens + s + 1, mask=s < S, other=0) - starts
-        blocks = (lengths + BLOCK - 1) // BLOCK
+        blocks = (lengths + size - 1) // size
         used += tl.sum(blocks)
         before += tl.sum(tl.where((lengths > length) | ((lengths == length) & (starts < start)), blocks, 0))
     column = tl.arange(0, 4)
-    tile = tl.where(column == 0, start, tl.where(column == 1, length, block * BLOCK))
-    tl.store(tiles + (before + block) * 4 + column, tile, mask=(block * BLOCK < length) & (column >= 0))
+    tile = tl.where(column == 0, start, tl.where(column == 1, length, block * size))
+    tl.store(tiles + (before + block) * 4 + column, tile, mask=(block * size < length) & (column >= 0))
     tl.store(tiles + slot * 4 + column, column * 0, mask=(slot >= used) & (column >= 0))
 
 

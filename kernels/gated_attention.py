@@ -39,7 +39,7 @@ from torch.nn.attention.varlen import varlen_attn
 from . import _gated_attention_kernels as kernels
 from . import varlen_attention
 from ._launch import RMS_EPS, operator, runs_kernels, select
-from .varlen_attention import Prologue, turns_in_registers
+from .varlen_attention import GROUPS, Prologue, attention_tiles, tiles_shape, turns_in_registers
 
 Tensor = torch.Tensor
 CORES = "triton", "flash", "sdpa"  # the kernels; PyTorch's FlashAttention; plain PyTorch, segment by segment
@@ -108,6 +108,7 @@ def gated_attention_reference(
     n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, max_seqlen: int,
     num_heads: int, num_kv_heads: int, *, exclude_own_value: bool, gated: bool, head_dim: int | None = None,
     gate_width: int | None = None, update: Tensor | None = None, eps: float = RMS_EPS, core: str = "auto",
+    tiles: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch; the contract of `gated_attention`, whose arguments it shares; ``sdpa`` keeps it from flash."""
     H, K = num_heads, num_kv_heads
@@ -132,7 +133,7 @@ def _flash_takes(device: torch.device | str, dtype: torch.dtype, head_dim: int) 
 
 
 def _kernels_take(dtype: torch.dtype, head_dim: int, group: int, half: int) -> bool:
-    fits = head_dim in (16, 32, 64, 128) and group in (1, 2, 4, 8, 16) and turns_in_registers(half, head_dim)
+    fits = head_dim in (16, 32, 64, 128) and group in GROUPS and turns_in_registers(half, head_dim)
     return fits and dtype in (torch.bfloat16, torch.float32)
 
 
@@ -157,14 +158,6 @@ def resolve_core(
     return "flash" if flash else "sdpa"
 
 
-def _segments_of(n: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Tensor, int]:
-    """Boundaries of segments, the rows of n [B, T, d] where there are none, and the longest one's length."""
-    rows, tokens, _ = n.shape
-    if cu_seqlens is not None:
-        return cu_seqlens, max_seqlen
-    return torch.arange(rows + 1, dtype=torch.int32, device=n.device) * tokens, tokens
-
-
 def _columns(x: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
     """Views of x [T, N]: H, K and K heads [T, heads, D], H columns of logits."""
     q, k, v, rest = x.split([H * D, K * D, K * D, x.size(1) - (H + 2 * K) * D], dim=1)
@@ -172,15 +165,15 @@ def _columns(x: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
 
 
 def _gated_attention_triton(
-    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None,
-    update: Tensor | None, max_seqlen: int, num_heads: int, num_kv_heads: int, head_dim: int,
-    exclude_own_value: bool, gated: bool, gate_width: int | None, eps: float,
+    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, tiles: Tensor, update: Tensor | None,
+    num_heads: int, num_kv_heads: int, head_dim: int, exclude_own_value: bool, gated: bool, gate_width: int | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and what the backward needs besides: projected, 1 / rms [H + K, B T], <o, u> and lse [H, B T]."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
     rows, tokens, d = n.shape
     if not rows * tokens:
-        return _fake(n, weight, cos, sin, q_gain, cu_seqlens, update, max_seqlen, *sizes, exclude_own_value)
+        return _fake(n, weight, cos, sin, q_gain, tiles, update, *sizes, exclude_own_value)
     update = None if update is None else update.reshape(rows * tokens, -1)
     projected, inverse_rms = kernels.project(
         n.reshape(-1, d), weight, cos, sin, q_gain, *sizes, eps, D**-0.5 * math.log2(math.e), gate_width, gated, update
@@ -188,16 +181,16 @@ def _gated_attention_triton(
     q, k, v, logits = _columns(projected, *sizes)
     along = inverse_rms.new_empty(H * exclude_own_value, rows * tokens)
     y, lse = varlen_attention._forward(
-        q, k, v, *_segments_of(n, cu_seqlens, max_seqlen), D**-0.5, along=along if exclude_own_value else None,
-        logits=logits if gated else None, base_2=True,
+        q, k, v, tiles, D**-0.5, along=along if exclude_own_value else None, logits=logits if gated else None,
+        base_2=True,
     )  # fmt: skip
     return y.view(rows, tokens, H * D), projected, inverse_rms, along, lse
 
 
 def _gated_attention_backward_triton(
-    dy: Tensor, n: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, y: Tensor,
-    projected: Tensor, inverse_rms: Tensor, along: Tensor, lse: Tensor, max_seqlen: int, num_heads: int,
-    num_kv_heads: int, head_dim: int, exclude_own_value: bool, gated: bool,
+    dy: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, tiles: Tensor, y: Tensor, projected: Tensor,
+    inverse_rms: Tensor, along: Tensor, lse: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+    exclude_own_value: bool, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of projected = n weightᵀ [B T, N] and of q_gain."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
@@ -209,7 +202,7 @@ def _gated_attention_backward_triton(
     *into, dlogits = _columns(dprojected, *sizes)
     options = dict(logits=logits, dlogits=dlogits) if gated else {}
     varlen_attention._backward(
-        dy.reshape(-1, H, D), q, k, v, y.view(-1, H, D), lse, *_segments_of(n, cu_seqlens, max_seqlen), D**-0.5, *into,
+        dy.reshape(-1, H, D), q, k, v, y.view(-1, H, D), lse, tiles, D**-0.5, *into,
         along=along if exclude_own_value else None, dgain=dgain,
         prologue=Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous()),
         padding=dprojected[:, (H + 2 * K) * D + H * gated :], **options,
@@ -218,28 +211,25 @@ def _gated_attention_backward_triton(
 
 
 def _fake(
-    n, weight, cos, sin, q_gain, cu_seqlens, update, max_seqlen, H, K, D, exclude, *_
+    n, weight, cos, sin, q_gain, tiles, update, H, K, D, exclude, *_
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, tokens, _ = n.shape
     small = (n.new_empty(count, rows * tokens, dtype=torch.float32) for count in (H + K, H * exclude, H))
     return n.new_empty(rows, tokens, H * D), n.new_empty(rows * tokens, weight.size(0)), *small
 
 
-_ARGUMENTS = "SymInt max_seqlen, int num_heads, int num_kv_heads, int head_dim, bool exclude_own_value, bool gated"
+_ARGUMENTS = "int num_heads, int num_kv_heads, int head_dim, bool exclude_own_value, bool gated"
 _backward_op = operator(
-    "gated_attention_backward(Tensor dy, Tensor n, Tensor cos, Tensor sin, Tensor q_gain, Tensor? cu_seqlens, "
-    "Tensor y, Tensor projected, Tensor inverse_rms, Tensor along, Tensor lse, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor)",
+    "gated_attention_backward(Tensor dy, Tensor cos, Tensor sin, Tensor q_gain, Tensor tiles, Tensor y, "
+    f"Tensor projected, Tensor inverse_rms, Tensor along, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor)",
     _gated_attention_backward_triton,
-    lambda dy, n, cos, sin, q_gain, cu_seqlens, y, projected, *rest: (
-        torch.empty_like(projected), torch.empty_like(q_gain)
-    ),
-)  # fmt: skip
+    lambda dy, cos, sin, q_gain, tiles, y, projected, *_: (torch.empty_like(projected), torch.empty_like(q_gain)),
+)
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6], *output)
-    ctx.rest = inputs[7:13]
+    ctx.rest = inputs[7:12]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -247,19 +237,19 @@ def _save(ctx, inputs, output) -> None:
 @once_differentiable
 def _gradients(ctx, dy: Tensor | None, *_: None):
     if dy is None:
-        return (None,) * 15
+        return (None,) * 14
     n, weight, *saved = ctx.saved_tensors
-    dprojected, dgain = _backward_op(dy, n, *saved, *ctx.rest)
+    dprojected, dgain = _backward_op(dy, *saved, *ctx.rest)
     of_n, of_weight, *_, of_update = ctx.needs_input_grad[:7]
     dn = (dprojected @ weight).view(n.shape) if of_n else None
     dweight = dprojected.t() @ n.reshape(-1, n.size(-1)) if of_weight else None
     dupdate = dprojected.view(*n.shape[:-1], weight.size(0)) if of_update else None
-    return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 8
+    return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 7
 
 
 _op = operator(
-    "gated_attention(Tensor n, Tensor weight, Tensor cos, Tensor sin, Tensor q_gain, Tensor? cu_seqlens, "
-    f"Tensor? update, {_ARGUMENTS}, int? gate_width, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gated_attention(Tensor n, Tensor weight, Tensor cos, Tensor sin, Tensor q_gain, Tensor tiles, Tensor? update, "
+    f"{_ARGUMENTS}, int? gate_width, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_attention_triton,
     _fake,
     setup_context=_save,
@@ -269,12 +259,16 @@ _op = operator(
 
 def _triton(
     n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, *, exclude_own_value, gated, head_dim, gate_width,
-    update, eps, core,
+    update, eps, core, tiles,
 ) -> Tensor:  # fmt: skip
     whole, update = (x if x is None or x.ndim == 3 else x[None] for x in (n, update))
+    if tiles is None:
+        rows, tokens, _ = whole.shape
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=n.device) * tokens
+        tiles = attention_tiles(cu_seqlens, rows * tokens, n.dtype, head_dim, H // K)
     y = _op(
-        whole, weight, cos, sin, q_gain, cu_seqlens, update, max_seqlen, H, K, head_dim, exclude_own_value, gated,
-        gate_width, eps,
+        whole, weight, cos, sin, q_gain, tiles, update, H, K, head_dim, exclude_own_value, gated, gate_width, eps
     )[0]  # fmt: skip
     return y if n.ndim == 3 else y[0]
 
@@ -286,7 +280,7 @@ def _head_dim(weight: Tensor, H: int, K: int, gated: bool) -> int:
     return (weight.size(0) - H * gated) // max(H + 2 * K, 1)
 
 
-def _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update) -> None:
+def _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update, tiles) -> None:
     if n.ndim not in (2, 3):
         raise ValueError(f"n must be [T, d] or [B, T, d], got shape {tuple(n.shape)}")
     if weight.ndim != 2 or weight.size(1) != n.size(-1):
@@ -326,6 +320,18 @@ def _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, 
             raise ValueError(f"n must be one row with cu_seqlens, got {n.size(0)} rows")
         if max_seqlen < 1 and tokens:
             raise ValueError(f"max_seqlen must be the longest segment's length or more, got {max_seqlen}")
+    if tiles is None or torch.compiler.is_compiling():  # which would be bound to the shapes and cannot read the tables
+        return
+    if cu_seqlens is None:
+        raise ValueError("tiles are those of cu_seqlens, which is None")
+    if tiles.dtype != torch.int32:
+        raise TypeError(f"tiles must be int32, got {tiles.dtype}")
+    expected = tiles_shape(cu_seqlens, tokens, n.dtype, D, H // K)
+    if tiles.shape != expected or tiles.device != n.device:
+        raise ValueError(
+            f"tiles must be {expected} on {n.device}, as attention_tiles makes them for these arguments, "
+            f"got {tuple(tiles.shape)} on {tiles.device}"
+        )
 
 
 def gated_attention(
@@ -346,6 +352,7 @@ def gated_attention(
     update: Tensor | None = None,
     eps: float = RMS_EPS,
     core: str = "auto",
+    tiles: Tensor | None = None,
 ) -> Tensor:
     """The attention sublayer up to its output projection; see the module's docstring for the formula.
 
@@ -365,6 +372,7 @@ def gated_attention(
             gradient of those zeros, which may be anything; None: d.
         update: [.., T, N] in n's dtype, added to n weightᵀ: low-rank adapters'.
         core: the attention, of `CORES`; auto: triton where kernels are in use, else flash where it can, else sdpa.
+        tiles: `attention_tiles` (cu_seqlens, T, n.dtype, D, H // K), for many calls to share; None: made where needed.
 
     Returns [.., T, H D] in n's dtype. The core triton, which is all of the op in kernels, takes bfloat16 and float32, D
     of 16, 32, 64 or 128, H / K of 1, 2, 4, 8 or 16, and P of zero or a power of two; everything else takes the
@@ -373,10 +381,10 @@ def gated_attention(
     """
     H, K = num_heads, num_kv_heads
     D = _head_dim(weight, H, K, gated) if head_dim is None else head_dim
-    _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update)
+    _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update, tiles)
     core = resolve_core(core, n.device, n.dtype, D, H // K, cos.size(1))
     chosen = select("gated_attention", _GATED_ATTENTION, n) if core == "triton" else gated_attention_reference
     return chosen(
         n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, exclude_own_value=exclude_own_value, gated=gated,
-        head_dim=D, gate_width=gate_width, update=update, eps=eps, core=core,
+        head_dim=D, gate_width=gate_width, update=update, eps=eps, core=core, tiles=tiles,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pgolf.config import ConfigError, RunConfig
 from pgolf.kernels._launch import runs_kernels, using
-from pgolf.kernels.gated_attention import gated_attention, resolve_core
+from pgolf.kernels.gated_attention import attention_tiles, gated_attention, resolve_core
 from pgolf.kernels.layer_weights import layer_weights
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.kernels.residual import (
@@ -86,6 +86,7 @@ class Heads(NamedTuple):
     cu_seqlens: Tensor | None
     max_seqlen: int
     core: str
+    tiles: Tensor | None  # of cu_seqlens, which the kernels of all layers share
 
 
 class Skip(NamedTuple):
@@ -110,7 +111,7 @@ def attention(
     y = gated_attention(
         n, w.inputs, heads.cos, heads.sin, w.q_gain, heads.cu_seqlens, heads.max_seqlen, heads.count, heads.kv_count,
         head_dim=n.size(-1) // heads.count, exclude_own_value=xsa, gated=heads.gated, gate_width=heads.gate_width,
-        update=update, core=heads.core,
+        update=update, core=heads.core, tiles=heads.tiles,
     )  # fmt: skip
     if tap is not None:
         tap("attn.qkv", n)
@@ -403,23 +404,22 @@ class GPT(nn.Module):
         tokens = ids.size(1)
         positions = torch.arange(tokens, device=ids.device)
         if cu_seqlens is not None and c.rope_reset_per_segment:
-            starts = cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
-            positions = positions - starts
+            positions = positions - cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
         base = c.rope_base
         if c.rope_yarn and tokens > c.rope_train_seq_len and c.rope_dims > 2:
             base *= (tokens / c.rope_train_seq_len) ** (c.rope_dims / (c.rope_dims - 2))
-        frequencies = base ** (
-            -torch.arange(0, c.rope_dims, 2, device=ids.device, dtype=torch.float32) / max(c.rope_dims, 1)
-        )
-        angles = positions.float()[:, None] * frequencies
-        if cu_seqlens is not None and max_seqlen <= 0:
-            max_seqlen = int(cu_seqlens.diff().max())
-        core = attention_core(c, ids.device)
-        if self._compiled is not None and cu_seqlens is not None:
-            torch._dynamo.mark_dynamic(cu_seqlens, 0)  # or every number of documents would compile anew
+        exponents = torch.arange(0, c.rope_dims, 2, device=ids.device, dtype=torch.float32) / max(c.rope_dims, 1)
+        angles = positions.float()[:, None] * base**-exponents
+        core, tiles = attention_core(c, ids.device), None
+        if cu_seqlens is not None:
+            max_seqlen = max_seqlen if max_seqlen > 0 else int(cu_seqlens.diff().max())
+            if self._compiled is not None:
+                torch._dynamo.mark_dynamic(cu_seqlens, 0)  # or every number of documents would compile anew
+            if core == "triton" and self.runs_kernels():
+                tiles = attention_tiles(cu_seqlens, tokens, dtype, c.head_dim, c.num_heads // c.num_kv_heads)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         gates = c.gate_attn_out, c.gate_attn_width if c.gate_attn_out else None
-        return Heads(c.num_heads, c.num_kv_heads, *gates, cos, sin, cu_seqlens, max_seqlen, core)
+        return Heads(c.num_heads, c.num_kv_heads, *gates, cos, sin, cu_seqlens, max_seqlen, core, tiles)
 
     def _prologue(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         table = self.tok_emb.weight.to(dtype)

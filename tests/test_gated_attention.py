@@ -9,8 +9,15 @@ from torch import library
 
 from pgolf.kernels import gated_attention as family
 from pgolf.kernels._launch import INTERPRETED, using
-from pgolf.kernels.gated_attention import gated_attention, gated_attention_reference, kernels, resolve_core
+from pgolf.kernels.gated_attention import (
+    attention_tiles,
+    gated_attention,
+    gated_attention_reference,
+    kernels,
+    resolve_core,
+)
 from pgolf.kernels.smear_gate import RMS_EPS
+from pgolf.kernels.varlen_attention import tiles_shape
 
 FLOOR = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6, torch.float64: 1e-13}  # of a relative error
 NOISE = 1e-6
@@ -79,6 +86,10 @@ class Problem:
         """What `call` takes, the update if there is one."""
         given = [changed.get(name, getattr(self, name)) for name in LEAVES]
         return given if given[3] is not None else given[:3]
+
+    def tiles(self) -> torch.Tensor:
+        """What calls with kernels may share."""
+        return attention_tiles(self.cu, self.n.size(1), self.n.dtype, self.dim, self.heads // self.keys)
 
     def value(self, **options) -> torch.Tensor:
         return self.call(**options)(*self.inputs())
@@ -396,13 +407,14 @@ def test_offsets_beyond_32_bits() -> None:
 @pytest.mark.parametrize("update", [False, True])
 def test_operators_are_registered_as_they_behave(update: bool) -> None:
     p = Problem("plain", bounds=[0, 2, 5], tokens=5, update=update).to(torch.float32)
-    sizes = (p.longest, p.heads, p.keys, p.dim, True, True)
+    sizes = (p.heads, p.keys, p.dim, True, True)
     leaves = [None if x is None else x.clone().requires_grad_() for x in (p.n, p.weight, p.gain, p.update)]
     n, weight, gain, added = leaves
-    arguments = n, weight, p.cos, p.sin, gain, p.cu, added, *sizes, None, 1e-7
+    tiles = p.tiles()
+    arguments = n, weight, p.cos, p.sin, gain, tiles, added, *sizes, None, 1e-7
     library.opcheck(torch.ops.pgolf.gated_attention.default, arguments)
     saved = family._gated_attention_triton(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
-    arguments = (p.dy, p.n, p.cos, p.sin, p.gain, p.cu, *saved, *sizes)
+    arguments = (p.dy, p.cos, p.sin, p.gain, tiles, *saved, *sizes)
     library.opcheck(torch.ops.pgolf.gated_attention_backward.default, arguments)
 
 
@@ -415,6 +427,18 @@ def test_compiles_whole(device, packed: bool, update: bool) -> None:
     torch._dynamo.reset()
     whole = torch.compile(p.call(), fullgraph=True, backend="aot_eager")
     assert close(p.results(p.call()), p.results(whole), 2e-2 if device.type == "cuda" else 1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("exclude, gated", [(True, True), (False, False)])
+def test_tiles_that_calls_share(exclude: bool, gated: bool) -> None:
+    """They are the same that a call makes, whatever it excludes and gates; compiled, too."""
+    p = Problem("a key for all", exclude=exclude, gated=gated).to(torch.float32)
+    expected, tiles = p.results(p.call()), p.tiles()
+    assert same(p.results(p.call(tiles=tiles)), expected)
+    torch._dynamo.reset()
+    whole = torch.compile(p.call(tiles=tiles), fullgraph=True, backend="aot_eager")
+    assert close(p.results(whole), expected, 1e-5)
 
 
 @needs_kernels
@@ -487,4 +511,9 @@ def test_errors_name_the_argument() -> None:
     refused(ValueError, "cu_seqlens must be one-dimensional int32 on cpu, got torch.int64", cu_seqlens=p.cu.long())
     refused(ValueError, "n must be one row with cu_seqlens, got 2 rows", n=p.n.expand(2, 13, 24), update=None)
     refused(ValueError, "max_seqlen must be .* got 0", max_seqlen=0)
+    tiles = torch.zeros(tiles_shape(p.cu, 13, torch.float32, 16, 2), dtype=torch.int32)
+    refused(TypeError, "tiles must be int32, got torch.int64", tiles=tiles.long())
+    refused(ValueError, r"tiles must be \(\d, \d, 4\) on cpu, .*, got \(\d, \d, 3\)", tiles=tiles[..., 1:])
+    refused(ValueError, r"tiles must be \(\d, \d, 4\) on cpu, .* on meta", tiles=tiles.to("meta"))
+    refused(ValueError, "tiles are those of cu_seqlens, which is None", tiles=tiles, cu_seqlens=None)
     refused(ValueError, "attention has the cores auto, .*, and 'fast' is none of them", core="fast")

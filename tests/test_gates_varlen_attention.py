@@ -49,11 +49,12 @@ def compile_all(
         made_by = varlen_attention.Prologue(torch.empty(heads + 4, TOKENS), gain, angles, angles)
         backward |= dict(prologue=made_by, dgain=gain)
     with compiling(capability) as kernels:
-        varlen_attention._forward(q, k, v, bounds, 2048, 0.125, **forward)
-        varlen_attention._backward(q, q, k, v, q, lse, bounds, 2048, 0.125, **backward)
+        tiles = varlen_attention.attention_tiles(bounds, TOKENS, dtype, width, heads // 4)
+        varlen_attention._forward(q, k, v, tiles, 0.125, **forward)
+        varlen_attention._backward(q, q, k, v, q, lse, tiles, 0.125, **backward)
     for kernel in kernels:
         check(kernel)
-    kernels = [kernel for kernel in kernels if kernel.name not in ("_attention_plan_kernel", "_partial_sums_kernel")]
+    kernels = [kernel for kernel in kernels if kernel.name not in ("_attention_tiles_kernel", "_partial_sums_kernel")]
     assert [kernel.name for kernel in kernels] == list(PRODUCTS)
     return kernels
 

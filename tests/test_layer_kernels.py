@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
 from pgolf.config import RunConfig
+from pgolf.kernels import varlen_attention
 from pgolf.kernels._launch import INTERPRETED, using
 from pgolf.loader import segment_boundaries
 from pgolf.model import GPT
@@ -51,13 +54,18 @@ on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter a m
 
 
 @pytest.mark.parametrize("looping", [True, pytest.param(False, marks=on_a_gpu)])
-def test_gradients_in_float32(looping: bool) -> None:
+def test_gradients_in_float32(looping: bool, monkeypatch) -> None:
+    """All layers share attention's tiles, forward and backward: one kernel makes them."""
+    launches = MagicMock()
+    launches.__getitem__.side_effect = varlen_attention._attention_tiles_kernel.__getitem__
+    monkeypatch.setattr(varlen_attention, "_attention_tiles_kernel", launches)
     model = small_model(compute_dtype="float32")
     model.looping_active = looping
     data = batch(44)
     expected, got = (loss_and_gradients(model, backend, data) for backend in ("reference", "triton"))
     for (name, a), (_, b) in zip(expected, got, strict=True):
         assert (a - b).norm() <= 5e-5 * a.norm() + 1e-9, f"{name}: {(a - b).norm() / a.norm():.1e}"
+    launches.__getitem__.assert_called_once()
 
 
 @on_a_gpu

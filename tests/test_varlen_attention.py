@@ -40,6 +40,11 @@ def inputs(device, lengths: list[int], heads: int, key_heads: int, width: int, d
     return [q, k, v], do, boundaries(lengths, device), max(lengths, default=0)
 
 
+def tiles_for(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """What the kernels of these queries and keys take for the segments."""
+    return family.attention_tiles(cu_seqlens, q.size(0), q.dtype, q.size(2), q.size(1) // k.size(1))
+
+
 def by_segments(q, k, v, cu_seqlens, scale=None):
     """The formula, one segment at a time."""
     scale, out, bounds = scale or q.size(-1) ** -0.5, torch.empty_like(q), cu_seqlens.tolist()
@@ -162,21 +167,44 @@ def test_no_tokens(device, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_low_level(dtype) -> None:
     """lse to the base 2; gradients into slices of one tensor; zeros beside them."""
-    (q, k, v), do, cu_seqlens, longest = inputs(DEVICE, [37, 3, 60], 2, 1, 16, dtype)
-    o, lse = family._forward(q, k, v, cu_seqlens, longest, 0.3)
+    (q, k, v), do, cu_seqlens, _ = inputs(DEVICE, [37, 3, 60], 2, 1, 16, dtype)
+    tiles = tiles_for(q, k, cu_seqlens)
+    o, lse = family._forward(q, k, v, tiles, 0.3)
     for low, high in ((0, 37), (37, 40), (40, 100)):
         keys = k[low:high].double().repeat_interleave(2, 1)
         scores = 0.3 * torch.einsum("ihd,jhd->hij", q[low:high].double(), keys)
         later = torch.ones(high - low, high - low, dtype=torch.bool, device=DEVICE).triu(1)
         one = scores.masked_fill(later, -math.inf).logsumexp(-1) / math.log(2)
         assert (lse[:, low:high] - one).abs().max() < 2e-5
-    expected = family._backward(do, q, k, v, o, lse, cu_seqlens, longest, 0.3)
+    expected = family._backward(do, q, k, v, o, lse, tiles, 0.3)
     fused = torch.full((100, 70), 7, device=DEVICE, dtype=dtype)
     into = [fused[:, a:b].unflatten(1, (-1, 16)) for a, b in ((0, 32), (33, 49), (50, 66))]
-    got = family._backward(do, q, k, v, o, lse, cu_seqlens, longest, 0.3, *into, padding=fused[:, 66:69])
+    got = family._backward(do, q, k, v, o, lse, tiles, 0.3, *into, padding=fused[:, 66:69])
     for a, b, c in zip(got, into, expected, strict=True):
         assert a is b and torch.equal(a, c)
     assert (fused[:, [32, 49, 69]] == 7).all() and not fused[:, 66:69].any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("group", [1, 4, 12])
+@pytest.mark.parametrize(
+    "lengths", [[], [0], [5, 0, 3, 70, 0], [64, 1, 64, 33], [0] * 300 + [40, 7] + [1] * 300], ids=len
+)
+def test_tiles(lengths: list[int], group: int) -> None:
+    """Of every size: each segment's, those of the longest segments first, then zeros; some tokens are in no segment."""
+    tokens, cu_seqlens = sum(lengths) + 50 * bool(lengths), boundaries(lengths, DEVICE)
+    arguments = tokens, torch.bfloat16, 64, group
+    got = family.attention_tiles(cu_seqlens, *arguments)
+    sizes = family._tile_sizes(*arguments[1:], cu_seqlens.device)
+    assert got.shape == family.tiles_shape(cu_seqlens, *arguments) and got.size(0) == len(sizes)
+    starts = cu_seqlens.tolist()
+    segments = sorted(zip(starts, lengths, strict=False), key=lambda segment: (-segment[1], segment[0]))
+    q, k = (torch.empty(tokens, heads, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (group, 1))
+    for size in sizes:
+        want = [[start, length, first] for start, length in segments for first in range(0, length, size)]
+        tiles = family._of_size(got, size, q, k)
+        assert tiles.size(0) == tokens // size + len(lengths)
+        assert tiles[:, :3].tolist() == want + [[0] * 3] * (tiles.size(0) - len(want))
 
 
 @needs_kernels
@@ -186,7 +214,8 @@ def test_low_level(dtype) -> None:
 )
 def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> None:
     """The exclusion of the own value and the gates, against the formula in float64."""
-    leaves, dy, cu_seqlens, longest = inputs(DEVICE, [31, 2, 37, 0, 16], *heads, 16)
+    leaves, dy, cu_seqlens, _ = inputs(DEVICE, [31, 2, 37, 0, 16], *heads, 16)
+    cut = tiles_for(*leaves[:2], cu_seqlens)
     fused = torch.randn(86, heads[0] + 3, device=DEVICE)
     logits = fused[:, 2 : 2 + heads[0]] if parts[1] else None
     along = torch.empty(heads[0], 86, device=DEVICE) if parts[0] else None
@@ -200,11 +229,11 @@ def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> No
 
     double = [x.double() for x in (*leaves, *([logits] if parts[1] else []))]
     y, dq, dk, dv, *dlogits = gradients(formula, double, dy)
-    got, lse = family._forward(*leaves, cu_seqlens, longest, 0.3, along=along, logits=logits)
+    got, lse = family._forward(*leaves, cut, 0.3, along=along, logits=logits)
     dfused = torch.full_like(fused, 7)
     into = dfused[:, 2 : 2 + heads[0]] if parts[1] else None
     given = dict(along=along, logits=logits, dlogits=into)
-    results = family._backward(dy, *leaves, got, lse, cu_seqlens, longest, 0.3, **given)
+    results = family._backward(dy, *leaves, got, lse, cut, 0.3, **given)
     for a, b in zip((got, *results, into), (y, dq, dk, dv, *dlogits), strict=False):
         assert (a - b).norm() <= 1e-5 * b.norm()
     assert (dfused[:, [0, 1, -1]] == 7).all()
@@ -222,18 +251,19 @@ def test_exponentials_without_their_maximum(monkeypatch, dtype, shipped: bool, s
     """Scores near ``shift`` to the base 2, beyond what floats have exponents for, and values beyond it with them."""
     if shipped:
         tuned = _launch.launch_parameters("varlen_attention", "forward", torch.device(DEVICE)) | dict(plain=True)
-        (q, k, v), _, cu_seqlens, longest = inputs(DEVICE, [140, 1, 300] if DEVICE == "cuda" else [40], 4, 2, 64, dtype)
+        (q, k, v), _, cu_seqlens, _ = inputs(DEVICE, [140, 1, 300] if DEVICE == "cuda" else [40], 4, 2, 64, dtype)
     else:
         tuned = dict(rows=16, heads=1, keys=16, warps=4, stages=2, maxnreg=255, plain=True)
-        (q, k, v), _, cu_seqlens, longest = inputs(DEVICE, [40, 1, 23], 2, 1, 16, dtype)
+        (q, k, v), _, cu_seqlens, _ = inputs(DEVICE, [40, 1, 23], 2, 1, 16, dtype)
     monkeypatch.setattr(family, "launch_parameters", lambda *_: tuned)
     k[..., 0], q[..., 0] = 8, shift * math.log(2) / 8  # q k = shift ln 2 and the rest
     v = v * of_values
-    o, lse = family._forward(q, k, v, cu_seqlens, longest, 1.0)
+    tiles = tiles_for(q, k, cu_seqlens)
+    o, lse = family._forward(q, k, v, tiles, 1.0)
     exact = by_segments(q.double(), k.double(), v.double(), cu_seqlens, 1.0)
     plain = dict(tuned, plain=False)
     monkeypatch.setattr(family, "launch_parameters", lambda *_: plain)
-    usual, usual_lse = family._forward(q, k, v, cu_seqlens, longest, 1.0)
+    usual, usual_lse = family._forward(q, k, v, tiles, 1.0)
     error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (o, usual))
     assert error <= 1.5 * allowed + FLOOR[dtype]
     assert torch.allclose(lse, usual_lse, rtol=1e-6, atol=1e-4)
@@ -251,8 +281,9 @@ def test_offsets_beyond_32_bits() -> None:
     rows[:, 1030:] = torch.randn(3, 14, 1, 16).to(rows)
     q, k, v = rows
     cu_seqlens, do = boundaries([1030, 14], DEVICE), torch.randn(tokens, 1, 16, device=DEVICE).to(dtype)
-    o, lse = family._forward(q, k, v, cu_seqlens, 1030, 0.25)
-    got = [o, *family._backward(do, q, k, v, o, lse, cu_seqlens, 1030, 0.25)]
+    tiles = tiles_for(q, k, cu_seqlens)
+    o, lse = family._forward(q, k, v, tiles, 0.25)
+    got = [o, *family._backward(do, q, k, v, o, lse, tiles, 0.25)]
     last = [x[1030:].contiguous() for x in (q, k, v)]
     want = gradients(lambda *x: varlen_attention_reference(*x, boundaries([14], DEVICE), 14), last, do[1030:])
     assert all(torch.allclose(a[1030:], b, rtol=1e-2, atol=2e-3) for a, b in zip(got, want, strict=True))
@@ -271,14 +302,16 @@ def test_repeats_bit_for_bit(dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_operators_are_registered_as_they_behave(dtype) -> None:
-    (q, k, v), do, cu_seqlens, longest = inputs(DEVICE, [9, 0, 8], 2, 1, 16, dtype)
+    (q, k, v), do, cu_seqlens, _ = inputs(DEVICE, [9, 0, 8], 2, 1, 16, dtype)
+    tiles = tiles_for(q, k, cu_seqlens)
     ops = torch.ops.pgolf
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    library.opcheck(ops.varlen_attention.default, (*leaves, cu_seqlens, longest, 0.25), test_utils=tests)
-    o, lse = ops.varlen_attention(q, k, v, cu_seqlens, longest, 0.25)
-    arguments = (do, q, k, v, o, lse, cu_seqlens, longest, 0.25)
+    library.opcheck(ops.varlen_attention.default, (*leaves, tiles, 0.25), test_utils=tests)
+    o, lse = ops.varlen_attention(q, k, v, tiles, 0.25)
+    arguments = (do, q, k, v, o, lse, tiles, 0.25)
     library.opcheck(ops.varlen_attention_backward.default, arguments, test_utils=tests)
+    library.opcheck(ops.attention_tiles.default, (cu_seqlens, 17, dtype, 16, 2), test_utils=tests)
 
 
 @pytest.mark.parametrize("width", [16, 20])
@@ -303,6 +336,10 @@ def test_second_derivative_is_refused() -> None:
 
 def test_errors_name_the_argument() -> None:
     (q, k, v), _, cu_seqlens, longest = inputs("cpu", [5, 4], 4, 2, 16)
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \[segments \+ 1\], got shape \(1,\)"):
+        family.attention_tiles(cu_seqlens[:1], 9, q.dtype, 16, 2)
+    with pytest.raises(TypeError, match="cu_seqlens must be int32, got torch.int64"):
+        family.attention_tiles(cu_seqlens.long(), 9, q.dtype, 16, 2)
     cases = [
         (ValueError, r"q must be \[T, heads, D\], got shape \(9, 64\)", dict(q=q.flatten(1))),
         (TypeError, "q must be bfloat16, float16, float32 or float64, got torch.int64", dict(q=q.long())),
