@@ -10,7 +10,7 @@ pre rounded to the same dtype and squared would have as much.
 
 The products with an epilogue are one persistent kernel, on Hopper another where shapes allow; the others are cuBLAS's,
 which adds the last one onto the residual where it may overwrite it (``inplace``), else onto a copy, two passes more.
-The backward reads downᵀ by rows, and copies it unless down is the transpose of what is contiguous (`scaled_bank`).
+The backward reads downᵀ by rows, and copies it unless down is the transpose of what is contiguous (`layer_weights`).
 
 Shapes: residual and x [..., d]; up [m, d]; down [d, m].
 """
