@@ -56,6 +56,18 @@ def _offsets(stride_t, stride_h, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: t
 
 
 @jit
+def _rows(x, described, start, at, length, head, x_t, x_h, ROWS: tl.constexpr, D: tl.constexpr):
+    """A head's rows from ``at`` of a segment on; behind its end zeros, or from a descriptor what lies there."""
+    if described is not None:
+        tile = described.load([(start + at).to(tl.int32), (head * D).to(tl.int32)])
+    else:
+        x += (start + at) * x_t + head * x_h
+        valid = tl.arange(0, ROWS)[:, None] < length - at
+        tile = tl.load(x + _offsets(x_t, 0, ROWS, 1, D), mask=valid, other=0)
+    return tile
+
+
+@jit
 def away_from_zero(gain):
     """A gain in fp32, at least ±2⁻²⁴: then q^ has the direction of q, and logits are zero in fp32 all the same."""
     gain = gain.to(tl.float32)
@@ -99,20 +111,18 @@ def _through_prologue(
 
 @jit
 def _attend(
-    q, k, v, queries, first, length, k_t, v_t, scale, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, MAXIMUM: tl.constexpr,
+    q, k, v, all_k, all_v, queries, start, first, length, head, k_t, k_h, v_t, v_h, scale, D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, MAXIMUM: tl.constexpr,
 ):  # fmt: skip
     """Sums of p v and of p = exp2(score - top) over a tile's keys, and top: the running maximum, else 0."""
     ROWS: tl.constexpr = q.shape[0]
     keys = tl.arange(0, KEYS)
-    k += _offsets(k_t, 0, KEYS, 1, D)
-    v += _offsets(v_t, 0, KEYS, 1, D)
     acc = tl.zeros((ROWS, D), tl.float32)
     top = tl.full((ROWS,), float("-inf") if MAXIMUM else 0.0, tl.float32)
     total = tl.zeros((ROWS, 8), tl.float32)  # of every eighth key: a thread's own, in a product's result
     for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
-        valid = keys[:, None] < length - at
-        s = tl.dot(q, tl.trans(tl.load(k, mask=valid, other=0)), input_precision=PRECISION)
+        key = _rows(k, all_k, start, at, length, head, k_t, k_h, KEYS, D)
+        s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if at + KEYS > first:  # a tile on the diagonal
             s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
         if MAXIMUM:
@@ -125,17 +135,16 @@ def _attend(
         else:
             p = tl.exp2(_base_2(s, scale))
         total += tl.sum(tl.reshape(p, (ROWS, KEYS // 8, 8)), 1)
-        acc = tl.dot(p.to(v.dtype.element_ty), tl.load(v, mask=valid, other=0), acc, input_precision=PRECISION)
-        k += KEYS * k_t
-        v += KEYS * v_t
+        value = _rows(v, all_v, start, at, length, head, v_t, v_h, KEYS, D)
+        acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
     return acc, tl.sum(total, 1), top
 
 
 @jit
 def _attention_kernel(
-    q, k, v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale, H: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
+    q, k, v, all_k, all_v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """With PLAIN exponentials are of the scores themselves: no maximum, nothing to scale back in the loop.
 
@@ -152,24 +161,24 @@ def _attention_kernel(
         logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
     q += (start + first) * q_t + head * q_h
     q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
-    k += start * k_t + head // GROUP * k_h
-    v += start * v_t + head // GROUP * v_h
     acc, total, top = _attend(
-        q, k, v, queries, first, length, k_t, v_t, scale, D, QUERIES, KEYS, STAGES, PRECISION, not PLAIN
-    )
+        q, k, v, all_k, all_v, queries, start, first, length, head // GROUP, k_t, k_h, v_t, v_h, scale, D, QUERIES,
+        KEYS, STAGES, PRECISION, not PLAIN,
+    )  # fmt: skip
     if PLAIN:
         # Then nothing has overflowed, and what float32 cannot tell from zero is less than 2^-80 of the row's sum.
         sound = (total > 2.0**-40) & (total < 2.0**100) & (tl.sum(tl.abs(acc), 1) < 2.0**126)
         if tl.min(sound.to(tl.int32)) == 0:
             acc, total, top = _attend(
-                q, k, v, queries, first, length, k_t, v_t, scale, D, QUERIES, 32, 1, PRECISION, True
-            )
+                q, k, v, None, None, queries, start, first, length, head // GROUP, k_t, k_h, v_t, v_h, scale, D,
+                QUERIES, 32, 1, PRECISION, True,
+            )  # fmt: skip
     # A first token has one p, which was rounded for its product.
     acc *= (1 / tl.where(queries == 0, total.to(v.dtype.element_ty).to(tl.float32), total))[:, None]
     at_rows = start + first + head * T + rows // QUERIES * T + rows % QUERIES
     tl.store(lse + at_rows, top + tl.log2(total), mask=inside)
     if along is not None:
-        v += first * v_t + _offsets(v_t, 0, QUERIES, HEADS, D)
+        v += (start + first) * v_t + head // GROUP * v_h + _offsets(v_t, 0, QUERIES, HEADS, D)
         own = tl.load(v, mask=inside[:, None], other=0).to(tl.float32)
         inverse = tl.rsqrt(tl.maximum(tl.sum(own * own, 1), 1e-24))
         component = tl.sum(acc * own, 1) * inverse
@@ -183,11 +192,11 @@ def _attention_kernel(
 
 @jit
 def _attention_queries_kernel(
-    do, q, k, v, o, lse, along, logits, pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin, partials,
-    padding, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h, logits_t, dlogits_t, padding_t,
-    T, period, scale, factor, unit, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    PADDING: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    do, q, k, v, all_k, all_v, o, lse, along, logits, pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin,
+    partials, padding, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h, logits_t, dlogits_t,
+    padding_t, T, period, scale, factor, unit, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    HALF: tl.constexpr, PADDING: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, and the pairs of their lse and delta = <do, o>.
 
@@ -213,8 +222,8 @@ def _attention_queries_kernel(
     in_heads = (at_first * H + head) * D + _offsets(H * D, D, QUERIES, HEADS, D)
     o = tl.load(o + in_heads, mask=inside[:, None], other=0)
     if along is not None:
-        value = v + at_first * v_t + head // GROUP * v_h + _offsets(v_t, 0, QUERIES, HEADS, D)
-        value = tl.load(value, mask=inside[:, None], other=0).to(tl.float32)
+        own_value = v + at_first * v_t + head // GROUP * v_h + _offsets(v_t, 0, QUERIES, HEADS, D)
+        own_value = tl.load(own_value, mask=inside[:, None], other=0).to(tl.float32)
         component = tl.load(along + at_rows, mask=inside, other=0)
     if logits is not None:
         logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
@@ -228,11 +237,11 @@ def _attention_queries_kernel(
             tl.store(dlogits, ((1 - gate / 2) * own).to(dlogits.dtype.element_ty), mask=inside)
         exact = gate[:, None] * dy
         if along is not None:
-            squares = tl.sum(value * value, 1)
+            squares = tl.sum(own_value * own_value, 1)
             inverse = tl.rsqrt(tl.maximum(squares, 1e-24))
             component *= inverse
-            outward = tl.sum(dy * value, 1) * inverse
-            exact -= (gate * outward * inverse)[:, None] * value
+            outward = tl.sum(dy * own_value, 1) * inverse
+            exact -= (gate * outward * inverse)[:, None] * own_value
         tl.store(core_do + in_heads, exact.to(core_do.dtype.element_ty), mask=inside[:, None])
         tl.debug_barrier()
         do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
@@ -240,10 +249,10 @@ def _attention_queries_kernel(
         rounded = do.to(tl.float32)
         own = tl.sum(rounded * y, 1) / tl.maximum(gate, 1e-30)
         if along is not None:
-            own += component * tl.sum(rounded * value, 1)
+            own += component * tl.sum(rounded * own_value, 1)
             # A direction does not depend on the length, but for where that is clamped.
             clamped = tl.where(squares > 1e-24, 0, 2 * gate * outward * inverse)
-            given = (inverse * outward)[:, None] * y + component[:, None] * (rounded + clamped[:, None] * value)
+            given = (inverse * outward)[:, None] * y + component[:, None] * (rounded + clamped[:, None] * own_value)
             given = -tl.sum(tl.reshape(given, (HEADS, QUERIES, D)), 0)
             dv += at_first * dv_t + head // GROUP * dv_h + _offsets(dv_t, 0, QUERIES, 1, D)
             tl.store(dv, given.to(dv.dtype.element_ty), mask=first + tl.arange(0, QUERIES)[:, None] < length)
@@ -255,20 +264,16 @@ def _attention_queries_kernel(
     pairs += at_rows[:, None] * WIDTH + pair
     tl.store(pairs, tl.where(pair % 2 == 0, lse[:, None], own[:, None]), mask=inside[:, None])
     keys = tl.arange(0, KEYS)
-    k += start * k_t + head // GROUP * k_h + _offsets(k_t, 0, KEYS, 1, D)
-    v += start * v_t + head // GROUP * v_h + _offsets(v_t, 0, KEYS, 1, D)
     acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
     for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
-        valid = keys[:, None] < length - at
-        key = tl.load(k, mask=valid, other=0)
+        key = _rows(k, all_k, start, at, length, head // GROUP, k_t, k_h, KEYS, D)
         s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if at + KEYS > first:
             s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
-        dp = tl.dot(do, tl.trans(tl.load(v, mask=valid, other=0)), input_precision=PRECISION)
+        value = _rows(v, all_v, start, at, length, head // GROUP, v_t, v_h, KEYS, D)
+        dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
         ds = tl.exp2(_base_2(s, scale) - lse[:, None]) * (dp - own[:, None])
         acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
-        k += KEYS * k_t
-        v += KEYS * v_t
     if gain is None:
         acc *= factor
     else:

@@ -376,8 +376,8 @@ def gated_attention(
 
     Returns [.., T, H D] in n's dtype. The core triton, which is all of the op in kernels, takes bfloat16 and float32, D
     of 16, 32, 64 or 128, H / K of 1, 2, 4, 8 or 16, and P of zero or a power of two; everything else takes the
-    reference. Kernels compute in fp32. Raises ValueError for a wrong shape, value or device, TypeError for a wrong
-    dtype.
+    reference. Kernels compute in fp32; a value of a segment that is not finite may reach the segment before it. Raises
+    ValueError for a wrong shape, value or device, TypeError for a wrong dtype.
     """
     H, K = num_heads, num_kv_heads
     D = _head_dim(weight, H, K, gated) if head_dim is None else head_dim

@@ -8,6 +8,7 @@ import torch
 from torch import library
 
 from pgolf.kernels import gated_attention as family
+from pgolf.kernels import varlen_attention
 from pgolf.kernels._launch import INTERPRETED, using
 from pgolf.kernels.gated_attention import (
     attention_tiles,
@@ -378,6 +379,21 @@ def test_any_launch_parameters(monkeypatch, tokens: int, warps: int) -> None:
     expected = p.value()
     monkeypatch.setattr(kernels, "launch_parameters", lambda *_: dict(tokens=tokens, warps=warps, ping_pong=0))
     assert torch.allclose(p.value(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
+    """With segments that end within tiles of keys, and with rows."""
+    tuned = varlen_attention.launch_parameters
+    shape = 4, 2, 16, 8, 4  # rows of whole 16 bytes
+    for p in (Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80), Problem(shape, bounds=None, rows=3)):
+        p.to(torch.bfloat16)
+        results = []
+        for wanted in (0, 1):
+            found = lambda *case, wanted=wanted: tuned(*case) | dict(descriptors=wanted)  # noqa: E731
+            monkeypatch.setattr(varlen_attention, "launch_parameters", found)
+            results.append(p.results(p.call()))
+        assert same(*results)
 
 
 @needs_kernels

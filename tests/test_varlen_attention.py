@@ -83,7 +83,7 @@ def tiles(request, monkeypatch) -> None:
     """Launch with other tiles than the table's."""
     rows, keys = request.param
     parameters = dict(rows=rows, heads=min(4, rows // 16), keys=keys, warps=4, stages=2, maxnreg=255)
-    parameters |= dict(plain=keys == 16, held=keys == 32)
+    parameters |= dict(plain=keys == 16, held=keys == 32, descriptors=0)
     monkeypatch.setattr(family, "launch_parameters", lambda *_: parameters)
 
 
