@@ -1,8 +1,8 @@
 """The attention sublayer up to its output projection, bf16, at the record's shape: ``python -m bench.gated_attention``.
 
 The cases `forward` and `forward_backward` are the whole op, so the projection's products, too; `pgolf_flash` takes
-PyTorch's FlashAttention and operations. `prologue` makes q^ and k^ of a projection's q and k, ours in place.
-Documents have about 400 tokens.
+PyTorch's FlashAttention and operations. `prologue` makes q^ and k^ of a projection's q and k, ours in place;
+`gate_logits` is the part of the product that only gates read. Documents have about 400 tokens.
 """
 
 from __future__ import annotations
@@ -116,13 +116,35 @@ def prologue(device: torch.device, quick: bool) -> Case:
     return Case(providers, lambda: provider(dtype=torch.float64)(), 2 * i.tokens * columns * 2)
 
 
+def gate_logits(device: torch.device, quick: bool) -> Case:
+    """The gates' logits and the padding beside them, of the columns of n that gates read."""
+    i = Inputs(device, quick)
+    n, weight = i.n[0, :, :GATE_WIDTH], i.weight[-HEADS - PADDING :, :GATE_WIDTH]
+    out = (i.n @ i.weight.T)[0, :, -HEADS - PADDING :]
+
+    def provider(function: Callable) -> Function:
+        return partial(torch.no_grad()(function), n, weight)
+
+    def product(n: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(n, weight.t(), out=out)
+
+    ours = device.type == "cuda" or INTERPRETED
+    providers = {
+        "eager": lambda: provider(product),
+        "pgolf": lambda: provider(partial(kernels.gate_logits, out=out) if ours else product),
+    }
+    return Case(providers, lambda: n.double() @ weight.double().T, n.nbytes + out.nbytes)
+
+
 CASES: dict[str, Builder] = {
     "forward": partial(whole, False),
     "forward_backward": partial(whole, True),
     "prologue": prologue,
+    "gate_logits": gate_logits,
 }
 TUNING = {
     "prologue": Tuning(prologue, dict(tokens=(1, 2, 4, 8, 16), warps=(1, 2, 4, 8))),
+    "gate_logits": Tuning(gate_logits, dict(rows=(32, 64, 128, 256), warps=(1, 2, 4, 8))),
     "project": Tuning(CASES["forward"], dict(ping_pong=(0, 4, 5, 6))),
 }
 

@@ -1,6 +1,7 @@
 """The projection of `gated_attention`, which has the formula, with q^ and k^ where its product has q and k.
 
-On Hopper, where shapes allow, they are made in the product's epilogue, else by a kernel after it, in place.
+On Hopper, where shapes allow, they are made in the product's epilogue, and the gates' logits by a small kernel, which
+reads only the columns of n that gates do. Else a kernel after the whole product makes them in place.
 """
 
 from __future__ import annotations
@@ -70,6 +71,43 @@ def prologue(
     return inverse_rms
 
 
+@jit
+def _gate_logits_kernel(
+    n, weight, logits, T, n_t, weight_t, logits_t, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
+    PADDED_DEPTH: tl.constexpr, PADDED_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A few tokens' logits; 64-bit offsets of rows."""
+    tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside, tokens = (tokens < T)[:, None], tokens.to(tl.int64)[:, None]
+    depth, columns = tl.arange(0, PADDED_DEPTH)[None, :], tl.arange(0, PADDED_COLUMNS)[:, None]
+    x = tl.load(n + tokens * n_t + depth, mask=inside & (depth < DEPTH), other=0)
+    w = tl.load(weight + columns * weight_t + depth, mask=(columns < COLUMNS) & (depth < DEPTH), other=0)
+    result = tl.dot(x, tl.trans(w))
+    columns = tl.arange(0, PADDED_COLUMNS)[None, :]
+    logits += tokens * logits_t + columns
+    tl.store(logits, result.to(logits.dtype.element_ty), mask=inside & (columns < COLUMNS))
+
+
+def gate_logits(n: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """n weightᵀ of n [T, depth] and weight [columns, depth], summed in float32, into out [T, columns].
+
+    All are of one dtype with contiguous rows, which may be parts of longer ones. The kernel is for a few columns of 16
+    bits: above 128 of either kind, and for other dtypes, PyTorch's product is taken.
+    """
+    (T, depth), columns = n.shape, weight.size(0)
+    if max(depth, columns) > 128 or n.element_size() != 2:
+        return torch.mm(n, weight.t(), out=out)
+    tuned = launch_parameters("gated_attention", "gate_logits", n.device)
+    padded = (max(16, 1 << (size - 1).bit_length()) for size in (depth, columns))
+    if T:
+        with torch.cuda.device_of(n):  # Triton launches on the current device
+            _gate_logits_kernel[(-(-T // tuned["rows"]),)](
+                n, weight, out, T, n.stride(0), weight.stride(0), out.stride(0), depth, columns, *padded, tuned["rows"],
+                num_warps=tuned["warps"],
+            )  # fmt: skip
+    return out
+
+
 def project(
     n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float,
     unit: float, gate_width: int | None, gated: bool, update: Tensor | None,
@@ -86,8 +124,7 @@ def project(
         with torch.cuda.device_of(n):
             hopper.project(n, weight[:width], *angles_and_gain, projected, inverse_rms, eps, unit, stages)
         if gated:
-            columns = slice(gate_width)
-            torch.mm(n[:, columns], weight[width:, columns].t(), out=projected[:, width:])
+            gate_logits(n[:, :gate_width], weight[width:, :gate_width], projected[:, width:])
         return projected, inverse_rms
     if update is None:
         torch.mm(n, weight.t(), out=projected)  # `out` keeps autocast away

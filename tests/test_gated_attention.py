@@ -397,6 +397,26 @@ def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "tokens, depth, columns", [(0, 24, 16), (1, 1, 1), (70, 24, 16), (129, 17, 20), (65, 128, 128), (9, 129, 3)]
+)
+def test_gate_logits(dtype, tokens: int, depth: int, columns: int) -> None:
+    """Of parts of longer rows, into some; beyond 128 columns and in float32 by PyTorch."""
+    n = torch.randn(tokens, depth + 7, device=DEVICE).to(dtype)[:, 3 : 3 + depth]
+    weight = torch.randn(columns + 2, depth + 5, device=DEVICE).to(dtype)[2:, :depth]
+    weight[columns // 2 + 1 :] = 0  # padding
+    whole = torch.full((tokens, columns + 9), 7.0, device=DEVICE, dtype=dtype)
+    out = whole[:, 4 : 4 + columns]
+    assert kernels.gate_logits(n, weight, out) is out
+    exact, plain = n.double() @ weight.double().T, n @ weight.T
+    error, allowed = (float((x.double() - exact).norm()) for x in (out, plain))
+    assert error <= 1.1 * allowed + 1e-6 * float(exact.norm())
+    assert not out[:, columns // 2 + 1 :].any()
+    assert (whole[:, :4] == 7).all() and (whole[:, 4 + columns :] == 7).all()
+
+
+@needs_kernels
 def test_repeats_bit_for_bit() -> None:
     p = Problem("padded", bounds=[0, 11, 22], tokens=22).to(torch.bfloat16)
     first, *others = (p.results(p.call()) for _ in range(20 if DEVICE == "cuda" else 2))

@@ -1,4 +1,4 @@
-"""What the projection's prologue becomes on GPUs that need not be there: registers, spills, accesses."""
+"""What the projection's small kernels become on GPUs that need not be there: registers, spills, accesses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if INTERPRETED:
     pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from pgolf.kernels._gated_attention_kernels import prologue
+from pgolf.kernels._gated_attention_kernels import gate_logits, prologue
 from tests.gates import check, compiling
 
 TOKENS = 98_304  # the record's micro-step
@@ -53,3 +53,37 @@ def test_other_models(options: dict) -> None:
         launch(**options)
     for kernel in compiled:
         check(kernel, registers=200, shared=4096, streams=True)
+
+
+def launch_gate_logits(dtype, depth: int = 24, columns: int = 16) -> None:
+    n, weight = torch.empty(TOKENS, 512, dtype=dtype), torch.empty(1024 + columns, 512, dtype=dtype)
+    projected = torch.empty(TOKENS, 1024 + columns, dtype=dtype)
+    gate_logits(n[:, :depth], weight[1024:, :depth], projected[:, 1024:])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_gate_logits_of_the_record_model(capability: int) -> None:
+    with compiling(capability) as compiled:
+        launch_gate_logits(torch.bfloat16)
+    (kernel,) = compiled
+    check(kernel, registers=48, shared=10_240, matrix_products=True, streams=True)
+    if capability == 90:
+        # A thread's 4 parts of rows, then one element of the weight; its logits.
+        assert (kernel.count(r"LDG\.E\S*\.128"), kernel.count("LDG")) == (4, 5)
+        assert kernel.count(r"STG\.E\S*\.128") == kernel.count("STG") == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dtype=torch.float16),
+        dict(dtype=torch.bfloat16, depth=5, columns=4),
+        dict(dtype=torch.bfloat16, depth=128, columns=128),
+    ],
+    ids=["float16", "narrow", "wide"],
+)
+def test_gate_logits_of_other_models(options: dict) -> None:
+    with compiling(90) as compiled:
+        launch_gate_logits(**options)
+    (kernel,) = compiled
+    check(kernel, matrix_products=True)
