@@ -247,7 +247,7 @@ def _attention_queries_kernel(
         do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
         # Delta is of do as rounded, as the products are: then the rows of dS sum to zero. o is y / g + <o, u> u.
         rounded = do.to(tl.float32)
-        own = tl.sum(rounded * y, 1) / tl.maximum(gate, 1e-30)
+        own = (1 / tl.maximum(gate, 1e-30)) * tl.sum(rounded * y, 1)
         if along is not None:
             own += component * tl.sum(rounded * own_value, 1)
             # A direction does not depend on the length, but for where that is clamped.

@@ -50,7 +50,7 @@ def compile_all(
         backward |= dict(prologue=made_by, dgain=gain)
     with compiling(capability) as kernels:
         tiles = varlen_attention.attention_tiles(bounds, TOKENS, dtype, width, heads // 4)
-        varlen_attention._forward(q, k, v, tiles, 0.125, **forward)
+        varlen_attention._forward(q, k, v, tiles, 0.125, base_2=epilogue, **forward)
         varlen_attention._backward(q, q, k, v, q, lse, tiles, 0.125, **backward)
     for kernel in kernels:
         check(kernel)
@@ -72,7 +72,9 @@ def test_attention(capability: int, width: int, epilogue: bool) -> None:
             from_registers = kernel.count(r"HGMMA\S+ R\d+, R\d+")
             assert from_registers and kernel.count("HGMMA") > from_registers
             assert kernel.count(r"WARPGROUP\.DEPBAR") <= PRODUCTS[kernel.name], f"{kernel.name}: products in series"
-            assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, f"{kernel.name}: no asynchronous copies of 16 bytes"
+            described = epilogue and width <= 64 and kernel.name != "_attention_keys_kernel"
+            copies = "UTMALDG" if described else r"LDGSTS\.E\S*\.128"
+            assert kernel.count(copies) >= 4, f"{kernel.name}: no asynchronous copies"
         if capability == 90 and width == 64:
             warps = _launch.launch_parameters("varlen_attention", TABLE[kernel.name], torch.device("cpu"))["warps"]
             assert kernel.registers * 32 * warps * 2 <= 65_536  # two programs an SM
