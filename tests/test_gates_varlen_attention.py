@@ -72,7 +72,7 @@ def test_attention(capability: int, width: int, epilogue: bool) -> None:
             from_registers = kernel.count(r"HGMMA\S+ R\d+, R\d+")
             assert from_registers and kernel.count("HGMMA") > from_registers
             assert kernel.count(r"WARPGROUP\.DEPBAR") <= PRODUCTS[kernel.name], f"{kernel.name}: products in series"
-            described = epilogue and width <= 64 and kernel.name != "_attention_keys_kernel"
+            described = epilogue and width <= 64 and kernel.name == "_attention_queries_kernel"
             copies = "UTMALDG" if described else r"LDGSTS\.E\S*\.128"
             assert kernel.count(copies) >= 4, f"{kernel.name}: no asynchronous copies"
         if capability == 90 and width == 64:
