@@ -38,7 +38,7 @@ from functools import lru_cache
 import torch
 
 from ._launch import INTERPRETED, constexpr, multiprocessors, triton
-from ._residual_mlp_epilogues import ADD, GRADIENT, finish
+from ._residual_mlp_epilogues import GRADIENT, finish
 from ._varlen_attention_kernels import away_from_zero
 
 try:
@@ -55,7 +55,7 @@ BLOCK, STEP = 128, 64  # rows and columns of a tile, depth of a step
 PARTS = 14  # of 16 KB in shared memory, a's and b's; what is left of 227 KB is for barriers
 FEWEST_STAGES = 4  # with which loads keep ahead
 REGISTERS, FEW_REGISTERS = 240, 24  # of a consumer's and the producer's thread
-NORMALISE = constexpr(ADD.value + 1)  # the epilogue of `project`
+NORMALISE = constexpr(GRADIENT.value + 1)  # the epilogue of `project`
 HEAD, PAIRS = 64, 8  # columns of a head and how many pairs of them are rotated, in `project`
 
 if gluon is not None:
@@ -205,7 +205,7 @@ def _consume(
             cos, sin, gain, inverse_rms, period = aux
             c = _angles(cos, row, column, M, period, HEADS[1], 1)
             s = _angles(sin, row, column, M, period, HEADS[1], 0)
-        elif EPILOGUE >= GRADIENT:  # on its way to registers during the product
+        elif EPILOGUE == GRADIENT:  # on its way to registers during the product
             sources, _ = _place(aux, row, column, M, N, EPILOGUE)
             other = gl.load(sources, mask=inside, other=0)
         stage, phase = tile * DEPTH % STAGES, tile * DEPTH // STAGES & 1
