@@ -11,7 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = [*sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")), "layer_kernels"]
+FAMILIES = [*sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")), "layer_kernels", "partial_sums"]
 
 
 @pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="tests/interpreter.py mends Triton 3.6")
