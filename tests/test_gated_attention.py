@@ -384,7 +384,8 @@ def test_any_launch_parameters(monkeypatch, tokens: int, warps: int) -> None:
 @needs_kernels
 def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
     """With segments that end within tiles of keys, and with rows."""
-    tuned = varlen_attention.launch_parameters
+    tuned, described, made = varlen_attention.launch_parameters, varlen_attention.TensorDescriptor, []
+    monkeypatch.setattr(varlen_attention, "TensorDescriptor", lambda *x: made.append(x) or described(*x))
     shape = 4, 2, 16, 8, 4  # rows of whole 16 bytes
     for p in (Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80), Problem(shape, bounds=None, rows=3)):
         p.to(torch.bfloat16)
@@ -394,6 +395,7 @@ def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
             monkeypatch.setattr(varlen_attention, "launch_parameters", found)
             results.append(p.results(p.call()))
         assert same(*results)
+    assert len(made) == 4, "of k and v, once for each problem"
 
 
 @needs_kernels
@@ -411,7 +413,7 @@ def test_gate_logits(dtype, tokens: int, depth: int, columns: int) -> None:
     assert kernels.gate_logits(n, weight, out) is out
     exact, plain = n.double() @ weight.double().T, n @ weight.T
     error, allowed = (float((x.double() - exact).norm()) for x in (out, plain))
-    assert error <= 1.1 * allowed + 1e-6 * float(exact.norm())
+    assert error <= 1.02 * allowed + 1e-7 * float(exact.norm())
     assert not out[:, columns // 2 + 1 :].any()
     assert (whole[:, :4] == 7).all() and (whole[:, 4 + columns :] == 7).all()
 

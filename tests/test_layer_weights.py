@@ -51,7 +51,7 @@ def assert_exact(leaves: list, douts: list, order: list[int], outputs: list) -> 
     got = gradients(outputs, leaves, douts)
     for i, (a, b, leaf) in enumerate(zip(got, exact, (leaf for leaf in leaves if leaf is not None), strict=True)):
         assert (a.dtype, a.shape) == (leaf.dtype, leaf.shape)
-        bound = 2e-6 if leaf.dtype == torch.float32 else 1e-14
+        bound = 6e-7 if leaf.dtype == torch.float32 else 3e-15  # measured 2e-7 and 5e-16
         b = torch.zeros_like(leaf) if b is None else b
         assert (a - b).norm() <= bound * b.norm(), f"gradient {i}: {(a - b).norm() / b.norm():.1e}"
 
