@@ -22,18 +22,19 @@ TABLE_STEPS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 80, 100, 120, 140, 160, 20
 FOR_160_STEPS = dict(iterations=160, max_wallclock_seconds=0, warmup_steps=0, ema_decay=0.95, train_log_every=10)
 # With kernels, and twice without them: the two differ by the noise of atomics alone. An eighth of the record's batch.
 FOR_300_STEPS = FOR_160_STEPS | dict(iterations=300, train_batch_tokens=98_304, train_log_every=50)
-# Of other seeds too, for the spread between them; half a micro-batch a step. Each also with the matrices' rate changed
-# in its sixth digit: how far apart runs of the same code, seed and data get by rounding alone.
+# Of other seeds too, for the spread between them, and from initial weights moved by rounding (`bench.moved_weights`),
+# for that of one seed; half a micro-batch a step.
 FOR_500_STEPS = FOR_300_STEPS | dict(iterations=500, train_batch_tokens=49_152, micro_batch_tokens=49_152)
-NUDGES = {"": 0.026, "_nudge1": 0.02600026, "_nudge2": 0.02600052, "_nudge3": 0.02600078}
+MOVED = {"": None, "_moved1": 1001, "_moved2": 1002, "_moved3": 1003, "_moved4": 1004}
 
 
 class ReferenceRun(NamedTuple):
-    """What is run: a preset, what differs from it, and up to which stage."""
+    """What is run: a preset, what differs from it, up to which stage, and the seed that moves its initial weights."""
 
     preset: str
     settings: dict[str, Any]
     stages: tuple[str, ...]
+    moved: int | None = None
 
 
 RUNS = {
@@ -44,11 +45,11 @@ RUNS = {
     "reference_300_again": ReferenceRun("record", FOR_300_STEPS | dict(kernels="reference"), ("train",)),
     **{
         f"{kernels}_500_seed{seed}{suffix}": ReferenceRun(
-            "record", FOR_500_STEPS | dict(kernels=kernels, seed=seed, matrix_lr=rate), ("train",)
+            "record", FOR_500_STEPS | dict(kernels=kernels, seed=seed), ("train",), moved
         )
         for kernels in ("triton", "reference")
         for seed in (1337, 42, 7)
-        for suffix, rate in NUDGES.items()
+        for suffix, moved in MOVED.items()
     },
     "five_minutes": ReferenceRun(
         "record", dict(max_wallclock_seconds=300, warmup_steps=2, train_log_every=50), ("run",)
@@ -77,8 +78,13 @@ def commands(name: str, out: Path, data_dir: str, processes: int, settings: list
     python = [sys.executable, "-m"]
     if processes > 1:
         python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    lines = [[*python, "pgolf", stage, "--run-dir", str(out / name)] for stage in run.stages]
+    folder = str(out / name)
+    stages = ("data", *run.stages) if run.moved else run.stages
+    lines = [[*python, "pgolf", stage, "--run-dir", folder] for stage in stages]
     lines[0] += ["--fresh", "--preset", run.preset, *(part for pair in chosen for part in ("--set", pair))]
+    if run.moved:
+        lines[1].append("--resume")
+        lines.insert(1, [sys.executable, "-m", "bench.moved_weights", folder, str(run.moved)])
     return lines
 
 

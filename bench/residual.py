@@ -1,10 +1,11 @@
 """The residual stream between the matrix products, bf16: ``python -m bench.residual``.
 
-At the record model's 98,304 tokens of width 512. `mix_norm` begins a layer, `join_mix_norm` one with a skip; `lanes`
-ends a parallel layer, `lanes_norm` begins the next one with it, `lanes_final` ends the last one with the final norm,
-which is `norm_of_mean` alone. With `carry` the inputs are handed through and have later readers, whose gradients
-autograd adds for the opponents. `linear` is a product without residual (attention's, 512 inputs), `layer` the stream
-through a whole serial layer with its products onto the residual (512 and 2048 inputs).
+At the record model's 98,304 tokens of width 512. `mix_norm` begins a layer, `join_mix_norm` one with a skip,
+`enter_lanes` the first parallel one; `lanes` ends a parallel layer, `lanes_norm` begins the next one with it,
+`lanes_final` ends the last one with the final norm, which is `norm_of_mean` alone. With `carry` the inputs are handed
+through and have later readers, whose gradients autograd adds for the opponents. `linear` is a product without residual
+(attention's, 512 inputs), `layer` the stream through a whole serial layer with its products onto the residual (512 and
+2048 inputs).
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ OPS: dict[str, tuple[Callable, tuple[str, ...], int, int]] = {
         lambda *arguments: _mix(*arguments, keep_u=False)[1:], ("x", "x", "mix", "x", "vector", "vector"), 5, 9
     ),
     "join": (lambda op, scale, *leaves: op("join_skip")(*leaves), ("x", "x", "vector", "vector"), 3, 5),
-    "norm_carry": (lambda op, scale, x: op("scaled_rms_norm")(x, scale, carry=True), ("x",), 2, 4),
+    "norm": (lambda op, scale, x: op("scaled_rms_norm")(x, scale), ("x",), 2, 3),
+    "enter_lanes_carry": (
+        lambda op, scale, *leaves: op("enter_lanes_norm")(*leaves[:3], scale, **_join(leaves[3:])),
+        ("x", "x", "mix", "x", "vector", "vector"), 6, 11,
+    ),
     "norm_of_mean": (lambda op, scale, x, y: op("scaled_rms_norm")(x, None, y), ("x", "x"), 3, 3),
     "lanes": (lambda op, scale, *leaves: op("mix_lanes")(*leaves), ("x", "x", "x", "x", "post", "resid"), 6, 10),
     "lanes_norm_carry": (
@@ -128,8 +133,8 @@ _ENTRIES = {
     "mix_forward": "mix_norm_forward", "join_mix_forward": "join_mix_norm_carry_forward",
     "join_forward": "join_forward",
     "mix_backward": "mix_norm_carry_forward_backward", "join_mix_backward": "join_mix_norm_carry_forward_backward",
-    "join_backward": "join_forward_backward", "norm_forward": "norm_carry_forward",
-    "norm_backward": "norm_carry_forward_backward", "lanes_forward": "lanes_forward",
+    "join_backward": "join_forward_backward", "norm_forward": "norm_forward",
+    "norm_backward": "norm_forward_backward", "lanes_forward": "lanes_forward",
     "lanes_backward": "lanes_forward_backward", "lanes_norm_forward": "lanes_norm_carry_forward",
     "lanes_norm_backward": "lanes_norm_carry_forward_backward", "lanes_mean_forward": "lanes_final_forward",
     "lanes_mean_backward": "lanes_final_forward_backward",

@@ -94,10 +94,11 @@ def _store_sums(
 
 @jit(do_not_specialize=("rows", "chunk"))
 def _residual_kernel(
-    x, x0, mix, skip, weight, gate, scale, joined, u, n, rstd, rows, chunk, EPS: tl.constexpr, D: tl.constexpr,
+    x, x0, mix, skip, weight, gate, scale, joined, u, n, n1, rstd, rows, chunk, EPS: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """joined = join(x, skip); u = mix[0] joined + mix[1] x0, without mix their mean; n = scale u rstd(u)."""
+    """joined = join(x, skip); u = mix[0] joined + mix[1] x0, without mix their mean; n = scale u rstd(u), n1 = scale x
+    rstd(x)."""
     columns, inside = _columns(D, BLOCK)
     w, sigma = _vector(weight, columns, inside, ACC), _gate(gate, columns, inside, ACC)
     first, second, factor = 0.5, 0.5, _scalar(scale, ACC)
@@ -107,6 +108,8 @@ def _residual_kernel(
     for i in tl.range(0, tl.minimum(rows - base, chunk).to(tl.int32), num_stages=STAGES):
         offsets = (base + i) * D + columns
         value = _load(x, offsets, inside, ACC)
+        if n1 is not None:
+            _store(n1, offsets, inside, value * (_norm(value, EPS, D) * factor))
         if skip is not None:
             value = _join(value, _load(skip, offsets, inside, ACC), w, sigma, gate is not None)
             if joined is not None:
@@ -124,11 +127,11 @@ def _residual_kernel(
 
 @jit(do_not_specialize=("rows", "chunk"))
 def _residual_backward_kernel(
-    dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, rstd, dx, dx0, dskip, partials, rows, chunk,
-    EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+    djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale, rstd, dx, dx0, dskip, partials,
+    rows, chunk, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
     HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Of `_residual_kernel`. With rstd, x is n. dx_next is joined's gradient, dx0_next is added to dx0.
+    """Of `_residual_kernel`. With rstd, x is n. dx_next is added to dx, and dx0_next to dx0.
 
     Gradients of x0 and skip that have no place of their own are added to that of x, which they are.
     """
@@ -168,8 +171,8 @@ def _residual_backward_kernel(
             if dx0 is not None:
                 _store(dx0, offsets, inside, result)
             g *= first
-        if dx_next is not None:
-            g += _load(dx_next, offsets, inside, ACC)
+        if djoined is not None:
+            g += _load(djoined, offsets, inside, ACC)
         if skip is not None:
             g, passed, part, gate_part = _join_gradient(g, value, skipped, w, sigma, gate is not None)
             weight_sum += part
@@ -178,6 +181,11 @@ def _residual_backward_kernel(
                 _store(dskip, offsets, inside, passed)
             else:
                 g += passed
+        if dn1 is not None:
+            inverse = _norm(value, EPS, D)
+            g += _norm_gradient(_load(dn1, offsets, inside, ACC), value * inverse, factor * inverse, D)
+        if dx_next is not None:
+            g += _load(dx_next, offsets, inside, ACC)
         if mix is not None and dx0 is None:
             g += result
         _store(dx, offsets, inside, 0.5 * g if HALF else g)
@@ -353,10 +361,10 @@ def _pointer(tensor: Tensor) -> Tensor | None:
 
 def mix_forward(
     x: Tensor, x0: Tensor | None, mix: Tensor | None, skip: Tensor | None, weight: Tensor | None,
-    gate: Tensor | None, scale: Tensor | None, eps: float, keep_joined: bool, keep_u: bool, keep_n: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(joined, u, n), of which those not kept are empty."""
-    outputs = [_like(x, keep) for keep in (keep_joined, keep_u, keep_n)]
+    gate: Tensor | None, scale: Tensor | None, eps: float, *keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(joined, u, n, n1), of which those not kept are empty."""
+    outputs = [_like(x, kept) for kept in keep]
     if x.numel():
         grid, extent, settings = _plan(_case(mix, skip, "forward"), x)
         inputs = _contiguous(x, x0, mix, skip, weight, gate, scale)
@@ -371,9 +379,10 @@ def mix_sums(x: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | 
 
 
 def mix_backward(
-    dx_next: Tensor | None, du: Tensor | None, dn: Tensor | None, dx0_next: Tensor | None, x: Tensor,
-    x0: Tensor | None, mix: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, eps: float, x0_is_x: bool = False, skip_is_x: bool = False,
+    djoined: Tensor | None, du: Tensor | None, dn: Tensor | None, dn1: Tensor | None, dx_next: Tensor | None,
+    dx0_next: Tensor | None, x: Tensor, x0: Tensor | None, mix: Tensor | None, skip: Tensor | None,
+    weight: Tensor | None, gate: Tensor | None, scale: Tensor | None, eps: float, x0_is_x: bool = False,
+    skip_is_x: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, x0 and skip, and the flat sums, those of mix, weight and gate where there are any.
 
@@ -386,7 +395,7 @@ def mix_backward(
         return *outputs, x.new_zeros(width, dtype=accumulator(x))
     grid, extent, settings = _plan(_case(mix, skip, "backward"), x)
     partials = x.new_empty(*grid, width, dtype=accumulator(x))
-    inputs = _contiguous(dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale)
+    inputs = _contiguous(djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale)
     with torch.cuda.device_of(x):
         _residual_backward_kernel[grid](
             *inputs, None, *map(_pointer, outputs), partials, *extent, EPS=eps, HALF=False, WIDTH=width, **settings
@@ -402,7 +411,7 @@ def norm_forward(x: Tensor, other: Tensor | None, scale: Tensor | None, eps: flo
         x, other = _contiguous(x, other)
         with torch.cuda.device_of(x):
             _residual_kernel[grid](
-                x, other, None, None, None, None, scale, None, None, n, rstd, *extent, EPS=eps, **settings
+                x, other, None, None, None, None, scale, None, None, n, None, rstd, *extent, EPS=eps, **settings
             )
     return n, rstd
 
@@ -417,8 +426,8 @@ def norm_backward(
         dx_next, dn, n, rstd = _contiguous(dx_next, dn, n, rstd)
         with torch.cuda.device_of(n):
             _residual_backward_kernel[grid](
-                None, dx_next, dn, None, n, None, None, None, None, None, scale, rstd, dx, None, None, None, *extent,
-                EPS=0.0, HALF=mean, WIDTH=0, **settings,
+                None, dx_next, dn, None, None, None, n, None, None, None, None, None, scale, rstd, dx, None, None, None,
+                *extent, EPS=0.0, HALF=mean, WIDTH=0, **settings,
             )  # fmt: skip
     return dx
 

@@ -58,11 +58,11 @@ def _sums(x: Tensor, *shape: int) -> Tensor:
 
 
 _mix_backward_op = operator(
-    "residual_mix_backward(Tensor? dx_next, Tensor? du, Tensor? dn, Tensor? dx0_next, Tensor x, Tensor? x0, "
-    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, bool x0_is_x, bool skip_is_x) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "residual_mix_backward(Tensor? djoined, Tensor? du, Tensor? dn, Tensor? dn1, Tensor? dx_next, Tensor? dx0_next, "
+    "Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, "
+    "bool x0_is_x, bool skip_is_x) -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.mix_backward,
-    lambda dx_next, du, dn, dx0_next, x, x0, mix, skip, weight, gate, scale, eps, x0_is_x, skip_is_x: (
+    lambda djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale, eps, x0_is_x, skip_is_x: (
         *_empty(x, True, x0 is not None and not x0_is_x, skip is not None and not skip_is_x),
         _sums(x, kernels.mix_sums(x, mix, skip, gate)),
     ),
@@ -111,14 +111,14 @@ def _save_mix(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _mix_gradients(ctx, djoined, du, dn, dx_next=None, dx0_next=None):
+def _mix_gradients(ctx, djoined, du, dn, dn1, dx_next=None, dx0_next=None):
     x, x0, mix, skip, weight, gate, scale = ctx.saved_tensors
-    gradients = (_given(djoined) if dx_next is None else dx_next, _given(du), _given(dn), dx0_next)
+    gradients = *map(_given, (djoined, du, dn, dn1)), dx_next, dx0_next
     dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps, *ctx.same)
     dmix, *djoin = _parameter_gradients(sums, mix, weight, gate)
     own = [x0 is not None and not ctx.same[0], skip is not None and not ctx.same[1]]
     dx0, dskip = (gradient if wanted else None for gradient, wanted in zip((dx0, dskip), own, strict=True))
-    return dx, dx0, dmix, dskip, *djoin, *(None,) * 5
+    return dx, dx0, dmix, dskip, *djoin, *(None,) * 6
 
 
 def _save_norm(ctx, inputs, output) -> None:
@@ -130,9 +130,9 @@ def _save_norm(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _norm_gradients(ctx, dn, drstd, dx_next=None):
+def _norm_gradients(ctx, dn, drstd):
     n, rstd, scale = ctx.saved_tensors
-    dx = dx_next if dn is None else _norm_backward_op(dx_next, dn, n, rstd, scale, ctx.mean)
+    dx = None if dn is None else _norm_backward_op(None, dn, n, rstd, scale, ctx.mean)
     return dx, dx if ctx.mean else None, None, None
 
 
@@ -215,20 +215,19 @@ def _carrying(
 
 mix_op = _carrying(
     "residual_mix(Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, "
-    "float eps, bool keep_joined, bool keep_u, bool keep_n) -> (Tensor, Tensor, Tensor)",
+    "float eps, bool keep_joined, bool keep_u, bool keep_n, bool keep_n1) -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.mix_forward,
     lambda x, x0, mix, skip, weight, gate, scale, eps, *keep: _empty(x, *keep),
     _save_mix,
     _mix_gradients,
     carried=2,
 )
-norm_op = _carrying(
+norm_op = operator(
     "residual_norm(Tensor x, Tensor? other, Tensor? scale, float eps) -> (Tensor, Tensor)",
     kernels.norm_forward,
     lambda x, other, scale, eps: (x.new_empty(x.shape), _sums(x, *x.shape[:-1])),
-    _save_norm,
-    _norm_gradients,
-    carried=1,
+    setup_context=_save_norm,
+    backward=_norm_gradients,
 )
 
 

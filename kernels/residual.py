@@ -4,8 +4,9 @@
     residual_linear       v = residual + x Wᵀ
     residual_linear_norm  the same, and n = scale rms(v)
     join_skip             lerp(weight skip, x, σ(gate)); without a gate x + weight skip
+    enter_lanes_norm      lane 0 is x joined with the skip, lane 1 is x, and the norms n0 and n1 of a parallel layer
     mix_lanes             lane_j' = resid[j] lane_j + post[0, j] attention + post[1, j] mlp
-    mix_lanes_norm        the same and, of the next layer, lane 0 joined with its skip and both lanes' norms
+    mix_lanes_norm        the same, and the next layer's `enter_lanes_norm` of both lanes
     mix_lanes_final       the same and the final norm, rms of the lanes' mean
     scaled_rms_norm       scale rms(x), or of the mean of x and another
 
@@ -18,7 +19,7 @@ keep n and 1 / sqrt(mean(v²) + eps) for backward, and not v. A scale of a produ
 `layer_weights` multiplies it into the weights of all layers at once.
 
 An op that feeds one tensor to two readers makes autograd add their gradients, three passes. So ops hand their inputs
-through (`Mixed.x`, `Mixed.x0`, ``carry``): who reads the tensor later takes it from there, and the gradient that comes
+through (`Mixed.x`, `Mixed.x0`, `Lanes.x0`): who reads the tensor later takes it from there, and the gradient that comes
 back is added where the op's own is written. Under torch.compile the inputs are handed through as they are.
 """
 
@@ -46,7 +47,7 @@ class Mixed(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """What `mix_lanes_norm` returns."""
+    """What `enter_lanes_norm` and `mix_lanes_norm` return."""
 
     lane0: Tensor  # joined with the skip
     lane1: Tensor
@@ -79,11 +80,19 @@ def join_skip_reference(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | 
 
 
 def scaled_rms_norm_reference(
-    x: Tensor, scale: Tensor | None = None, other: Tensor | None = None, eps: float = RMS_EPS, *, carry: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, scale: Tensor | None = None, other: Tensor | None = None, eps: float = RMS_EPS
+) -> Tensor:
     """Plain PyTorch; the contract of `scaled_rms_norm`, whose arguments it shares."""
-    n = _rms_norm(x if other is None else 0.5 * (x + other), scale, eps)
-    return (n, x) if carry else n
+    return _rms_norm(x if other is None else 0.5 * (x + other), scale, eps)
+
+
+def enter_lanes_norm_reference(
+    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
+    weight: Tensor | None = None, gate: Tensor | None = None,
+) -> Lanes:  # fmt: skip
+    """Plain PyTorch; the contract of `enter_lanes_norm`, whose arguments it shares."""
+    _, n0, lane0, x0 = residual_mix_norm_reference(x, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
+    return Lanes(lane0, x, n0, _rms_norm(x, scale, eps), x0)
 
 
 def mix_lanes_reference(
@@ -132,24 +141,29 @@ def residual_linear_norm_reference(
 
 def _mix_norm_triton(x, x0, mix, scale, eps, *, skip, weight, gate, keep_u, keep_x) -> Mixed:
     keep_joined = skip is not None and keep_x
-    joined, u, n, x, x0 = ops.mix_op(x, x0, mix, skip, weight, gate, scale, eps, keep_joined, keep_u, True)
+    joined, u, n, _, x, x0 = ops.mix_op(x, x0, mix, skip, weight, gate, scale, eps, keep_joined, keep_u, True, False)
     x = x if skip is None else joined if keep_joined else None
     return Mixed(u if keep_u else None, n, x, x0)
 
 
-def _scaled_rms_norm_triton(x, scale, other, eps, *, carry):
-    n, _, x = ops.norm_op(x, other, scale, eps)
-    return (n, x) if carry else n
+def _enter_lanes_triton(x, x0, mix, scale, eps, *, skip, weight, gate) -> Lanes:
+    join = skip is not None
+    joined, _, n0, n1, x, x0 = ops.mix_op(x, x0, mix, skip, weight, gate, scale, eps, join, False, True, True)
+    return Lanes(joined if join else x, x, n0, n1, x0)
 
 
 _MIX_NORM = {"reference": residual_mix_norm_reference, "triton": _mix_norm_triton}
 _JOIN_SKIP = {
     "reference": join_skip_reference,
     "triton": lambda x, skip, weight, gate: ops.mix_op(
-        x, None, None, skip, weight, gate, None, 0.0, True, False, False
+        x, None, None, skip, weight, gate, None, 0.0, True, False, False, False
     )[0],
 }  # fmt: skip
-_NORM = {"reference": scaled_rms_norm_reference, "triton": _scaled_rms_norm_triton}
+_NORM = {
+    "reference": scaled_rms_norm_reference,
+    "triton": lambda x, scale, other, eps: ops.norm_op(x, other, scale, eps)[0],
+}
+_ENTER_LANES = {"reference": enter_lanes_norm_reference, "triton": _enter_lanes_triton}
 _LANES = {
     "reference": mix_lanes_reference,
     "triton": lambda *lanes: ops.lanes_op(None, *lanes, None, None, None, None, None, 0.0, False)[:2],
@@ -242,17 +256,31 @@ def join_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None = Non
 
 
 def scaled_rms_norm(
-    x: Tensor, scale: Tensor | None = None, other: Tensor | None = None, eps: float = RMS_EPS, *, carry: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """scale rms(x), or of the mean 0.5 (x + other); with ``carry`` also x, for later readers to take.
+    x: Tensor, scale: Tensor | None = None, other: Tensor | None = None, eps: float = RMS_EPS
+) -> Tensor:
+    """scale rms(x), or of the mean 0.5 (x + other).
 
-    Differentiable once in x and other, both [..., d]. Raises ValueError for a wrong shape or device and for ``carry``
-    with ``other``, TypeError for a wrong dtype.
+    Differentiable once in x and other, both [..., d]. Raises ValueError for a wrong shape or device, TypeError for a
+    wrong dtype.
     """
     _check({"x": x, "other": other}, {"scale": (scale, ())})
-    if carry and other is not None:
-        raise ValueError("carry hands x on, and with other there are two")
-    return select("scaled_rms_norm", _NORM, x)(x, scale, other, eps, carry=carry)
+    return select("scaled_rms_norm", _NORM, x)(x, scale, other, eps)
+
+
+def enter_lanes_norm(
+    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
+    weight: Tensor | None = None, gate: Tensor | None = None,
+) -> Lanes:  # fmt: skip
+    """Two lanes from one stream, and what the first parallel layer reads of them, in one pass.
+
+    Lane 0 is x joined with ``skip``, as by `join_skip`, or x; lane 1 is x; n0 = scale rms(mix[0] lane0 + mix[1] x0) and
+    n1 = scale rms(x). Arguments and errors as in `residual_mix_norm`; take x (lane 1) and x0 from the result for later
+    readers.
+    """
+    _check({"x": x, "x0": x0, "skip": skip}, {"mix": (mix, (2, *x.shape[-1:])), "scale": (scale, ())})
+    _check_join(x, skip, weight, gate)
+    chosen = select("enter_lanes_norm", _ENTER_LANES, x)
+    return chosen(x, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
 
 
 def _check_lanes(lane0, lane1, attention, mlp, post, resid) -> None:

@@ -23,6 +23,7 @@ from pgolf.kernels.layer_weights import layer_weights
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.kernels.residual import (
     Lanes,
+    enter_lanes_norm,
     join_skip,
     mix_lanes,
     mix_lanes_final,
@@ -178,9 +179,7 @@ def serial_block(
 
 def enter_lanes(x: Tensor, x0: Tensor, skip: Skip | None, w: LayerWeights) -> Lanes:
     """Two lanes from one stream, lane 0 joined with the skip, and what the first parallel layer reads of them."""
-    _, n0, lane0, x0 = residual_mix_norm(x, x0, w.resid_mix, w.ln_scale, **_joined(skip), keep_u=False)
-    n1, lane1 = scaled_rms_norm(x, w.ln_scale, carry=True)
-    return Lanes(lane0, lane1, n0, n1, x0)
+    return enter_lanes_norm(x, x0, w.resid_mix, w.ln_scale, **_joined(skip))
 
 
 def parallel_block(

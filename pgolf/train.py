@@ -51,7 +51,7 @@ def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = Fal
     """
     begun = time.perf_counter()
     reset_peak_memory(world.device)
-    state = _start(config, world)
+    state = start(config, world)
     trainer = _Trainer(config, folder, world, state)
     if resume and folder.checkpoint.exists():
         load_checkpoint(folder.checkpoint, state, config, world)
@@ -83,7 +83,8 @@ def final_weights(state: TrainingState) -> dict[str, torch.Tensor]:
     return {name: value.float().cpu() for name, value in state.model.state_dict().items()}
 
 
-def _start(config: RunConfig, world: World) -> TrainingState:
+def start(config: RunConfig, world: World) -> TrainingState:
+    """A run before its first step: fresh weights, optimizer and average, and the data from its beginning."""
     model = build_model(config, world)
     optimizer = ModelOptimizer(model, config, world.size)
     ema = {name: value.detach().float().clone() for name, value in model.state_dict().items()}

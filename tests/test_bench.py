@@ -43,9 +43,9 @@ def test_reference_runs_are_presets_with_settings_that_exist(tmp_path: Path) -> 
     for name, run in reference_runs.RUNS.items():
         RunConfig.preset(run.preset).replace(**run.settings)
         lines = reference_runs.commands(name, tmp_path, "data", 2, ["seed=7"])
-        assert len(lines) == len(run.stages) and "--nproc_per_node=2" in lines[0]
+        assert len(lines) == len(run.stages) + (2 if run.moved else 0) and "--nproc_per_node=2" in lines[0]
         assert lines[0][-2:] == ["--set", "seed=7"] and "--fresh" in lines[0]
-        assert all(line[-1] == str(tmp_path / name) for line in lines[1:])
+        assert all(str(tmp_path / name) in line for line in lines)
 
 
 def test_reference_runs_are_collected(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -27,6 +27,8 @@ LAUNCHES = {
     "join_mix_backward_all": (160, 12),
     "mix_backward_one": (160, 12),
     "join_mix_backward_one": (160, 12),
+    "enter_lanes_forward": (128, 16),
+    "enter_lanes_backward": (168, 12),
     "join_backward": (104, 16),
     "norm_forward": (64, 28),
     "norm_forward_mean": (64, 28),
@@ -44,7 +46,8 @@ LAUNCHES = {
 
 
 FOR_OTHERS = [
-    "join_mix_forward", "join_mix_backward_all", "norm_backward", "lanes_norm_join_forward", "lanes_norm_join_backward"
+    "join_mix_forward", "join_mix_backward_all", "enter_lanes_forward", "enter_lanes_backward", "norm_backward",
+    "lanes_norm_join_forward", "lanes_norm_join_backward",
 ]  # fmt: skip
 
 
@@ -59,19 +62,21 @@ def has_sums(name: str) -> bool:
 def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
     x, vector, scale = torch.empty(1, TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype), torch.ones(())
     mix, join, rstd = torch.empty(2, width, dtype=dtype), (x, vector, vector), torch.empty(1, TOKENS)
-    none, lanes = (None,) * 3, (x, x, x, x, torch.empty(2, 2), torch.empty(2))
+    backward, none, lanes = kernels.mix_backward, (None,) * 3, (x, x, x, x, torch.empty(2, 2), torch.empty(2))
     {
-        "mix_forward": lambda: kernels.mix_forward(x, x, mix, *none, scale, EPS, False, True, True),
-        "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True),
-        "join_mix_forward_u": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, False, True, True),
-        "join_forward": lambda: kernels.mix_forward(x, None, None, *join, None, EPS, True, False, False),
-        "mix_backward": lambda: kernels.mix_backward(None, x, x, None, x, x, mix, *none, scale, EPS),
-        "mix_backward_carry": lambda: kernels.mix_backward(x, x, x, x, x, x, mix, *none, scale, EPS),
-        "join_mix_backward_carry": lambda: kernels.mix_backward(x, None, x, x, x, x, mix, *join, scale, EPS),
-        "join_mix_backward_all": lambda: kernels.mix_backward(x, x, x, x, x, x, mix, *join, scale, EPS),
-        "mix_backward_one": lambda: kernels.mix_backward(None, x, x, x, x, x, mix, *none, scale, EPS, True),
-        "join_mix_backward_one": lambda: kernels.mix_backward(x, x, x, x, x, x, mix, *join, scale, EPS, False, True),
-        "join_backward": lambda: kernels.mix_backward(x, None, None, None, x, None, None, *join, None, EPS),
+        "mix_forward": lambda: kernels.mix_forward(x, x, mix, *none, scale, EPS, False, True, True, False),
+        "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True, False),
+        "join_mix_forward_u": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, False, True, True, False),
+        "enter_lanes_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True, True),
+        "join_forward": lambda: kernels.mix_forward(x, None, None, *join, None, EPS, True, False, False, False),
+        "mix_backward": lambda: backward(None, x, x, None, None, None, x, x, mix, *none, scale, EPS),
+        "mix_backward_carry": lambda: backward(None, x, x, None, x, x, x, x, mix, *none, scale, EPS),
+        "join_mix_backward_carry": lambda: backward(x, None, x, None, None, x, x, x, mix, *join, scale, EPS),
+        "join_mix_backward_all": lambda: backward(x, x, x, None, None, x, x, x, mix, *join, scale, EPS),
+        "mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *none, scale, EPS, True),
+        "join_mix_backward_one": lambda: backward(x, x, x, None, None, x, x, x, mix, *join, scale, EPS, False, True),
+        "enter_lanes_backward": lambda: backward(x, None, x, x, x, x, x, x, mix, *join, scale, EPS),
+        "join_backward": lambda: backward(x, None, None, None, None, None, x, None, None, *join, None, EPS),
         "norm_forward": lambda: kernels.norm_forward(x, None, scale, EPS),
         "norm_forward_mean": lambda: kernels.norm_forward(x, x, None, EPS),
         "norm_backward": lambda: kernels.norm_backward(x, x, x, rstd, scale, False),
@@ -100,7 +105,7 @@ def test_shipped(name: str) -> None:
         assert name.startswith("lanes") or of_parts.count(r"LDG\.E\.128") >= 4  # whose rows are not of whole 16 bytes
     assert warps * 32 * -(-kernel.registers // 8) * 8 <= 65_536
     assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, "no asynchronous copies of 16 bytes"  # of rows to come
-    in_a_program = 2 if name.startswith(("join_mix_backward", "lanes_norm")) and "backward" in name else 1
+    in_a_program = 2 if name.startswith(("join_mix", "enter_lanes", "lanes_norm")) and "backward" in name else 1
     assert warps // in_a_program * (kernel.shared_bytes + 1024) <= 233_472
 
 

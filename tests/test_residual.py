@@ -63,6 +63,12 @@ def mix_call(keep_u: bool = True, keep_x: bool = True) -> Call:
     return call
 
 
+def enter_lanes(op, leaves):
+    x, x0, mix, *rest = leaves
+    join = dict(zip(("skip", "weight", "gate"), rest, strict=False))
+    return op("enter_lanes_norm")(x, x0, mix, scale_of(x), **join)
+
+
 def lanes_norm(op, leaves):
     join = dict(zip(("skip", "weight", "gate"), leaves[8:], strict=False))
     return op("mix_lanes_norm")(*leaves[:8], scale_of(leaves[0]), **join)
@@ -89,8 +95,11 @@ CALLS: dict[str, tuple[Call, list]] = {
     "join": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d", "d"]),
     "join_ungated": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d"]),
     "norm": (lambda op, leaves: op("scaled_rms_norm")(leaves[0], scale_of(leaves[0])), ["x"]),
-    "norm_carry": (lambda op, leaves: op("scaled_rms_norm")(leaves[0], scale_of(leaves[0]), carry=True), ["x"]),
     "norm_of_mean": (lambda op, leaves: op("scaled_rms_norm")(leaves[0], None, leaves[1]), ["x", "x"]),
+    "enter_lanes": (enter_lanes, MIX),
+    "enter_lanes_join": (enter_lanes, [*MIX, "x", "d", "d"]),
+    "enter_lanes_join_ungated": (enter_lanes, [*MIX, "x", "d"]),
+    "enter_lanes_of_one": (lambda op, leaves: enter_lanes(op, [leaves[0], *leaves]), ["x", (2, "d")]),
     "lanes": (lambda op, leaves: op("mix_lanes")(*leaves), LANES),
     "lanes_norm": (lanes_norm, [*LANES, *MIX[1:]]),
     "lanes_norm_join": (lanes_norm, [*LANES, *MIX[1:], "x", "d", "d"]),
@@ -235,10 +244,11 @@ def layers(op: Callable[[str], Callable], leaves: list[torch.Tensor]) -> torch.T
     u, n, x, x0 = op("residual_mix_norm")(x, x0, mix, scale)  # a skip taken where it was handed through
     skips[-1] = x
     join = dict(weight=skip_weight, gate=gate)
-    _, n0, lane0, x0 = op("residual_mix_norm")(u, x0, mix, scale, skip=skips.pop(), **join, keep_u=False)
-    n1, lane1 = op("scaled_rms_norm")(u, scale, carry=True)
-    parts = [op("residual_linear")(None, part, w) for part in (n0.cos(), n1.tanh())]
-    lanes = op("mix_lanes_norm")(lane0, lane1, *parts, post, resid, x0, mix, scale, skip=skips.pop(), **join)
+    lanes = op("enter_lanes_norm")(u, x0, mix, scale, skip=skips.pop(), **join)
+    parts = [op("residual_linear")(None, part, w) for part in (lanes.n0.cos(), lanes.n1.tanh())]
+    lanes = op("mix_lanes_norm")(
+        lanes.lane0, lanes.lane1, *parts, post, resid, lanes.x0, mix, scale, skip=skips.pop(), **join
+    )
     parts = [op("residual_linear")(None, part, w) for part in (lanes.n0.cos(), lanes.n1.tanh())]
     lane0, lane1 = op("mix_lanes")(lanes.lane0, lanes.lane1, *parts, post, resid)
     lanes = op("mix_lanes_norm")(lane0, lane1, *parts, post, resid, lanes.x0, mix, scale)
@@ -260,7 +270,7 @@ def test_layers(dtype: torch.dtype) -> None:
 
 
 def test_inputs_that_are_not_contiguous() -> None:
-    for case in ("join_mix_norm", "lanes", "linear_norm", "norm_carry"):
+    for case in ("join_mix_norm", "enter_lanes_join", "lanes", "linear_norm"):
         leaves = leaves_of(case, dtype=torch.float32)
         strided = [torch.stack([leaf, leaf], -1)[..., 0] for leaf in leaves]
         call, (plain, got) = CALLS[case][0], [[leaf.requires_grad_() for leaf in v] for v in (leaves, strided)]
@@ -324,9 +334,9 @@ def test_overwriting_what_others_need_is_an_error() -> None:
 @needs_kernels
 def test_a_scale_of_zero() -> None:
     x = leaves_of("norm")[0].requires_grad_()
-    n, carried = scaled_rms_norm(x, torch.zeros((), device=DEVICE), carry=True)
-    (dx,) = torch.autograd.grad(n.sum() + 2 * carried.sum(), x)
-    assert not n.any() and torch.equal(dx, torch.full_like(x, 2))
+    n = scaled_rms_norm(x, torch.zeros((), device=DEVICE))
+    (dx,) = torch.autograd.grad(n.sum(), x)
+    assert not n.any() and not dx.any()
 
 
 @needs_kernels
@@ -359,8 +369,8 @@ def test_operators_are_registered_as_they_behave() -> None:
     ops = torch.ops.pgolf
     x, x0, mix, skip, weight, gate = (leaf.float().requires_grad_() for leaf in leaves_of("join_mix_norm"))
     scale, rstd = scale_of(x), torch.ones(x.shape[:-1], device=DEVICE)
-    library.opcheck(ops.residual_mix.default, (x, x0, mix, skip, weight, gate, scale, 1e-6, True, True, True))
-    library.opcheck(ops.residual_mix.default, (x, x0, mix, None, None, None, scale, 1e-6, False, False, True))
+    library.opcheck(ops.residual_mix.default, (x, x0, mix, skip, weight, gate, scale, 1e-6, *(True,) * 4))
+    library.opcheck(ops.residual_mix.default, (x, x0, mix, None, None, None, scale, 1e-6, False, False, True, False))
     library.opcheck(ops.residual_norm.default, (x, x0, scale, 1e-6))
     lanes = [leaf.float().requires_grad_() for leaf in leaves_of("lanes")]
     library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 5, 0.0, False))
@@ -373,7 +383,7 @@ def test_operators_are_registered_as_they_behave() -> None:
         leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, *lanes)
     )
     library.opcheck(
-        ops.residual_mix_backward.default, (x, x, x, x, x, x0, mix, skip, weight, gate, scale, 1e-6, False, False)
+        ops.residual_mix_backward.default, (*(x,) * 7, x0, mix, skip, weight, gate, scale, 1e-6, False, False)
     )
     library.opcheck(ops.residual_norm_backward.default, (None, x, x, rstd, scale, True))
     library.opcheck(ops.residual_lanes_backward.default, (*(x,) * 5, x0, *lanes, mix, skip, weight, gate, scale, 1e-6))
@@ -383,7 +393,8 @@ def test_operators_are_registered_as_they_behave() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
-    "case", ["mix_norm_n", "join_mix_norm", "join", "norm_carry", "lanes_norm_join", "linear_norm_inplace"]
+    "case",
+    ["mix_norm_n", "join_mix_norm", "join", "norm", "enter_lanes_join", "lanes_norm_join", "linear_norm_inplace"],
 )
 def test_compiles_whole(case: str, autocast: bool) -> None:
     if autocast and case.startswith("linear") and DEVICE == "cpu" and not INTERPRETED:
@@ -429,8 +440,6 @@ def test_errors_name_the_argument() -> None:
         residual_mix_norm(x, x0, mix, scale, skip=skip)
     with pytest.raises(TypeError, match="x must be bfloat16, float16, float32 or float64, got torch.int64"):
         scaled_rms_norm(x.long())
-    with pytest.raises(ValueError, match="carry"):
-        scaled_rms_norm(x, None, x0, carry=True)
     with pytest.raises(ValueError, match=r"gate must have shape \(12,\), got \(11,\)"):
         join_skip(x, skip, weight, gate[1:])
     lanes = leaves_of("lanes", device="cpu")

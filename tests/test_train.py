@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf.checkpoint import CheckpointError
+from bench import moved_weights
+from pgolf.checkpoint import CheckpointError, load_tensors
 from pgolf.config import RunConfig
 from pgolf.corpus import embedded_documents
 from pgolf.dataset import build_dataset
 from pgolf.folder import RunFolder
+from pgolf.model import GPT
 from pgolf.progress import TrainingProgress
 from pgolf.runtime import World, describe_environment, seed_everything, start_world
 from pgolf.shards import tokenizer_path
@@ -141,3 +143,25 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(
     monkeypatch.undo()
     run_processes(partial(_train_in_group, config, tmp_path, resume=True), 2, tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted[0]), abs=1e-4)
+
+
+def test_moved_weights(config: RunConfig, tmp_path: Path) -> None:
+    """A run goes on from weights that are at most a unit of bfloat16 away from its seed's."""
+    folder = RunFolder(tmp_path)
+    folder.create(config, describe_environment(CPU))
+    assert moved_weights.main([str(tmp_path), "5"]) == 0
+    assert moved_weights.main([str(tmp_path), "5"]) == 2  # which has weights now
+    seed_everything(config.seed)
+    fresh, payload = GPT(config).state_dict(), load_tensors(folder.checkpoint)
+    before, after = (
+        torch.cat([weights[name].float().flatten() for name in fresh]) for weights in (fresh, payload["model"])
+    )
+    units = (after.view(torch.int32) >> 16) - (before.view(torch.int32) >> 16)
+    assert units.unique().tolist() == [-1, 0, 1] and not after[before == 0].any()
+    assert 0.45 < float((units[before != 0] != 0).double().mean()) < 0.55
+    assert all(torch.equal(payload["ema"][name], value.float()) for name, value in payload["model"].items())
+    trained(config, tmp_path, resume=True)
+    moved = losses(tmp_path)
+    trained(config, tmp_path / "not_moved")
+    difference = torch.tensor(moved) - torch.tensor(losses(tmp_path / "not_moved"))
+    assert difference.any() and difference.abs().max() < 0.05
