@@ -75,6 +75,13 @@ def away_from_zero(gain):
 
 
 @jit
+def _held(x, D: tl.constexpr, PRECISION: tl.constexpr):
+    """x, as a product's result: in registers, where the next product takes its left operand from."""
+    unit = (tl.arange(0, D)[:, None] == tl.arange(0, D)[None, :]).to(x.dtype)
+    return tl.dot(x, unit, input_precision=PRECISION).to(x.dtype)
+
+
+@jit
 def _base_2(s, scale):
     """Scores to the base 2, which products of keys and a prologue's queries are already."""
     return s if scale is None else s * scale
@@ -111,20 +118,18 @@ def _through_prologue(
 
 @jit
 def _attend(
-    q, k, v, queries, first, length, k_t, v_t, scale, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, MAXIMUM: tl.constexpr,
+    q, k, v, all_k, all_v, queries, start, first, length, head, k_t, k_h, v_t, v_h, scale, D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, MAXIMUM: tl.constexpr,
 ):  # fmt: skip
     """Sums of p v and of p = exp2(score - top) over a tile's keys, and top: the running maximum, else 0."""
     ROWS: tl.constexpr = q.shape[0]
     keys = tl.arange(0, KEYS)
-    k += _offsets(k_t, 0, KEYS, 1, D)
-    v += _offsets(v_t, 0, KEYS, 1, D)
     acc = tl.zeros((ROWS, D), tl.float32)
     top = tl.full((ROWS,), float("-inf") if MAXIMUM else 0.0, tl.float32)
     total = tl.zeros((ROWS, 8), tl.float32)  # of every eighth key: a thread's own, in a product's result
     for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
-        valid = keys[:, None] < length - at
-        s = tl.dot(q, tl.trans(tl.load(k, mask=valid, other=0)), input_precision=PRECISION)
+        key = _rows(k, all_k, start, at, length, head, k_t, k_h, KEYS, D)
+        s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if at + KEYS > first:  # a tile on the diagonal
             s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
         if MAXIMUM:
@@ -137,17 +142,16 @@ def _attend(
         else:
             p = tl.exp2(_base_2(s, scale))
         total += tl.sum(tl.reshape(p, (ROWS, KEYS // 8, 8)), 1)
-        acc = tl.dot(p.to(v.dtype.element_ty), tl.load(v, mask=valid, other=0), acc, input_precision=PRECISION)
-        k += KEYS * k_t
-        v += KEYS * v_t
+        value = _rows(v, all_v, start, at, length, head, v_t, v_h, KEYS, D)
+        acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
     return acc, tl.sum(total, 1), top
 
 
 @jit
 def _attention_kernel(
-    q, k, v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale, H: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
+    q, k, v, all_k, all_v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """With PLAIN exponentials are of the scores themselves: no maximum, nothing to scale back in the loop.
 
@@ -164,24 +168,26 @@ def _attention_kernel(
         logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
     q += (start + first) * q_t + head * q_h
     q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
-    k += start * k_t + head // GROUP * k_h
-    v += start * v_t + head // GROUP * v_h
+    if all_k is not None:  # whose barriers' bytes would cost a program an SM, with q in shared memory
+        q = _held(q, D, PRECISION)
     acc, total, top = _attend(
-        q, k, v, queries, first, length, k_t, v_t, scale, D, QUERIES, KEYS, STAGES, PRECISION, not PLAIN
-    )
+        q, k, v, all_k, all_v, queries, start, first, length, head // GROUP, k_t, k_h, v_t, v_h, scale, D, QUERIES,
+        KEYS, STAGES, PRECISION, not PLAIN,
+    )  # fmt: skip
     if PLAIN:
         # Then nothing has overflowed, and what float32 cannot tell from zero is less than 2^-80 of the row's sum.
         sound = (total > 2.0**-40) & (total < 2.0**100) & (tl.sum(tl.abs(acc), 1) < 2.0**126)
         if tl.min(sound.to(tl.int32)) == 0:
             acc, total, top = _attend(
-                q, k, v, queries, first, length, k_t, v_t, scale, D, QUERIES, 32, 1, PRECISION, True
-            )
+                q, k, v, None, None, queries, start, first, length, head // GROUP, k_t, k_h, v_t, v_h, scale, D,
+                QUERIES, 32, 1, PRECISION, True,
+            )  # fmt: skip
     # A first token has one p, which was rounded for its product.
     acc *= (1 / tl.where(queries == 0, total.to(v.dtype.element_ty).to(tl.float32), total))[:, None]
     at_rows = start + first + head * T + rows // QUERIES * T + rows % QUERIES
     tl.store(lse + at_rows, top + tl.log2(total), mask=inside)
     if along is not None:
-        v += first * v_t + _offsets(v_t, 0, QUERIES, HEADS, D)
+        v += (start + first) * v_t + head // GROUP * v_h + _offsets(v_t, 0, QUERIES, HEADS, D)
         own = tl.load(v, mask=inside[:, None], other=0).to(tl.float32)
         inverse = tl.rsqrt(tl.maximum(tl.sum(own * own, 1), 1e-24))
         component = tl.sum(acc * own, 1) * inverse
@@ -323,9 +329,8 @@ def _attention_keys_kernel(
     made = k
     k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
     v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)
-    if HELD:  # as a product's result k is in registers, where the next takes its left operand from
-        unit = (tl.arange(0, D)[:, None] == tl.arange(0, D)[None, :]).to(k.dtype)
-        k = tl.dot(k, unit, input_precision=PRECISION).to(k.dtype)
+    if HELD:
+        k = _held(k, D, PRECISION)
     rows = tl.arange(0, QUERIES * HEADS)
     queries = rows % QUERIES
     acc_k = tl.zeros((KEYS, D), tl.float32)

@@ -181,15 +181,15 @@ def turns_in_registers(half: int, width: int) -> bool:
 
 
 def _described(
-    wanted: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    case: str, wanted: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Tensor memory access to tiles of k and v where it is wanted, by the queries' table too, and addresses allow it.
+    """Tensor memory access to tiles of k and v where it is wanted, by the case's table too, and addresses allow it.
 
     It takes fewer instructions, and reads the next segment's rows where pointers read zeros; of finite ones nothing
     comes, whose probability is zero.
     """
     heads, width = k.shape[1:]
-    tuned, _ = _tuned("queries", q.dtype, width, q.size(1) // heads, q.device)
+    tuned, _ = _tuned(case, q.dtype, width, q.size(1) // heads, q.device)
     regular = (
         x.element_size() == 2 and x.stride(1) == width and not (x.stride(0) % 8 or x.data_ptr() % 16) for x in (k, v)
     )
@@ -217,8 +217,8 @@ def _forward(
         with torch.cuda.device_of(q):  # Triton launches on the current device
             tiles = _of_size(tiles, settings["QUERIES"], q, k)
             _attention_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
-                q, k, v, o, lse, along, logits, tiles, *_strides(q, k, v), *_row_strides(logits),
-                tokens, None if base_2 else scale * math.log2(math.e), **settings,
+                q, k, v, *_described("forward", base_2, q, k, v), o, lse, along, logits, tiles, *_strides(q, k, v),
+                *_row_strides(logits), tokens, None if base_2 else scale * math.log2(math.e), **settings,
             )  # fmt: skip
     return o, lse
 
@@ -265,7 +265,7 @@ def _backward(
         unit = scale * math.log2(math.e)
         rest = tokens, period, *((None, math.log(2)) if prologue else (unit, scale))
         _attention_queries_kernel[(of_queries.size(0) * heads // by_queries["HEADS"],)](
-            do, q, k, v, *_described(prologue is not None, q, k, v), o.contiguous(), lse, along, logits,
+            do, q, k, v, *_described("queries", prologue is not None, q, k, v), o.contiguous(), lse, along, logits,
             pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin, partials, padding, of_queries,
             *_strides(do, q, k, v, dq, dv), *_row_strides(logits, dlogits, padding), *rest, unit, PADDING=columns,
             PADDED=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,

@@ -359,7 +359,7 @@ def test_offsets_beyond_32_bits() -> None:
     x[:, :8] = torch.randn(rows, 8)
     expected, weight = 3 * x[:, :8].float(), torch.full((8,), 2.0, device=DEVICE)
     settings = dict(EPS=0.0, D=width, BLOCK=8, STAGES=1, ACC=kernels.tl.float32, num_warps=1)
-    unused = (None,) * 3
+    unused = (None,) * 4
     kernels._residual_kernel[(2,)](x, None, None, x, weight, None, None, x, *unused, rows, 2, **settings)
     assert torch.allclose(x[:, :8].float(), expected, atol=1e-2)
 
