@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import moved_weights
+from bench import gradient_errors, moved_weights
 from pgolf.checkpoint import CheckpointError, load_tensors
 from pgolf.config import RunConfig
 from pgolf.corpus import embedded_documents
@@ -165,3 +165,14 @@ def test_moved_weights(config: RunConfig, tmp_path: Path) -> None:
     trained(config, tmp_path / "not_moved")
     difference = torch.tensor(moved) - torch.tensor(losses(tmp_path / "not_moved"))
     assert difference.any() and difference.abs().max() < 0.05
+
+
+def test_gradient_errors(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """In bfloat16 gradients are near the float32 model's, and every bank has its line in both loop states."""
+    trained(config.replace(iterations=1, compute_dtype="bfloat16", ema_decay=0.0), tmp_path)
+    results = gradient_errors.main([str(tmp_path), "--batches", "2"])
+    for ways in results.values():
+        assert ways["kernels"] == ways["references"]  # on a CPU
+        for group in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "tok_emb"):
+            assert 1e-4 < ways["kernels"][group][0] < 0.1
+    assert list(results) == ["before_loop", "after_loop"] and "kv_bank" in capsys.readouterr().out
