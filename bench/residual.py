@@ -28,8 +28,8 @@ def _join(leaves: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(("skip", "weight", "gate"), leaves, strict=False))
 
 
-def _mix(op: Op, scale: Tensor, x, x0, mix, *join, **keep):
-    return op("residual_mix_norm")(x, x0, mix, scale, **_join(join), **keep)
+def _mix(op: Op, scale: Tensor, x, x0, mix, *join):
+    return op("residual_mix_norm")(x, x0, mix, scale, **_join(join))
 
 
 def _layer(op: Op, scale: Tensor, x, x0, mix, attention, out, hidden, down):
@@ -48,7 +48,8 @@ OPS: dict[str, tuple[Callable, tuple[str, ...], int, int]] = {
     "mix_norm": (lambda *arguments: _mix(*arguments)[:2], ("x", "x", "mix"), 4, 6),
     "mix_norm_carry": (_mix, ("x", "x", "mix"), 4, 8),
     "join_mix_norm_carry": (
-        lambda *arguments: _mix(*arguments, keep_u=False)[1:], ("x", "x", "mix", "x", "vector", "vector"), 5, 9
+        lambda *arguments: [part for part in _mix(*arguments) if part is not None],
+        ("x", "x", "mix", "x", "vector", "vector"), 5, 9,
     ),
     "join": (lambda op, scale, *leaves: op("join_skip")(*leaves), ("x", "x", "vector", "vector"), 3, 5),
     "norm": (lambda op, scale, x: op("scaled_rms_norm")(x, scale), ("x",), 2, 3),

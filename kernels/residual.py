@@ -38,11 +38,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Mixed(NamedTuple):
-    """What `residual_mix_norm` returns; None where it was not to be kept."""
+    """What `residual_mix_norm` returns."""
 
-    u: Tensor | None
+    u: Tensor
     n: Tensor
-    x: Tensor | None  # x, or joined with the skip
+    x: Tensor | None  # None where it was joined with a skip, which is not kept
     x0: Tensor
 
 
@@ -63,14 +63,12 @@ def _rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
 
 def residual_mix_norm_reference(
     x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
-    weight: Tensor | None = None, gate: Tensor | None = None, keep_u: bool = True, keep_x: bool = True,
+    weight: Tensor | None = None, gate: Tensor | None = None,
 ) -> Mixed:  # fmt: skip
     """Plain PyTorch; the contract of `residual_mix_norm`, whose arguments it shares."""
-    if skip is not None:
-        x = join_skip_reference(x, skip, weight, gate)
-    mix = mix.to(x.dtype)
-    u = mix[0] * x + mix[1] * x0
-    return Mixed(u if keep_u else None, _rms_norm(u, scale, eps), x if keep_x or skip is None else None, x0)
+    joined, mix = x if skip is None else join_skip_reference(x, skip, weight, gate), mix.to(x.dtype)
+    u = mix[0] * joined + mix[1] * x0
+    return Mixed(u, _rms_norm(u, scale, eps), x if skip is None else None, x0)
 
 
 def join_skip_reference(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -91,7 +89,8 @@ def enter_lanes_norm_reference(
     weight: Tensor | None = None, gate: Tensor | None = None,
 ) -> Lanes:  # fmt: skip
     """Plain PyTorch; the contract of `enter_lanes_norm`, whose arguments it shares."""
-    _, n0, lane0, x0 = residual_mix_norm_reference(x, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
+    lane0 = x if skip is None else join_skip_reference(x, skip, weight, gate)
+    n0 = residual_mix_norm_reference(lane0, x0, mix, scale, eps).n
     return Lanes(lane0, x, n0, _rms_norm(x, scale, eps), x0)
 
 
@@ -113,8 +112,8 @@ def mix_lanes_norm_reference(
 ) -> Lanes:  # fmt: skip
     """Plain PyTorch; the contract of `mix_lanes_norm`, whose arguments it shares."""
     lane0, lane1 = mix_lanes_reference(lane0, lane1, attention, mlp, post, resid)
-    _, n0, lane0, x0 = residual_mix_norm_reference(lane0, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
-    return Lanes(lane0, lane1, n0, _rms_norm(lane1, scale, eps), x0)
+    entered = enter_lanes_norm_reference(lane0, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
+    return entered._replace(lane1=lane1, n1=_rms_norm(lane1, scale, eps))
 
 
 def mix_lanes_final_reference(
@@ -139,11 +138,9 @@ def residual_linear_norm_reference(
     return v, _rms_norm(v, scale, eps)
 
 
-def _mix_norm_triton(x, x0, mix, scale, eps, *, skip, weight, gate, keep_u, keep_x) -> Mixed:
-    keep_joined = skip is not None and keep_x
-    joined, u, n, _, x, x0 = ops.mix_op(x, x0, mix, skip, weight, gate, scale, eps, keep_joined, keep_u, True, False)
-    x = x if skip is None else joined if keep_joined else None
-    return Mixed(u if keep_u else None, n, x, x0)
+def _mix_norm_triton(x, x0, mix, scale, eps, *, skip, weight, gate) -> Mixed:
+    _, u, n, _, x, x0 = ops.mix_op(x, x0, mix, skip, weight, gate, scale, eps, False, True, True, False)
+    return Mixed(u, n, x if skip is None else None, x0)
 
 
 def _enter_lanes_triton(x, x0, mix, scale, eps, *, skip, weight, gate) -> Lanes:
@@ -223,20 +220,19 @@ def _check(activations: dict[str, Tensor | None], parameters: dict[str, tuple[Te
 
 def residual_mix_norm(
     x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
-    weight: Tensor | None = None, gate: Tensor | None = None, keep_u: bool = True, keep_x: bool = True,
+    weight: Tensor | None = None, gate: Tensor | None = None,
 ) -> Mixed:  # fmt: skip
     """u = mix[0] x + mix[1] x0 and n = scale rms(u), as `Mixed`; with ``skip``, x is first joined with it.
 
     x, x0 and skip are [..., d], mix [2, d], weight and gate [d] as in `join_skip`. Differentiable once in all of them.
-    Without a skip `Mixed.x` is x; ``keep_u`` and, with a skip, ``keep_x`` say what is written besides n. Take x and x0
-    from the result for all later readers: see the module's docstring.
+    Take x (where there is no skip) and x0 from the result for all later readers: see the module's docstring.
 
     Raises ValueError for a wrong shape or device or a skip without a weight, TypeError for a wrong dtype.
     """
     _check({"x": x, "x0": x0, "skip": skip}, {"mix": (mix, (2, *x.shape[-1:])), "scale": (scale, ())})
     _check_join(x, skip, weight, gate)
-    options = dict(skip=skip, weight=weight, gate=gate, keep_u=keep_u, keep_x=keep_x)
-    return select("residual_mix_norm", _MIX_NORM, x)(x, x0, mix, scale, eps, **options)
+    chosen = select("residual_mix_norm", _MIX_NORM, x)
+    return chosen(x, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
 
 
 def _check_join(x: Tensor, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None) -> None:

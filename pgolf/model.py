@@ -169,7 +169,7 @@ def serial_block(
 
     x is joined with the skip first. Returns that, then x and x0 for later readers (see `pgolf.kernels.residual`).
     """
-    u, n, x, x0 = residual_mix_norm(x, x0, w.resid_mix, w.ln_scale, **_joined(skip), keep_x=skip is None)
+    u, n, x, x0 = residual_mix_norm(x, x0, w.resid_mix, w.ln_scale, **_joined(skip))
     y = attention(n, w, heads, xsa, lora, scale, tap)
     if lora is not None:
         u = _adapted(u, w.attn_scale, n, lora.out, scale)

@@ -19,12 +19,10 @@ TOKENS, WIDTH, EPS = 98_304, 512, 1e-6
 LAUNCHES = {
     "mix_forward": (80, 24),
     "join_mix_forward": (128, 16),
-    "join_mix_forward_u": (128, 16),
     "join_forward": (72, 24),
     "mix_backward": (160, 12),
     "mix_backward_carry": (160, 12),
-    "join_mix_backward_carry": (160, 12),
-    "join_mix_backward_all": (160, 12),
+    "join_mix_backward": (160, 12),
     "mix_backward_one": (160, 12),
     "join_mix_backward_one": (160, 12),
     "enter_lanes_forward": (128, 16),
@@ -46,7 +44,7 @@ LAUNCHES = {
 
 
 FOR_OTHERS = [
-    "join_mix_forward", "join_mix_backward_all", "enter_lanes_forward", "enter_lanes_backward", "norm_backward",
+    "join_mix_forward", "join_mix_backward", "enter_lanes_forward", "enter_lanes_backward", "norm_backward",
     "lanes_norm_join_forward", "lanes_norm_join_backward",
 ]  # fmt: skip
 
@@ -65,16 +63,14 @@ def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
     backward, none, lanes = kernels.mix_backward, (None,) * 3, (x, x, x, x, torch.empty(2, 2), torch.empty(2))
     {
         "mix_forward": lambda: kernels.mix_forward(x, x, mix, *none, scale, EPS, False, True, True, False),
-        "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True, False),
-        "join_mix_forward_u": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, False, True, True, False),
+        "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, False, True, True, False),
         "enter_lanes_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True, True),
         "join_forward": lambda: kernels.mix_forward(x, None, None, *join, None, EPS, True, False, False, False),
         "mix_backward": lambda: backward(None, x, x, None, None, None, x, x, mix, *none, scale, EPS),
         "mix_backward_carry": lambda: backward(None, x, x, None, x, x, x, x, mix, *none, scale, EPS),
-        "join_mix_backward_carry": lambda: backward(x, None, x, None, None, x, x, x, mix, *join, scale, EPS),
-        "join_mix_backward_all": lambda: backward(x, x, x, None, None, x, x, x, mix, *join, scale, EPS),
+        "join_mix_backward": lambda: backward(None, x, x, None, None, x, x, x, mix, *join, scale, EPS),
         "mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *none, scale, EPS, True),
-        "join_mix_backward_one": lambda: backward(x, x, x, None, None, x, x, x, mix, *join, scale, EPS, False, True),
+        "join_mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *join, scale, EPS, False, True),
         "enter_lanes_backward": lambda: backward(x, None, x, x, x, x, x, x, mix, *join, scale, EPS),
         "join_backward": lambda: backward(x, None, None, None, None, None, x, None, None, *join, None, EPS),
         "norm_forward": lambda: kernels.norm_forward(x, None, scale, EPS),

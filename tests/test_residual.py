@@ -15,6 +15,7 @@ from pgolf.kernels import residual as family
 from pgolf.kernels._launch import INTERPRETED
 from pgolf.kernels.residual import (
     RMS_EPS,
+    enter_lanes_norm,
     join_skip,
     mix_lanes,
     residual_linear,
@@ -54,19 +55,14 @@ def scale_of(x: torch.Tensor) -> torch.Tensor:
     return torch.full((), SCALE, device=x.device)
 
 
-def mix_call(keep_u: bool = True, keep_x: bool = True) -> Call:
-    def call(op, leaves):
-        x, x0, mix, *rest = leaves
-        join = dict(zip(("skip", "weight", "gate"), rest, strict=False))
-        return op("residual_mix_norm")(x, x0, mix, scale_of(x), **join, keep_u=keep_u, keep_x=keep_x)
-
-    return call
+def mix_norm(op, leaves, name="residual_mix_norm"):
+    x, x0, mix, *rest = leaves
+    join = dict(zip(("skip", "weight", "gate"), rest, strict=False))
+    return op(name)(x, x0, mix, scale_of(x), **join)
 
 
 def enter_lanes(op, leaves):
-    x, x0, mix, *rest = leaves
-    join = dict(zip(("skip", "weight", "gate"), rest, strict=False))
-    return op("enter_lanes_norm")(x, x0, mix, scale_of(x), **join)
+    return mix_norm(op, leaves, "enter_lanes_norm")
 
 
 def lanes_norm(op, leaves):
@@ -79,18 +75,15 @@ def linear_norm(op, leaves, **options):
 
 
 CALLS: dict[str, tuple[Call, list]] = {
-    "mix_norm": (mix_call(), MIX),
-    "mix_norm_n": (mix_call(keep_u=False), MIX),
-    "join_mix_norm": (mix_call(), [*MIX, "x", "d", "d"]),
-    "join_mix_norm_ungated": (mix_call(), [*MIX, "x", "d"]),
-    "join_mix_norm_un": (mix_call(keep_x=False), [*MIX, "x", "d", "d"]),
-    "join_mix_norm_n": (mix_call(keep_u=False, keep_x=False), [*MIX, "x", "d", "d"]),
-    "mix_norm_of_one": (lambda op, leaves: mix_call()(op, [leaves[0], *leaves]), ["x", (2, "d")]),
+    "mix_norm": (mix_norm, MIX),
+    "join_mix_norm": (mix_norm, [*MIX, "x", "d", "d"]),
+    "join_mix_norm_ungated": (mix_norm, [*MIX, "x", "d"]),
+    "mix_norm_of_one": (lambda op, leaves: mix_norm(op, [leaves[0], *leaves]), ["x", (2, "d")]),
     "join_mix_norm_of_two": (
-        lambda op, leaves: mix_call()(op, [*leaves[:3], leaves[0], *leaves[3:]]), ["x", "x", (2, "d"), "d", "d"]
+        lambda op, leaves: mix_norm(op, [*leaves[:3], leaves[0], *leaves[3:]]), ["x", "x", (2, "d"), "d", "d"]
     ),
     "join_mix_norm_of_one": (
-        lambda op, leaves: mix_call()(op, [leaves[0], *leaves[:2], leaves[0], *leaves[2:]]), ["x", (2, "d"), "d"]
+        lambda op, leaves: mix_norm(op, [leaves[0], *leaves[:2], leaves[0], *leaves[2:]]), ["x", (2, "d"), "d"]
     ),
     "join": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d", "d"]),
     "join_ungated": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d"]),
@@ -173,7 +166,10 @@ def test_formulas() -> None:
     joined = plain_join(x, skip, weight, gate)
     u = mix[0] * joined + mix[1] * x0
     got = residual_mix_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
-    for a, b in zip(got, (u, plain_norm(u) * SCALE, joined, x0), strict=True):
+    assert got.x is None
+    got = *got[:2], got.x0, *enter_lanes_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
+    wanted = u, plain_norm(u) * SCALE, x0, joined, x, plain_norm(u) * SCALE, plain_norm(x) * SCALE, x0
+    for a, b in zip(got, wanted, strict=True):
         assert torch.allclose(a, b, atol=1e-12, rtol=1e-6)
     assert torch.allclose(join_skip(x, skip, weight), x + weight * skip, atol=1e-12)
     assert torch.allclose(scaled_rms_norm(x, None, x0), plain_norm(0.5 * (x + x0)), atol=1e-12)
@@ -394,7 +390,7 @@ def test_operators_are_registered_as_they_behave() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     "case",
-    ["mix_norm_n", "join_mix_norm", "join", "norm", "enter_lanes_join", "lanes_norm_join", "linear_norm_inplace"],
+    ["mix_norm", "join_mix_norm", "join", "norm", "enter_lanes_join", "lanes_norm_join", "linear_norm_inplace"],
 )
 def test_compiles_whole(case: str, autocast: bool) -> None:
     if autocast and case.startswith("linear") and DEVICE == "cpu" and not INTERPRETED:
