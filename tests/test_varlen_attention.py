@@ -188,7 +188,7 @@ def test_low_level(dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize("group", [1, 4, 12])
 @pytest.mark.parametrize(
-    "lengths", [[], [0], [5, 0, 3, 70, 0], [64, 1, 64, 33], [0] * 300 + [40, 7] + [1] * 300], ids=len
+    "lengths", [[], [0], [5, 0, 3, 70, 0], [64, 1, 64, 33], [0] * 140 + [40, 7] + [1] * 140], ids=len
 )
 def test_tiles(lengths: list[int], group: int) -> None:
     """Of every size: each segment's, those of the longest segments first, then zeros; some tokens are in no segment."""
