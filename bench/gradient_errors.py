@@ -1,10 +1,11 @@
 """How exact gradients are where a training has led: ``python -m bench.gradient_errors RUN_DIR``.
 
 The averaged weights of a run (its last ones with ``ema_decay=0``) get the gradients of a few of its own micro-batches
-from the kernels and from the compiled references, in bfloat16, and from the references in float32. Printed by group of
-parameters, before and after the loop's activation: the mean over tensors of a gradient's relative error, and of the
-part of it along the gradient, <g - exact, exact> / <exact, exact>. A GPU needs some 100 GB for the record model at
-49,152 tokens.
+from the kernels and from the compiled references, in the run's dtype (bfloat16 on a GPU), and from the references in
+float32, whose products are not TF32's. Printed by group of parameters, before and after the loop's activation: the mean
+over tensors of a gradient's relative error, and of the part of it along the gradient, <g - exact, exact> / <exact,
+exact>. On a CPU, which has no kernels, the first column is the references' once more. A GPU needs some 100 GB for the
+record model at 49,152 tokens.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict[str, tuple[f
     config = folder.config()
     weights = load_weights(folder.need(folder.ema, "train"))
     world = start_world(config)
+    torch.set_float32_matmul_precision("highest")  # a run allows TF32
     loader = start(config, world).loader
     batches = [loader.next_batch() for _ in range(arguments.batches)]
     loader.close()

@@ -79,10 +79,10 @@ def commands(name: str, out: Path, data_dir: str, processes: int, settings: list
     if processes > 1:
         python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     folder = str(out / name)
-    stages = ("data", *run.stages) if run.moved else run.stages
+    stages = run.stages if run.moved is None else ("data", *run.stages)
     lines = [[*python, "pgolf", stage, "--run-dir", folder] for stage in stages]
     lines[0] += ["--fresh", "--preset", run.preset, *(part for pair in chosen for part in ("--set", pair))]
-    if run.moved:
+    if run.moved is not None:
         lines[1].append("--resume")
         lines.insert(1, [sys.executable, "-m", "bench.moved_weights", folder, str(run.moved)])
     return lines

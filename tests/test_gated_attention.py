@@ -383,11 +383,13 @@ def test_any_launch_parameters(monkeypatch, tokens: int, warps: int) -> None:
 
 @needs_kernels
 def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
-    """With segments that end within tiles of keys, and with rows."""
+    """With segments that end within tiles of keys, with rows, and where exponentials need their maximum after all."""
     tuned, described, made = varlen_attention.launch_parameters, varlen_attention.TensorDescriptor, []
     monkeypatch.setattr(varlen_attention, "TensorDescriptor", lambda *x: made.append(x) or described(*x))
     shape = 4, 2, 16, 8, 4  # rows of whole 16 bytes
-    for p in (Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80), Problem(shape, bounds=None, rows=3)):
+    large = Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80)
+    large.gain *= 100
+    for p in (Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80), Problem(shape, bounds=None, rows=3), large):
         p.to(torch.bfloat16)
         results = []
         for wanted in (0, 1):
@@ -395,7 +397,7 @@ def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
             monkeypatch.setattr(varlen_attention, "launch_parameters", found)
             results.append(p.results(p.call()))
         assert same(*results)
-    assert len(made) == 8, "of k and v, in both kernels of each problem"
+    assert len(made) == 12, "of k and v, in both kernels of each problem"
 
 
 @needs_kernels

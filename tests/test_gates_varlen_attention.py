@@ -21,8 +21,8 @@ REGISTERS = {
     "_attention_keys_kernel": 240,
 }  # at 64 wide heads of sm_90
 # Waits for products, which are that many; in the keys' kernel, whose programs are small, three an SM hide them.
-# The forward kernel has two more for tiles that are computed again, and one to hold q.
-PRODUCTS = {"_attention_kernel": 5, "_attention_queries_kernel": 3, "_attention_keys_kernel": 8}
+# The forward kernel has two more for tiles that are computed again, and where it is described one to hold q.
+PRODUCTS = {"_attention_kernel": 4, "_attention_queries_kernel": 3, "_attention_keys_kernel": 8}
 TABLE = {"_attention_kernel": "forward", "_attention_queries_kernel": "queries", "_attention_keys_kernel": "keys"}
 
 
@@ -71,8 +71,9 @@ def test_attention(capability: int, width: int, epilogue: bool) -> None:
             # Probabilities and score gradients are left operands from registers; no product waits for each step.
             from_registers = kernel.count(r"HGMMA\S+ R\d+, R\d+")
             assert from_registers and kernel.count("HGMMA") > from_registers
-            assert kernel.count(r"WARPGROUP\.DEPBAR") <= PRODUCTS[kernel.name], f"{kernel.name}: products in series"
             described = epilogue and width <= 64 and kernel.name != "_attention_keys_kernel"
+            waits = PRODUCTS[kernel.name] + (described and kernel.name == "_attention_kernel")
+            assert kernel.count(r"WARPGROUP\.DEPBAR") <= waits, f"{kernel.name}: products in series"
             copies = "UTMALDG" if described else r"LDGSTS\.E\S*\.128"
             assert kernel.count(copies) >= 4, f"{kernel.name}: no asynchronous copies"
         if capability == 90 and width == 64:
@@ -86,9 +87,8 @@ def test_attention_with_other_groups(heads: int, epilogue: bool) -> None:
     for kernel in compile_all(90, heads=heads, epilogue=epilogue, half=None):  # a prologue has spills around the loops
         check(kernel, matrix_products=True, streams=True)
         rounds = 3 if heads == 12 else 1  # for dk and dv, of a group that no power of two divides
-        assert kernel.count(r"WARPGROUP\.DEPBAR") <= rounds * PRODUCTS[kernel.name], (
-            f"{kernel.name}: products in series"
-        )
+        waits = rounds * PRODUCTS[kernel.name] + (epilogue and kernel.name == "_attention_kernel")
+        assert kernel.count(r"WARPGROUP\.DEPBAR") <= waits, f"{kernel.name}: products in series"
 
 
 @pytest.mark.parametrize("half", [0, 32])

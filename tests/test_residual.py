@@ -330,9 +330,13 @@ def test_overwriting_what_others_need_is_an_error() -> None:
 @needs_kernels
 def test_a_scale_of_zero() -> None:
     x = leaves_of("norm")[0].requires_grad_()
-    n = scaled_rms_norm(x, torch.zeros((), device=DEVICE))
+    zero = torch.zeros((), device=DEVICE)
+    n = scaled_rms_norm(x, zero)
     (dx,) = torch.autograd.grad(n.sum(), x)
     assert not n.any() and not dx.any()
+    lanes = enter_lanes_norm(x, *leaves_of("mix_norm")[1:], zero)
+    (dx,) = torch.autograd.grad(lanes.n0.sum() + lanes.n1.sum() + 2 * lanes.lane1.sum(), x)
+    assert not lanes.n0.any() and not lanes.n1.any() and torch.equal(dx, torch.full_like(x, 2))
 
 
 @needs_kernels
