@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from bench.compiled_model import compiled_blocks
 from pgolf.config import RunConfig
 from pgolf.folder import RunFolder
 from pgolf.loader import Batch
@@ -29,7 +31,7 @@ Gradients = dict[str, torch.Tensor]
 WAYS = {
     "kernels": dict(kernels="auto"),
     "references": dict(kernels="reference"),
-    "float32": dict(kernels="reference", compute_dtype="float32", compile="off", attention_backend="sdpa"),
+    "float32": dict(kernels="reference", compute_dtype="float32", attention_backend="sdpa"),
 }
 
 
@@ -69,7 +71,9 @@ def _every_way(
         model = build_model(config.replace(**settings), world).train()
         model.load_state_dict(weights)
         model.looping_active = looping
-        yield name, [gradients(model, batch) for batch in batches]
+        with compiled_blocks() if name == "references" and world.device.type == "cuda" else nullcontext():
+            found = [gradients(model, batch) for batch in batches]
+        yield name, found
         del model
         gc.collect()
         if world.device.type == "cuda":

@@ -80,7 +80,8 @@ def commands(name: str, out: Path, data_dir: str, processes: int, settings: list
         python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     folder = str(out / name)
     stages = run.stages if run.moved is None else ("data", *run.stages)
-    lines = [[*python, "pgolf", stage, "--run-dir", folder] for stage in stages]
+    program = "bench.compiled_model" if run.settings.get("kernels") == "reference" else "pgolf"
+    lines = [[*python, program, stage, "--run-dir", folder] for stage in stages]
     lines[0] += ["--fresh", "--preset", run.preset, *(part for pair in chosen for part in ("--set", pair))]
     if run.moved is not None:
         lines[1].append("--resume")

@@ -16,6 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bench.compiled_model import compiled_blocks
 from bench.timing import measure_ceilings
 from pgolf.config import PRESETS, RunConfig
 from pgolf.gradient import MeanGradient, uses_graphs
@@ -188,9 +190,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         on_cpu = dict(kernels="reference", cuda_graphs="off")
         own = config.replace(**(PROVIDERS[provider] if world.device.type == "cuda" else on_cpu))
         model = build_model(own, world).train()
+        compiled = own.kernels == "reference" and world.device.type == "cuda"
         for case, looping in (("before_loop", False), ("after_loop", True)):
             model.looping_active = looping
-            figures = time_step(model, own, world, batch, arguments.repeats)
+            with compiled_blocks() if compiled else nullcontext():
+                figures = time_step(model, own, world, batch, arguments.repeats)
             rows.append({"bench": "train_step", "case": case, "provider": provider, **figures})
             model.zero_grad(set_to_none=True)
             if arguments.json and world.is_main:  # whatever happens to the others

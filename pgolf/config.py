@@ -20,7 +20,6 @@ from typing import Any
 ALIASES = {"lqer_group_size": "lqer_asym_group"}  # PR #1874's command line says the former; its code read the latter
 NOT_FROM_ENVIRONMENT = (
     "device",
-    "compile",
     "cuda_graphs",
     "kernels",
     "preset_name",
@@ -68,7 +67,6 @@ class RunConfig:
     compute_dtype: str = _field(
         "auto", "dtype of activations; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
     )
-    compile: str = _field("auto", "torch.compile of blocks and head; auto: on CUDA", choices=("auto", "on", "off"))
     cuda_graphs: str = _field(
         "auto",
         "a micro-batch's launches replayed as one; auto: where kernels make up the model",
@@ -363,7 +361,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         data_dir="./data/demo/",
         data_source="embedded",
-        compile="off",
         vocab_size=1024,
         model_dim=96,
         num_heads=4,

@@ -20,7 +20,7 @@ import pgolf
 from pgolf.config import RunConfig
 
 # Settings of one machine or one run folder, which the program does not take along.
-LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "compile", "cuda_graphs", "kernels")
+LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "cuda_graphs", "kernels")
 
 
 def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> int:

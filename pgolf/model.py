@@ -2,29 +2,27 @@
 
 Letters: B rows, T tokens, d = model_dim, H query heads, K key/value heads, V vocabulary. Every linear map is y = x Wᵀ
 without bias. Master weights are float32 (state-dict names and layouts of parameter-golf PR #1874); each is cast to the
-activations' dtype where it is used. A layer is a composition of operators of `pgolf.kernels`: with their kernels on it
-runs as it is; with their references it is a plain function of tensors that the compiler fuses, and one compilation
-serves all layers and both loop states (`GPT.compile_regions`).
+activations' dtype where it is used. A layer is a composition of operators of `pgolf.kernels`: their kernels on CUDA,
+their references on a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ConfigError, RunConfig
-from pgolf.kernels._launch import runs_kernels, using
+from pgolf.kernels._launch import runs_kernels
 from pgolf.kernels.gated_attention import attention_tiles, gated_attention, resolve_core
 from pgolf.kernels.layer_weights import layer_weights
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.kernels.residual import (
     Lanes,
     enter_lanes_norm,
-    join_skip,
     mix_lanes,
     mix_lanes_final,
     mix_lanes_norm,
@@ -245,31 +243,6 @@ def head_losses(
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-class Regions(NamedTuple):
-    """The functions that a model is computed with, as they are or compiled."""
-
-    serial: Callable
-    join: Callable
-    enter: Callable
-    parallel: Callable
-    mix: Callable
-    leave: Callable
-    losses: Callable
-
-
-PLAIN = Regions(serial_block, join_skip, enter_lanes, parallel_block, mix_into_next, leave_lanes, head_losses)
-
-
-def _of_references(compiled: Callable) -> Callable:
-    """A compiled region, made of the references, which the compiler sees through and fuses."""
-
-    def call(*args: Any) -> Any:
-        with using("reference"):
-            return compiled(*args)
-
-    return call
-
-
 def _compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     if config.compute_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -351,19 +324,10 @@ class GPT(nn.Module):
                 parameter.copy_(parameter.bfloat16())
         if not config.embed_fp32_master:
             self.tok_emb.to(torch.bfloat16)
-        self._compiled: Regions | None = None
-
-    def compile_regions(self) -> None:
-        """Compile the blocks, the skips and the head; each compiles once and serves all layers and loop states."""
-        self._compiled = Regions(*(_of_references(torch.compile(region, fullgraph=True)) for region in PLAIN))
 
     def runs_kernels(self) -> bool:
-        """Whether a layer's kernels are on; without adapters the compiler then has nothing to do."""
+        """Whether the model is computed by kernels: on CUDA, unless the references are asked for."""
         return runs_kernels(self.qo_bank.device)
-
-    def _regions(self, adapters: Adapters | None) -> Regions:
-        plain = self._compiled is None or (adapters is None and self.runs_kernels())
-        return PLAIN if plain else self._compiled
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -412,8 +376,6 @@ class GPT(nn.Module):
         core, tiles = attention_core(c, ids.device), None
         if cu_seqlens is not None:
             max_seqlen = max_seqlen if max_seqlen > 0 else int(cu_seqlens.diff().max())
-            if self._compiled is not None:
-                torch._dynamo.mark_dynamic(cu_seqlens, 0)  # or every number of documents would compile anew
             if core == "triton" and self.runs_kernels():
                 tiles = attention_tiles(cu_seqlens, tokens, dtype, c.head_dim, c.num_heads // c.num_kv_heads)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -446,7 +408,6 @@ class GPT(nn.Module):
             observe: called with (group of tensors, activation) at the input of every quantised product.
         """
         c, dtype = self.config, self.compute_dtype
-        regions = PLAIN if observe is not None else self._regions(adapters)  # a Python callback cannot be compiled
         encoder, decoder = self.execution_lists()
         heads = self._heads(input_ids, cu_seqlens, max_seqlen, dtype)
         layers = self._layers(encoder + decoder, dtype)
@@ -457,43 +418,29 @@ class GPT(nn.Module):
             lora = None if adapters is None else adapters.layers[virtual]
             return layers[virtual], heads, i >= c.num_layers - c.xsa_last_n, lora, scale, tap
 
-        def any_shape(x: Any) -> Any:
-            # Rows and lengths change all the time in test-time training: one compilation for all.
-            return _mark_dynamic(x, (0, 1)) if self._compiled and adapters is not None else x
-
-        def another(x: Tensor) -> Tensor:
-            # A second tensor object of the same memory: the compiler would specialise on x being x0, or the skip.
-            return x if regions is PLAIN else x.view_as(x)
-
-        if self._compiled and adapters is not None:
-            _mark_dynamic((heads.cos, heads.sin, adapters.layers, adapters.head), (0,))
-        x0 = any_shape(self._prologue(input_ids, dtype))
-        x, lanes, skips, outputs = any_shape(another(x0)), None, [], ()
+        x0 = self._prologue(input_ids, dtype)
+        x, lanes, skips, outputs = x0, None, [], ()
         for virtual, i in enumerate(encoder):
-            output, x, x0 = regions.serial(x, x0, None, *layer_arguments(virtual, i))
+            output, x, x0 = serial_block(x, x0, None, *layer_arguments(virtual, i))
             skips += [x] if virtual else []
-            x = any_shape(output)
+            x = output
         skips.append(x)
         skip_weights = self.skip_weights.unbind()
         skip_gates = self.skip_gates.unbind() if c.skip_gates_enabled else [None] * len(skip_weights)
         for position, i in enumerate(decoder):
             skip, arguments = None, layer_arguments(len(encoder) + position, i)
             if position < len(skip_weights) and skips:
-                skip = Skip(any_shape(another(skips.pop())), skip_weights[position], skip_gates[position])
+                skip = Skip(skips.pop(), skip_weights[position], skip_gates[position])
             if lanes is None and i < c.parallel_start_layer:
-                if skip is not None and regions is not PLAIN:  # one compiled block serves with and without a skip
-                    x, skip = any_shape(regions.join(x, *skip)), None
-                x, _, x0 = regions.serial(x, x0, skip, *arguments)
-                x = any_shape(x)
+                x, _, x0 = serial_block(x, x0, skip, *arguments)
                 continue
             if lanes is None:
-                lanes = regions.enter(x, x0, skip, arguments[0])
+                lanes = enter_lanes(x, x0, skip, arguments[0])
             else:
-                lanes = regions.mix(lanes, *outputs, skip, arguments[0])
-            lanes = any_shape(lanes)
-            outputs = any_shape(regions.parallel(lanes.n0, lanes.n1, *arguments))
+                lanes = mix_into_next(lanes, *outputs, skip, arguments[0])
+            outputs = parallel_block(lanes.n0, lanes.n1, *arguments)
             outputs += (self.parallel_post_lambdas[i], self.parallel_resid_lambdas[i])
-        h = scaled_rms_norm(x) if lanes is None else regions.leave(lanes, *outputs, c.parallel_final_lane)
+        h = scaled_rms_norm(x) if lanes is None else leave_lanes(lanes, *outputs, c.parallel_final_lane)
         if observe is not None:
             observe("tok_emb", h)
         return h
@@ -520,8 +467,7 @@ class GPT(nn.Module):
         h = self.hidden(input_ids, cu_seqlens, max_seqlen, adapters=adapters)
         head, scale = (None, 1.0) if adapters is None else (adapters.head, adapters.scale)
         table = self.head_weight.to(h.dtype)
-        losses = self._regions(adapters).losses
-        return losses(h, table, target_ids, self.config.logit_softcap, head, scale, logits_fp32)
+        return head_losses(h, table, target_ids, self.config.logit_softcap, head, scale, logits_fp32)
 
     def forward(
         self, input_ids: Tensor, target_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0
@@ -531,15 +477,6 @@ class GPT(nn.Module):
             return self.token_losses(input_ids, target_ids, cu_seqlens, max_seqlen).mean()
         h = self.hidden(input_ids, cu_seqlens, max_seqlen)
         return linear_cross_entropy(h, self.head_weight.to(h.dtype), target_ids, self.config.logit_softcap)
-
-
-def _mark_dynamic(tensors: Any, dims: tuple[int, ...]) -> Any:
-    """Tell the compiler that these dimensions of all tensors will change, before it takes them for constants."""
-    for tensor in torch.utils._pytree.tree_leaves(tensors):
-        if tensor is not None:
-            for dim in dims:
-                torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    return tensors
 
 
 def unbank(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:

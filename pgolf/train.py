@@ -34,13 +34,9 @@ class Interrupted(RuntimeError):
 
 
 def build_model(config: RunConfig, world: World) -> GPT:
-    """A fresh model on the run's device, with the kernels and the compilation the settings ask for."""
+    """A fresh model on the run's device, with the kernels that the settings ask for."""
     set_backend(config.kernels)
     model = GPT(config).to(world.device)
-    if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
-        # Training, evaluation and test-time training each compile the same regions for their own shapes.
-        torch._dynamo.config.recompile_limit = 64
-        model.compile_regions()
     return model
 
 

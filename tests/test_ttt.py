@@ -158,6 +158,16 @@ def test_leaving_out_finished_documents_changes_nothing(monkeypatch: pytest.Monk
     assert (score(config).token_nats - compact).abs().max() < 1e-4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)], ids=["cuda", "cuda-bf16"])
+def test_kernels_score_as_their_references(dtype: str, tolerance: float) -> None:
+    tokens, table = stream(13)
+    config = SMALL.replace(compute_dtype=dtype)
+    on_gpu = ttt.test_time_training(small_model(config).cuda(), config, tokens, table, keep_token_losses=True)
+    difference = on_gpu.token_nats - score().token_nats
+    assert not difference.isnan().any() and difference.abs().mean() < tolerance
+
+
 def test_same_inputs_same_bytes() -> None:
     assert torch.equal(score().token_nats, score().token_nats)
 
