@@ -32,6 +32,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m bench.prove --check
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

@@ -39,7 +39,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["pgolf", "pgolf.kernels"],
+    packages=["pgolf", "pgolf.kernels", "pgolf.ttt"],
     package_dir={"pgolf": "pgolf", "pgolf.kernels": "kernels"},
     package_data={"pgolf": ["py.typed"], "pgolf.kernels": ["tuned/*.json"]},
     entry_points={"console_scripts": ["pgolf = pgolf.cli:main"]},

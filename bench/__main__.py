@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 
 from bench import (
+    adapter_update,
     dequant,
     gated_attention,
     layer_weights,
     linear_cross_entropy,
+    low_rank,
     muon_update,
     newton_schulz,
     residual,
@@ -25,7 +27,7 @@ from bench.harness import main
 
 FAMILIES = (
     newton_schulz, dequant, smear_gate, residual, layer_weights, varlen_attention, gated_attention, residual_mlp,
-    linear_cross_entropy, muon_update,
+    linear_cross_entropy, low_rank, muon_update, adapter_update,
 )  # fmt: skip
 BENCHES = {family.__name__.removeprefix("bench."): family.CASES for family in FAMILIES}
 

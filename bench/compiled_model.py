@@ -1,8 +1,8 @@
 """The opponent of the model's kernels: its references through torch.compile.
 
 `compiled_blocks` compiles the blocks and the head of `pgolf.model` one by one, as the public script compiles its model.
-``python -m bench.compiled_model run ...`` is ``python -m pgolf run ...`` with them; it needs ``--set kernels=reference``,
-since the compiler has nothing to fuse in kernels.
+``python -m bench.compiled_model run ...`` is ``python -m pgolf run ...`` with them. It needs ``kernels=reference``: the
+compiler has nothing to fuse in kernels.
 """
 
 from __future__ import annotations

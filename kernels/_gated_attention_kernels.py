@@ -112,22 +112,23 @@ def project(
     n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float,
     unit: float, gate_width: int | None, gated: bool, update: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """n [T, d] weightᵀ (+ update) [T, N] with unit q^ and k^ for q and k, and 1 / rms of these, float32 [H + K, T].
+    """n [T, d] weightᵀ [T, N] with unit q^ and k^ for q and k, and 1 / rms of these, float32 [H + K, T].
+
+    update [T, (H + 2 K) D] is added to the columns of q, k and v first.
 
     A token's angles are those at its index modulo their number; they are of a power of two of pairs or none.
     """
     projected, width = n.new_empty(n.size(0), weight.size(0)), (H + 2 * K) * D
     stages = launch_parameters("gated_attention", "project", n.device)["ping_pong"]
-    if update is None and hopper.projects(n, weight[:width], cos, projected, H, K, D, stages):
+    if hopper.projects(n, weight[:width], cos, projected, H, K, D, stages):
         inverse_rms = n.new_empty(H + K, n.size(0), dtype=torch.float32)
         angles_and_gain = cos.contiguous(), sin.contiguous(), q_gain.contiguous()
         with torch.cuda.device_of(n):
-            hopper.project(n, weight[:width], *angles_and_gain, projected, inverse_rms, eps, unit, stages)
+            hopper.project(n, weight[:width], *angles_and_gain, update, projected, inverse_rms, eps, unit, stages)
         if gated:
             gate_logits(n[:, :gate_width], weight[width:, :gate_width], projected[:, width:])
         return projected, inverse_rms
-    if update is None:
-        torch.mm(n, weight.t(), out=projected)  # `out` keeps autocast away
-    else:
-        torch.addmm(update, n, weight.t(), out=projected)
+    torch.mm(n, weight.t(), out=projected)  # `out` keeps autocast away
+    if update is not None:
+        projected[:, :width] += update
     return projected, prologue(projected, cos, sin, q_gain, H, K, D, eps, unit)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import library
 try:
     import triton
     import triton.language as tl
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
 except ImportError:  # no Triton for this platform: the references serve
     triton = tl = None
 
@@ -99,7 +101,49 @@ def jit(function: Callable | None = None, **options: Any) -> Callable:
     """`triton.jit`; where there is no Triton the function stays as it is and is never called."""
     if function is None:
         return partial(jit, **options)
-    return function if triton is None else triton.jit(function, **options)
+    return function if triton is None else compiled_ahead(triton.jit(function, **options))
+
+
+_compiling: Any = None  # Triton's mode of compiling by threads, inside `compiling_ahead`
+
+
+def compiled_ahead(kernel: Any) -> Any:
+    """The kernel, which `compiling_ahead` can compile without launching it."""
+    if INTERPRETED:
+        return kernel
+
+    def run(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if _compiling is None:
+            return type(kernel).run(kernel, *args, grid=grid, warmup=warmup, **options)
+        token = active_mode.set(_compiling)  # the backward runs in a thread of its own
+        try:
+            return type(kernel).run(kernel, *args, grid=grid, warmup=True, **options)
+        finally:
+            active_mode.reset(token)
+
+    kernel.run = run
+    return kernel
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Inside, Triton kernels are compiled by as many threads as there are cores, and not launched.
+
+    Run in it once what will be launched later, for its results mean nothing: kernels leave outputs as they were. Ends
+    when all are compiled. Compiling them one after the other as they are launched takes several times as long.
+    """
+    global _compiling
+    if triton is None or INTERPRETED:
+        yield
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        mode = AsyncCompileMode(threads)
+        _compiling = mode
+        try:
+            yield
+        finally:
+            _compiling = None
+            mode.__exit__(None, None, None)  # waits, and takes over what was compiled
 
 
 def operator(
@@ -156,6 +200,32 @@ def operator(
 
     def call(*args: Any) -> Any:
         return (op if _traced(args) else direct)(*args)
+
+    return call
+
+
+def carrying(
+    schema: str, implementation: Callable, fake: Callable, setup_context: Callable, backward: Callable, carried: int
+) -> Callable:
+    """An `operator` that hands tensors through: its function returns its first ``carried`` arguments after the outputs.
+
+    In eager mode their gradients come to ``backward`` behind those of the outputs. Under a compiler or tracer the
+    arguments are returned as they are, since an operator may not return them.
+    """
+    op = operator(schema, implementation, fake, setup_context=setup_context, backward=backward)
+
+    def forward(ctx: Any, *args: Any) -> tuple:
+        outputs = implementation(*args)
+        setup_context(ctx, args, outputs)
+        return *outputs, *args[:carried]
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(f"{schema.partition('(')[0]}_function", (torch.autograd.Function,), members)
+
+    def call(*args: Any) -> tuple:
+        if _traced(args) or not torch.is_grad_enabled():
+            return *op(*args), *args[:carried]
+        return function.apply(*args)
 
     return call
 

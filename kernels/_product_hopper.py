@@ -37,7 +37,7 @@ from functools import lru_cache
 
 import torch
 
-from ._launch import INTERPRETED, constexpr, multiprocessors, triton
+from ._launch import INTERPRETED, compiled_ahead, constexpr, multiprocessors, triton
 from ._residual_mlp_epilogues import GRADIENT, finish
 from ._varlen_attention_kernels import away_from_zero
 
@@ -59,7 +59,9 @@ NORMALISE = constexpr(GRADIENT.value + 1)  # the epilogue of `project`
 HEAD, PAIRS = 64, 8  # columns of a head and how many pairs of them are rotated, in `project`
 
 if gluon is not None:
-    jit = gluon.jit
+
+    def jit(function):
+        return compiled_ahead(gluon.jit(function))
 
     @gluon.constexpr_function
     def _layout(EPILOGUE):
@@ -202,7 +204,7 @@ def _consume(
         pointers, inside = _place(out, row, column, M, STRIDE, EPILOGUE)
         other = None
         if EPILOGUE == NORMALISE:
-            cos, sin, gain, inverse_rms, period = aux
+            cos, sin, update, gain, inverse_rms, period = aux
             c = _angles(cos, row, column, M, period, HEADS[1], 1)
             s = _angles(sin, row, column, M, period, HEADS[1], 0)
         elif EPILOGUE == GRADIENT:  # on its way to registers during the product
@@ -225,6 +227,11 @@ def _consume(
         if row < M:  # as it always is: no instruction of the epilogue comes before the arrival
             ordered = _neighbours(product, EPILOGUE)
             if EPILOGUE == NORMALISE:
+                if update is not None:
+                    rows = row + gl.arange(0, 128, gl.SliceLayout(1, _layout(EPILOGUE)))[:, None]
+                    columns = column + gl.arange(0, 128, gl.SliceLayout(0, _layout(EPILOGUE)))[None, :]
+                    more = gl.load(update + (rows.to(gl.int64) * N + columns), mask=rows < M, other=0)
+                    ordered += more.to(gl.float32)
                 result = _normalise(ordered, c, s, gain, inverse_rms, row, column, M, HEADS)
                 gl.store(pointers, result.to(out.dtype.element_ty), mask=inside)
             else:  # read again long after it has left the cache
@@ -321,13 +328,16 @@ def projects(
 
 def project(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_gain: torch.Tensor,
-    out: torch.Tensor, inverse_rms: torch.Tensor, eps: float, unit: float, stages: int,
+    update: torch.Tensor | None, out: torch.Tensor, inverse_rms: torch.Tensor, eps: float, unit: float, stages: int,
 ) -> None:  # fmt: skip
     """The columns of out [T, N] that are unit q^, k^ and v: x weightᵀ with heads of 64 columns normalised and rotated.
+
+    update [T, (H + 2 K) 64] is added to the product before that.
 
     weight [(H + 2 K) 64, d] of H = ``q_gain.numel()`` and H + K = ``inverse_rms.size(0)``, which is even; see
     `gated_attention`. cos, sin [period, 8] and q_gain are contiguous, inverse_rms is float32 [H + K, T].
     """
     heads = q_gain.numel(), inverse_rms.size(0), eps, unit
-    aux = cos, sin, q_gain, inverse_rms, cos.size(0)
+    update = None if update is None else update.contiguous()
+    aux = cos, sin, update, q_gain, inverse_rms, cos.size(0)
     ping_pong(NORMALISE.value, x, weight, aux, out, stages, True, heads)

@@ -5,14 +5,14 @@ Outputs that are not wanted are empty: an operator's number of results is fixed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import _residual_kernels as kernels
-from ._launch import _traced, may_overwrite, operator, overwriting
+from ._launch import carrying, may_overwrite, operator, overwriting
 
 Tensor = torch.Tensor
 
@@ -57,15 +57,20 @@ def _sums(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=kernels.accumulator(x))
 
 
+def _fake_mix_backward(*arguments) -> tuple[Tensor, ...]:
+    x, x0, mix, skip, _, gate = arguments[6:12]
+    x0_is_x, skip_is_x, need_x, need_x0, need_parameters = arguments[14:]
+    outputs = _empty(x, need_x, need_x0 and x0 is not None and not x0_is_x, skip is not None and not skip_is_x)
+    return *outputs, _sums(x, kernels.mix_sums(x, mix, skip, gate) * need_parameters)
+
+
 _mix_backward_op = operator(
     "residual_mix_backward(Tensor? djoined, Tensor? du, Tensor? dn, Tensor? dn1, Tensor? dx_next, Tensor? dx0_next, "
     "Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, "
-    "bool x0_is_x, bool skip_is_x) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool x0_is_x, bool skip_is_x, bool need_x, bool need_x0, bool need_parameters) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     kernels.mix_backward,
-    lambda djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale, eps, x0_is_x, skip_is_x: (
-        *_empty(x, True, x0 is not None and not x0_is_x, skip is not None and not skip_is_x),
-        _sums(x, kernels.mix_sums(x, mix, skip, gate)),
-    ),
+    _fake_mix_backward,
 )
 _norm_backward_op = operator(
     "residual_norm_backward(Tensor? dx_next, Tensor dn, Tensor n, Tensor rstd, Tensor? scale, bool mean) -> Tensor",
@@ -75,15 +80,15 @@ _norm_backward_op = operator(
 
 
 def _fake_lanes_backward(*arguments) -> tuple[Tensor, ...]:
-    lane0, (mix, skip, _, gate) = arguments[6], arguments[12:16]
-    outputs = _empty(lane0, mix is not None, True, True, True, True, skip is not None)
-    return *outputs, _sums(lane0, kernels.lanes_sums(lane0, mix, skip, gate))
+    lane0, (mix, skip, _, gate), (need_x0, need_parameters) = arguments[6], arguments[12:16], arguments[18:]
+    outputs = _empty(lane0, need_x0 and mix is not None, True, True, True, True, skip is not None)
+    return *outputs, _sums(lane0, kernels.lanes_sums(lane0, mix, skip, gate) * need_parameters)
 
 
 _lanes_backward_op = operator(
     "residual_lanes_backward(Tensor? dx0_next, Tensor? dout0, Tensor? dout1, Tensor? dn0, Tensor? dn1, Tensor? x0, "
     "Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid, Tensor? mix, Tensor? skip, "
-    "Tensor? weight, Tensor? gate, Tensor? scale, float eps) "
+    "Tensor? weight, Tensor? gate, Tensor? scale, float eps, bool need_x0, bool need_parameters) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels.lanes_backward,
     _fake_lanes_backward,
@@ -102,6 +107,11 @@ def _given(gradient: Tensor | None) -> Tensor | None:
     return gradient if gradient is not None and gradient.numel() else None
 
 
+def _needed(needs: tuple[bool, ...], *gradients: Tensor | None) -> Iterator[Tensor | None]:
+    """The gradients of a function's first arguments, None where the argument needs none."""
+    return (gradient if need else None for gradient, need in zip(gradients, needs, strict=False))
+
+
 def _save_mix(ctx, inputs, output) -> None:
     *tensors, ctx.eps = inputs[:8]
     x, x0, _, skip, *_ = tensors
@@ -113,12 +123,13 @@ def _save_mix(ctx, inputs, output) -> None:
 @once_differentiable
 def _mix_gradients(ctx, djoined, du, dn, dn1, dx_next=None, dx0_next=None):
     x, x0, mix, skip, weight, gate, scale = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = needs[0], needs[1], needs[2] or any(needs[4:6])
     gradients = *map(_given, (djoined, du, dn, dn1)), dx_next, dx0_next
-    dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps, *ctx.same)
-    dmix, *djoin = _parameter_gradients(sums, mix, weight, gate)
-    own = [x0 is not None and not ctx.same[0], skip is not None and not ctx.same[1]]
-    dx0, dskip = (gradient if wanted else None for gradient, wanted in zip((dx0, dskip), own, strict=True))
-    return dx, dx0, dmix, dskip, *djoin, *(None,) * 6
+    dx, dx0, dskip, sums = _mix_backward_op(*gradients, *ctx.saved_tensors, ctx.eps, *ctx.same, *wanted)
+    dmix, *djoin = _parameter_gradients(sums, mix, weight, gate) if wanted[2] else (None,) * 3
+    dx0, dskip = (None if same else gradient for gradient, same in zip((dx0, dskip), ctx.same, strict=True))
+    return *_needed(needs, dx, dx0, dmix, dskip, *djoin), *(None,) * 6
 
 
 def _save_norm(ctx, inputs, output) -> None:
@@ -160,11 +171,14 @@ def _lanes_gradients(ctx, dout0, dout1, dn0, dn1, dx0_next=None):
         (torch.zeros_like(lane0) if _given(gradient) is None else gradient) if keep else None
         for gradient, keep in zip((dout0, dout1, dn0, dn1), kept, strict=True)
     ]
-    dx0, *dlanes, dskip, sums = _lanes_backward_op(dx0_next, *gradients, *ctx.saved_tensors, ctx.eps)
-    dmix, dweight, dgate = _parameter_gradients(sums, mix, weight, gate)
-    dresid, dpost = _parameter_gradients(sums[-6:], resid, post)
-    dx0, dskip = None if mix is None else dx0, None if skip is None else dskip
-    return dx0, *dlanes, dpost, dresid, dmix, dskip, dweight, dgate, None, None, None
+    needs = ctx.needs_input_grad
+    wanted = needs[0], any(needs[5:8]) or any(needs[9:11])
+    dx0, *dlanes, dskip, sums = _lanes_backward_op(dx0_next, *gradients, *ctx.saved_tensors, ctx.eps, *wanted)
+    dresid = dpost = dmix = dweight = dgate = None
+    if wanted[1]:
+        dmix, dweight, dgate = _parameter_gradients(sums, mix, weight, gate)
+        dresid, dpost = _parameter_gradients(sums[-6:], resid, post)
+    return *_needed(needs, dx0, *dlanes, dpost, dresid, dmix, dskip, dweight, dgate), None, None, None
 
 
 def _save_linear(ctx, inputs, output) -> None:
@@ -184,36 +198,11 @@ def _linear_gradients(ctx, dv, dn, drstd):
     if dv is None:
         return (None,) * 6
     needs = ctx.needs_input_grad[1:3]
-    gradients = zip(_linear_backward_op(dv, x, weight, *needs), needs, strict=True)
-    return dv if ctx.has_residual else None, *(g if need else None for g, need in gradients), None, None, None
+    gradients = _linear_backward_op(dv, x, weight, *needs)
+    return dv if ctx.has_residual else None, *_needed(needs, *gradients), None, None, None
 
 
-def _carrying(
-    schema: str, implementation: Callable, fake: Callable, setup_context: Callable, backward: Callable, carried: int
-) -> Callable:
-    """`operator`, whose function returns its first ``carried`` arguments after the outputs.
-
-    In eager mode their gradients come to ``backward``; an operator may not return its arguments.
-    """
-    op = operator(schema, implementation, fake, setup_context=setup_context, backward=backward)
-
-    def forward(ctx, *args):
-        outputs = implementation(*args)
-        setup_context(ctx, args, outputs)
-        return *outputs, *args[:carried]
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"{schema.partition('(')[0]}_function", (torch.autograd.Function,), members)
-
-    def call(*args):
-        if _traced(args) or not torch.is_grad_enabled():
-            return *op(*args), *args[:carried]
-        return function.apply(*args)
-
-    return call
-
-
-mix_op = _carrying(
+mix_op = carrying(
     "residual_mix(Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, "
     "float eps, bool keep_joined, bool keep_u, bool keep_n, bool keep_n1) -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.mix_forward,
@@ -236,7 +225,7 @@ def _fake_lanes(*arguments) -> tuple[Tensor, ...]:
     return _empty(arguments[1], not mean, not mean, mean or norm, norm)
 
 
-lanes_op = _carrying(
+lanes_op = carrying(
     "residual_lanes(Tensor? x0, Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid, "
     "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, bool mean) "
     "-> (Tensor, Tensor, Tensor, Tensor)",

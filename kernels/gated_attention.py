@@ -1,7 +1,8 @@
 """An attention sublayer from its normalised input to the input of its output projection, as one op.
 
-A row of projected = n weightᵀ (+ update) holds, of one token, H query heads, K key heads and K value heads of D columns
-each, then H gate logits where the op is ``gated``, then padding. Query head h reads key head j = h // (H / K):
+A row of projected = n weightᵀ holds, of one token, H query heads, K key heads and K value heads of D columns each, to
+which an update is added where there is one, then H gate logits where the op is ``gated``, then padding. Query head h
+reads key head j = h // (H / K):
 
     q^_h = gain_h R(q_h / rms(q_h)),   k^_j = R(k_j / rms(k_j)),   rms(x) = sqrt(mean(x²) + eps)
     o_h = softmax(q^_h k^_jᵀ / sqrt(D)) v_j over the token's own past in its segment
@@ -115,7 +116,7 @@ def gated_attention_reference(
     D = _head_dim(weight, H, K, gated) if head_dim is None else head_dim
     projected = F.linear(n, weight)
     if update is not None:
-        projected = projected + update
+        projected = projected + F.pad(update, (0, projected.size(-1) - update.size(-1)))
     whole = projected if n.ndim == 3 else projected[None]
     q, k, v, rest = whole.split([H * D, K * D, K * D, whole.size(-1) - (H + 2 * K) * D], dim=-1)
     q, k, v = (x.unflatten(-1, (-1, D)) for x in (q, k, v))
@@ -230,6 +231,7 @@ _backward_op = operator(
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6], *output)
     ctx.rest = inputs[7:12]
+    ctx.updated = 0 if inputs[6] is None else inputs[6].size(-1)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -243,7 +245,7 @@ def _gradients(ctx, dy: Tensor | None, *_: None):
     of_n, of_weight, *_, of_update = ctx.needs_input_grad[:7]
     dn = (dprojected @ weight).view(n.shape) if of_n else None
     dweight = dprojected.t() @ n.reshape(-1, n.size(-1)) if of_weight else None
-    dupdate = dprojected.view(*n.shape[:-1], weight.size(0)) if of_update else None
+    dupdate = dprojected[:, : ctx.updated].unflatten(0, n.shape[:-1]) if of_update else None
     return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 7
 
 
@@ -298,8 +300,8 @@ def _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, 
         raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
     if q_gain.shape != (H,):
         raise ValueError(f"q_gain must be [{H}], got shape {tuple(q_gain.shape)}")
-    if update is not None and update.shape != (*n.shape[:-1], weight.size(0)):
-        raise ValueError(f"update must be {(*n.shape[:-1], weight.size(0))}, got shape {tuple(update.shape)}")
+    if update is not None and update.shape != (*n.shape[:-1], (H + 2 * K) * D):
+        raise ValueError(f"update must be {(*n.shape[:-1], (H + 2 * K) * D)}, got shape {tuple(update.shape)}")
     tensors = dict(n=n, weight=weight, update=update, cos=cos, sin=sin, q_gain=q_gain)
     for name, tensor in tensors.items():
         if tensor is None:
@@ -370,7 +372,7 @@ def gated_attention(
         head_dim: D; None: as many rows as there are for each head, so that less than H + 2 K are padding.
         gate_width: promises that the gates' rows of ``weight`` are zero from this column on, and that nobody reads the
             gradient of those zeros, which may be anything; None: d.
-        update: [.., T, N] in n's dtype, added to n weightᵀ: low-rank adapters'.
+        update: [.., T, (H + 2 K) D] in n's dtype, added to queries, keys and values: low-rank adapters'.
         core: the attention, of `CORES`; auto: triton where kernels are in use, else flash where it can, else sdpa.
         tiles: `attention_tiles` (cu_seqlens, T, n.dtype, D, H // K), for many calls to share; None: made where needed.
 

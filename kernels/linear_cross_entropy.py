@@ -1,20 +1,23 @@
 """Cross-entropy of a softcapped linear head, without logits in fp32: loss and gradients from the hidden states.
 
-    z = h tableᵀ,   logits = cap tanh(z / cap),   loss_t = log Σ_v exp(logits_tv) - logits_t,target
+    z = h tableᵀ + update,   logits = cap tanh(z / cap),   loss_t = log Σ_v exp(logits_tv) - logits_t,target
 
-in nats; `linear_cross_entropy` returns the mean over tokens, or every token's.
+in nats; `linear_cross_entropy` returns the mean or the sum over tokens, or every token's. ``update`` is what adapters
+of the head add to z; without it the term is left out.
 
-The products are cuBLAS's, and z is in the dtype of h. One kernel reads a row of z once and holds it in registers: with
-r = 1 / (1 + exp(2 z / cap)) a logit is cap - 2 cap r, never above cap, so that the softmax needs no maximum (for a cap
-up to 40: Σ exp(logits - cap) cannot vanish), and 1 - tanh² is 4 (r - r²). It writes the loss, and over z its gradient
+The products are cuBLAS's, and z is in the dtype of h; an update is added to the rounded product and rounded again. One
+kernel reads a row of z once and holds it in registers: with r = 1 / (1 + exp(2 z / cap)) a logit is cap - 2 cap r,
+never above cap, so that the softmax needs no maximum (for a cap up to 40: Σ exp(logits - cap) cannot vanish), and
+1 - tanh² is 4 (r - r²). It writes the loss, and over z its gradient
 
     dz = (softmax - onehot) (1 - tanh²),   dh = dz table,   dtable = dzᵀ h.
 
 Least traffic: one chunk of tokens, whose dz waits for the backward; the loss's gradient, a number on the device, then
 scales the table and dtable and never a large tensor. This takes T V elements of memory. In several chunks, dh and
-dtable (in fp32) are made by the forward and scaled by the backward, one more pass over dh.
+dtable (in fp32) are made by the forward and scaled by the backward, one more pass over dh. The gradient of an update is
+dz itself times the loss's: the backward writes it once and takes dh = dupdate table from it.
 
-Shapes: h [..., d]; table [V, d]; targets [...] int32 or int64.
+Shapes: h [..., d]; table [V, d]; targets [...] int32 or int64; update [..., V].
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._launch import jit, launch_parameters, operator, select, tl
@@ -35,16 +39,18 @@ LARGEST_FIXED_CAP = 40.0  # exp(-2 cap) is a normal number of fp32
 
 
 def linear_cross_entropy_reference(
-    h: torch.Tensor,
-    table: torch.Tensor,
-    targets: torch.Tensor,
+    h: Tensor,
+    table: Tensor,
+    targets: Tensor,
     softcap: float,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
-) -> torch.Tensor:
+    update: Tensor | None = None,
+) -> Tensor:
     """Plain PyTorch; the contract of `linear_cross_entropy`, whose arguments it shares (all tokens are one chunk)."""
-    logits = softcap * torch.tanh(F.linear(h, table) / softcap)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, table.size(0))
+    z = F.linear(h, table) if update is None else F.linear(h, table) + update
+    z = z.to(torch.promote_types(z.dtype, torch.float32)).reshape(-1, table.size(0))
+    logits = softcap * torch.tanh(z / softcap)
     losses = F.cross_entropy(logits, targets.flatten().long(), reduction=reduction)
     return losses.view(targets.shape) if reduction == "none" else losses
 
@@ -123,36 +129,43 @@ def _launch(z, targets, losses, softcap: float, vocabulary: int, gradient: bool)
         )  # fmt: skip
 
 
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32, whatever a's and b's dtype."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
-def _scaled(tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """tensor * factor, computed in fp32 and rounded once; a factor of one dimension is that of rows."""
     factor = factor.float().reshape(-1, 1)
     return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=dtype))
 
 
-def _logits(h: torch.Tensor, table: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """h tableᵀ in the first rows of ``memory``, whose own rows are longer where that aligns them."""
+def _logits(h: Tensor, table: Tensor, update: Tensor | None, memory: Tensor) -> Tensor:
+    """h tableᵀ + update in the first rows of ``memory``, whose own rows are longer where that aligns them."""
     z = memory[: h.size(0)]
     torch.mm(h, table.t(), out=z[:, : table.size(0)])
+    if update is not None:
+        z[:, : table.size(0)] += update
     return z
 
 
-def _mean_of_dz_times(dz, table, count: int, out: torch.Tensor) -> torch.Tensor:
-    """dz table / count into ``out``; the factor costs nothing here."""
-    return torch.addmm(out, dz[:, : table.size(0)], table, beta=0, alpha=1 / max(count, 1), out=out)
+def _dz_times(dz, table, divisor: int, out: Tensor) -> Tensor:
+    """dz table / divisor into ``out``; the factor costs nothing here."""
+    return torch.addmm(out, dz[:, : table.size(0)], table, beta=0, alpha=1 / divisor, out=out)
 
 
-def _shapes(h, table, chunk: int, mean: bool, need_h: bool, need_table: bool) -> tuple:
+def _divisor(reduction: str, count: int) -> int:
+    """What the losses' sum is divided by."""
+    return max(count, 1) if reduction == "mean" else 1
+
+
+def _shapes(h, table, chunk: int, reduction: str, need_h: bool, need_table: bool, need_update: bool) -> tuple:
     """Shapes of the results: loss, then what the backward takes: dz, or dh and dtable of several chunks."""
     count = h.size(0)
-    loss = () if mean else (count,)
-    if not (need_h or need_table):
+    loss = (count,) if reduction == "none" else ()
+    if not (need_h or need_table or need_update):
         return loss, (0,), (0,)
     if chunk >= count:
         return loss, (count, _row_length(table.size(0))), (0,)
@@ -164,91 +177,101 @@ def _row_length(vocabulary: int) -> int:
 
 
 def _forward(
-    h: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, softcap: float, chunk: int, mean: bool, need_h: bool,
-    need_table: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    h: Tensor, table: Tensor, targets: Tensor, update: Tensor | None, softcap: float, chunk: int, reduction: str,
+    need_h: bool, need_table: bool, need_update: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     h, table, targets = h.contiguous(), table.contiguous(), targets.contiguous()
-    count, vocabulary = h.size(0), table.size(0)
+    count, vocabulary, divisor = h.size(0), table.size(0), _divisor(reduction, h.size(0))
     losses = h.new_empty(count, dtype=torch.float32)
-    _, first, second = _shapes(h, table, chunk, mean, need_h, need_table)
-    whole, wanted = chunk >= count, need_h or need_table
+    _, first, second = _shapes(h, table, chunk, reduction, need_h, need_table, need_update)
+    whole, wanted = chunk >= count, need_h or need_table or need_update
     first = h.new_empty(first)
     second = torch.zeros(second, dtype=torch.float32, device=h.device)
     memory = first if whole and wanted else h.new_empty(min(chunk, count), _row_length(vocabulary))
     memory[:, vocabulary:].zero_()  # results that are never written would differ from call to call
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
-        z = _logits(h[part], table, memory)
+        z = _logits(h[part], table, None if update is None else update[part], memory)
         _launch(z, targets[part], losses[part], softcap, vocabulary, wanted)
         if wanted and not whole:
             if need_h:
-                _mean_of_dz_times(z, table, count, first[part])
+                _dz_times(z, table, divisor, first[part])
             if need_table:
                 second += _wide_product(z[:, :vocabulary].t(), h[part])
-    return losses.mean() if mean else losses, first, second
+    loss = {"mean": losses.mean, "sum": losses.sum}.get(reduction, lambda: losses)
+    return loss(), first, second
 
 
 def _backward(
-    dloss: torch.Tensor, h: torch.Tensor, table: torch.Tensor, first: torch.Tensor, second: torch.Tensor, whole: bool,
-    need_h: bool, need_table: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of h and table, empty where not needed; ``dloss`` is one number for the mean, else one a token."""
-    h, table = h.contiguous(), table.contiguous()
-    count, dh, dtable = h.size(0), h.new_empty(0), table.new_empty(0)
-    dz, mean = first[:, : table.size(0)] if whole else first, dloss.ndim == 0
+    dloss: Tensor, h: Tensor, table: Tensor, first: Tensor, second: Tensor, whole: bool, reduction: str, need_h: bool,
+    need_table: bool, need_update: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of h, table and update, empty where not needed; ``dloss`` is one number, or one a token."""
+    h, table, divisor = h.contiguous(), table.contiguous(), _divisor(reduction, h.size(0))
+    dh, dtable, dupdate = _empty_gradients(dloss, h, table, first, second, whole, reduction, need_h, False, need_update)
+    dz = first[:, : table.size(0)] if whole else first
+    if need_update:  # dz itself is kept: there may be another backward
+        torch.mul(dz, (dloss.float() / divisor).reshape(-1, 1), out=dupdate)
     if need_h:
-        if not whole:
+        if need_update:
+            dh = torch.mm(dupdate, table, out=dh)
+        elif not whole:
             dh = _scaled(first, dloss, h.dtype)
-        elif mean:
-            dh = _mean_of_dz_times(dz, _scaled(table, dloss, table.dtype), count, torch.empty_like(h))
+        elif reduction == "mean":
+            dh = _dz_times(dz, _scaled(table, dloss, table.dtype), divisor, dh)
         else:
             dh = _scaled(dz @ table, dloss, h.dtype)
     if need_table:
-        if mean:
-            total = _wide_product(dz.t(), h) if whole else second
-            dtable = _scaled(total, dloss / max(count, 1), table.dtype)
-        else:
+        if reduction == "none":
             dtable = _wide_product(dz.t(), _scaled(h, dloss, h.dtype)).to(table.dtype)
-    return dh, dtable
+        else:
+            total = _wide_product(dz.t(), h) if whole else second
+            dtable = _scaled(total, dloss / divisor, table.dtype)
+    return dh, dtable, dupdate
 
 
-def _fake_forward(h, table, targets, softcap, chunk, mean, need_h, need_table):
-    loss, first, second = _shapes(h, table, chunk, mean, need_h, need_table)
+def _fake_forward(h, table, targets, update, softcap, chunk, reduction, need_h, need_table, need_update):
+    loss, first, second = _shapes(h, table, chunk, reduction, need_h, need_table, need_update)
     return (
         h.new_empty(loss, dtype=torch.float32), h.new_empty(first), h.new_empty(second, dtype=torch.float32)
     )  # fmt: skip
 
 
-def _fake_backward(dloss, h, table, first, second, whole, need_h, need_table):
-    return h.new_empty(h.shape if need_h else (0,)), table.new_empty(table.shape if need_table else (0,))
+def _empty_gradients(dloss, h, table, first, second, whole, reduction, need_h, need_table, need_update):
+    """Memory of the gradients; an update's has rows as long as dz's, whose alignment products want."""
+    dupdate = h.new_empty(0)
+    if need_update:
+        dupdate = h.new_empty(h.size(0), _row_length(table.size(0)))[:, : table.size(0)]
+    return h.new_empty(h.shape if need_h else (0,)), table.new_empty(table.shape if need_table else (0,)), dupdate
 
 
 def _save(ctx, inputs, output) -> None:
-    h, table, _, _, chunk, *_ = inputs
+    h, table, _, _, _, chunk, reduction, *_ = inputs
     ctx.set_materialize_grads(False)  # of dz it would be as large as the logits
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(h, table, *output[1:])
-    ctx.whole = chunk >= h.size(0)
+    ctx.whole, ctx.reduction = chunk >= h.size(0), reduction
 
 
 @once_differentiable
 def _gradients(ctx, dloss, *_):
-    need_h, need_table = ctx.needs_input_grad[:2]
     if dloss is None:
-        return (None,) * 8
-    dh, dtable = _backward_op(dloss, *ctx.saved_tensors, ctx.whole, need_h, need_table)
-    return dh if need_h else None, dtable if need_table else None, *(None,) * 6
+        return (None,) * 10
+    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    found = _backward_op(dloss, *ctx.saved_tensors, ctx.whole, ctx.reduction, *needed)
+    dh, dtable, dupdate = (tensor if need else None for tensor, need in zip(found, needed, strict=True))
+    return dh, dtable, None, dupdate, *(None,) * 6
 
 
 _backward_op = operator(
     "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor table, Tensor first, Tensor second, bool whole, "
-    "bool need_h, bool need_table) -> (Tensor, Tensor)",
+    "str reduction, bool need_h, bool need_table, bool need_update) -> (Tensor, Tensor, Tensor)",
     _backward,
-    _fake_backward,
+    _empty_gradients,
 )
 _forward_op = operator(
-    "linear_cross_entropy(Tensor h, Tensor table, Tensor targets, float softcap, int chunk, bool mean, bool need_h, "
-    "bool need_table) -> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy(Tensor h, Tensor table, Tensor targets, Tensor? update, float softcap, int chunk, "
+    "str reduction, bool need_h, bool need_table, bool need_update) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     setup_context=_save,
@@ -256,36 +279,40 @@ _forward_op = operator(
 )
 
 
-def _linear_cross_entropy_triton(h, table, targets, softcap, reduction, chunk_tokens) -> torch.Tensor:
-    need_h, need_table = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (h, table))
-    flat, mean = h.reshape(-1, h.size(-1)), reduction == "mean"
+def _linear_cross_entropy_triton(h, table, targets, softcap, reduction, chunk_tokens, update=None) -> Tensor:
+    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (h, table, update)]
+    flat = h.reshape(-1, h.size(-1))
+    changes = None if update is None else update.reshape(-1, table.size(0))
     count, row = flat.size(0), table.size(0) * h.element_size()
-    wanted = need_h or need_table
-    if wanted and (not mean or (chunk_tokens is None and count * row <= ONE_CHUNK_BYTES)):
+    several = reduction != "none" and update is None  # chunks, where a gradient is wanted
+    if any(needed) and (not several or (chunk_tokens is None and count * row <= ONE_CHUNK_BYTES)):
         chunk_tokens = max(count, 1)
     elif chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_BYTES // row)
-    loss, *_ = _forward_op(flat, table, targets.reshape(-1), softcap, chunk_tokens, mean, need_h, need_table)
-    return loss if mean else loss.view(targets.shape)
+    loss, *_ = _forward_op(flat, table, targets.reshape(-1), changes, softcap, chunk_tokens, reduction, *needed)
+    return loss.view(targets.shape) if reduction == "none" else loss
 
 
 _LINEAR_CROSS_ENTROPY = {"reference": linear_cross_entropy_reference, "triton": _linear_cross_entropy_triton}
 
 
 def linear_cross_entropy(
-    h: torch.Tensor,
-    table: torch.Tensor,
-    targets: torch.Tensor,
+    h: Tensor,
+    table: Tensor,
+    targets: Tensor,
     softcap: float,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
-) -> torch.Tensor:
-    """Mean over tokens of the cross-entropy in nats of the logits softcap * tanh(h tableᵀ / softcap).
+    *,
+    update: Tensor | None = None,
+) -> Tensor:
+    """Mean over tokens of the cross-entropy in nats of the logits softcap * tanh((h tableᵀ + update) / softcap).
 
-    Differentiable once in h and table, which are bfloat16, float16, float32 or float64 both. Kernels compute in fp32
-    from logits z in h's dtype; float64 is left to the reference. ``reduction="none"`` gives every token's loss, in
-    one chunk where a gradient is wanted. ``chunk_tokens``: tokens whose logits are in memory at a time; by default
-    all where a gradient is wanted and they take at most 2 GiB, else what takes 512 MiB.
+    Differentiable once in h, table and update, which are bfloat16, float16, float32 or float64 all. Kernels compute in
+    fp32 from logits z in h's dtype; float64 is left to the reference. ``reduction="sum"`` gives the sum over tokens,
+    ``"none"`` every token's loss. ``update`` [..., V] is added to h tableᵀ. ``chunk_tokens``: tokens whose logits are
+    in memory at a time; by default all where a gradient is wanted and they take at most 2 GiB, else what takes 512
+    MiB. With ``"none"`` or an update, one chunk has all tokens where a gradient is wanted.
 
     Returns float32 (float64 for float64), a scalar or with ``reduction="none"`` the targets' shape. Raises ValueError
     for a wrong shape, device, softcap, reduction or chunk and for targets outside [0, V), TypeError for a wrong dtype.
@@ -301,16 +328,20 @@ def linear_cross_entropy(
         raise TypeError(f"table must have h's dtype {h.dtype}, got {table.dtype}")
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"targets must be int32 or int64, got {targets.dtype}")
-    for argument, tensor in (("table", table), ("targets", targets)):
-        if tensor.device != h.device:
+    if update is not None and update.dtype != h.dtype:
+        raise TypeError(f"update must have h's dtype {h.dtype}, got {update.dtype}")
+    if update is not None and update.shape != (*targets.shape, table.size(0)):
+        raise ValueError(f"update must be [..., V], {(*targets.shape, table.size(0))}, got {tuple(update.shape)}")
+    for argument, tensor in (("table", table), ("targets", targets), ("update", update)):
+        if tensor is not None and tensor.device != h.device:
             raise ValueError(f"{argument} must be on h's device {h.device}, got {tensor.device}")
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    readable = targets.device.type == "cpu" and type(targets) is torch.Tensor and not torch.compiler.is_compiling()
+    readable = targets.device.type == "cpu" and type(targets) is Tensor and not torch.compiler.is_compiling()
     if readable and targets.numel():
         low, high = (int(bound) for bound in targets.aminmax())
         if low < 0 or high >= table.size(0):
@@ -318,4 +349,4 @@ def linear_cross_entropy(
     chosen = linear_cross_entropy_reference
     if h.dtype != torch.float64:
         chosen = select("linear_cross_entropy", _LINEAR_CROSS_ENTROPY, h)
-    return chosen(h, table, targets, float(softcap), reduction, chunk_tokens)
+    return chosen(h, table, targets, float(softcap), reduction, chunk_tokens, update)

@@ -1,11 +1,13 @@
 """SmearGate: add the gated previous token's embedding to each token's, and the model's fused prologue.
 
-    g_t = λ σ(w · x_t[:W])  for t >= 1, and 0 where token t is a BOS (a document's first token)
+    g_t = λ σ(w · x_t[:W])  for t >= 1, and 0 where token t is a BOS (a document's first token) or starts[t] is set
     y_t = x_t + g_t x_{t-1},   y_0 = x_0
 
-The previous embedding enters un-smeared. Without the BOS mask (``bos_id=None``, the public code of parameter-golf
-PR #1874) the last token of one document leaks into the first of the next. `embed_smear_norm` is embedding lookup,
-SmearGate and RMSNorm in one call.
+The previous embedding enters un-smeared. BOS and starts select: a NaN or an infinity on one side of such a token does
+not reach the other, neither forward nor backward. ``starts`` marks where the sequences of a packed stream begin: a row
+with it is what its sequences are as rows of their own. Without the BOS mask (``bos_id=None``, the public code of
+parameter-golf PR #1874) the last token of one document leaks into the first of the next. `embed_smear_norm` is
+embedding lookup, SmearGate and RMSNorm in one call.
 
 Kernels: a program of one warp (at D = 512) walks a chunk of consecutive tokens, keeps the neighbour's vector in
 registers and has the next ones on their way, so each is read once: the forward is one pass over x and y, the
@@ -18,13 +20,15 @@ in one pass over x, dy and dx. The prologue's, without atomics, walks the tokens
 gradient from dy_t, dy_{t+1} and three rows of the table: dy is read twice, and no gradient by token is written and
 read again. Chunks of the list are summed, and segments that cross chunks are joined in a fixed order.
 
-Shapes: x [B, T, D]; input_ids [B, T] int32 or int64; weight [1, W] or [W] with W <= D; lam [1] or scalar.
+Shapes: x [B, T, D]; input_ids [B, T] int32 or int64; starts [B, T] bool; weight [1, W] or [W] with W <= D; lam [1] or
+scalar.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._launch import RMS_EPS, jit, launch_parameters, operator, select, tl
@@ -33,28 +37,24 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def smear_gate_reference(
-    x: torch.Tensor, input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, bos_id: int | None = 1
-) -> torch.Tensor:
+    x: Tensor, input_ids: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None = 1, starts: Tensor | None = None
+) -> Tensor:
     """Plain PyTorch; the contract of `smear_gate`, whose arguments it shares."""
     current, previous = x[:, 1:], x[:, :-1]
     gate = torch.sigmoid(F.linear(current[..., : weight.numel()], weight.reshape(1, -1).to(x.dtype)))
     gate = lam.to(x.dtype) * gate
-    if bos_id is not None:
-        gate = gate * (input_ids[:, 1:, None] != bos_id).to(x.dtype)
+    for first in (None if bos_id is None else input_ids == bos_id, starts):
+        if first is not None:  # of both factors: the backward, too, multiplies no 0 with what is not finite
+            gate, previous = (torch.where(first[:, 1:, None], 0, factor) for factor in (gate, previous))
     return torch.cat([x[:, :1], current + gate * previous], dim=1)
 
 
 def embed_smear_norm_reference(
-    input_ids: torch.Tensor,
-    table: torch.Tensor,
-    weight: torch.Tensor,
-    lam: torch.Tensor,
-    bos_id: int | None = 1,
-    eps: float = RMS_EPS,
-    deterministic: bool = True,
-) -> torch.Tensor:
+    input_ids: Tensor, table: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None = 1, eps: float = RMS_EPS,
+    deterministic: bool = True, starts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Plain PyTorch; the contract of `embed_smear_norm`, whose arguments it shares."""
-    x = smear_gate_reference(F.embedding(input_ids, table), input_ids, weight, lam, bos_id)
+    x = smear_gate_reference(F.embedding(input_ids, table), input_ids, weight, lam, bos_id, starts)
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
@@ -76,8 +76,18 @@ def _row(x, ids, token, columns, inside, V, D: tl.constexpr, EMBED: tl.constexpr
 
 
 @jit
+def _gated(gated, ids, starts, token, bos_id):
+    """``gated``, and the token is neither a BOS nor the start of a sequence."""
+    if bos_id is not None:
+        gated = gated & (tl.load(ids + token) != bos_id)
+    if starts is not None:
+        gated = gated & (tl.load(starts + token) == 0)
+    return gated
+
+
+@jit
 def _forward_kernel(
-    x, ids, weight, lam, out, T, chunks, V, bos_id, EPS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    x, ids, weight, lam, out, T, chunks, V, bos_id, starts, EPS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EMBED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, start, stop = _span(T, chunks, CHUNK)
@@ -86,14 +96,12 @@ def _forward_kernel(
     w = tl.load(weight + columns, mask=columns < W, other=0).to(ACC)
     strength = tl.load(lam).to(ACC)
     previous = _row(x, ids, base + tl.maximum(start - 1, 0), columns, inside, V, D, EMBED).to(ACC)
-    previous = tl.where(start > 0, previous, 0)
     for t in tl.range(start, stop, num_stages=STAGES):
         token = base + t
         current = _row(x, ids, token, columns, inside, V, D, EMBED).to(ACC)
         gate = strength * tl.sigmoid(tl.sum(current * w))
-        if bos_id is not None:
-            gate = tl.where(tl.load(ids + token) == bos_id, 0, gate)
-        y = current + gate * previous
+        gate = tl.where(_gated(t > 0, ids, starts, token, bos_id), gate, 0)
+        y = current + gate * tl.where(gate == 0, 0, previous)  # asking the gate takes fewer registers
         if EMBED:
             scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
             identity = tl.load(ids + token)
@@ -106,7 +114,7 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    dout, x, ids, weight, lam, dx, partials, T, chunks, V, bos_id, EPS: tl.constexpr, D: tl.constexpr,
+    dout, x, ids, weight, lam, dx, partials, T, chunks, V, bos_id, starts, EPS: tl.constexpr, D: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EMBED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -127,13 +135,11 @@ def _backward_kernel(
         previous = _row(x, ids, base + tl.maximum(t - 1, 0), columns, inside, V, D, EMBED).to(ACC)
         dy = tl.load(dout + token * D + columns, mask=inside, other=0).to(ACC)
         sigma = tl.sigmoid(tl.sum(current * w))
-        gated = t > 0
-        if bos_id is not None:
-            gated = gated & (tl.load(ids + token) != bos_id)
-        gate = tl.where(gated, strength * sigma, 0)
+        gated = _gated(t > 0, ids, starts, token, bos_id)
+        gate = strength * sigma
         scale = 1.0  # of the gradient dy, left out of it
         if EMBED:
-            y = current + gate * previous
+            y = tl.where(gated, current + gate * previous, current)
             scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
             dy -= (scale * scale * tl.sum(dy * y) / D) * y
         s = tl.where(gated & (t < stop), scale * tl.sum(dy * previous), 0)
@@ -147,7 +153,7 @@ def _backward_kernel(
             tl.atomic_add(dx + identity * D + columns, result, mask=mine, sem="relaxed")
         else:
             tl.store(dx + token * D + columns, result.to(dx.dtype.element_ty), mask=inside & (t < stop))
-        carried = (gate * scale) * dy
+        carried = tl.where(gated, (gate * scale) * dy, 0)
         current = previous
     programs = tl.num_programs(0).to(tl.int64)
     partials += tl.program_id(0)
@@ -157,13 +163,14 @@ def _backward_kernel(
 
 @jit
 def _prepare_kernel(
-    ids, table, weight, keys, codes, sigmas, gradient, N, T, V, bos_id, D: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr,
+    ids, table, weight, keys, codes, sigmas, gradient, N, T, V, bos_id, starts, D: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """What `_table_gradient_kernel` looks up, and a gradient of zeros for the ids that no token has.
 
-    keys are the tokens' ids, forced into the table; codes the same, with ~id for tokens without a gate (a BOS, or first
-    in their row); sigmas [V] the ids' gates without λ.
+    keys are the tokens' ids, forced into the table; codes the same, with ~id for tokens without a gate (a BOS, a start,
+    or first in their row); sigmas [V] the ids' gates without λ.
     """
     program = tl.program_id(0).to(tl.int64)
     token = program * TOKENS + tl.arange(0, TOKENS)
@@ -171,6 +178,8 @@ def _prepare_kernel(
     gated = token % T != 0
     if bos_id is not None:
         gated = gated & (given != bos_id)
+    if starts is not None:
+        gated = gated & (tl.load(starts + token, mask=token < N, other=0) == 0)
     identity = tl.minimum(tl.maximum(given.to(tl.int64), 0), V - 1)
     tl.store(keys + token, identity.to(keys.dtype.element_ty), mask=token < N)
     code = tl.where(gated, identity, -1 - identity)
@@ -319,11 +328,11 @@ def _join_segments_kernel(
         tl.store(gradient + key.to(tl.int64) * D + columns, total.to(gradient.dtype.element_ty), mask=inside)
 
 
-def _accumulator(tensor: torch.Tensor) -> torch.dtype:
+def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _settings(case: str, source: torch.Tensor) -> tuple[dict[str, int], dict]:
+def _settings(case: str, source: Tensor) -> tuple[dict[str, int], dict]:
     """A case's launch parameters and what they and the width of ``source`` make of a launch's."""
     tuned = launch_parameters("smear_gate", case, source.device)
     block = 1 << (source.size(-1) - 1).bit_length()
@@ -332,7 +341,11 @@ def _settings(case: str, source: torch.Tensor) -> tuple[dict[str, int], dict]:
     return tuned, dict(D=source.size(-1), BLOCK=block, ACC=accumulate, num_warps=warps)
 
 
-def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool) -> torch.Tensor:
+def _bytes(starts: Tensor | None) -> Tensor | None:
+    return None if starts is None else starts.contiguous().view(torch.uint8)
+
+
+def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool, starts) -> Tensor:
     """Both forward ops: ``source`` is x, or with ``embed`` the table."""
     rows, tokens = input_ids.shape
     out = source.new_empty(rows, tokens, source.size(-1))
@@ -342,13 +355,13 @@ def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool) -> torch.
         with torch.cuda.device_of(source):  # Triton launches on the current device
             _forward_kernel[(rows * chunks,)](
                 source.contiguous(), input_ids.contiguous(), weight.contiguous(), lam, out, tokens, chunks,
-                source.size(0) if embed else 1, bos_id, EPS=eps, W=weight.numel(), CHUNK=tuned["chunk"],
-                STAGES=tuned["stages"], EMBED=embed, **settings,
+                source.size(0) if embed else 1, bos_id, _bytes(starts), EPS=eps, W=weight.numel(),
+                CHUNK=tuned["chunk"], STAGES=tuned["stages"], EMBED=embed, **settings,
             )  # fmt: skip
     return out
 
 
-def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool, starts) -> tuple[Tensor, Tensor]:
     """Both backwards in the order of tokens: the gradient of x, or with ``embed`` the table's by atomics; (w, λ)'s."""
     rows, tokens = input_ids.shape
     dx = source.new_empty(dout.shape)
@@ -362,8 +375,8 @@ def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool) ->
     with torch.cuda.device_of(source):
         _backward_kernel[(rows * chunks,)](
             dout.contiguous(), source.contiguous(), input_ids.contiguous(), weight.contiguous(), lam, dx, partials,
-            tokens, chunks, source.size(0) if embed else 1, bos_id, EPS=eps, W=weight.numel(), CHUNK=tuned["chunk"],
-            STAGES=tuned["stages"], EMBED=embed, **settings,
+            tokens, chunks, source.size(0) if embed else 1, bos_id, _bytes(starts), EPS=eps, W=weight.numel(),
+            CHUNK=tuned["chunk"], STAGES=tuned["stages"], EMBED=embed, **settings,
         )  # fmt: skip
     return dx, partials.sum(1)
 
@@ -372,7 +385,7 @@ def _narrowest(largest: int) -> torch.dtype:
     return next(t for t in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(t).max)
 
 
-def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps) -> tuple[torch.Tensor, torch.Tensor]:
+def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps, starts) -> tuple[Tensor, Tensor]:
     """The prologue's backward in the order of ids: the gradients of the table and of (w, λ), in a fixed order."""
     (vocabulary, width), count, gate, accumulate = table.shape, input_ids.numel(), weight.numel(), _accumulator(table)
     gradient, sigmas = table.new_empty(vocabulary, width), table.new_empty(vocabulary, dtype=accumulate)
@@ -391,7 +404,7 @@ def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps) -> tuple[t
     with torch.cuda.device_of(table):
         _prepare_kernel[(max(-(-vocabulary // rows), -(-count // tokens)),)](
             input_ids.contiguous(), table, weight, keys, codes, sigmas, gradient, count, input_ids.size(1), vocabulary,
-            bos_id, ROWS=rows, TOKENS=tokens, **settings | dict(num_warps=4),
+            bos_id, _bytes(starts), ROWS=rows, TOKENS=tokens, **settings | dict(num_warps=4),
         )  # fmt: skip
         keys, order = torch.sort(keys, stable=True)
         _table_gradient_kernel[(chunks,)](
@@ -407,85 +420,85 @@ def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps) -> tuple[t
 
 
 def _smear_gate_triton(
-    x: torch.Tensor, input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, bos_id: int | None
-) -> torch.Tensor:
-    return _forward(x, input_ids, weight, lam, bos_id, 0.0, False)
+    x: Tensor, input_ids: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None, starts: Tensor | None = None
+) -> Tensor:
+    return _forward(x, input_ids, weight, lam, bos_id, 0.0, False, starts)
 
 
 def _smear_gate_backward_triton(
-    dout: torch.Tensor, x: torch.Tensor, input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor,
-    bos_id: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _backward(dout, x, input_ids, weight, lam, bos_id, 0.0, False)
+    dout: Tensor, x: Tensor, input_ids: Tensor, weight: Tensor, lam: Tensor,
+    bos_id: int | None, starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _backward(dout, x, input_ids, weight, lam, bos_id, 0.0, False, starts)
 
 
 def _embed_smear_norm_triton(
-    input_ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, bos_id: int | None,
-    eps: float, deterministic: bool,
-) -> torch.Tensor:  # fmt: skip
-    return _forward(table, input_ids, weight, lam, bos_id, eps, True)
+    input_ids: Tensor, table: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None,
+    eps: float, deterministic: bool, starts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return _forward(table, input_ids, weight, lam, bos_id, eps, True, starts)
 
 
 def _embed_smear_norm_backward_triton(
-    dout: torch.Tensor, input_ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor,
-    bos_id: int | None, eps: float, deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    dout: Tensor, input_ids: Tensor, table: Tensor, weight: Tensor, lam: Tensor,
+    bos_id: int | None, eps: float, deterministic: bool, starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if deterministic and dout.numel():
-        return _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps)
-    gradient, sums = _backward(dout, table, input_ids, weight, lam, bos_id, eps, True)
+        return _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps, starts)
+    gradient, sums = _backward(dout, table, input_ids, weight, lam, bos_id, eps, True, starts)
     return gradient.to(table.dtype), sums
 
 
-def _gate_gradients(sums: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gate_gradients(sums: Tensor, weight: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     return sums[:-1].reshape(weight.shape).to(weight.dtype), sums[-1].reshape(lam.shape).to(lam.dtype)
 
 
-def _fake_sums(source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _fake_sums(source: Tensor, weight: Tensor) -> Tensor:
     return source.new_empty(weight.numel() + 1, dtype=_accumulator(source))
 
 
 _smear_gate_backward_op = operator(
-    "smear_gate_backward(Tensor dout, Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id) "
-    "-> (Tensor, Tensor)",
+    "smear_gate_backward(Tensor dout, Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id, "
+    "Tensor? starts) -> (Tensor, Tensor)",
     _smear_gate_backward_triton,
-    lambda dout, x, input_ids, weight, lam, bos_id: (x.new_empty(x.shape), _fake_sums(x, weight)),
+    lambda dout, x, input_ids, weight, lam, bos_id, starts: (x.new_empty(x.shape), _fake_sums(x, weight)),
 )
 _embed_smear_norm_backward_op = operator(
     "embed_smear_norm_backward(Tensor dout, Tensor input_ids, Tensor table, Tensor weight, Tensor lam, int? bos_id, "
-    "float eps, bool deterministic) -> (Tensor, Tensor)",
+    "float eps, bool deterministic, Tensor? starts) -> (Tensor, Tensor)",
     _embed_smear_norm_backward_triton,
-    lambda dout, input_ids, table, weight, lam, bos_id, eps, deterministic: (
+    lambda dout, input_ids, table, weight, lam, bos_id, eps, deterministic, starts: (
         table.new_empty(table.shape), _fake_sums(table, weight)
     ),
 )  # fmt: skip
 
 
 def _save(ctx, inputs, output) -> None:
-    """Both ops: four tensors, then plain values."""
-    ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:]
+    """Both ops: four tensors, plain values, and the starts."""
+    ctx.save_for_backward(*inputs[:4], inputs[-1])
+    ctx.rest = inputs[4:-1]
 
 
 @once_differentiable
-def _smear_gate_gradients(ctx, dout: torch.Tensor):
-    x, input_ids, weight, lam = ctx.saved_tensors
-    dx, sums = _smear_gate_backward_op(dout, x, input_ids, weight, lam, *ctx.rest)
-    return dx, None, *_gate_gradients(sums, weight, lam), None
+def _smear_gate_gradients(ctx, dout: Tensor):
+    x, input_ids, weight, lam, starts = ctx.saved_tensors
+    dx, sums = _smear_gate_backward_op(dout, x, input_ids, weight, lam, *ctx.rest, starts)
+    return dx, None, *_gate_gradients(sums, weight, lam), None, None
 
 
 @once_differentiable
-def _embed_smear_norm_gradients(ctx, dout: torch.Tensor):
-    input_ids, table, weight, lam = ctx.saved_tensors
-    dtable, sums = _embed_smear_norm_backward_op(dout, input_ids, table, weight, lam, *ctx.rest)
-    return None, dtable, *_gate_gradients(sums, weight, lam), None, None, None
+def _embed_smear_norm_gradients(ctx, dout: Tensor):
+    input_ids, table, weight, lam, starts = ctx.saved_tensors
+    dtable, sums = _embed_smear_norm_backward_op(dout, input_ids, table, weight, lam, *ctx.rest, starts)
+    return None, dtable, *_gate_gradients(sums, weight, lam), *(None,) * 4
 
 
 _SMEAR_GATE = {
     "reference": smear_gate_reference,
     "triton": operator(
-        "smear_gate(Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id) -> Tensor",
+        "smear_gate(Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id, Tensor? starts) -> Tensor",
         _smear_gate_triton,
-        lambda x, input_ids, weight, lam, bos_id: x.new_empty(x.shape),
+        lambda x, input_ids, weight, lam, bos_id, starts: x.new_empty(x.shape),
         setup_context=_save,
         backward=_smear_gate_gradients,
     ),
@@ -494,9 +507,9 @@ _EMBED_SMEAR_NORM = {
     "reference": embed_smear_norm_reference,
     "triton": operator(
         "embed_smear_norm(Tensor input_ids, Tensor table, Tensor weight, Tensor lam, int? bos_id, float eps, "
-        "bool deterministic) -> Tensor",
+        "bool deterministic, Tensor? starts) -> Tensor",
         _embed_smear_norm_triton,
-        lambda input_ids, table, weight, lam, bos_id, eps, deterministic: table.new_empty(
+        lambda input_ids, table, weight, lam, bos_id, eps, deterministic, starts: table.new_empty(
             *input_ids.shape, table.size(1)
         ),
         setup_context=_save,
@@ -505,7 +518,7 @@ _EMBED_SMEAR_NORM = {
 }
 
 
-def _check(input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, name: str, source: torch.Tensor) -> None:
+def _check(input_ids: Tensor, weight: Tensor, lam: Tensor, starts: Tensor | None, name: str, source: Tensor) -> None:
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     if input_ids.dtype not in (torch.int32, torch.int64):
@@ -513,8 +526,12 @@ def _check(input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, nam
     for argument, tensor in ((name, source), ("weight", weight), ("lam", lam)):
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{argument} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
-    for argument, tensor in (("input_ids", input_ids), ("weight", weight), ("lam", lam)):
-        if tensor.device != source.device:
+    if starts is not None and starts.dtype != torch.bool:
+        raise TypeError(f"starts must be bool, got {starts.dtype}")
+    if starts is not None and starts.shape != input_ids.shape:
+        raise ValueError(f"starts must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(starts.shape)}")
+    for argument, tensor in (("input_ids", input_ids), ("weight", weight), ("lam", lam), ("starts", starts)):
+        if tensor is not None and tensor.device != source.device:
             raise ValueError(f"{argument} must be on {name}'s device {source.device}, got {tensor.device}")
     if weight.numel() > source.size(-1):
         raise ValueError(f"weight has {weight.numel()} elements and may have at most the width {source.size(-1)}")
@@ -525,32 +542,40 @@ def _check(input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, nam
 
 
 def smear_gate(
-    x: torch.Tensor, input_ids: torch.Tensor, weight: torch.Tensor, lam: torch.Tensor, bos_id: int | None = 1
-) -> torch.Tensor:
+    x: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    bos_id: int | None = 1,
+    *,
+    starts: Tensor | None = None,
+) -> Tensor:
     """SmearGate of ``x``; see the module's docstring for the formula and shapes.
 
-    Differentiable once in x, weight and lam. ``bos_id=None`` leaves the document mask out. x, weight and lam are
+    Differentiable once in x, weight and lam. ``bos_id=None`` leaves the document mask out. ``starts`` is True where a
+    token begins a sequence: it has no predecessor, whatever its id; None costs nothing. x, weight and lam are
     bfloat16, float16, float32 or float64 each; kernels compute in fp32, or in fp64 for a float64 x.
 
     Returns [B, T, D] in x's dtype. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
     if x.ndim != 3 or x.shape[:2] != input_ids.shape:
         raise ValueError(f"x must be [B, T, D] over input_ids {tuple(input_ids.shape)}, got {tuple(x.shape)}")
-    _check(input_ids, weight, lam, "x", x)
+    _check(input_ids, weight, lam, starts, "x", x)
     bos_id = bos_id if bos_id is None else int(bos_id)
-    return select("smear_gate", _SMEAR_GATE, x)(x, input_ids, weight, lam, bos_id)
+    return select("smear_gate", _SMEAR_GATE, x)(x, input_ids, weight, lam, bos_id, starts)
 
 
 def embed_smear_norm(
-    input_ids: torch.Tensor,
-    table: torch.Tensor,
-    weight: torch.Tensor,
-    lam: torch.Tensor,
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    lam: Tensor,
     bos_id: int | None = 1,
     eps: float = RMS_EPS,
     *,
     deterministic: bool = True,
-) -> torch.Tensor:
+    starts: Tensor | None = None,
+) -> Tensor:
     """rms_norm(smear_gate(table[input_ids])) in one call: the model's prologue.
 
     table is [V, D]; the rest as in `smear_gate`. Differentiable once in table, weight and lam; the table's gradient is
@@ -563,12 +588,12 @@ def embed_smear_norm(
     """
     if table.ndim != 2 or (table.size(0) == 0 and input_ids.numel()):
         raise ValueError(f"table must be [V, D] with V >= 1, got shape {tuple(table.shape)}")
-    _check(input_ids, weight, lam, "table", table)
-    readable = input_ids.device.type == "cpu" and type(input_ids) is torch.Tensor and not torch.compiler.is_compiling()
+    _check(input_ids, weight, lam, starts, "table", table)
+    readable = input_ids.device.type == "cpu" and type(input_ids) is Tensor and not torch.compiler.is_compiling()
     if readable and input_ids.numel():
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= table.size(0):
             raise ValueError(f"input_ids must be in [0, {table.size(0)}), got {low if low < 0 else high}")
     bos_id = bos_id if bos_id is None else int(bos_id)
     chosen = select("embed_smear_norm", _EMBED_SMEAR_NORM, table)
-    return chosen(input_ids, table, weight, lam, bos_id, eps, deterministic)
+    return chosen(input_ids, table, weight, lam, bos_id, eps, deterministic, starts)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     PGOLF_TRACEBACK=1 in the environment shows where a message comes from.
     """
     arguments = _parser().parse_args(argv)
-    from pgolf.train import Interrupted  # here, so that --help does not wait for torch
+    from pgolf.runtime import Interrupted  # here, so that --help does not wait for torch
 
     try:
         return arguments.action(arguments)

@@ -207,18 +207,24 @@ class RunConfig:
     ttt_warm_start_a: bool = _field(True, "keep the adapters' A from one batch of documents to the next")
     ttt_lora_lr: float = _field(1e-4, "learning rate of the adapters", low=0.0)
     ttt_chunk_size: int = _field(48, "tokens scored between two updates", low=1)
+    ttt_chunks_by_length: str = _field(
+        "", "chunks of shorter documents, like 256:8,2000:24 (below 256 tokens 8, below 2000 tokens 24); empty: none"
+    )
     ttt_eval_seq_len: int = _field(2048, "longest context of a scored chunk", low=2)
     ttt_batch_size: int = _field(64, "documents adapted side by side", low=1)
+    ttt_lanes: int = _field(8, "chains of batches along which A stays warm; the processes share them", low=1)
+    ttt_micro_batch_tokens: int = _field(131_072, "window tokens of one forward and backward pass; less memory", low=1)
     ttt_grad_steps: int = _field(1, "updates on each scored chunk", low=1)
     ttt_weight_decay: float = _field(1.0, "weight decay of the adapters", low=0.0)
     ttt_beta1: float = _field(0.0, "AdamW's first moment for the adapters", low=0.0, high=1.0)
     ttt_beta2: float = _field(0.999, "AdamW's second moment for the adapters", low=0.0, high=1.0)
+    ttt_q_lora: bool = _field(True, "adapt the queries")
     ttt_k_lora: bool = _field(True, "adapt the keys")
+    ttt_v_lora: bool = _field(True, "adapt the values")
     ttt_mlp_lora: bool = _field(True, "adapt the MLP")
     ttt_o_lora: bool = _field(True, "adapt the attention output")
     ttt_optimizer: str = _field("adam", "optimizer of the adapters", choices=("adam", "sgd"))
     ttt_eval_batches: str = _field("", "comma-separated batch numbers to score, 0 the shortest documents; empty: all")
-    ttt_logits_fp32: bool = _field(True, "softcap and cross-entropy of test-time training in fp32; off: as public")
     phased_ttt_enabled: bool = _field(True, "also train the base weights on scored documents, in phases")
     phased_ttt_prefix_docs: int = _field(2000, "scored documents trained on by the last phase", low=0)
     phased_ttt_num_phases: int = _field(3, "pauses for that training", low=1)
@@ -288,11 +294,29 @@ class RunConfig:
             f"gptq_reserve_seconds {self.gptq_reserve_seconds} leaves nothing of "
             f"max_wallclock_seconds {self.max_wallclock_seconds}",
         )
+        self.chunks_by_length()
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.model_dim // self.num_heads
+
+    def chunks_by_length(self) -> list[tuple[int, int]]:
+        """(length, chunk) pairs of ttt_chunks_by_length: a document takes the first whose length it does not reach.
+
+        Raises ConfigError where that cannot be read.
+        """
+        text = self.ttt_chunks_by_length.strip()
+        try:
+            pairs = [tuple(map(int, part.split(":"))) for part in text.split(",")] if text else []
+        except ValueError:
+            pairs = [()]
+        if any(len(pair) != 2 or min(pair) < 1 for pair in pairs) or pairs != sorted(pairs):
+            raise ConfigError(
+                "ttt_chunks_by_length must be lengths and chunks in ascending order, like 256:8,2000:24, and "
+                f"{self.ttt_chunks_by_length!r} is not"
+            )
+        return pairs
 
     @property
     def mlp_dim(self) -> int:
@@ -355,7 +379,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         gptq_calibration_documents=False,
         lqer_weighted=False,
         embed_fp32_master=False,
-        ttt_logits_fp32=False,
         phased_ttt_drop_next_bos=False,
     ),
     "demo": dict(

@@ -49,10 +49,15 @@ def package_files() -> dict[str, Path]:
     package = Path(pgolf.__file__).parent
     # A checkout has the kernels beside the package, a wheel inside it.
     kernels = Path(importlib.import_module("pgolf.kernels").__path__[0])
-    files = {f"pgolf/{file.name}": file for file in package.glob("*.py")}
+    files = {f"pgolf/{name}": package / name for name in _modules(package) if not name.startswith("kernels/")}
     for pattern in ("*.py", "tuned/*.json"):
         files |= {f"pgolf/kernels/{file.relative_to(kernels)}": file for file in kernels.glob(pattern)}
     return dict(sorted(files.items()))
+
+
+def _modules(folder: Path) -> list[str]:
+    """Paths of the modules in a folder and those below."""
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*.py")]
 
 
 def package_sources() -> dict[str, str]:

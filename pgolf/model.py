@@ -8,7 +8,7 @@ their references on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from pgolf.kernels.smear_gate import embed_smear_norm
 
 BOS_ID = 1
 Observe = Callable[[str, Tensor], None]
+Update = Callable[[Tensor], tuple[Tensor, Tensor]]  # what an adapter adds, from the input x of a product; x itself
 
 
 class LayerWeights(NamedTuple):
@@ -49,28 +50,23 @@ class LayerWeights(NamedTuple):
     up: Tensor  # [mlp, d]
     down: Tensor  # [d, mlp], row i times mlp_scale[i]
     q_gain: Tensor  # [H]
-    attn_scale: Tensor  # [d], for adapters
-    mlp_scale: Tensor  # [d], for adapters
     resid_mix: Tensor  # [2, d]
     ln_scale: Tensor  # scalar, 1 / sqrt(layer + 1)
 
 
-class LayerAdapters(NamedTuple):
-    """Low-rank updates of one pass through a layer, A [B, r, in] and B [B, out, r] per row, already scaled."""
+class PassUpdates(NamedTuple):
+    """What adapters add in one pass through a layer. Those that write to the stream have the layer's scales already."""
 
-    q: tuple[Tensor, Tensor] | None
-    k: tuple[Tensor, Tensor] | None
-    v: tuple[Tensor, Tensor] | None
-    out: tuple[Tensor, Tensor] | None
-    mlp: tuple[Tensor, Tensor] | None
+    inputs: Update | None = None  # to q, k and v [B, T, d + 2 kv], from the attention's input
+    out: Update | None = None  # to the attention's output, from its input
+    mlp: Update | None = None  # to the MLP's output, from its input
 
 
-class Adapters(NamedTuple):
-    """Low-rank updates of a whole forward pass: one `LayerAdapters` a virtual layer, and the head's."""
+class Updates(NamedTuple):
+    """What adapters add in a whole forward pass."""
 
-    layers: list[LayerAdapters]
-    head: tuple[Tensor, Tensor] | None
-    scale: float
+    passes: Sequence[PassUpdates]  # of every pass through a layer, in running order
+    head: Update | None  # to the logits, from the final norm
 
 
 class Heads(NamedTuple):
@@ -96,17 +92,10 @@ class Skip(NamedTuple):
     gate: Tensor | None  # [d]
 
 
-def low_rank(x: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """scale (x Aᵀ) Bᵀ, row by row."""
-    A, B = (factor.to(x.dtype) for factor in factors)
-    return scale * ((x @ A.mT) @ B.mT)
-
-
 def attention(
-    n: Tensor, w: LayerWeights, heads: Heads, xsa: bool, lora: LayerAdapters | None, scale: float, tap: Observe | None
+    n: Tensor, w: LayerWeights, heads: Heads, xsa: bool, update: Tensor | None = None, tap: Observe | None = None
 ) -> Tensor:
-    """Attention of the normalised input n [B, T, d], before the output projection."""
-    update = None if lora is None else _input_updates(n, lora, scale, w.inputs.size(0), heads)
+    """Attention of the normalised input n [B, T, d], before the output projection; ``update`` adds to q, k and v."""
     y = gated_attention(
         n, w.inputs, heads.cos, heads.sin, w.q_gain, heads.cu_seqlens, heads.max_seqlen, heads.count, heads.kv_count,
         head_dim=n.size(-1) // heads.count, exclude_own_value=xsa, gated=heads.gated, gate_width=heads.gate_width,
@@ -118,61 +107,34 @@ def attention(
     return y
 
 
-def _input_updates(n: Tensor, lora: LayerAdapters, scale: float, width: int, heads: Heads) -> Tensor:
-    """What the adapters add to an input projection of this width; nothing for gates."""
-    kv = n.size(-1) // heads.count * heads.kv_count
-    parts = [(lora.q, n.size(-1)), (lora.k, kv), (lora.v, kv), (None, width - n.size(-1) - 2 * kv)]
-    zeros = n.new_zeros(1, 1, 1)
-    updates = [
-        zeros.expand(*n.shape[:-1], columns) if factors is None else low_rank(n, factors, scale)
-        for factors, columns in parts
-    ]
-    return torch.cat(updates, dim=-1)
+def updated(update: Update | None, n: Tensor) -> tuple[Tensor | None, Tensor]:
+    """What ``update`` adds, and n for later readers."""
+    return (None, n) if update is None else update(n)
 
 
-def mlp(
-    residual: Tensor | None, n: Tensor, w: LayerWeights, lora: LayerAdapters | None, scale: float, tap: Observe | None
-) -> Tensor:
+def mlp(residual: Tensor | None, n: Tensor, w: LayerWeights, tap: Observe | None = None) -> Tensor:
     """residual + mlp_scale leaky_relu(n W_upᵀ, 0.5)² W_downᵀ of the normalised input n [B, T, d]."""
     if tap is not None:
         tap("mlp.fc", n)
         tap("mlp.proj", F.leaky_relu(F.linear(n, w.up), 0.5).square())
-    if lora is not None:
-        residual = _adapted(residual, w.mlp_scale, n, lora.mlp, scale)
     return residual_mlp(residual, n, w.up, w.down, inplace=True)
 
 
-def _adapted(
-    residual: Tensor | None, out_scale: Tensor, n: Tensor, factors: tuple[Tensor, Tensor] | None, scale: float
-) -> Tensor | None:
-    """The residual with what an adapter adds to a sublayer's output."""
-    if factors is None:
-        return residual
-    update = out_scale.to(n.dtype) * low_rank(n, factors, scale)
-    return update if residual is None else residual + update
-
-
 def serial_block(
-    x: Tensor,
-    x0: Tensor,
-    skip: Skip | None,
-    w: LayerWeights,
-    heads: Heads,
-    xsa: bool,
-    lora: LayerAdapters | None = None,
-    scale: float = 1.0,
+    x: Tensor, x0: Tensor, skip: Skip | None, w: LayerWeights, heads: Heads, xsa: bool, updates: PassUpdates,
     tap: Observe | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """u = m0 x + m1 x0;  v = u + attn_scale Attn(c rms(u)) W_outᵀ;  v + mlp_scale MLP(c rms(v)).
 
     x is joined with the skip first. Returns that, then x and x0 for later readers (see `pgolf.kernels.residual`).
     """
     u, n, x, x0 = residual_mix_norm(x, x0, w.resid_mix, w.ln_scale, **_joined(skip))
-    y = attention(n, w, heads, xsa, lora, scale, tap)
-    if lora is not None:
-        u = _adapted(u, w.attn_scale, n, lora.out, scale)
-    v, n = residual_linear_norm(u, y, w.out, w.ln_scale, inplace=True)
-    return mlp(v, n, w, lora, scale, tap), x, x0
+    to_inputs, n = updated(updates.inputs, n)
+    to_out, n = updated(updates.out, n)
+    y = attention(n, w, heads, xsa, to_inputs, tap)
+    v, n = residual_linear_norm(u if to_out is None else u + to_out, y, w.out, w.ln_scale, inplace=True)
+    to_mlp, n = updated(updates.mlp, n)
+    return mlp(v if to_mlp is None else v + to_mlp, n, w, tap), x, x0
 
 
 def enter_lanes(x: Tensor, x0: Tensor, skip: Skip | None, w: LayerWeights) -> Lanes:
@@ -181,19 +143,23 @@ def enter_lanes(x: Tensor, x0: Tensor, skip: Skip | None, w: LayerWeights) -> La
 
 
 def parallel_block(
-    n0: Tensor,
-    n1: Tensor,
-    w: LayerWeights,
-    heads: Heads,
-    xsa: bool,
-    lora: LayerAdapters | None = None,
-    scale: float = 1.0,
+    lanes: Lanes, w: LayerWeights, heads: Heads, xsa: bool, updates: PassUpdates, rows: Tensor | None = None,
     tap: Observe | None = None,
-) -> tuple[Tensor, Tensor]:
-    """a = attn_scale Attn(n0) W_outᵀ and f = mlp_scale MLP(n1), n0 = c rms(m0 lane0 + m1 x0), n1 = c rms(lane1)."""
-    y = attention(n0, w, heads, xsa, lora, scale, tap)
-    update = None if lora is None else _adapted(None, w.attn_scale, n0, lora.out, scale)
-    return residual_linear(update, y, w.out), mlp(None, n1, w, lora, scale, tap)
+) -> tuple[Lanes, Tensor, Tensor]:  # fmt: skip
+    """a = attn_scale Attn(n0) W_outᵀ and f = mlp_scale MLP(n1), n0 = c rms(m0 lane0 + m1 x0), n1 = c rms(lane1).
+
+    Everything behind the attention is computed of ``rows`` only where they are given. Returns the lanes, of these rows,
+    then a and f.
+    """
+    to_inputs, n0 = updated(updates.inputs, lanes.n0)
+    y = attention(n0, w, heads, xsa, to_inputs, tap)
+    lanes = lanes._replace(n0=n0)
+    if rows is not None:
+        y, *chosen = (x.index_select(1, rows) for x in (y, *lanes[:4]))
+        lanes = Lanes(*chosen, lanes.x0)
+    to_out, _ = updated(updates.out, lanes.n0)
+    to_mlp, n1 = updated(updates.mlp, lanes.n1)
+    return lanes, residual_linear(to_out, y, w.out, inplace=True), mlp(to_mlp, n1, w, tap)
 
 
 def mix_into_next(
@@ -217,30 +183,6 @@ def leave_lanes(lanes: Lanes, a: Tensor, f: Tensor, post: Tensor, resid: Tensor,
 
 def _joined(skip: Skip | None) -> dict[str, Tensor | None]:
     return {} if skip is None else skip._asdict()
-
-
-def softcapped_logits(h: Tensor, table: Tensor, cap: float, lora: tuple | None, scale: float, fp32: bool) -> Tensor:
-    """cap tanh(z / cap) of z = h tableᵀ (plus the head's adapter); in float32 if asked, else in h's dtype."""
-    z = F.linear(h, table)
-    if lora is not None:
-        z = z + low_rank(h, lora, scale)
-    if fp32:
-        z = z.float()
-    return cap * torch.tanh(z / cap)
-
-
-def head_losses(
-    h: Tensor,
-    table: Tensor,
-    targets: Tensor,
-    cap: float,
-    lora: tuple | None = None,
-    scale: float = 1.0,
-    fp32: bool = False,
-) -> Tensor:
-    """Cross-entropy of every target in nats, float32 [B, T]."""
-    logits = softcapped_logits(h, table, cap, lora, scale, fp32).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def _compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -356,18 +298,21 @@ class GPT(nn.Module):
             gates = torch.stack([block.attn.attn_gate_proj.weight for block in blocks])
         banks = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
         vectors = [
-            (block.attn.q_gain, block.attn_scale, block.mlp_scale, block.resid_mix, ln_scale)
+            (block.attn.q_gain, block.resid_mix, ln_scale)
             for block, ln_scale in zip(blocks, self.ln_scales, strict=True)
         ]
         matrices = layer_weights(*banks, scales, gates, dtype, order)
         return [LayerWeights(*each, *vectors[i]) for each, i in zip(matrices, order, strict=True)]
 
-    def _heads(self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, dtype: torch.dtype) -> Heads:
+    def _heads(
+        self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, sequences: Tensor | None, dtype: torch.dtype
+    ) -> Heads:
         c = self.config
         tokens = ids.size(1)
         positions = torch.arange(tokens, device=ids.device)
-        if cu_seqlens is not None and c.rope_reset_per_segment:
-            positions = positions - cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
+        starts = cu_seqlens if c.rope_reset_per_segment else sequences
+        if starts is not None:
+            positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
         base = c.rope_base
         if c.rope_yarn and tokens > c.rope_train_seq_len and c.rope_dims > 2:
             base *= (tokens / c.rope_train_seq_len) ** (c.rope_dims / (c.rope_dims - 2))
@@ -382,12 +327,17 @@ class GPT(nn.Module):
         gates = c.gate_attn_out, c.gate_attn_width if c.gate_attn_out else None
         return Heads(c.num_heads, c.num_kv_heads, *gates, cos, sin, cu_seqlens, max_seqlen, core, tiles)
 
-    def _prologue(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    def _prologue(self, ids: Tensor, sequences: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The normalised embedding, with the gated embedding of the token before in its sequence."""
         table = self.tok_emb.weight.to(dtype)
         if not self.config.smear_gate:
             return scaled_rms_norm(F.embedding(ids, table))
         bos = BOS_ID if self.config.smear_gate_bos_mask else None
-        return embed_smear_norm(ids, table, self.smear_gate.weight, self.smear_lambda, bos)
+        starts = None
+        if sequences is not None:  # the last boundaries are the end of the stream
+            starts = torch.zeros(1, ids.size(1) + 1, dtype=torch.bool, device=ids.device)
+            starts = starts.index_fill_(1, sequences.long(), True)[:, :-1]
+        return embed_smear_norm(ids, table, self.smear_gate.weight, self.smear_lambda, bos, starts=starts)
 
     def hidden(
         self,
@@ -395,7 +345,9 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
         *,
-        adapters: Adapters | None = None,
+        sequences: Tensor | None = None,
+        updates: Updates | None = None,
+        rows: Tensor | None = None,
         observe: Observe | None = None,
     ) -> Tensor:
         """Output of the final norm, [B, T, d].
@@ -404,51 +356,62 @@ class GPT(nn.Module):
             input_ids: [B, T] int64.
             cu_seqlens: int32 segment boundaries of a single packed row; None: every row is one causal sequence.
             max_seqlen: at least the longest segment; 0 reads it off cu_seqlens (which waits for the device).
-            adapters: low-rank updates, one a row and pass through a layer.
+            sequences: int32 boundaries in a packed row of what rows would be otherwise: rotary positions begin anew at
+                each, and the embedding's gate does not reach back across its start.
+            updates: what adapters add.
+            rows: int64 [n], the only positions of a single row that are wanted; the result is then [1, n, d].
             observe: called with (group of tensors, activation) at the input of every quantised product.
         """
         c, dtype = self.config, self.compute_dtype
         encoder, decoder = self.execution_lists()
-        heads = self._heads(input_ids, cu_seqlens, max_seqlen, dtype)
-        layers = self._layers(encoder + decoder, dtype)
-        scale = 1.0 if adapters is None else adapters.scale
+        order = encoder + decoder
+        heads = self._heads(input_ids, cu_seqlens, max_seqlen, sequences, dtype)
+        layers = self._layers(order, dtype)
+        passes = [PassUpdates()] * len(order) if updates is None else updates.passes
 
-        def layer_arguments(virtual: int, i: int) -> tuple:
-            tap = None if observe is None else lambda name, x: observe(f"blocks.{i}.{name}", x)
-            lora = None if adapters is None else adapters.layers[virtual]
-            return layers[virtual], heads, i >= c.num_layers - c.xsa_last_n, lora, scale, tap
+        def arguments(number: int) -> tuple:
+            return layers[number], heads, order[number] >= c.num_layers - c.xsa_last_n, passes[number]
 
-        x0 = self._prologue(input_ids, dtype)
+        def tap(number: int) -> Observe | None:
+            return None if observe is None else lambda name, x: observe(f"blocks.{order[number]}.{name}", x)
+
+        x0 = self._prologue(input_ids, sequences, dtype)
         x, lanes, skips, outputs = x0, None, [], ()
-        for virtual, i in enumerate(encoder):
-            output, x, x0 = serial_block(x, x0, None, *layer_arguments(virtual, i))
-            skips += [x] if virtual else []
+        for number in range(len(encoder)):
+            output, x, x0 = serial_block(x, x0, None, *arguments(number), tap(number))
+            skips += [x] if number else []
             x = output
         skips.append(x)
         skip_weights = self.skip_weights.unbind()
         skip_gates = self.skip_gates.unbind() if c.skip_gates_enabled else [None] * len(skip_weights)
         for position, i in enumerate(decoder):
-            skip, arguments = None, layer_arguments(len(encoder) + position, i)
+            number, skip = len(encoder) + position, None
             if position < len(skip_weights) and skips:
                 skip = Skip(skips.pop(), skip_weights[position], skip_gates[position])
             if lanes is None and i < c.parallel_start_layer:
-                x, _, x0 = serial_block(x, x0, skip, *arguments)
+                x, _, x0 = serial_block(x, x0, skip, *arguments(number), tap(number))
                 continue
             if lanes is None:
-                lanes = enter_lanes(x, x0, skip, arguments[0])
+                lanes = enter_lanes(x, x0, skip, layers[number])
             else:
-                lanes = mix_into_next(lanes, *outputs, skip, arguments[0])
-            outputs = parallel_block(lanes.n0, lanes.n1, *arguments)
+                lanes = mix_into_next(lanes, *outputs, skip, layers[number])
+            chosen = rows if number == len(order) - 1 else None
+            lanes, *outputs = parallel_block(lanes, *arguments(number), chosen, tap(number))
             outputs += (self.parallel_post_lambdas[i], self.parallel_resid_lambdas[i])
-        h = scaled_rms_norm(x) if lanes is None else leave_lanes(lanes, *outputs, c.parallel_final_lane)
+        if lanes is None:
+            h = scaled_rms_norm(x if rows is None else x.index_select(1, rows))
+        else:
+            h = leave_lanes(lanes, *outputs, c.parallel_final_lane)
         if observe is not None:
             observe("tok_emb", h)
         return h
 
     def forward_logits(self, input_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0) -> Tensor:
-        """Softcapped logits [B, T, V] in the compute dtype; arguments as in `hidden`."""
+        """Softcapped logits [B, T, V], at least in float32; arguments as in `hidden`."""
         h = self.hidden(input_ids, cu_seqlens, max_seqlen)
-        return softcapped_logits(h, self.head_weight.to(h.dtype), self.config.logit_softcap, None, 1.0, False)
+        z = F.linear(h, self.head_weight.to(h.dtype))
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
 
     def token_losses(
         self,
@@ -457,26 +420,25 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
         *,
-        adapters: Adapters | None = None,
-        logits_fp32: bool = False,
+        sequences: Tensor | None = None,
+        updates: Updates | None = None,
+        rows: Tensor | None = None,
+        reduction: str = "none",
     ) -> Tensor:
-        """Negative log-likelihood of every target in nats, float32 [B, T]; arguments as in `hidden`.
+        """Negative log-likelihood of every target in nats, float32 in the targets' shape; arguments as in `hidden`.
 
-        ``logits_fp32`` computes the softcap in float32 instead of the compute dtype.
+        ``reduction`` is that of `linear_cross_entropy`: ``none``, ``mean`` or ``sum``.
         """
-        h = self.hidden(input_ids, cu_seqlens, max_seqlen, adapters=adapters)
-        head, scale = (None, 1.0) if adapters is None else (adapters.head, adapters.scale)
-        table = self.head_weight.to(h.dtype)
-        return head_losses(h, table, target_ids, self.config.logit_softcap, head, scale, logits_fp32)
+        h = self.hidden(input_ids, cu_seqlens, max_seqlen, sequences=sequences, updates=updates, rows=rows)
+        to_logits, h = updated(None if updates is None else updates.head, h)
+        table, cap = self.head_weight.to(h.dtype), self.config.logit_softcap
+        return linear_cross_entropy(h, table, target_ids, cap, reduction, update=to_logits)
 
     def forward(
         self, input_ids: Tensor, target_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0
     ) -> Tensor:
         """Mean cross-entropy in nats; arguments as in `hidden`."""
-        if not self.runs_kernels():
-            return self.token_losses(input_ids, target_ids, cu_seqlens, max_seqlen).mean()
-        h = self.hidden(input_ids, cu_seqlens, max_seqlen)
-        return linear_cross_entropy(h, self.head_weight.to(h.dtype), target_ids, self.config.logit_softcap)
+        return self.token_losses(input_ids, target_ids, cu_seqlens, max_seqlen, reduction="mean")
 
 
 def unbank(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:

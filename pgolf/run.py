@@ -9,6 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from pgolf.model import GPT, rebank, unbank
 from pgolf.progress import format_bytes, format_duration, progress
 from pgolf.quantize import collect_hessians, dequantize_model, quantize_model
 from pgolf.results import summary_table
-from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory
+from pgolf.runtime import Interrupted, World, on_terminate, peak_memory_bytes, reset_peak_memory
 from pgolf.shards import dataset_dir, read_shard, shard_files, tokenizer_path
 from pgolf.tokenizer import load_tokenizer
 from pgolf.train import build_model, load_weights, train, validation_data
@@ -230,12 +232,17 @@ def run_stage(name: str, stage: Callable, config: RunConfig, folder: RunFolder, 
     """One stage, with a line before and after it, and the device's memory given back."""
     world.log(f"[{name}]")
     begun = time.perf_counter()
-    stage(config, folder, world, resume)
+    with nullcontext() if name == "train" else on_terminate(partial(_stop, name)):  # training keeps a checkpoint
+        stage(config, folder, world, resume)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     peak = folder.summary().get(name, {}).get("peak_memory_bytes")
     memory = f", peak memory {format_bytes(peak)}" if peak else ""
     world.log(f"[{name}] {format_duration(time.perf_counter() - begun)}{memory}")
+
+
+def _stop(name: str) -> None:
+    raise Interrupted(f"stopped by SIGTERM in the stage {name}, which begins anew: run it again, or `run --resume`")
 
 
 def clear(folder: Path) -> None:

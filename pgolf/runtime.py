@@ -7,8 +7,11 @@ import os
 import platform
 import random
 import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,24 @@ import torch.distributed as dist
 
 from pgolf import __version__
 from pgolf.config import ConfigError, RunConfig
+
+
+class Interrupted(RuntimeError):
+    """A stage was asked to stop (SIGTERM)."""
+
+
+@contextmanager
+def on_terminate(action: Callable[[], None]) -> Iterator[None]:
+    """Inside, SIGTERM calls ``action``, between two instructions of the main thread."""
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda *_: action())
+    except ValueError:  # not the main thread: nobody can send us signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import signal
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,9 @@ from pgolf.loader import DocumentPackingLoader, load_validation_tokens
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer
 from pgolf.progress import TrainingProgress
-from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory
+from pgolf.runtime import Interrupted, World, on_terminate, peak_memory_bytes, reset_peak_memory
 from pgolf.schedule import Clock, is_over, learning_rate_scale, looping_starts, muon_momentum, training_fraction
 from pgolf.shards import shard_files, tokenizer_path
-
-
-class Interrupted(RuntimeError):
-    """Training was asked to stop (SIGTERM) and has written a checkpoint."""
 
 
 def build_model(config: RunConfig, world: World) -> GPT:
@@ -58,7 +51,8 @@ def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = Fal
         trainer.warm_up()
     startup = time.perf_counter() - begun
     try:
-        with _terminate_flag() as terminated:
+        terminated = [False]
+        with on_terminate(lambda: terminated.__setitem__(0, True)):
             trainer.run(terminated)
     finally:
         state.loader.close()
@@ -104,25 +98,6 @@ def _use_average(state: TrainingState) -> None:
     """Replace the weights by their moving average."""
     for name, value in state.model.state_dict().items():
         value.copy_(state.ema[name])
-
-
-@contextmanager
-def _terminate_flag() -> Iterator[list[bool]]:
-    """A list that becomes [True] on SIGTERM."""
-    flag = [False]
-
-    def on_signal(*_: Any) -> None:
-        flag[0] = True
-
-    try:
-        previous = signal.signal(signal.SIGTERM, on_signal)
-    except ValueError:  # not the main thread: nobody can send us signals
-        yield flag
-        return
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 class _Trainer:

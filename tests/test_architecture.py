@@ -16,15 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import those before it, in the order in which a run uses them.
 ORDER = """
     config progress folder runtime bpb corpus tokenizer shards dataset fineweb loader model gradient optim schedule
-    checkpoint evaluate train quantize artifact unpack minify squeeze export lora ttt results report_plots report run
-    data_commands cli __main__
+    checkpoint evaluate train quantize artifact unpack minify squeeze export ttt.plan ttt.ledger ttt.adapters
+    ttt.scoring ttt.base ttt.engine ttt results report_plots report run data_commands cli __main__
 """.split()  # noqa: SIM905
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard"}  # not installed everywhere
 KERNEL_IMPORTS = {"torch", "triton", "numpy"}
 BUILDS_ON = {"gated_attention": {"pgolf.kernels.varlen_attention"}}  # one family on another
 LONGEST_FILE = 600
 
-MODULES = sorted((ROOT / "pgolf").glob("*.py"))
+MODULES = sorted((ROOT / "pgolf").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 LIBRARY = [*MODULES, *KERNELS]
 SOURCES = [*LIBRARY, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench").glob("*.py")), ROOT / "setup.py"]
@@ -39,6 +39,12 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+def module_name(path: Path) -> str:
+    """``ttt.plan`` of pgolf/ttt/plan.py, ``ttt`` of pgolf/ttt/__init__.py, nothing of pgolf/__init__.py."""
+    parts = path.relative_to(ROOT / "pgolf").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def imports(path: Path, tree: ast.AST | None = None) -> Iterator[str]:
     """Dotted names of the modules that ``path`` imports; ``from pgolf import x`` gives ``pgolf.x``."""
     package = "pgolf.kernels" if path.parent.name == "kernels" else "pgolf"
@@ -47,7 +53,7 @@ def imports(path: Path, tree: ast.AST | None = None) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = f"{package}.{node.module}" if node.level and node.module else node.module or package
-            bare = base in ("pgolf", "pgolf.kernels")
+            bare = base in ("pgolf", "pgolf.kernels") or (base == "pgolf.ttt" and path.parent.name == "ttt")
             yield from (f"{base}.{alias.name}" for alias in node.names) if bare else (base,)
 
 
@@ -56,14 +62,14 @@ def standard(name: str) -> bool:
 
 
 def test_order_lists_every_module() -> None:
-    assert {path.stem for path in MODULES} - {"__init__"} == set(ORDER)
+    assert {module_name(path) for path in MODULES} - {""} == set(ORDER)
 
 
-@each([path for path in MODULES if path.stem != "__init__"])
+@each([path for path in MODULES if module_name(path)])
 def test_modules_import_earlier_ones_only(path: Path) -> None:
     ours = [name for name in imports(path) if name.split(".")[0] == "pgolf" and not name.startswith("pgolf.kernels.")]
     assert not {"tests", "bench", "kernels"} & {name.split(".")[0] for name in imports(path)}
-    earlier = {f"pgolf.{name}" for name in ORDER[: ORDER.index(path.stem)]} | {
+    earlier = {f"pgolf.{name}" for name in ORDER[: ORDER.index(module_name(path))]} | {
         "pgolf",
         "pgolf.__version__",
         "pgolf.kernels",

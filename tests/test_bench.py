@@ -175,6 +175,7 @@ class TestKernelBenchmarks:
     def test_all_run_and_report(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         file = tmp_path / "cpu.json"
         cases = ["banks_eighth", "record_model", "packed6_g64_lqer", "prologue_forward_backward", "8x130x70", "130x70"]
+        cases += ["adamw_one_moment"]
         arguments = [part for case in cases for part in ("--case", case)]
         assert harness.main(BENCHES, "", [*arguments, "--json", str(file)]) == 0
         written = json.loads(file.read_text())

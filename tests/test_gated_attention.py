@@ -51,7 +51,7 @@ class Problem:
         self, shape="plain", device=DEVICE, *, exclude=True, gated=True, bounds=BOUNDS, rows=1, tokens=13, update=False,
         gate_width=None, direct=False, width=WIDTH,
     ):  # fmt: skip
-        """``direct``: the projection is the update, whose columns a test may set; else ``update`` is added to it."""
+        """``direct``: q, k and v are the update, whose columns a test may set; else ``update`` is added to them."""
         self.width = width
         self.heads, self.keys, self.dim, half, padding = SHAPES[shape] if isinstance(shape, str) else shape
         self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -60,7 +60,7 @@ class Problem:
         H, K, D = self.heads, self.keys, self.dim
         columns = (H + 2 * K) * D + H * gated + padding
         double = dict(device=device, dtype=torch.float64)
-        self.n, self.dy, added = (torch.randn(rows, tokens, n, **double) for n in (width, H * D, columns))
+        self.n, self.dy, added = (torch.randn(rows, tokens, n, **double) for n in (width, H * D, (H + 2 * K) * D))
         self.weight = torch.randn(columns, width, **double) / width**0.5
         self.update = added if update or direct else None
         if direct:
@@ -108,9 +108,10 @@ class Problem:
         for leaf, gradient in by_columns.items():
             if gradient is None:
                 continue
-            *split, rest = gradient.split([*parts.values(), gradient.size(0) - sum(parts.values())])
+            sizes = parts if leaf == "weight" else {part: size for part, size in parts.items() if part != "logits"}
+            *split, rest = gradient.split([*sizes.values(), gradient.size(0) - sum(sizes.values())])
             assert not rest.any()
-            found |= {f"d{leaf} of {part}": rows for part, rows in zip(parts, split, strict=True)}
+            found |= {f"d{leaf} of {part}": rows for part, rows in zip(sizes, split, strict=True)}
         return found
 
     def assert_as_precise(self, function=None, floor: float | None = None, **changed) -> None:
@@ -151,7 +152,10 @@ def by_hand(p: Problem, exclude: bool, gated: bool) -> torch.Tensor:
         cos, sin = p.cos[t], p.sin[t]
         return torch.cat([first * cos + second * sin, second * cos - first * sin, rest])
 
-    for row, out in zip(p.n @ p.weight.T + (0 if p.update is None else p.update), y, strict=True):
+    projected = p.n @ p.weight.T
+    if p.update is not None:
+        projected[..., : p.update.size(-1)] += p.update
+    for row, out in zip(projected, y, strict=True):
         for t in range(row.size(0)):
             start = 0 if p.cu is None else max(bound for bound in p.cu.tolist() if bound <= t)
             for h in range(p.heads):
@@ -294,7 +298,8 @@ def test_gates_shut_and_open(device, dtype) -> None:
     p = Problem("plain", device, direct=True).to(dtype)
     extremes = torch.tensor([-1e4, -200, -95, -60, -20, 20, 95, 1e4], device=device, dtype=dtype)
     first = (p.heads + 2 * p.keys) * p.dim
-    p.update[0, :8, first], p.update[0, 5:, first + 3] = extremes, extremes
+    p.n[0, :8, 0], p.n[0, 5:, 1] = extremes, extremes
+    p.weight[first, 0], p.weight[first + 3, 1] = 1, 1
     p.assert_as_precise()
     assert all(value.isfinite().all() for value in p.results(p.call()).values())
 
@@ -544,7 +549,7 @@ def test_errors_name_the_argument() -> None:
     refused(ValueError, r"cos must be \[13, at most 8\], got shape \(12, 4\)", cos=p.cos[1:])
     refused(ValueError, r"sin must have cos's shape \(13, 4\), got \(13, 3\)", sin=p.sin[:, 1:])
     refused(ValueError, r"q_gain must be \[4\], got shape \(4, 1\)", q_gain=p.gain[:, None])
-    refused(ValueError, r"update must be \(1, 13, 132\), got shape \(1, 12, 132\)", update=p.update[:, 1:])
+    refused(ValueError, r"update must be \(1, 13, 128\), got shape \(1, 12, 128\)", update=p.update[:, 1:])
     refused(TypeError, "n must be bfloat16, float16, float32 or float64, got torch.int64", n=p.n.long())
     refused(TypeError, "weight must be n's dtype torch.float32, got torch.float64", weight=p.weight.double())
     refused(ValueError, "q_gain must be on n's device cpu, got meta", q_gain=p.gain.to("meta"))

@@ -24,43 +24,64 @@ def inputs(device, tokens=(2, 5), width=8, vocabulary=24, dtype=torch.float32, s
     return h, table, torch.randint(0, vocabulary, tokens, device=device)
 
 
-def results(function, h, table, dloss):
+def results(function, h, table, dloss, update=None):
     """The loss of fresh leaves and its gradients for the loss's gradient ``dloss``."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (h, table)]
+    leaves = (h, table) if update is None else (h, table, update)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in leaves]
     loss = function(*leaves)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, dloss.to(loss).expand_as(loss))]
 
 
-def assert_as_precise(h, table, targets, softcap, dloss, **options) -> None:
+def assert_as_precise(h, table, targets, softcap, dloss, update=None, **options) -> None:
     """Loss and gradients are as near to those of float64 as the reference's in the same dtype."""
-    arguments = targets, softcap
-    got = results(lambda h, table: linear_cross_entropy(h, table, *arguments, **options), h, table, dloss)
-    reference = lambda h, table: linear_cross_entropy_reference(h, table, *arguments, **options)  # noqa: E731
-    plain, exact = results(reference, h, table, dloss), results(reference, h.double(), table.double(), dloss.double())
-    for name, a, b, c in zip(("loss", "h", "table"), got, plain, exact, strict=True):
+    run, plainly = (
+        lambda h, table, update=None, f=function: f(h, table, targets, softcap, update=update, **options)
+        for function in (linear_cross_entropy, linear_cross_entropy_reference)
+    )
+    got, plain = (results(function, h, table, dloss, update) for function in (run, plainly))
+    exact = results(plainly, h.double(), table.double(), dloss.double(), None if update is None else update.double())
+    for name, a, b, c in zip(("loss", "h", "table", "update"), got, plain, exact, strict=False):
         assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device), name
         error, allowed = (float((tensor.double() - c).norm() / c.norm().clamp(min=1e-12)) for tensor in (a, b))
         assert error <= 1.5 * allowed + FLOOR[h.dtype], f"{name}: {error} where the reference has {allowed}"
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@pytest.mark.parametrize("updated", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("softcap", [3.0, 30.0, 100.0])
-def test_formula(device, softcap: float, reduction: str) -> None:
+def test_formula(device, softcap: float, reduction: str, updated: bool) -> None:
     h, table, targets = inputs(device)
-    z = h.double() @ table.double().T
+    update = torch.randn(2, 5, 24, device=device) if updated else None
+    z = h.double() @ table.double().T + (update.double() if updated else 0)
     logits = softcap * torch.tanh(z / softcap)
     expected = torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None])[..., 0]
-    got = linear_cross_entropy(h, table, targets.int(), softcap, reduction)
-    expected = expected.mean() if reduction == "mean" else expected
+    got = linear_cross_entropy(h, table, targets.int(), softcap, reduction, update=update)
+    expected = expected if reduction == "none" else getattr(expected, reduction)()
     assert got.dtype == torch.float32 and got.shape == expected.shape
     assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_reference_takes_the_softcap_in_float32(device) -> None:
+    h, table, targets = inputs(device, dtype=torch.bfloat16)
+    update = torch.randn(2, 5, 24, device=device).bfloat16()
+    z = (h @ table.T + update).double()
+    logits = 30 * torch.tanh(z / 30)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    got = linear_cross_entropy_reference(h, table, targets, 30.0, update=update)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradients(device, reduction: str) -> None:
     h, table, targets = inputs(device, (2, 2), 3, 5, torch.float64)
-    leaves = [h.requires_grad_(), table.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda h, table: linear_cross_entropy(h, table, targets, 4.0, reduction), leaves)
+    leaves = [h, table, torch.randn(2, 2, 5, device=device, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(
+        lambda h, table, update: linear_cross_entropy(h, table, targets, 4.0, reduction, update=update),
+        [leaf.requires_grad_() for leaf in leaves],
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOOR)
@@ -70,14 +91,47 @@ def test_precision(device, softcap: float, vocabulary: int, dtype) -> None:
     h, table, targets = inputs(device, (3, 7), 16, vocabulary, dtype)
     for dloss in (torch.ones((), device=device), torch.tensor(0.3, device=device)):
         assert_as_precise(h, table, targets, softcap, dloss)
+    assert_as_precise(h, table, targets, softcap, torch.tensor(0.01, device=device), reduction="sum")
     assert_as_precise(h, table, targets, softcap, torch.randn(3, 7, device=device), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("vocabulary", [2, 24, 70, 512])
+@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0])
+def test_precision_with_an_update(device, softcap: float, vocabulary: int, dtype) -> None:
+    h, table, targets = inputs(device, (3, 7), 16, vocabulary, dtype)
+    update = torch.randn(7, 3, vocabulary, device=device).transpose(0, 1).to(dtype)
+    for reduction, dloss in (("mean", 0.3), ("sum", 0.05)):
+        assert_as_precise(h, table, targets, softcap, torch.tensor(dloss, device=device), update, reduction=reduction)
+    weights = torch.rand(3, 7, device=device) * (torch.arange(7, device=device) % 3 > 0)  # of tokens; some are 0
+    for chunk in (None, 4):
+        options = dict(reduction="none", chunk_tokens=chunk)
+        assert_as_precise(h, table, targets, softcap, weights, update, **options)
+        with torch.no_grad():
+            losses = linear_cross_entropy(h, table, targets, softcap, update=update, **options)
+            plain = linear_cross_entropy_reference(h, table, targets, softcap, update=update, **options)
+        assert torch.allclose(losses, plain, rtol=1e-2, atol=1e-3)
+
+
+def test_tokens_without_weight_have_no_gradient(device) -> None:
+    h, table, targets = inputs(device, (6,))
+    weights = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 2.0], device=device)
+    update = torch.randn(6, 24, device=device)
+    loss, dh, _, dupdate = results(
+        lambda h, table, update: linear_cross_entropy(h, table, targets, 30.0, "none", update=update), h, table,
+        weights, update,
+    )  # fmt: skip
+    assert loss.all() and not dh[weights == 0].any() and not dupdate[weights == 0].any()
+    assert dh[weights > 0].any(-1).all() and dupdate[weights > 0].any(-1).all()
 
 
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("chunk", [1, 4, 21, 50])
 def test_chunks(device, chunk: int, dtype) -> None:
     h, table, targets = inputs(device, (3, 7), 16, 70, dtype)
-    assert_as_precise(h, table, targets, 30.0, torch.tensor(1.5, device=device), chunk_tokens=chunk)
+    for reduction, size in (("mean", 1.5), ("sum", 0.1)):
+        dloss = torch.tensor(size, device=device)
+        assert_as_precise(h, table, targets, 30.0, dloss, chunk_tokens=chunk, reduction=reduction)
     dloss = torch.randn(3, 7, device=device)
     assert_as_precise(h, table, targets, 30.0, dloss, reduction="none", chunk_tokens=chunk)
     with torch.no_grad():
@@ -109,20 +163,27 @@ def test_rows_in_blocks(monkeypatch, vocabulary: int, softcap: float) -> None:
     assert_as_precise(h, table, targets, softcap, torch.ones((), device=DEVICE))
 
 
-@pytest.mark.parametrize("which", ["h", "table", "neither"])
+@pytest.mark.parametrize("updated", [False, True])
+@pytest.mark.parametrize("which", ["h", "table", "update", "neither"])
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_gradients_of_some(device, which: str, chunk: int | None) -> None:
+def test_gradients_of_some(device, which: str, chunk: int | None, updated: bool) -> None:
     h, table, targets = inputs(device)
     leaves = {"h": h, "table": table}
-    expected = results(lambda h, table: linear_cross_entropy(h, table, targets, 30.0), h, table, torch.ones(()))
+    if updated:
+        leaves["update"] = torch.randn(2, 5, 24, device=device)
+
+    def function(h, table, update=None, chunk=None):
+        return linear_cross_entropy(h, table, targets, 30.0, chunk_tokens=chunk, update=update)
+
+    expected = results(function, h, table, torch.ones(()), leaves.get("update"))
     if which in leaves:
         leaves[which].requires_grad_()
-    loss = linear_cross_entropy(h, table, targets, 30.0, chunk_tokens=chunk)
+    loss = function(*leaves.values(), chunk=chunk)
     assert loss.requires_grad == (which in leaves)
     if which in leaves:
         for _ in range(2):  # what is kept for the backward outlives it
             (gradient,) = torch.autograd.grad(loss, leaves[which], retain_graph=True)
-            assert torch.allclose(gradient, expected[1 + (which == "table")], rtol=1e-4, atol=1e-6)
+            assert torch.allclose(gradient, expected[1 + list(leaves).index(which)], rtol=1e-4, atol=1e-6)
 
 
 def test_inputs_that_are_not_contiguous(device) -> None:
@@ -140,6 +201,10 @@ def test_no_tokens(device, chunk: int | None) -> None:
     )
     assert loss.shape == (0, 4) and dh.shape == h.shape and not dtable.any()
     assert linear_cross_entropy(h, table, targets, 30.0, chunk_tokens=chunk).isnan()
+    update = torch.zeros(0, 4, 24, device=device, requires_grad=True)
+    loss = linear_cross_entropy(h, table, targets, 30.0, "sum", chunk, update=update)
+    loss.backward()
+    assert loss == 0 and update.grad.shape == update.shape
 
 
 def test_one_token(device) -> None:
@@ -223,30 +288,47 @@ def test_operators_are_registered_as_they_behave() -> None:
     leaves = [h.requires_grad_(), table.requires_grad_()]
     ops = torch.ops.pgolf
     for chunk in (6, 4):
-        library.opcheck(ops.linear_cross_entropy.default, (*leaves, targets, 30.0, chunk, True, True, True))
-    library.opcheck(ops.linear_cross_entropy.default, (*leaves, targets, 30.0, 6, False, True, True))
-    h, table = h.detach(), table.detach()
-    library.opcheck(ops.linear_cross_entropy.default, (h, table, targets, 30.0, 4, True, False, False))
-    for chunk, mean in ((6, True), (6, False), (4, True)):
-        loss, *kept = family._forward(h, table, targets, 30.0, chunk, mean, True, True)
-        arguments = (torch.ones_like(loss), h, table, *kept, chunk == 6, True, True)
+        library.opcheck(
+            ops.linear_cross_entropy.default, (*leaves, targets, None, 30.0, chunk, "mean", True, True, False)
+        )
+    for reduction in ("none", "sum"):
+        every = (*leaves, targets, None, 30.0, 6, reduction, True, True, False)
+        library.opcheck(ops.linear_cross_entropy.default, every)
+    update = torch.randn(6, 25, device=DEVICE, requires_grad=True)
+    library.opcheck(ops.linear_cross_entropy.default, (*leaves, targets, update, 30.0, 6, "none", True, True, True))
+    h, table, update = h.detach(), table.detach(), update.detach()
+    for added in (None, update):
+        none = (h, table, targets, added, 30.0, 4, "mean", False, False, False)
+        library.opcheck(ops.linear_cross_entropy.default, none)
+    for chunk, reduction, added in (
+        (6, "mean", None), (6, "none", None), (4, "mean", None), (4, "sum", None), (6, "sum", update),
+        (6, "none", update),
+    ):  # fmt: skip
+        needed = (True, True, added is not None)
+        loss, *kept = family._forward(h, table, targets, added, 30.0, chunk, reduction, *needed)
+        arguments = (torch.ones_like(loss), h, table, *kept, chunk == 6, reduction, *needed)
         library.opcheck(ops.linear_cross_entropy_backward.default, arguments)
 
 
-@pytest.mark.parametrize("reduction, chunk", [("mean", None), ("mean", 4), ("none", None)])
-def test_compiles_whole(device, reduction: str, chunk: int | None) -> None:
-    h, table, targets = inputs(device)
+@pytest.mark.parametrize("vocabulary", [24, 25])
+@pytest.mark.parametrize("updated", [False, True])
+@pytest.mark.parametrize("reduction, chunk", [("mean", None), ("mean", 4), ("none", None), ("sum", None)])
+def test_compiles_whole(device, reduction: str, chunk: int | None, updated: bool, vocabulary: int) -> None:
+    h, table, targets = inputs(device, vocabulary=vocabulary)
+    update = torch.randn(2, 5, vocabulary, device=device) if updated else None
 
-    def function(h, table):
+    def function(h, table, update=None):
         h = h.sin()  # of which the compiler must know that it wants a gradient
-        return linear_cross_entropy(h, table, targets, 30.0, reduction, chunk)
+        update = update if update is None else update.cos()
+        return linear_cross_entropy(h, table, targets, 30.0, reduction, chunk, update=update)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    plain, whole = (results(call, h, table, torch.ones((), device=device)) for call in (function, compiled))
+    dloss = torch.ones((), device=device)
+    plain, whole = (results(call, h, table, dloss, update) for call in (function, compiled))
     assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(plain, whole, strict=True))
     with torch.no_grad():
-        assert torch.allclose(compiled(h, table), plain[0], rtol=1e-5)
+        assert torch.allclose(compiled(h, table, update), plain[0], rtol=1e-5)
 
 
 @needs_kernels
@@ -277,8 +359,15 @@ def test_errors_name_the_argument() -> None:
     for softcap in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="softcap must be positive and finite"):
             linear_cross_entropy(h, table, targets, softcap)
-    with pytest.raises(ValueError, match="reduction must be 'mean' or 'none', got 'sum'"):
-        linear_cross_entropy(h, table, targets, 30.0, "sum")
+    with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'max'"):
+        linear_cross_entropy(h, table, targets, 30.0, "max")
+    update = torch.zeros(2, 5, 24)
+    with pytest.raises(TypeError, match="update must have h's dtype torch.float32, got torch.bfloat16"):
+        linear_cross_entropy(h, table, targets, 30.0, update=update.bfloat16())
+    with pytest.raises(ValueError, match=r"update must be \[..., V\], \(2, 5, 24\), got \(10, 24\)"):
+        linear_cross_entropy(h, table, targets, 30.0, update=update.flatten(0, 1))
+    with pytest.raises(ValueError, match="update must be on h's device cpu, got meta"):
+        linear_cross_entropy(h, table, targets, 30.0, update=update.to("meta"))
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
         linear_cross_entropy(h, table, targets, 30.0, chunk_tokens=0)
     for wild in (24, -1):

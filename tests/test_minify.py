@@ -35,7 +35,11 @@ def sources() -> dict[str, str]:
 
 
 def test_every_module_is_there_or_left_out_for_a_reason(sources: dict[str, str]) -> None:
-    files = {prefix + file.name for prefix, folder in FOLDERS.items() for file in folder.glob("*.py")}
+    files = {
+        prefix + file.relative_to(folder).as_posix()
+        for prefix, folder in FOLDERS.items()
+        for file in folder.rglob("*.py")
+    }
     left_out = {name for name in files if Path(name).name in EXCLUDED}
     assert {name for name in sources if name.endswith(".py")} == files - left_out
     assert {name.replace(".", "/") + ".py" for name in absent_modules()} == left_out

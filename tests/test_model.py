@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pgolf.config import RunConfig
-from pgolf.model import GPT, Adapters, LayerAdapters, attention_core, rebank, unbank
+from pgolf.model import GPT, PassUpdates, Updates, attention_core, rebank, unbank
 
 SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())
 TINY = RunConfig.preset("record").replace(**SCALARS["config"])
@@ -130,20 +130,43 @@ def test_observe_sees_every_quantised_product(golden) -> None:
     assert seen == {**expected, "tok_emb": 1}
 
 
-def test_zero_adapters_change_nothing(golden) -> None:
+def test_updates_that_are_zero_change_nothing(golden) -> None:
     model = tiny_model(golden)
+    inputs, targets, cu_seqlens = stream(golden)
+
+    def adding(value: float, width: int):
+        return lambda n: (n.new_full((*n.shape[:-1], width), value), n)
+
+    one_pass = PassUpdates(adding(0, 128), adding(0, 64), adding(0, 64))
+    updates = Updates([one_pass] * 17, adding(0, 320))
+    losses = model.token_losses(inputs, targets, cu_seqlens, 48, updates=updates)
+    assert torch.equal(losses, model.token_losses(inputs, targets, cu_seqlens, 48))
+    for kind, width in dict(inputs=128, out=64, mlp=64).items():
+        changed = [one_pass._replace(**{kind: adding(0.01, width)}), *updates.passes[1:]]
+        other = model.token_losses(inputs, targets, cu_seqlens, 48, updates=updates._replace(passes=changed))
+        assert not torch.equal(losses, other)
+
+
+@pytest.mark.parametrize("mask", [0, 1])
+def test_sequences_are_rows(golden, mask: int) -> None:
+    """Whatever token a sequence begins with, it is what it would be in a row of its own."""
+    model = tiny_model(golden, mask=mask)
     inputs, targets, _ = stream(golden)
-    d, kv = 64, 32
+    bounds = torch.tensor([0, 30, 77, 96, 96], dtype=torch.int32)
+    packed = model.token_losses(inputs, targets, bounds, 48, sequences=bounds)
+    for low, high in [(0, 30), (30, 77), (77, 96)]:
+        alone = model.token_losses(inputs[:, low:high], targets[:, low:high])
+        assert (packed[:, low:high] - alone).abs().max() < 1e-4
 
-    def pair(out: int, inner: int = d) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(1, 4, inner), torch.zeros(1, out, 4)
 
-    layer = LayerAdapters(pair(d), pair(kv), pair(kv), pair(d), pair(d))
-    adapters = Adapters([layer] * 17, pair(320), 1.125)
-    losses = model.token_losses(inputs, targets, adapters=adapters)
-    assert torch.equal(losses, model.token_losses(inputs, targets))
-    layer.mlp[1].fill_(0.01)
-    assert not torch.equal(losses, model.token_losses(inputs, targets, adapters=adapters))
+@pytest.mark.parametrize("fields", [{}, dict(parallel_final_lane="attn"), dict(parallel_start_layer=11)])
+def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
+    model = tiny_model(golden, **fields)
+    inputs, targets, cu_seqlens = stream(golden)
+    rows = torch.tensor([3, 95, 40])
+    everything = model.token_losses(inputs, targets, cu_seqlens, 48)
+    chosen = model.token_losses(inputs, targets[:, rows], cu_seqlens, 48, rows=rows)
+    assert (chosen - everything[:, rows]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,11 @@ import pytest
 import pgolf
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [f"pgolf.{path.stem}" for path in sorted((ROOT / "pgolf").glob("*.py")) if path.stem[0] != "_"]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "pgolf").rglob("*.py"))
+    if path.stem[0] != "_"
+]
 KERNELS = [f"pgolf.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py"))]
 IMPORT_ALL = """
 import importlib, sys
@@ -105,7 +109,7 @@ def test_wheel_carries_kernels(tmp_path: Path) -> None:
         files = set(archive.namelist())
         (entry_points,) = (archive.read(name).decode() for name in files if name.endswith("entry_points.txt"))
         (metadata,) = (archive.read(name).decode() for name in files if name.endswith("METADATA"))
-    expected = {f"pgolf/{path.name}" for path in (ROOT / "pgolf").glob("*.py")}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pgolf").rglob("*.py")}
     expected |= {f"pgolf/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} | {"pgolf/py.typed"}
     expected |= {f"pgolf/kernels/tuned/{path.name}" for path in (ROOT / "kernels" / "tuned").glob("*.json")}
     assert {name for name in files if ".dist-info/" not in name} == expected

@@ -216,10 +216,11 @@ def projection(T: int, H: int, K: int, period: int, dtype: torch.dtype) -> tuple
     return x, weight, angles.cos().to(dtype), angles.sin().to(dtype), gain
 
 
-def projected_reference(x, weight, cos, sin, gain, H: int, K: int, eps: float, unit: float) -> tuple:
+def projected_reference(x, weight, cos, sin, gain, update, H: int, K: int, eps: float, unit: float) -> tuple:
     """unit q^, k^ and v in float64, [T, H + 2 K, 64], and 1 / rms."""
     T = x.size(0)
-    whole = (x.double() @ weight.double().t()).view(T, H + 2 * K, 64)
+    whole = x.double() @ weight.double().t() + (0 if update is None else update.double())
+    whole = whole.view(T, H + 2 * K, 64)
     inverse = (whole.square().mean(2) + eps).rsqrt()
     cos, sin = (t.double().repeat(-(-T // t.size(0)), 1)[:T, None] for t in (cos, sin))
     moved = torch.where(gain.abs() < 2.0**-24, torch.where(gain < 0, -(2.0**-24), 2.0**-24), gain).double()
@@ -232,9 +233,11 @@ def projected_reference(x, weight, cos, sin, gain, H: int, K: int, eps: float, u
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("T, H, K, period", [(1, 8, 4, 1), (100, 8, 4, 100), (4099, 8, 4, 4099), (514, 2, 2, 257)])
-def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype) -> None:
-    given = projection(T, H, K, period, dtype)
+@pytest.mark.parametrize("updated", [False, True])
+def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype, updated: bool) -> None:
     width, eps, unit, rest = (H + 2 * K) * 64, 1e-7, 0.18, 16
+    update = torch.randn(T, width, device="cuda").to(dtype) if updated else None
+    given = *projection(T, H, K, period, dtype), update
     room = torch.full((T + 256, width + rest), torch.nan, device="cuda", dtype=dtype)
     inverse = torch.full((H + K + 2, T), torch.nan, device="cuda")
     assert hopper.projects(*given[:3], room, H, K, 64, 6)

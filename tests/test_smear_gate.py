@@ -143,6 +143,119 @@ def test_precision_of_the_prologue(device, shape, dtype, deterministic: bool) ->
     )  # fmt: skip
 
 
+LENGTHS = [1, 4, 1, 9, 3]  # of the sequences in a packed row
+PACKED = sum(LENGTHS)
+
+
+def packed(device) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, PACKED] ids, some of which are BOS, and the starts of the sequences."""
+    ids = torch.randint(1, 6, (1, PACKED), device=device)
+    starts = torch.zeros(1, PACKED, device=device, dtype=torch.bool)
+    starts[0, np.cumsum([0, *LENGTHS[:-1]])] = True
+    return ids, starts
+
+
+def apart(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A packed row's sequences as rows of their own."""
+    return list(tensor.split(LENGTHS, 1))
+
+
+def smear(x, ids, weight, lam, bos_id, starts):
+    return smear_gate(x, ids, weight, lam, bos_id, starts=starts)
+
+
+PROLOGUES = {
+    f"deterministic {deterministic}": lambda table, ids, weight, lam, bos_id, starts, d=deterministic: embed_smear_norm(
+        ids, table, weight, lam, bos_id, deterministic=d, starts=starts
+    )
+    for deterministic in (True, False)
+}
+
+
+@pytest.mark.parametrize("bos_id", [1, None])
+@pytest.mark.parametrize("name", ["smear_gate", *PROLOGUES])
+def test_a_packed_row_is_its_sequences_as_rows_of_their_own(device, name: str, bos_id: int | None) -> None:
+    ids, starts = packed(device)
+    dout = torch.randn(1, PACKED, 10, device=device, dtype=torch.float64)
+    rest = [torch.randn(n, device=device, dtype=torch.float64) for n in (4, 1)]
+    if name == "smear_gate":
+        sources, function = torch.randn_like(dout), smear
+        leaf = lambda source, part: apart(source)[part]  # noqa: E731
+    else:
+        sources, function = torch.randn(6, 10, device=device, dtype=torch.float64), PROLOGUES[name]
+        leaf = lambda source, part: source  # noqa: E731
+
+    def separate(source, *rest):
+        rows = [function(leaf(source, i), row, *rest, bos_id, None) for i, row in enumerate(apart(ids))]
+        return torch.cat(rows, 1)
+
+    together = gradients(lambda source, *rest: function(source, ids, *rest, bos_id, starts), [sources, *rest], dout)
+    for a, b in zip(together, gradients(separate, [sources, *rest], dout), strict=True):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+    without = function(sources, ids, *rest, bos_id, None)
+    assert not torch.allclose(together[0], without)
+
+
+@pytest.mark.parametrize("starts", [[1], [0, 2], [0, 1, 2]])
+def test_gradients_with_starts(device, starts: list[int]) -> None:
+    ids, first = torch.tensor([[3, 1, 3]], device=device), torch.zeros(1, 3, device=device, dtype=torch.bool)
+    first[:, starts] = True
+    x, table = (torch.randn(*shape, 3, device=device, dtype=torch.float64) for shape in ((1, 3), (5,)))
+    leaves = [torch.randn(n, device=device, dtype=torch.float64, requires_grad=True) for n in (2, 1)]
+    assert torch.autograd.gradcheck(lambda x, *rest: smear(x, ids, *rest, None, first), [x.requires_grad_(), *leaves])
+    for function in PROLOGUES.values():
+        assert torch.autograd.gradcheck(
+            lambda table, *rest, f=function: f(table, ids, *rest, None, first), [table.requires_grad_(), *leaves]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_precision_with_starts(device, shape, dtype) -> None:
+    rows, tokens, width, gate = shape
+    ids = torch.randint(0, 20, (rows, tokens), device=device)
+    starts = (torch.rand(tokens, rows, device=device) < 0.3).T  # not contiguous
+    table, x, dout = (torch.randn(*lead, width, device=device).to(dtype) for lead in ((20,), *2 * ((rows, tokens),)))
+    rest = [torch.randn(gate, device=device).to(dtype), torch.randn(1, device=device).to(dtype)]
+    assert_as_precise(
+        lambda x, *rest: smear(x, ids, *rest, 1, starts),
+        lambda x, *rest: smear_gate_reference(x, ids, *rest, 1, starts), [x, *rest], dout,
+    )  # fmt: skip
+    for function in PROLOGUES.values():
+        assert_as_precise(
+            lambda table, *rest, f=function: f(table, ids, *rest, 1, starts),
+            lambda table, *rest: embed_smear_norm_reference(ids, table, *rest, 1, starts=starts),
+            [table, *rest], dout,
+        )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("wild", [float("nan"), float("inf")])
+@pytest.mark.parametrize("boundary", ["bos", "starts"])
+def test_nothing_that_is_not_finite_passes_a_boundary(device, boundary: str, wild: float) -> None:
+    """Neither from before it in the forward, nor from behind it in the backward."""
+    ids, at = torch.tensor([[2, 3, 4, 1, 5, 3]], device=device), 3  # whose third token is wild
+    starts = None if boundary == "bos" else ids == 1
+    bos_id = 1 if boundary == "bos" else None
+    x, table = torch.randn(1, 6, 10, device=device), torch.randn(6, 10, device=device)
+    weight, lam = torch.randn(4, device=device), torch.randn(1, device=device)
+    broken, broken_table, dout = x.clone(), table.clone(), torch.randn(1, 6, 10, device=device)
+    broken[0, at - 1], broken_table[4] = wild, wild
+    later = dout.clone()
+    later[0, at] = wild
+    cases = [(smear, broken, x, [3, 4, 5], [0, 1, 2])]
+    cases += [(function, broken_table, table, [1, 5], [2, 4]) for function in PROLOGUES.values()]
+    for function, bad, good, behind, before in cases:
+        call = lambda source, *rest, f=function: f(source, ids, *rest, bos_id, starts)  # noqa: E731
+        expected = gradients(call, [good, weight, lam], dout)
+        got = gradients(call, [bad, weight, lam], dout)
+        assert not got[0][0, at - 1].isfinite().any()
+        assert torch.allclose(got[0][:, at:], expected[0][:, at:], atol=1e-6)
+        assert torch.allclose(*(tensors[1].flatten(0, -2)[behind] for tensors in (got, expected)), atol=1e-5)
+        got = gradients(call, [good, weight, lam], later)
+        assert torch.allclose(*(tensors[1].flatten(0, -2)[before] for tensors in (got, expected)), atol=1e-5)
+
+
 @needs_kernels
 def test_integers_bit_for_bit() -> None:
     ids = torch.randint(0, 5, (2, 35), device=DEVICE)
@@ -260,7 +373,7 @@ def test_a_program_writes_its_own_chunk_only() -> None:
     ids = torch.zeros(1, 20, device=DEVICE, dtype=torch.long)
     dx, partials = torch.full_like(x, torch.nan), torch.full((5, 1), torch.nan, device=DEVICE)
     family._backward_kernel[(1,)](
-        x, x, ids, weight, lam, dx, partials, 20, 3, 1, None, EPS=0.0, D=16, W=4, BLOCK=16, CHUNK=8, STAGES=2,
+        x, x, ids, weight, lam, dx, partials, 20, 3, 1, None, None, EPS=0.0, D=16, W=4, BLOCK=16, CHUNK=8, STAGES=2,
         EMBED=False, ACC=family.tl.float32, num_warps=1,
     )  # fmt: skip
     assert not dx[:, :8].isnan().any() and dx[:, 8:].isnan().all() and not partials.isnan().any()
@@ -280,7 +393,7 @@ def test_offsets_beyond_32_bits() -> None:
     weight, lam = torch.randn(12, device=DEVICE), torch.ones(1, device=DEVICE)
     expected = smear_gate_reference(x.float(), ids[:, :2], weight, lam)
     family._forward_kernel[(2,)](
-        whole, ids, weight, lam, whole, tokens, 1, 2, 1, EPS=0.0, D=width, W=12, BLOCK=512, CHUNK=2, STAGES=1,
+        whole, ids, weight, lam, whole, tokens, 1, 2, 1, None, EPS=0.0, D=width, W=12, BLOCK=512, CHUNK=2, STAGES=1,
         EMBED=False, ACC=family.tl.float32, num_warps=1,
     )  # fmt: skip
     assert torch.allclose(x.float(), expected, atol=1e-2)
@@ -292,13 +405,16 @@ def test_operators_are_registered_as_they_behave() -> None:
     table = torch.randn(30, 10, device=DEVICE)
     differentiable = [tensor.requires_grad_() for tensor in (x, weight, lam, table)]
     ops = torch.ops.pgolf
-    library.opcheck(ops.smear_gate.default, (x, ids, weight, lam, 1))
-    library.opcheck(ops.embed_smear_norm.default, (ids, table, weight, lam, None, RMS_EPS, True))
+    starts = ids % 3 == 0
+    for first in (None, starts):
+        library.opcheck(ops.smear_gate.default, (x, ids, weight, lam, 1, first))
+        library.opcheck(ops.embed_smear_norm.default, (ids, table, weight, lam, None, RMS_EPS, True, first))
     x, weight, lam, table = (tensor.detach() for tensor in differentiable)
-    library.opcheck(ops.smear_gate_backward.default, (x, x, ids, weight, lam, None))
-    for deterministic in (True, False):
-        arguments = (x, ids, table, weight, lam, 1, RMS_EPS, deterministic)
-        library.opcheck(ops.embed_smear_norm_backward.default, arguments)
+    for first in (None, starts):
+        library.opcheck(ops.smear_gate_backward.default, (x, x, ids, weight, lam, None, first))
+        for deterministic in (True, False):
+            arguments = (x, ids, table, weight, lam, 1, RMS_EPS, deterministic, first)
+            library.opcheck(ops.embed_smear_norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -308,6 +424,7 @@ def test_compiles_whole(device, autocast: bool) -> None:
     calls = (
         (lambda *leaves: smear_gate(leaves[0], ids, *leaves[1:]), [x, weight, lam]),
         (lambda *leaves: embed_smear_norm(ids, *leaves), [table, weight, lam]),
+        (lambda *leaves: embed_smear_norm(ids, *leaves, starts=ids % 2 == 0), [table, weight, lam]),
     )
     for function, leaves in calls:
         with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
@@ -342,6 +459,15 @@ def test_errors_name_the_argument() -> None:
         smear_gate(x, ids, weight, torch.zeros(2))
     with pytest.raises(ValueError, match="lam must be on x's device cpu, got meta"):
         smear_gate(x, ids, weight, torch.zeros(1, device="meta"))
+    for starts, error, message in (
+        (torch.zeros(2, 7), TypeError, "starts must be bool, got torch.float32"),
+        (torch.zeros(2, 6, dtype=torch.bool), ValueError, r"starts must have input_ids' shape \(2, 7\), got \(2, 6\)"),
+        (torch.zeros(2, 7, dtype=torch.bool, device="meta"), ValueError, "starts must be on .* device cpu, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            smear_gate(x, ids, weight, lam, starts=starts)
+        with pytest.raises(error, match=message):
+            embed_smear_norm(ids, table, weight, lam, starts=starts)
     with pytest.raises(ValueError, match="table must be"):
         embed_smear_norm(ids, x, weight, lam)
     with pytest.raises(ValueError, match=r"input_ids must be in \[0, 30\), got 30"):

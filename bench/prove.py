@@ -1,0 +1,479 @@
+"""Prove that this tree works on this machine's GPU: ``python -m bench.prove --data-dir DIR``.
+
+The parts run one after another, each in processes of its own:
+
+- ``tests``: every test that uses the GPU.
+- ``run``: 40 seconds of the record's training and every stage after it, to the report.
+- ``program``: the exported ``train_gpt.py``, alone, scores that run's artifact as the run did.
+- ``train_step``: the speed of a training step (`bench.train_step`).
+- ``test_time_training``: its speed by document length (`bench.test_time_training`).
+- ``kernels``: every kernel's error and time (`bench`).
+
+``bench/results/<chip>_proof.json`` is written whenever a part begins or ends. It says of which trees it is a proof, and
+a later call adds its parts to a proof of the same trees. ``--check`` says whether the newest proof is of this tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pgolf.config import ALIASES, FIELDS
+from pgolf.export import export_program
+from pgolf.folder import RunFolder, write_aside
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+TREES = ("kernels", "pgolf")
+COMMAND = "python -m bench.prove --data-dir DIR"
+SECONDS = 540.0
+LEAST_SECONDS = 5.0  # a part does not begin with less time left
+SECONDS_TO_STOP = 15.0  # a process that is told to stop may take so long
+TESTS_AT_ONCE = 12  # processes that share the GPU
+RUN_SETTINGS = dict(
+    max_wallclock_seconds=40,
+    warmup_steps=1,
+    ema_decay=0.9,
+    train_log_every=10,
+    mlp_clip_sigmas=12.2,  # weights after so few steps have more entropy than the record's, and must fit under the cap
+    phased_ttt_prefix_docs=64,
+    phased_ttt_num_phases=1,
+)
+STAGES = ("data", "train", "quantize", "eval", "ttt")
+# The program's bits per byte may differ by so much from the run's. Scoring a fixed model only rounds, but an order of
+# summation that changes from call to call moves what test-time training learns.
+EVAL_TOLERANCE, TTT_TOLERANCE = 1e-5, 5e-4
+
+
+class PartFailed(RuntimeError):
+    """A part's answer is no."""
+
+
+class PartSkipped(RuntimeError):
+    """A part lacks what it needs."""
+
+
+def tree_hash(folder: Path) -> str:
+    """Compute git's hash of a folder, as it is on disk: of every file but caches and symbolic links."""
+    return _tree(folder).hex()
+
+
+def _tree(folder: Path) -> bytes:
+    entries = []
+    for path in folder.iterdir():
+        if path.is_symlink() or path.name == "__pycache__" or path.name.startswith(".") or path.suffix == ".pyc":
+            continue
+        if path.is_dir():
+            if any(file.is_file() and "__pycache__" not in file.parts for file in path.rglob("*")):
+                entries.append((path.name + "/", b"40000", _tree(path)))
+        else:
+            mode = b"100755" if path.stat().st_mode & 0o100 else b"100644"
+            entries.append((path.name, mode, _object(b"blob", path.read_bytes())))
+    entries.sort(key=lambda entry: os.fsencode(entry[0]))  # git sorts folders as if their names ended in a slash
+    body = b"".join(mode + b" " + os.fsencode(name.rstrip("/")) + b"\0" + digest for name, mode, digest in entries)
+    return _object(b"tree", body)
+
+
+def _object(kind: bytes, body: bytes) -> bytes:
+    return hashlib.sha1(b"%s %d\0%s" % (kind, len(body), body)).digest()
+
+
+def tree_hashes(root: Path = ROOT) -> dict[str, str]:
+    """Compute the hashes of the folders that a proof is about."""
+    return {name: tree_hash(root / name) for name in TREES}
+
+
+def check_line(results: Path = RESULTS, root: Path = ROOT) -> str:
+    """Say in one line whether the newest proof in ``results`` is of the tree in ``root``."""
+    proofs = []
+    for path in sorted(results.glob("*_proof.json")):
+        with suppress(ValueError, KeyError, TypeError, OSError):  # what cannot be read proves nothing
+            proof = json.loads(path.read_text(encoding="utf-8"))
+            proofs.append((proof["header"]["date"], path.name, proof["header"], proof["parts"]))
+    if not proofs:
+        return f"no proof yet: {COMMAND} on a machine with a GPU"
+    date, name, header, parts = max(proofs, key=lambda proof: proof[:2])
+    commit = (header.get("commit") or "unknown")[:7] + ("+" if header.get("dirty") else "")
+    about = f"proof {name} of {date[:10]}, commit {commit}"
+    here, proved = tree_hashes(root), header.get("trees", {})
+    if other := [tree for tree in TREES if proved.get(tree) != here[tree]]:
+        differ = " and ".join(f"{tree}/ ({str(proved.get(tree))[:7]}, here {here[tree][:7]})" for tree in other)
+        return f"{about}: is of another {differ}, prove this one: {COMMAND}"
+    open_parts = [f"{part} {parts[part]['status'] if part in parts else 'not run'}"
+                  for part in PARTS if parts.get(part, {}).get("status") != "ok"]  # fmt: skip
+    return f"{about}: this tree" + (f", but {', '.join(open_parts)}" if open_parts else "")
+
+
+@dataclass
+class Proof:
+    """A proof under way: what its parts need, and the file that holds what they found."""
+
+    file: Path
+    header: dict[str, Any]
+    run_dir: Path
+    data_dir: Path | None = None
+    settings: Sequence[str] = ()
+    limit: float = SECONDS
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.limit
+        self.log = self.file.with_suffix(".log")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+
+    def continue_earlier(self) -> None:
+        """Take over the parts of the file, if it is a proof of the same trees, chip and versions."""
+        with suppress(ValueError, KeyError, TypeError, OSError):
+            earlier = json.loads(self.file.read_text(encoding="utf-8"))
+            if all(earlier["header"][key] == self.header[key] for key in ("trees", "chip", "versions")):
+                self.parts = dict(earlier["parts"])
+                return
+        self.log.unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        write_aside(self.file, json.dumps({"header": self.header, "parts": self.parts}, indent=1) + "\n")
+
+    def prove(self, name: str) -> bool:
+        """Do one part; True if its answer is yes. Without time left, an earlier call's answer stays in the file."""
+        figures: dict[str, Any] = {}
+        entry: dict[str, Any] = {"status": "running", "date": _now(), "seconds": 0.0, "message": "", "figures": figures}
+        begun = time.monotonic()
+        if self.deadline - begun < LEAST_SECONDS:
+            entry.update(status="skipped", message=f"nothing is left of the limit of {self.limit:g} s")
+            self.parts.setdefault(name, entry)
+            self.write()
+            print(f"[{name}] skipped: {entry['message']}", flush=True)
+            return False
+        self.parts[name] = entry
+        self.write()
+        print(f"[{name}]", flush=True)
+        try:
+            PARTS[name](self, figures)
+            entry["status"] = "ok"
+        except PartSkipped as reason:
+            entry.update(status="skipped", message=str(reason))
+        except PartFailed as reason:
+            entry.update(status="failed", message=str(reason))
+        except Exception as error:  # a defect of one part costs the others nothing
+            entry.update(status="failed", message=f"{type(error).__name__}: {error}"[:500])
+        except BaseException:
+            entry.update(status="failed", message="stopped from outside")
+            raise
+        finally:
+            entry["seconds"] = round(time.monotonic() - begun, 2)
+            self.write()
+            print(f"[{name}] {entry['status']}, {entry['seconds']:.0f} s {entry['message']}".rstrip(), flush=True)
+        return entry["status"] == "ok"
+
+    def call(self, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+        """Run a Python command to its end and return its output, which also goes into the log.
+
+        Raises PartFailed with the last lines where it fails, and where the limit ends first.
+        """
+        words = [sys.executable, *map(str, command)]
+        with self.log.open("a+b") as log:
+            log.write(f"\n$ {' '.join(['python', *words[1:]])}\n".encode())
+            log.flush()
+            start = log.seek(0, os.SEEK_END)
+            process = subprocess.Popen(
+                words, cwd=cwd, env=clean_environment() | environment, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            late = False
+            try:
+                process.wait(max(self.deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                late = True
+            finally:
+                _end(process)
+            log.seek(start)
+            output = log.read().decode(errors="replace")
+        if late or process.returncode:
+            why = f"the limit of {self.limit:g} s ended it" if late else f"exit status {process.returncode}"
+            raise CallFailed(f"{why}: {_tail(output)}", output, process.returncode)
+        return output
+
+
+class CallFailed(PartFailed):
+    """A command failed; ``status`` is -15 or -9 where the limit ended it."""
+
+    def __init__(self, message: str, output: str, status: int) -> None:
+        super().__init__(message)
+        self.output, self.status = output, status
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without what would make a proof of other settings or other code."""
+    names = {"PGOLF_KERNELS", "TRITON_INTERPRET", *(name.upper() for name in (*FIELDS, *ALIASES))}
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stop what is left of a command's process group: ask first, then insist."""
+    for number, seconds in ((signal.SIGTERM, SECONDS_TO_STOP), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            break
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+    with suppress(ProcessLookupError, PermissionError):  # what it started and left behind
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _tail(output: str) -> str:
+    lines = [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()]
+    return " | ".join(lines[-4:])[-600:]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def gpu_test_modules(tests: Path = ROOT / "tests") -> list[str]:
+    """Find the test modules whose tests take the GPU without saying so in their names."""
+    pattern = re.compile(r'^DEVICE = "cuda" if|skipif\(not torch\.cuda\.is_available', re.MULTILINE)
+    return sorted(path.name for path in tests.rglob("test_*.py") if pattern.search(path.read_text(encoding="utf-8")))
+
+
+def prove_tests(proof: Proof, figures: dict[str, Any]) -> None:
+    """Run every test with "cuda" in its name, and all of the modules that choose the GPU themselves."""
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-k", " or ".join(["cuda", *gpu_test_modules()])]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(os.cpu_count() or 1, TESTS_AT_ONCE)), "--dist", "worksteal"]
+    try:
+        output = proof.call(*command, OMP_NUM_THREADS="1")
+    except CallFailed as failure:
+        figures.update(_test_counts(failure.output))
+        raise
+    figures.update(_test_counts(output))
+    if not figures["passed"]:
+        raise PartFailed("no test has run on a GPU")
+
+
+def _test_counts(output: str) -> dict[str, Any]:
+    counts = dict.fromkeys(("passed", "failed", "skipped", "error"), 0)
+    for line in output.splitlines():
+        if re.search(r"\d+ \w+.* in [\d.]+s", line):
+            counts |= {name.removesuffix("s"): int(n) for n, name in re.findall(r"(\d+) (\w+)", line.split(" in ")[0])}
+    failures = [line[:300] for line in output.splitlines() if re.match(r"(FAILED|ERROR) ", line)]
+    return {**{name: counts[name] for name in ("passed", "failed", "skipped", "error")}, "failures": failures[:40]}
+
+
+def prove_run(proof: Proof, figures: dict[str, Any]) -> None:
+    """Run all stages of a short record run, from the data to the report."""
+    settings = [f"{name}={value}" for name, value in RUN_SETTINGS.items()]
+    settings = [f"data_dir={proof.data_dir}", *settings, *proof.settings]
+    folder = RunFolder(proof.run_dir)
+    options = [part for pair in settings for part in ("--set", pair)]
+    (folder.path / "summary.json").unlink(missing_ok=True)  # an earlier run's figures are not this one's
+    try:
+        proof.call("-m", "pgolf", "run", "--preset", "record", "--run-dir", folder.path, "--fresh", *options)
+        figures["rc"] = 0
+    except CallFailed as failure:
+        figures["rc"] = failure.status
+        raise
+    finally:
+        figures.update(run_figures(folder.summary()))
+    if missing := [stage for stage in STAGES if stage not in figures["stage_seconds"]]:
+        raise PartFailed(f"the summary lacks {', '.join(missing)}")
+    if not folder.report.is_file():
+        raise PartFailed("there is no report.html")
+    bits = figures["bits_per_byte"]
+    if not all(map(math.isfinite, bits.values())) or bits["ttt"] >= bits["quantized"]:
+        raise PartFailed(f"test-time training must improve on finite bits per byte: {bits}")
+
+
+def run_figures(summary: dict[str, Any]) -> dict[str, Any]:
+    """Pick the figures of a run's summary; stages that did not end are left out."""
+    train, quantize, scored = (summary.get(stage, {}) for stage in ("train", "quantize", "eval"))
+    bits = {"last_weights": train, "before": scored.get("before", {}), "quantized": scored.get("quantized", {})}
+    bits["ttt"] = summary.get("ttt", {})
+    stages = {stage: summary[stage] for stage in STAGES if stage in summary}
+    kept = (
+        "steps",
+        "clock_seconds",
+        "startup_seconds",
+        "tokens_per_second_before_loop",
+        "tokens_per_second_after_loop",
+    )
+    sizes = ("weight_bytes", "code_bytes", "total_bytes", "compress_seconds")
+    return {
+        "stage_seconds": {name: results.get("seconds") for name, results in stages.items()},
+        "peak_memory_bytes": {n: r["peak_memory_bytes"] for n, r in stages.items() if "peak_memory_bytes" in r},
+        "bits_per_byte": {name: r["bits_per_byte"] for name, r in bits.items() if "bits_per_byte" in r},
+        **{name: train[name] for name in kept if name in train},
+        **{name: quantize[name] for name in sizes if name in quantize},
+    }
+
+
+def prove_program(proof: Proof, figures: dict[str, Any]) -> None:
+    """Score the run's artifact with its exported program, away from this package, and compare."""
+    folder = RunFolder(proof.run_dir)
+    expected = run_figures(folder.summary())["bits_per_byte"]
+    if not folder.program.is_file() or not {"quantized", "ttt"} <= expected.keys():
+        raise PartSkipped("there is no whole run in --run-dir: prove the part run first")
+    config = folder.config()
+    with tempfile.TemporaryDirectory() as name:
+        alone, scored, unpacked = (Path(name, part) for part in ("alone", "scored", "unpacked"))
+        for path in (alone, scored, unpacked):
+            path.mkdir()
+        if "run" not in proof.parts:  # then the run may be of another tree
+            export_program(unpacked / "again.py", config)
+            if (unpacked / "again.py").read_bytes() != folder.program.read_bytes():
+                raise PartFailed("the program in --run-dir is not of this tree")
+        shutil.copy(folder.program, alone)
+        for path in (
+            folder.config_file,
+            folder.artifact(config),
+            folder.ema,
+        ):  # `eval` also wants the weights before quantisation
+            shutil.copy(path, scored)
+        for stage, key, tolerance in (("eval", "quantized", EVAL_TOLERANCE), ("ttt", "ttt", TTT_TOLERANCE)):
+            options = (stage, "--run-dir", scored, "--set", "artifact_dir=")
+            proof.call(folder.program.name, *options, cwd=alone, PYTHONPATH="", TMPDIR=str(unpacked))
+            got = run_figures(RunFolder(scored).summary())["bits_per_byte"][key]
+            difference = got - expected[key]
+            figures[stage] = {"bits_per_byte": got, "difference": difference, "tolerance": tolerance}
+            if not abs(difference) <= tolerance:
+                raise PartFailed(f"{stage}: the program has {got:.6f} bits per byte, the run {expected[key]:.6f}")
+
+
+def prove_train_step(proof: Proof, figures: dict[str, Any]) -> None:
+    """Measure a training step of the record in both loop states."""
+    found = _measured(proof, "bench.train_step", "--json", "--provider", "pgolf", "--repeats", "4")
+    left_out = ("kernels", "bench", "case", "provider")
+    for row in found["rows"]:
+        figures[row["case"]] = {name: value for name, value in row.items() if name not in left_out}
+    _require(found, set(figures) >= {"before_loop", "after_loop"})
+
+
+def prove_test_time_training(proof: Proof, figures: dict[str, Any]) -> None:
+    """Measure test-time training by document length, with the run's artifact where there is one."""
+    folder, options = RunFolder(proof.run_dir), []
+    if folder.config_file.is_file() and folder.artifact(folder.config()).is_file():
+        options = ["--run-dir", folder.path]
+    found = _measured(proof, "bench.test_time_training", "--results", *options)
+    figures.update(mix=found.get("mix"), rows=found["rows"], meta=found.get("meta", {}))
+    figures["meta"] = {name: figures["meta"].get(name) for name in ("ceilings", "weights", "tokens")}
+    _require(found, found.get("mix") is not None)
+
+
+def prove_kernels(proof: Proof, figures: dict[str, Any]) -> None:
+    """Hold every kernel against float64 and time it."""
+    found = _measured(proof, "bench", "--json", "--provider", "pgolf")
+    for row in found["rows"]:
+        kept = {name: row[name] for name in ("median_us", "graph_us", "ceiling_share", "error")}
+        figures[f"{row['bench']} {row['case']}"] = kept
+    _require(found, bool(figures))
+
+
+def _measured(proof: Proof, module: str, option: str, *options: str | Path) -> dict[str, Any]:
+    """Run a benchmark and read what it wrote, also where it failed: then with the failure."""
+    with tempfile.TemporaryDirectory() as name:
+        file, failure = Path(name, "results.json"), None
+        try:
+            proof.call("-m", module, option, file, *options)
+        except PartFailed as reason:
+            failure = reason
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": []}
+        return {**found, "failure": failure}
+
+
+def _require(found: dict[str, Any], whole: bool) -> None:
+    if found["failure"]:
+        raise found["failure"]
+    if not whole:
+        raise PartFailed("the benchmark ended without all of its results")
+
+
+PARTS: dict[str, Callable[[Proof, dict[str, Any]], None]] = {
+    "tests": prove_tests,
+    "run": prove_run,
+    "program": prove_program,
+    "train_step": prove_train_step,
+    "test_time_training": prove_test_time_training,
+    "kernels": prove_kernels,
+}
+
+
+def describe_machine(commit: str = "") -> tuple[str, dict[str, Any]] | None:
+    """Return the chip's short name and the proof's header; None without a GPU."""
+    import torch  # here, so that --check does not wait for it
+
+    if not torch.cuda.is_available():
+        return None
+    from bench.report import describe
+    from bench.timing import chip_name, default_device
+
+    header = describe(default_device(), commit)
+    dirty = None if header["commit"] == commit else header["commit"].endswith("+")
+    header |= {"commit": header["commit"].rstrip("+"), "dirty": dirty, "trees": tree_hashes()}
+    return chip_name(default_device()), header
+
+
+def _parts(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"there is no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
+    if not names:
+        raise argparse.ArgumentTypeError(f"name at least one part of {', '.join(PARTS)}")
+    return [name for name in PARTS if name in names]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0 where all parts are ok, 1 where one is not, 2 for what cannot be proved here."""
+    parser = argparse.ArgumentParser("python -m bench.prove", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the newest proof is of this tree")
+    parser.add_argument("--data-dir", type=Path, help="folder with datasets/ and tokenizers/, for the part run")
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "proof", help="the run's folder (runs/proof)")
+    parser.add_argument("--parts", type=_parts, default=list(PARTS), help=f"default: {','.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts (default: {SECONDS:g})")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="of the run")
+    parser.add_argument("--results", type=Path, help="default: bench/results/<chip>_proof.json; the log lies beside it")
+    parser.add_argument("--commit", default="", help="for the results, where this is no git checkout")
+    arguments = parser.parse_args(argv)
+    if arguments.check:
+        print(check_line())
+        return 0
+    if "run" in arguments.parts and arguments.data_dir is None:
+        parser.error("the part run needs --data-dir")
+    machine = describe_machine(arguments.commit)
+    if machine is None:
+        print("bench.prove: torch finds no GPU here, and the proof is about one", file=sys.stderr)
+        return 2
+    chip, header = machine
+    proof = Proof(
+        (arguments.results or RESULTS / f"{chip}_proof.json").resolve(),
+        header,
+        arguments.run_dir.resolve(),
+        arguments.data_dir and arguments.data_dir.resolve(),
+        arguments.settings,
+        arguments.seconds,
+    )
+    proof.continue_earlier()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    answers = [proof.prove(name) for name in arguments.parts]
+    print(proof.file)
+    return 0 if all(answers) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What SmearGate's kernels become with the starts of sequences, on GPUs that need not be there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pgolf.kernels import smear_gate as family
+from tests.conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
+pytest.importorskip("triton")
+
+from tests.gates import Compiled, check, compiling
+
+# Of a walk over tokens; _table_gradient_kernel does not see the starts.
+REGISTERS = {"_forward_kernel": 72, "_backward_kernel": 168, "_prepare_kernel": 40}
+
+
+def compile_all(started: bool, capability: int) -> list[Compiled]:
+    x, table = torch.empty(1, 4096, 512, dtype=torch.bfloat16), torch.empty(8192, 512, dtype=torch.bfloat16)
+    ids, gate = torch.zeros(1, 4096, dtype=torch.long), (torch.empty(1, 12), torch.empty(1), 1)
+    starts = torch.zeros(1, 4096, dtype=torch.bool) if started else None
+    with compiling(capability) as kernels:
+        family._smear_gate_triton(x, ids, *gate, starts)
+        family._smear_gate_backward_triton(x, x, ids, *gate, starts)
+        family._embed_smear_norm_triton(ids, table, *gate, family.RMS_EPS, True, starts)
+        for deterministic in (True, False):
+            arguments = (x, ids, table, *gate, family.RMS_EPS, deterministic, starts)
+            family._embed_smear_norm_backward_triton(*arguments)
+    return [kernel for kernel in kernels if kernel.name in REGISTERS]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_starts_take_one_load_a_token_and_none_takes_none(capability: int) -> None:
+    with_starts, without = (compile_all(started, capability) for started in (True, False))
+    assert len(with_starts) == len(without) == 5
+    for kernel, plain in zip(with_starts, without, strict=True):
+        check(kernel, registers=REGISTERS[kernel.name], shared=20 << 10)
+        loads = r"(LDG|LDGSTS)\.E\S*U8"
+        assert kernel.count(loads) and not plain.count(loads), kernel.name

@@ -1,0 +1,395 @@
+"""The proof of a tree: what it is of, what its parts find, and what is kept of a part that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import prove
+from bench import test_time_training as ttt_bench
+from pgolf.config import RunConfig
+from pgolf.folder import RunFolder
+from pgolf.shards import dataset_dir, write_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = {"date": "2026-11-29T10:00:00+00:00", "commit": "abc1234def", "dirty": False, "chip": "X1", "versions": {}}
+SUMMARY = {
+    "data": {"seconds": 1.0},
+    "train": {"seconds": 50.0, "steps": 77, "bits_per_byte": 1.85, "peak_memory_bytes": 20},
+    "quantize": {"seconds": 90.0, "total_bytes": 15_960_201, "weight_bytes": 15_900_000},
+    "eval": {"seconds": 5.0, "before": {"bits_per_byte": 1.87}, "quantized": {"bits_per_byte": 1.88}},
+    "ttt": {"seconds": 60.0, "bits_per_byte": 1.81, "peak_memory_bytes": 14},
+}
+TINY = RunConfig.preset("record").replace(
+    vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4, gate_attn_width=8, smear_gate_width=4,
+    ttt_lora_rank=4, ttt_eval_seq_len=64, eval_seq_len=64, global_ttt_chunk_tokens=512, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A small tree with both folders and caches in them."""
+    root = tmp_path / "tree"
+    for name in ("kernels/tuned", "kernels/__pycache__", "pgolf", "pgolf/empty"):
+        (root / name).mkdir(parents=True)
+    files = ("kernels/a.py", "kernels/tuned.py", "kernels/tuned/x1.json", "kernels/__pycache__/a.pyc", "pgolf/b.py")
+    for name in files:
+        (root / name).write_text(name)
+    (root / "pgolf" / "b.py").chmod(0o755)
+    return root
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def proof(tmp_path: Path, results: Path) -> prove.Proof:
+    return prove.Proof(results / "x1_proof.json", {**HEADER, "trees": {"kernels": "1"}}, tmp_path / "run", tmp_path)
+
+
+def git(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True)
+
+
+def written(proof: prove.Proof) -> dict[str, Any]:
+    return json.loads(proof.file.read_text())["parts"]
+
+
+class TestTrees:
+    """Hashes of folders, and what the check says of them."""
+
+    def test_a_hash_is_git_s(self, tree: Path) -> None:
+        (tree / ".gitignore").write_text("__pycache__/\n")
+        if git("init", cwd=tree).returncode:
+            pytest.skip("needs git")
+        git("add", ".", cwd=tree)
+        whole = git("write-tree", cwd=tree).stdout.decode().strip()
+        for name, found in prove.tree_hashes(tree).items():
+            assert found == git("rev-parse", f"{whole}:{name}", cwd=tree).stdout.decode().strip()
+
+    def test_a_clean_checkout_has_the_commit_s_hashes(self, tmp_path: Path) -> None:
+        archive = git("archive", "HEAD", *prove.TREES)
+        if archive.returncode:
+            pytest.skip("needs a git checkout")
+        subprocess.run(["tar", "-x"], cwd=tmp_path, input=archive.stdout, check=True)
+        for name, found in prove.tree_hashes(tmp_path).items():
+            assert found == git("rev-parse", f"HEAD:{name}").stdout.decode().strip()
+
+    def test_check_says_whose_the_newest_proof_is(self, tree: Path, results: Path) -> None:
+        assert prove.check_line(results, tree).startswith("no proof yet: python -m bench.prove --data-dir DIR")
+        parts = {name: {"status": "ok"} for name in prove.PARTS}
+        header = {**HEADER, "trees": prove.tree_hashes(tree)}
+        (results / "h200_proof.json").write_text(json.dumps({"header": header, "parts": parts}))
+        older = {**header, "date": "2026-11-28", "trees": {}}
+        (results / "h300_proof.json").write_text(json.dumps({"header": older, "parts": {}}))
+        (results / "h100_proof.json").write_text("{")
+        about = "proof h200_proof.json of 2026-11-29, commit abc1234: "
+        assert prove.check_line(results, tree) == about + "this tree"
+
+        del parts["kernels"]
+        parts["run"]["status"] = "failed"
+        (results / "h200_proof.json").write_text(json.dumps({"header": header, "parts": parts}))
+        assert prove.check_line(results, tree) == about + "this tree, but run failed, kernels not run"
+
+        (tree / "kernels" / "a.py").write_text("changed")
+        line = prove.check_line(results, tree)
+        assert line.startswith(f"{about}is of another kernels/ ({header['trees']['kernels'][:7]}, here ")
+        assert line.endswith("prove this one: python -m bench.prove --data-dir DIR") and "pgolf/" not in line
+
+    def test_check_needs_no_torch_and_never_fails(self) -> None:
+        script = (
+            "import sys; from bench import prove; assert prove.main(['--check']) == 0 and 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1 and "proof" in done.stdout
+
+
+class TestParts:
+    """One part fails, the others are done; what is done is in the file."""
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (["--parts", "tests,nothing"], "there is no part nothing; parts: tests, run, program"),
+            (["--parts", ","], "name at least one part"),
+            (["--parts", "run"], "the part run needs --data-dir"),
+            ([], "the part run needs --data-dir"),
+        ],
+    )
+    def test_bad_choices_say_why(self, options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            prove.main(options)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="would prove")
+    def test_without_a_gpu_there_is_nothing_to_prove(self, capsys: pytest.CaptureFixture) -> None:
+        assert prove.main(["--parts", "tests"]) == 2
+        assert "torch finds no GPU" in capsys.readouterr().err
+
+    def test_the_file_is_written_as_parts_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file, seen = tmp_path / "new" / "proof.json", []
+
+        def part(name: str, error: Exception | None) -> Any:
+            def run(proof: prove.Proof, figures: dict) -> None:
+                figures["speed"] = 3
+                seen.append({name: entry["status"] for name, entry in written(proof).items()})
+                if error:
+                    raise error
+
+            return run
+
+        errors = {
+            "tests": None,
+            "run": prove.PartFailed("no"),
+            "program": prove.PartSkipped("x"),
+            "kernels": OSError("y"),
+        }
+        monkeypatch.setattr(prove, "PARTS", {name: part(name, error) for name, error in errors.items()})
+        monkeypatch.setattr(prove, "describe_machine", lambda commit: ("x1", {**HEADER, "trees": {}}))
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        options = ["--results", str(file), "--data-dir", "data", "--parts"]
+        assert prove.main([*options, "kernels,run,program,tests"]) == 1
+        assert seen[-1] == {"tests": "ok", "run": "failed", "program": "skipped", "kernels": "running"}
+        parts = json.loads(file.read_text())["parts"]
+        assert [parts[name]["message"] for name in errors] == ["", "no", "x", "OSError: y"]
+        assert parts["run"]["figures"] == {"speed": 3}, "what a part found before it failed is kept"
+
+        assert prove.main([*options, "tests"]) == 0, "only what was chosen counts"
+        assert json.loads(file.read_text())["parts"].keys() == errors.keys(), "the same trees: parts add up"
+        monkeypatch.setattr(prove, "describe_machine", lambda commit: ("x1", {**HEADER, "trees": {"kernels": "2"}}))
+        assert prove.main([*options, "tests"]) == 0
+        assert json.loads(file.read_text())["parts"].keys() == {"tests"}, "another tree: a new proof"
+
+    def test_no_part_begins_when_the_limit_is_over(self, proof: prove.Proof) -> None:
+        proof.deadline = time.monotonic() + 1
+        assert not proof.prove("tests")
+        assert written(proof)["tests"]["status"] == "skipped" and "limit" in written(proof)["tests"]["message"]
+        proof.parts["run"] = {"status": "ok"}
+        assert not proof.prove("run") and written(proof)["run"] == {"status": "ok"}, "what is proved stays"
+
+    def test_a_stopped_part_is_in_the_file(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(prove.PARTS, "tests", lambda proof, figures: sys.exit(143))
+        with pytest.raises(SystemExit):
+            proof.prove("tests")
+        assert written(proof)["tests"]["message"] == "stopped from outside"
+
+    def test_a_command_is_logged_and_its_end_is_the_message(self, proof: prove.Proof) -> None:
+        assert proof.call("-c", "print(1)") == "1\n"
+        with pytest.raises(prove.CallFailed, match="exit status 3: a | b") as failed:
+            proof.call("-c", "print('a\\nb'); raise SystemExit(3)")
+        assert failed.value.status == 3
+        assert proof.log.read_text().count("$ python -c") == 2 and "a\nb" in proof.log.read_text()
+
+    def test_the_limit_ends_a_command_and_what_it_started(self, proof: prove.Proof, tmp_path: Path) -> None:
+        proof.deadline = time.monotonic() + 2
+        script = "import subprocess, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+        with pytest.raises(prove.CallFailed, match="the limit of 540 s ended it") as failed:
+            proof.call("-c", script)
+        child = int(failed.value.output)
+        for _ in range(50):  # until it is gone, or a zombie that nobody has waited for
+            state = Path(f"/proc/{child}/stat")
+            if not state.exists() or state.read_text().split()[2] == "Z":
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the child still runs")
+
+    def test_settings_of_the_caller_are_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PGOLF_KERNELS", "reference")
+        monkeypatch.setenv("SEED", "7")
+        assert not {"PGOLF_KERNELS", "SEED"} & prove.clean_environment().keys()
+        assert prove.clean_environment()["PATH"] == os.environ["PATH"]
+
+
+class TestEachPart:
+    """What a part runs and what it reads, with commands that only pretend."""
+
+    def pretend(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, action: Any) -> list[list[str]]:
+        calls = []
+
+        def call(*command: str | Path, **options: Any) -> str:
+            calls.append([str(word) for word in command])
+            return action(calls[-1]) or ""
+
+        monkeypatch.setattr(proof, "call", call)
+        return calls
+
+    def test_tests_are_counted(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+        output = "FAILED tests/a.py::b[cuda] - x\n1 failed, 12 passed, 3 skipped, 2 errors in 61.50s (0:01:01)\n"
+
+        def fail(command: list[str]) -> None:
+            raise prove.CallFailed("exit status 1", output, 1)
+
+        calls = self.pretend(proof, monkeypatch, fail)
+        assert not proof.prove("tests")
+        counts = {"passed": 12, "failed": 1, "skipped": 3, "error": 2}
+        assert written(proof)["tests"]["figures"] == {**counts, "failures": ["FAILED tests/a.py::b[cuda] - x"]}
+        expression = calls[0][calls[0].index("-k") + 1]
+        assert expression.startswith("cuda or ") and "test_varlen_attention.py" in expression
+        assert Path(__file__).name not in expression
+
+        self.pretend(proof, monkeypatch, lambda command: "5 skipped in 1.0s")
+        assert not proof.prove("tests") and "no test has run" in written(proof)["tests"]["message"]
+
+    def test_pytest_takes_the_expression(self, tmp_path: Path) -> None:
+        both = "import pytest\n@pytest.mark.parametrize('device', ['cpu', 'cuda'])\ndef test_{}(device): pass\n"
+        (tmp_path / "test_named.py").write_text(both.format("named"))
+        (tmp_path / "test_whole.py").write_text('DEVICE = "cuda" if 1 else ""\n' + both.format("whole"))
+        expression = " or ".join(["cuda", *prove.gpu_test_modules(tmp_path)])
+        command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", "-v", "-k", expression]
+        shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+        assert sorted(line.split()[0].partition("::")[2] for line in shown.splitlines() if "PASSED" in line) == [
+            "test_named[cuda]", "test_whole[cpu]", "test_whole[cuda]"]  # fmt: skip
+        assert prove._test_counts(shown)["passed"] == 3
+
+    def leave_run(self, proof: prove.Proof, summary: dict[str, Any]) -> RunFolder:
+        folder = RunFolder(proof.run_dir)
+        folder.create(RunConfig(), {})
+        for stage, figures in summary.items():
+            folder.record(stage, figures)
+        for path in (folder.program, folder.ema, folder.artifact(RunConfig()), folder.report):
+            path.write_text("x")
+        return folder
+
+    def test_run_keeps_the_figures_of_every_stage(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+        proof.settings = ["val_doc_fraction=0.5"]
+        calls = self.pretend(proof, monkeypatch, lambda command: self.leave_run(proof, SUMMARY) and "")
+        assert proof.prove("run")
+        figures = written(proof)["run"]["figures"]
+        assert figures["stage_seconds"] == {"data": 1.0, "train": 50.0, "quantize": 90.0, "eval": 5.0, "ttt": 60.0}
+        assert figures["bits_per_byte"] == {"last_weights": 1.85, "before": 1.87, "quantized": 1.88, "ttt": 1.81}
+        assert figures["peak_memory_bytes"] == {"train": 20, "ttt": 14}
+        assert (figures["rc"], figures["steps"], figures["total_bytes"]) == (0, 77, 15_960_201)
+        (command,) = calls
+        chosen = dict(pair.split("=", 1) for pair in command if "=" in pair)
+        RunConfig.preset("record").replace(**chosen)
+        assert chosen["max_wallclock_seconds"] == "40" and command[-1] == "val_doc_fraction=0.5"
+
+    def test_a_run_that_stops_keeps_what_it_did(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+        def stop(command: list[str]) -> None:
+            self.leave_run(proof, {"train": SUMMARY["train"]})
+            raise prove.CallFailed("exit status 2: pgolf: too large", "", 2)
+
+        self.pretend(proof, monkeypatch, stop)
+        assert not proof.prove("run")
+        entry = written(proof)["run"]
+        assert entry["message"].endswith("too large")
+        assert entry["figures"]["rc"] == 2 and entry["figures"]["stage_seconds"] == {"train": 50.0}
+        self.pretend(proof, monkeypatch, lambda command: "")
+        assert not proof.prove("run") and "the summary lacks data, train" in written(proof)["run"]["message"]
+
+    def test_test_time_training_must_improve(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+        worse = {**SUMMARY, "ttt": {"seconds": 1.0, "bits_per_byte": 1.9}}
+        self.pretend(proof, monkeypatch, lambda command: self.leave_run(proof, worse) and "")
+        assert not proof.prove("run") and "must improve" in written(proof)["run"]["message"]
+
+    @pytest.mark.parametrize("off, right", [(0.0, True), (4e-4, True), (6e-4, False)])
+    def test_program_has_the_run_s_score(
+        self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, off: float, right: bool
+    ) -> None:
+        assert not proof.prove("program") and written(proof)["program"]["status"] == "skipped"
+        self.leave_run(proof, SUMMARY)
+        proof.parts["run"] = {"status": "ok"}
+
+        def score(command: list[str]) -> None:
+            scored = RunFolder(command[command.index("--run-dir") + 1])
+            assert sorted(path.name for path in scored.path.iterdir() if path != scored.summary_file) == [
+                "config.json", "ema.pt", "model.int6.ptz"]  # fmt: skip
+            figures = SUMMARY[command[1]]
+            scored.record(command[1], figures if command[1] == "eval" else {"bits_per_byte": 1.81 + off})
+
+        calls = self.pretend(proof, monkeypatch, score)
+        assert proof.prove("program") == right
+        assert [call[:2] for call in calls] == [["train_gpt.py", "eval"], ["train_gpt.py", "ttt"]]
+        assert written(proof)["program"]["figures"]["ttt"]["difference"] == pytest.approx(off)
+
+    def test_a_program_of_another_tree_proves_nothing(
+        self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.leave_run(proof, SUMMARY)
+        monkeypatch.setattr(prove, "export_program", lambda path, config: path.write_text("y"))
+        assert not proof.prove("program") and "not of this tree" in written(proof)["program"]["message"]
+
+    @pytest.mark.parametrize("part", ["train_step", "test_time_training", "kernels"])
+    def test_a_benchmark_s_results_are_kept_also_where_it_fails(
+        self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, part: str
+    ) -> None:
+        times = {"median_us": 1.0, "graph_us": None, "ceiling_share": 0.5, "error": 0.0}
+        rows = {
+            "train_step": [{"case": case, "tokens_per_s": 2.0} for case in ("before_loop", "after_loop")],
+            "test_time_training": [{"length": 150, "seconds": 0.1}],
+            "kernels": [{"bench": "dequant", "case": "model", **times}],
+        }[part]  # fmt: skip
+
+        def write(command: list[str], fail: bool = False) -> None:
+            file = next(word for word in command if word.endswith(".json"))
+            Path(file).write_text(json.dumps({"rows": rows, "mix": None if fail else {"tokens_per_s": 1.0}}))
+            if fail:
+                raise prove.CallFailed("exit status 1", "", 1)
+
+        self.pretend(proof, monkeypatch, write)
+        assert proof.prove(part), written(proof)[part]
+        figures = written(proof)[part]["figures"]
+        self.pretend(proof, monkeypatch, lambda command: write(command, fail=True))
+        assert not proof.prove(part) and written(proof)[part]["message"] == "exit status 1"
+        assert written(proof)[part]["figures"].keys() == figures.keys()
+
+
+class TestTestTimeTraining:
+    """The benchmark of test-time training: documents, floor, prediction."""
+
+    def test_documents_have_their_length(self) -> None:
+        for text in (None, np.arange(4, 90)):
+            tokens = ttt_bench.documents_of_length(50, 3, 100, text).view(3, 50)
+            assert (tokens[:, 0] == 1).all() and (tokens[:, 1:] >= 4).all() and (tokens < 100).all()
+
+    @pytest.mark.parametrize("targets", [1, 47, 48, 49, 150, 5700])
+    def test_window_tokens_are_those_of_the_windows(self, targets: int) -> None:
+        expected = 0
+        for first in range(0, targets, 48):  # a window ends with its chunk and holds at most 2,048 tokens
+            last = min(first + 48, targets)
+            expected += last - max(last - 2048, 0)
+        assert ttt_bench.window_tokens(targets, RunConfig.preset("record")) == expected
+
+    def test_weights_are_the_record_s(self) -> None:
+        assert ttt_bench.matrix_weights(RunConfig.preset("record"), 17) == 17 * 2_883_584
+
+    def test_the_mix_is_made_as_published(self) -> None:
+        lengths = ttt_bench.fineweb_lengths()
+        assert len(lengths) == 601 and max(lengths) == 12_995
+        for times, speed, split in (  # of the public script, and of commit bf3f823
+            ((0.155, 0.241, 0.471, 0.950, 2.48, 7.47, 22.98), 31_344, 162),
+            ((0.314, 0.491, 0.757, 1.395, 2.69, 6.85, 18.53), 28_869, 176),
+        ):
+            per_token = {n: seconds / (64 * n) for n, seconds in zip(ttt_bench.LENGTHS, times, strict=True)}
+            mix = ttt_bench.predict(per_token, lengths)
+            assert mix["tokens_per_s"] == pytest.approx(speed, rel=3e-4), "the times are rounded"
+            assert round(mix["full_split_seconds_on_8_gpus"]) == split
+
+    def test_it_runs_on_a_small_model(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        folder = dataset_dir(tmp_path, TINY.vocab_size)
+        folder.mkdir(parents=True)
+        write_shard(folder / "fineweb_val_000000.bin", np.array([1, *range(4, 300)]))
+        file = tmp_path / "times.json"
+        options = ["--quick", "--results", str(file), "--data-dir", str(tmp_path), "--set", "ttt_chunk_size=16"]
+        results = ttt_bench.main(options, TINY)
+        assert json.loads(file.read_text()) == json.loads(json.dumps(results))
+        assert [row["length"] for row in results["rows"]] == list(ttt_bench.QUICK_LENGTHS)
+        for row in results["rows"]:
+            assert row["seconds"] > 0 and row["tokens_per_s"] == row["length"] * 4 / row["seconds"]
+        assert results["mix"]["tokens_per_s"] > 0 and "FineWeb's mix" in capsys.readouterr().out
