@@ -130,20 +130,27 @@ def compiling_ahead() -> Iterator[None]:
     """Inside, Triton kernels are compiled by as many threads as there are cores, and not launched.
 
     Run in it once what will be launched later, for its results mean nothing: kernels leave outputs as they were. Ends
-    when all are compiled. Compiling them one after the other as they are launched takes several times as long.
+    when all are compiled and loaded. Compiling them one after the other, as they are launched, takes several times as
+    long.
     """
     global _compiling
     if triton is None or INTERPRETED:
         yield
         return
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        mode = AsyncCompileMode(threads)
-        _compiling = mode
+        _compiling = mode = AsyncCompileMode(threads)
         try:
             yield
         finally:
             _compiling = None
             mode.__exit__(None, None, None)  # waits, and takes over what was compiled
+        list(threads.map(partial(_load, torch.cuda.current_device()), mode.future_kernels.values()))
+
+
+def _load(device: int, compiled: Any) -> None:
+    """Load a kernel, for which Triton has a C compiler make the function that launches it."""
+    torch.cuda.set_device(device)
+    compiled.result().run  # noqa: B018  a property that loads
 
 
 def operator(
@@ -209,15 +216,16 @@ def carrying(
 ) -> Callable:
     """An `operator` that hands tensors through: its function returns its first ``carried`` arguments after the outputs.
 
-    In eager mode their gradients come to ``backward`` behind those of the outputs. Under a compiler or tracer the
-    arguments are returned as they are, since an operator may not return them.
+    In eager mode the gradients of what is handed through come to ``backward`` behind those of the outputs. An argument
+    that requires no gradient is returned itself: it requires none afterwards, and None comes in its place. Under a
+    compiler or tracer all arguments are returned themselves, since an operator may not return them.
     """
     op = operator(schema, implementation, fake, setup_context=setup_context, backward=backward)
 
     def forward(ctx: Any, *args: Any) -> tuple:
         outputs = implementation(*args)
         setup_context(ctx, args, outputs)
-        return *outputs, *args[:carried]
+        return *outputs, *(a if need else None for a, need in zip(args[:carried], ctx.needs_input_grad, strict=False))
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"{schema.partition('(')[0]}_function", (torch.autograd.Function,), members)
@@ -225,7 +233,9 @@ def carrying(
     def call(*args: Any) -> tuple:
         if _traced(args) or not torch.is_grad_enabled():
             return *op(*args), *args[:carried]
-        return function.apply(*args)
+        results = function.apply(*args)
+        handed = (a if result is None else result for a, result in zip(args, results[-carried:], strict=False))
+        return *results[:-carried], *handed
 
     return call
 

@@ -129,11 +129,11 @@ def _residual_kernel(
 def _residual_backward_kernel(
     djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale, rstd, dx, dx0, dskip, partials,
     rows, chunk, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-    HALF: tl.constexpr, WIDTH: tl.constexpr,
+    HALF: tl.constexpr, X0_IS_X: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of `_residual_kernel`. With rstd, x is n. dx_next is added to dx, and dx0_next to dx0.
 
-    Gradients of x0 and skip that have no place of their own are added to that of x, which they are.
+    With ``X0_IS_X`` the gradient of x0 is added to that of x, and so is that of a skip which has no place of its own.
     """
     columns, inside = _columns(D, BLOCK)
     zeros = tl.zeros((BLOCK,), ACC)
@@ -163,20 +163,23 @@ def _residual_backward_kernel(
                 normed = u * inverse
             g += _norm_gradient(_load(dn, offsets, inside, ACC), normed, factor * inverse, D)
         if mix is not None:
-            first_sum += g * joined
-            second_sum += g * other
-            result = second * g
-            if dx0_next is not None:
-                result += _load(dx0_next, offsets, inside, ACC)
-            if dx0 is not None:
-                _store(dx0, offsets, inside, result)
+            if partials is not None:
+                first_sum += g * joined
+                second_sum += g * other
+            if X0_IS_X or dx0 is not None:
+                result = second * g
+                if dx0_next is not None:
+                    result += _load(dx0_next, offsets, inside, ACC)
+                if dx0 is not None:
+                    _store(dx0, offsets, inside, result)
             g *= first
         if djoined is not None:
             g += _load(djoined, offsets, inside, ACC)
         if skip is not None:
             g, passed, part, gate_part = _join_gradient(g, value, skipped, w, sigma, gate is not None)
-            weight_sum += part
-            gate_sum += gate_part
+            if partials is not None:
+                weight_sum += part
+                gate_sum += gate_part
             if dskip is not None:
                 _store(dskip, offsets, inside, passed)
             else:
@@ -186,9 +189,10 @@ def _residual_backward_kernel(
             g += _norm_gradient(_load(dn1, offsets, inside, ACC), value * inverse, factor * inverse, D)
         if dx_next is not None:
             g += _load(dx_next, offsets, inside, ACC)
-        if mix is not None and dx0 is None:
+        if X0_IS_X:
             g += result
-        _store(dx, offsets, inside, 0.5 * g if HALF else g)
+        if dx is not None:
+            _store(dx, offsets, inside, 0.5 * g if HALF else g)
     if partials is not None:
         partials += tl.program_id(0).to(tl.int64) * WIDTH
         _store_sums(
@@ -278,17 +282,20 @@ def _lanes_backward_kernel(
                 u = first * joined + second * other
                 inverse = _norm(u, EPS, D)
                 du = _norm_gradient(_load(dn0, offsets, inside, ACC), u * inverse, factor * inverse, D)
-                first_sum += du * joined
-                second_sum += du * other
-                result = second * du
-                if dx0_next is not None:
-                    result += _load(dx0_next, offsets, inside, ACC)
-                _store(dx0, offsets, inside, result)
+                if partials is not None:
+                    first_sum += du * joined
+                    second_sum += du * other
+                if dx0 is not None:
+                    result = second * du
+                    if dx0_next is not None:
+                        result += _load(dx0_next, offsets, inside, ACC)
+                    _store(dx0, offsets, inside, result)
                 g0 += first * du
             if skip is not None:
                 g0, passed, part, gate_part = _join_gradient(g0, value0, skipped, w, sigma, gate is not None)
-                weight_sum += part
-                gate_sum += gate_part
+                if partials is not None:
+                    weight_sum += part
+                    gate_sum += gate_part
                 _store(dskip, offsets, inside, passed)
         else:
             u = 0.5 * (value0 + value1)
@@ -300,23 +307,25 @@ def _lanes_backward_kernel(
         _store(dlane1, offsets, inside, r1 * g1)
         _store(dattention, offsets, inside, a0 * g0 + a1 * g1)
         _store(dmlp, offsets, inside, m0 * g0 + m1 * g1)
-        r0_sum += _thread_sum(g0 * l0, BLOCK)
-        r1_sum += _thread_sum(g1 * l1, BLOCK)
-        a0_sum += _thread_sum(g0 * a, BLOCK)
-        a1_sum += _thread_sum(g1 * a, BLOCK)
-        m0_sum += _thread_sum(g0 * m, BLOCK)
-        m1_sum += _thread_sum(g1 * m, BLOCK)
-    partials += tl.program_id(0).to(tl.int64) * WIDTH
-    partials = _store_sums(
-        partials, first_sum, second_sum, weight_sum, gate_sum, sigma, columns, inside, D, mix is not None,
-        skip is not None, gate is not None,
-    )  # fmt: skip
-    tl.store(partials, tl.sum(r0_sum))
-    tl.store(partials + 1, tl.sum(r1_sum))
-    tl.store(partials + 2, tl.sum(a0_sum))
-    tl.store(partials + 3, tl.sum(a1_sum))
-    tl.store(partials + 4, tl.sum(m0_sum))
-    tl.store(partials + 5, tl.sum(m1_sum))
+        if partials is not None:
+            r0_sum += _thread_sum(g0 * l0, BLOCK)
+            r1_sum += _thread_sum(g1 * l1, BLOCK)
+            a0_sum += _thread_sum(g0 * a, BLOCK)
+            a1_sum += _thread_sum(g1 * a, BLOCK)
+            m0_sum += _thread_sum(g0 * m, BLOCK)
+            m1_sum += _thread_sum(g1 * m, BLOCK)
+    if partials is not None:
+        partials += tl.program_id(0).to(tl.int64) * WIDTH
+        scalars = _store_sums(
+            partials, first_sum, second_sum, weight_sum, gate_sum, sigma, columns, inside, D, mix is not None,
+            skip is not None, gate is not None,
+        )  # fmt: skip
+        tl.store(scalars, tl.sum(r0_sum))
+        tl.store(scalars + 1, tl.sum(r1_sum))
+        tl.store(scalars + 2, tl.sum(a0_sum))
+        tl.store(scalars + 3, tl.sum(a1_sum))
+        tl.store(scalars + 4, tl.sum(m0_sum))
+        tl.store(scalars + 5, tl.sum(m1_sum))
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
@@ -359,6 +368,11 @@ def _pointer(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
+def _added(partials: Tensor | None, x: Tensor) -> Tensor:
+    """Add the parts up; without any there are no sums."""
+    return x.new_empty(0, dtype=accumulator(x)) if partials is None else partial_sums(partials)
+
+
 def mix_forward(
     x: Tensor, x0: Tensor | None, mix: Tensor | None, skip: Tensor | None, weight: Tensor | None,
     gate: Tensor | None, scale: Tensor | None, eps: float, *keep: bool,
@@ -382,25 +396,26 @@ def mix_backward(
     djoined: Tensor | None, du: Tensor | None, dn: Tensor | None, dn1: Tensor | None, dx_next: Tensor | None,
     dx0_next: Tensor | None, x: Tensor, x0: Tensor | None, mix: Tensor | None, skip: Tensor | None,
     weight: Tensor | None, gate: Tensor | None, scale: Tensor | None, eps: float, x0_is_x: bool = False,
-    skip_is_x: bool = False,
+    skip_is_x: bool = False, need_x: bool = True, need_x0: bool = True, need_parameters: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, x0 and skip, and the flat sums, those of mix, weight and gate where there are any.
 
-    That of a tensor which is x is empty and part of x's.
+    That of a tensor which is x is empty and part of x's. What is not needed is empty, too.
     """
-    width = mix_sums(x, mix, skip, gate)
-    own = True, x0 is not None and not x0_is_x, skip is not None and not skip_is_x
+    width = mix_sums(x, mix, skip, gate) * need_parameters
+    own = need_x, need_x0 and x0 is not None and not x0_is_x, skip is not None and not skip_is_x
     outputs = [_like(x, wanted) for wanted in own]
     if not x.numel():
         return *outputs, x.new_zeros(width, dtype=accumulator(x))
     grid, extent, settings = _plan(_case(mix, skip, "backward"), x)
-    partials = x.new_empty(*grid, width, dtype=accumulator(x))
+    partials = x.new_empty(*grid, width, dtype=accumulator(x)) if need_parameters else None
     inputs = _contiguous(djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale)
     with torch.cuda.device_of(x):
         _residual_backward_kernel[grid](
-            *inputs, None, *map(_pointer, outputs), partials, *extent, EPS=eps, HALF=False, WIDTH=width, **settings
-        )
-    return *outputs, partial_sums(partials)
+            *inputs, None, *map(_pointer, outputs), partials, *extent, EPS=eps, HALF=False, X0_IS_X=x0_is_x,
+            WIDTH=width, **settings,
+        )  # fmt: skip
+    return *outputs, _added(partials, x)
 
 
 def norm_forward(x: Tensor, other: Tensor | None, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -427,7 +442,7 @@ def norm_backward(
         with torch.cuda.device_of(n):
             _residual_backward_kernel[grid](
                 None, dx_next, dn, None, None, None, n, None, None, None, None, None, scale, rstd, dx, None, None, None,
-                *extent, EPS=0.0, HALF=mean, WIDTH=0, **settings,
+                *extent, EPS=0.0, HALF=mean, X0_IS_X=False, WIDTH=0, **settings,
             )  # fmt: skip
     return dx
 
@@ -456,25 +471,26 @@ def lanes_backward(
     dx0_next: Tensor | None, dout0: Tensor | None, dout1: Tensor | None, dn0: Tensor | None, dn1: Tensor | None,
     x0: Tensor | None, lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor,
     mix: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None, scale: Tensor | None,
-    eps: float,
+    eps: float, need_x0: bool = True, need_parameters: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x0, lane0, lane1, attention, mlp, skip; then, flat, of mix, weight, gate, resid and post.
 
-    Without dout0, of the norm of the lanes' mean.
+    Without dout0, of the norm of the lanes' mean. What is not needed is empty.
     """
-    width = lanes_sums(lane0, mix, skip, gate)
-    outputs = [_like(lane0, wanted) for wanted in (mix is not None, True, True, True, True, skip is not None)]
+    width = lanes_sums(lane0, mix, skip, gate) * need_parameters
+    own = need_x0 and mix is not None, True, True, True, True, skip is not None
+    outputs = [_like(lane0, wanted) for wanted in own]
     if not lane0.numel():
         return *outputs, lane0.new_zeros(width, dtype=accumulator(lane0))
     grid, extent, settings = _plan(_lanes_case(mix, dout0 is None, "backward"), lane0)
-    partials = lane0.new_empty(*grid, width, dtype=accumulator(lane0))
+    partials = lane0.new_empty(*grid, width, dtype=accumulator(lane0)) if need_parameters else None
     inputs = (dx0_next, dout0, dout1, dn0, dn1, x0, lane0, lane1, attention, mlp, post, resid)
     inputs = _contiguous(*inputs, mix, skip, weight, gate, scale)
     with torch.cuda.device_of(lane0):
         _lanes_backward_kernel[grid](
             *inputs, *map(_pointer, outputs), partials, *extent, EPS=eps, WIDTH=width, **settings
         )
-    return *outputs, partial_sums(partials)
+    return *outputs, _added(partials, lane0)
 
 
 def lanes_sums(lane0: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None) -> int:

@@ -108,7 +108,7 @@ def _given(gradient: Tensor | None) -> Tensor | None:
 
 
 def _needed(needs: tuple[bool, ...], *gradients: Tensor | None) -> Iterator[Tensor | None]:
-    """The gradients of a function's first arguments, None where the argument needs none."""
+    """Replace the gradients of arguments that need none by None."""
     return (gradient if need else None for gradient, need in zip(gradients, needs, strict=False))
 
 

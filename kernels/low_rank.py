@@ -1,10 +1,11 @@
-"""Adapters of low rank, one set for each group of rows: y = scale B (A x), forward and backward.
+"""Adapters of low rank, one set for each group of rows: y = residual + scale B (A x), forward and backward.
 
 Several adapters, the parts, read the same x. Of part j of n, with rank r and N_j columns, a row x_t of group g gives
 
     h_t = A_g^(j) x_t,   y_t^(j) = scale B_g^(j) h_t
 
-and y_t is the parts' y_t^(j) one after the other, then zeros. The gradients are
+and y_t is the parts' y_t^(j) one after the other, then zeros, and added to the residual where one is given, whose
+gradient is dy. The other gradients are
 
     dh_t^(j) = scale B_g^(j)ᵀ dy_t^(j),   dx_t = Σ_j A_g^(j)ᵀ dh_t^(j)
     dA_g^(j) = Σ_t dh_t^(j) x_tᵀ,         dB_g^(j) = scale Σ_t dy_t^(j) h_t^(j)ᵀ
@@ -13,7 +14,7 @@ with sums over the rows t of group g.
 
 Shapes: x [T, d]; A [G, n r, d] and B [G, Σ N_j, r], of part j their rows j r .. (j + 1) r and its N_j; y [T, width].
 Rows offsets[g] .. offsets[g + 1] belong to group g. Rows before offsets[0] and from offsets[G] on belong to none: their
-y is zero, and so is what this op adds to their gradient.
+y is zero or the residual, and what this op adds to their gradient is zero.
 
 Kernels: a tile has rows of one group only. The forward is one launch, in which h does not leave registers but to be
 kept for the backward. The backward is one launch for dh, one for dx, one for dA and one for dB; whatever is not needed
@@ -48,8 +49,9 @@ class LowRank(NamedTuple):
 
 
 def low_rank_reference(
-    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, scale: float, parts: Sequence[int], width: int
-) -> LowRank:
+    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, residual: Tensor | None, scale: float,
+    parts: Sequence[int], width: int,
+) -> LowRank:  # fmt: skip
     """Compute `low_rank` in plain PyTorch, from groups padded to the longest; when traced, to T rows each."""
     groups, rank = A.size(0), B.size(2)
     if offsets is None:
@@ -73,7 +75,8 @@ def low_rank_reference(
             y = torch.where(inside, y[group, (tokens - starts[group]).clamp(0, longest - 1)], 0)
         else:  # no group has a row
             y = y.new_zeros(flat.size(0), width) + 0 * y.sum()
-    return LowRank(y.reshape(*x.shape[:-1], width), x)
+    y = y.reshape(*x.shape[:-1], width)
+    return LowRank(y if residual is None else residual + y, x)
 
 
 @jit
@@ -121,13 +124,16 @@ def _part(tile, PARTS: tl.constexpr, ALIGNED: tl.constexpr, size):
     return part, first * ALIGNED, count * ALIGNED, index
 
 
-@jit(do_not_specialize=["T", "G", "each", "blocks", "chunks"])
+@jit(do_not_specialize=["T", "G", "each", "blocks", "chunks", "d"])
 def _forward_kernel(
-    x, A, B, offsets, h, y, T, G, each, blocks, chunks, scale, D: tl.constexpr, RANK: tl.constexpr,
+    x, A, B, offsets, residual, h, y, T, G, each, blocks, chunks, scale, d, D: tl.constexpr, RANK: tl.constexpr,
     PARTS: tl.constexpr, ALIGNED: tl.constexpr, TOTAL: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h and y of a tile of rows, and of a part's ``blocks`` of COLUMNS columns."""
+    """h and y of a tile of rows, and of a part's ``blocks`` of COLUMNS columns.
+
+    ``d`` is D: a loop of a number of rounds that the compiler knows is unrolled, which takes registers.
+    """
     program = tl.program_id(0)
     which = program % chunks
     group, start, end = _tile(offsets, program // chunks, T, G, each, ROWS)
@@ -141,11 +147,13 @@ def _forward_kernel(
     B += (adapter * TOTAL + first) * RANK
     x += start.to(tl.int64) * D
     y += start.to(tl.int64) * WIDTH
+    if residual is not None:
+        residual += start.to(tl.int64) * WIDTH
     rows, ranks = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)
     inside, real = rows < end - start, (ranks < RANK) | (RANK == PADDED)
 
     total = tl.zeros((ROWS, PADDED), tl.float32)
-    for k in tl.range(0, tl.where(group < 0, 0, D), DEPTH, num_stages=STAGES):
+    for k in tl.range(0, tl.where(group < 0, 0, d), DEPTH, num_stages=STAGES):
         depth = k + tl.arange(0, DEPTH)[None, :]
         deep = (depth < D) | (D % DEPTH == 0)
         left = tl.load(x + rows * D + depth, mask=inside & deep, other=0)
@@ -159,24 +167,30 @@ def _forward_kernel(
     for n in tl.range(begin, tl.minimum(begin + blocks * COLUMNS, count), COLUMNS, num_stages=STAGES):
         columns = n + tl.arange(0, COLUMNS)
         held = (columns < count)[:, None] & real[None, :] & (group >= 0)
+        places, written = rows * WIDTH + first + columns[None, :], inside & (columns < count)[None, :]
+        if residual is not None:
+            more = tl.load(residual + places, mask=written, other=0)  # on its way while the product is made
         right = tl.load(B + columns[:, None] * RANK + ranks[None, :], mask=held, other=0)
         out = scale * tl.dot(hidden, tl.trans(right), input_precision=PRECISION)
-        places = rows * WIDTH + first + columns[None, :]
-        tl.store(y + places, out.to(y.dtype.element_ty), mask=inside & (columns < count)[None, :])
+        if residual is not None:
+            out += more.to(tl.float32)
+        tl.store(y + places, out.to(y.dtype.element_ty), mask=written)
     if TOTAL < WIDTH and which == chunks - 1:
         for n in range(TOTAL, WIDTH, COLUMNS):
             columns = n + tl.arange(0, COLUMNS)[None, :]
-            zeros = tl.zeros((ROWS, COLUMNS), y.dtype.element_ty)
-            tl.store(y + rows * WIDTH + columns, zeros, mask=inside & (columns < WIDTH))
+            out = tl.zeros((ROWS, COLUMNS), y.dtype.element_ty)
+            if residual is not None:
+                out = tl.load(residual + rows * WIDTH + columns, mask=inside & (columns < WIDTH), other=0)
+            tl.store(y + rows * WIDTH + columns, out, mask=inside & (columns < WIDTH))
 
 
-@jit(do_not_specialize=["T", "G", "each"])
+@jit(do_not_specialize=["T", "G", "each", "columns"])
 def _hidden_kernel(
-    dy, B, offsets, dh, T, G, each, dy_stride, scale, RANK: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr,
-    TOTAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dy, B, offsets, dh, T, G, each, columns, dy_stride, scale, RANK: tl.constexpr, PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dh of a tile of rows, of a part's COLUMNS ranks."""
+    """dh of a tile of rows, of a part's COLUMNS ranks; ``columns`` is TOTAL, see `_forward_kernel`."""
     COUNT: tl.constexpr = len(PARTS)
     ACROSS: tl.constexpr = COUNT * ((RANK + COLUMNS - 1) // COLUMNS)
     program = tl.program_id(0)
@@ -191,7 +205,7 @@ def _hidden_kernel(
     rows, ranks = tl.arange(0, ROWS)[:, None], which // COUNT * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside, held = rows < end - start, (ranks < RANK) | (RANK % COLUMNS == 0)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in tl.range(0, count, DEPTH, num_stages=STAGES):
+    for k in tl.range(0, tl.minimum(count, columns), DEPTH, num_stages=STAGES):
         depth = k + tl.arange(0, DEPTH)
         left = tl.load(dy + rows * dy_stride + depth[None, :], mask=inside & (depth < count)[None, :], other=0)
         right = tl.load(B + depth[:, None] * RANK + ranks, mask=(depth < count)[:, None] & held, other=0)
@@ -199,12 +213,15 @@ def _hidden_kernel(
     tl.store(dh + rows * (COUNT * RANK) + ranks, (scale * total).to(dh.dtype.element_ty), mask=inside & held)
 
 
-@jit(do_not_specialize=["T", "G", "each"])
+@jit(do_not_specialize=["T", "G", "each", "ranks"])
 def _input_kernel(
-    dx_next, dh, A, offsets, dx, T, G, each, D: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    dx_next, dh, A, offsets, dx, T, G, each, ranks, D: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile of rows and columns, onto what came back from later readers of x; RANKS are all parts' together."""
+    """dx of a tile of rows and columns, onto what came back from later readers of x: read EARLY, or behind the product.
+
+    RANKS are all parts' together, and so is ``ranks``; see `_forward_kernel`.
+    """
     ACROSS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     group, start, end = _tile(offsets, program // ACROSS, T, G, each, ROWS)
@@ -214,16 +231,20 @@ def _input_kernel(
     dh += start.to(tl.int64) * RANKS
     rows, columns = tl.arange(0, ROWS)[:, None], program % ACROSS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside, held = rows < end - start, (columns < D) | (D % COLUMNS == 0)
+    places = start.to(tl.int64) * D + (rows * D + columns)
+    if EARLY and dx_next is not None:
+        more = tl.load(dx_next + places, mask=inside & held, other=0)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in tl.range(0, tl.where(group < 0, 0, RANKS), DEPTH, num_stages=STAGES):
+    for k in tl.range(0, tl.where(group < 0, 0, ranks), DEPTH, num_stages=STAGES):
         depth = k + tl.arange(0, DEPTH)
         deep = (depth < RANKS) | (RANKS % DEPTH == 0)
         left = tl.load(dh + rows * RANKS + depth[None, :], mask=inside & deep[None, :], other=0)
         right = tl.load(A + depth[:, None] * D + columns, mask=deep[:, None] & held, other=0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
-    places = start.to(tl.int64) * D + (rows * D + columns)
     if dx_next is not None:
-        total += tl.load(dx_next + places, mask=inside & held, other=0).to(tl.float32)
+        if not EARLY:
+            more = tl.load(dx_next + places, mask=inside & held, other=0)
+        total += more.to(tl.float32)
     tl.store(dx + places, total.to(dx.dtype.element_ty), mask=inside & held)
 
 
@@ -293,10 +314,12 @@ def _segments(x: Tensor, groups: int, offsets: Tensor | None) -> tuple[Tensor | 
 
 
 def _forward(
-    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, scale: float, parts: Sequence[int], width: int, keep: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, residual: Tensor | None, scale: float,
+    parts: Sequence[int], width: int, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and h for the backward, or where it is not to be kept nothing."""
-    y, h = _fake_forward(x, A, B, offsets, scale, parts, width, keep)
+    y, h = _fake_forward(x, A, B, offsets, residual, scale, parts, width, keep)
+    residual = residual if residual is None else residual.contiguous()
     flat, A, B = x.reshape(-1, x.size(-1)).contiguous(), A.contiguous(), B.contiguous()
     (groups, _, d), rank = A.shape, B.size(2)
     settings = _settings("forward", flat, groups, rank)
@@ -308,14 +331,39 @@ def _forward(
     chunks = sum(-(-part // (columns * blocks)) for part in parts)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _forward_kernel[((flat.size(0) // rows + groups + 2) * chunks,)](
-            flat, A, B, offsets, h if keep else None, y, *sizes, blocks, chunks, scale, D=d, RANK=rank, WIDTH=width,
-            PADDED=_padded(rank), **_columns(parts), **settings,
+            flat, A, B, offsets, residual, h if keep else None, y, *sizes, blocks, chunks, scale, d, D=d, RANK=rank,
+            WIDTH=width, PADDED=_padded(rank), **_columns(parts), **settings,
         )  # fmt: skip
     return y, h
 
 
-def _fake_forward(x, A, B, offsets, scale, parts, width, keep):
+def _fake_forward(x, A, B, offsets, residual, scale, parts, width, keep):
     return x.new_empty(*x.shape[:-1], width), x.new_empty(*(x.shape[:-1] if keep else (0,)), A.size(1))
+
+
+def _hidden(dy: Tensor, B: Tensor, offsets: Tensor | None, dh: Tensor, parts: Sequence[int], scale: float) -> None:
+    """Write dh [T, n r]."""
+    groups, _, rank = B.shape
+    settings = _settings("hidden", dh, groups, rank)
+    settings["COLUMNS"] = min(settings["COLUMNS"], _padded(rank))
+    across = len(parts) * -(-rank // settings["COLUMNS"])
+    offsets, sizes = _segments(dh, groups, offsets)
+    _hidden_kernel[((dh.size(0) // settings["ROWS"] + groups + 2) * across,)](
+        dy, B, offsets, dh, *sizes, sum(parts), dy.stride(0), scale, RANK=rank, **_columns(parts), **settings
+    )  # fmt: skip
+
+
+def _input(
+    dx_next: Tensor | None, dh: Tensor, A: Tensor, offsets: Tensor | None, dx: Tensor, rank: int
+) -> None:  # fmt: skip
+    """Write dx, onto ``dx_next`` where there is one."""
+    groups, ranks, d = A.shape
+    settings = _settings("input", dh, groups, rank)
+    offsets, sizes = _segments(dh, groups, offsets)
+    tiles = (dh.size(0) // settings["ROWS"] + groups + 2) * -(-d // settings["COLUMNS"])
+    # A product of many elements a thread leaves registers for one program a multiprocessor, and then for more.
+    settings["EARLY"] = settings["ROWS"] * settings["COLUMNS"] > 2048 * settings["num_warps"]
+    _input_kernel[(tiles,)](dx_next, dh, A, offsets, dx, *sizes, ranks, D=d, RANKS=ranks, **settings)
 
 
 def _weights(
@@ -324,6 +372,8 @@ def _weights(
     """Write the sums of `_weights_kernel`."""
     groups, _, width = out.shape
     settings = _settings("weights", left, groups, rank)
+    if settings["COLUMNS"] > _padded(width):  # the long side of a tile is where ``out`` has more than it
+        settings["ROWS"], settings["COLUMNS"] = settings["COLUMNS"], settings["ROWS"]
     tiles = sum(-(-part // settings["ROWS"]) for part in parts) * -(-width // settings["COLUMNS"])
     offsets, sizes = _segments(left, groups, offsets)
     _weights_kernel[(groups * tiles,)](
@@ -339,22 +389,13 @@ def _backward(
     """Gradients of x, onto ``dx_next``, A and B, empty where not needed."""
     dx, dA, dB = _fake_backward(dx_next, dy, x, A, B, offsets, h, scale, parts, need_x, need_A, need_B)
     dy, flat = _rows(dy), x.reshape(-1, x.size(-1)).contiguous()
-    (groups, ranks, d), rank = A.shape, B.size(2)
-    offsets, sizes = _segments(flat, groups, offsets)
+    ranks, rank = A.size(1), B.size(2)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if need_x or need_A:
             dh = flat.new_empty(flat.size(0), ranks)
-            settings = _settings("hidden", flat, groups, rank)
-            settings["COLUMNS"] = min(settings["COLUMNS"], _padded(rank))
-            across = len(parts) * -(-rank // settings["COLUMNS"])
-            _hidden_kernel[((flat.size(0) // settings["ROWS"] + groups + 2) * across,)](
-                dy, B.contiguous(), offsets, dh, *sizes, dy.stride(0), scale, RANK=rank, **_columns(parts), **settings
-            )  # fmt: skip
+            _hidden(dy, B.contiguous(), offsets, dh, parts, scale)
         if need_x:
-            settings = _settings("input", flat, groups, rank)
-            tiles = (flat.size(0) // settings["ROWS"] + groups + 2) * -(-d // settings["COLUMNS"])
-            dx_next = dx_next if dx_next is None else dx_next.contiguous()
-            _input_kernel[(tiles,)](dx_next, dh, A.contiguous(), offsets, dx, *sizes, D=d, RANKS=ranks, **settings)
+            _input(dx_next if dx_next is None else dx_next.contiguous(), dh, A.contiguous(), offsets, dx, rank)
         if need_A:
             _weights(dh, flat, offsets, dA, (ranks,), 1.0, rank)
         if need_B:
@@ -378,21 +419,22 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:4], output[1])
-    ctx.scale, ctx.parts = inputs[4:6]
+    ctx.scale, ctx.parts = inputs[5:7]
 
 
 @once_differentiable
 def _gradients(ctx: Any, dy: Tensor | None, _: Any, dx_next: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return dx_next, *(None,) * 7
     needs = ctx.needs_input_grad[:3]
+    if dy is None or not any(needs):
+        return dx_next, *(None,) * 3, dy, *(None,) * 4
     found = _backward_op(dx_next, dy, *ctx.saved_tensors, ctx.scale, ctx.parts, *needs)
-    return *(gradient if need else None for gradient, need in zip(found, needs, strict=True)), *(None,) * 5
+    own = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+    return *own, None, dy if ctx.needs_input_grad[4] else None, *(None,) * 4
 
 
 _op = carrying(
-    "low_rank(Tensor x, Tensor A, Tensor B, Tensor? offsets, float scale, int[] parts, int width, bool keep) "
-    "-> (Tensor, Tensor)",
+    "low_rank(Tensor x, Tensor A, Tensor B, Tensor? offsets, Tensor? residual, float scale, int[] parts, int width, "
+    "bool keep) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     _save,
@@ -402,19 +444,22 @@ _op = carrying(
 
 
 def _low_rank_triton(
-    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, scale: float, parts: Sequence[int], width: int
-) -> LowRank:
+    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, residual: Tensor | None, scale: float,
+    parts: Sequence[int], width: int,
+) -> LowRank:  # fmt: skip
     keep = torch.is_grad_enabled() and B.requires_grad
-    y, _, x = _op(x, A, B, offsets, scale, list(parts), width, keep)
+    y, _, x = _op(x, A, B, offsets, residual, scale, list(parts), width, keep)
     return LowRank(y, x)
 
 
 _LOW_RANK = {"reference": low_rank_reference, "triton": _low_rank_triton}
 
 
-def _check(x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, parts: Sequence[int], width: int) -> None:
-    for name, tensor in (("x", x), ("A", A), ("B", B)):
-        if tensor.dtype not in _DTYPES or tensor.dtype != x.dtype:
+def _check(
+    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, residual: Tensor | None, parts: Sequence[int], width: int
+) -> None:
+    for name, tensor in (("x", x), ("A", A), ("B", B), ("residual", residual)):
+        if tensor is not None and (tensor.dtype not in _DTYPES or tensor.dtype != x.dtype):
             allowed = "bfloat16, float16, float32 or float64" if tensor is x else f"x's dtype {x.dtype}"
             raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
     if A.ndim != 3 or not A.size(0) or not A.size(2):
@@ -429,7 +474,9 @@ def _check(x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, parts: Seque
         raise ValueError(f"A must have {len(parts)} x {B.size(2)} rows a group, parts x rank, got {A.size(1)}")
     if width < B.size(1):
         raise ValueError(f"width must be at least the {B.size(1)} columns of all parts, got {width}")
-    for name, tensor in (("A", A), ("B", B), ("offsets", offsets)):
+    if residual is not None and residual.shape != (*x.shape[:-1], width):
+        raise ValueError(f"residual must be {[*x.shape[:-1], width]}, y's shape, got {list(residual.shape)}")
+    for name, tensor in (("A", A), ("B", B), ("offsets", offsets), ("residual", residual)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
     if offsets is None:
@@ -452,13 +499,13 @@ def _check(x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, parts: Seque
 
 def low_rank(
     x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None = None, scale: float = 1.0, *,
-    parts: Sequence[int] | None = None, width: int | None = None,
+    parts: Sequence[int] | None = None, width: int | None = None, residual: Tensor | None = None,
 ) -> LowRank:  # fmt: skip
     """Apply each group's adapters to the group's rows; see the module's docstring for the formula.
 
-    Kernels sum in fp32 and round h and dh to x's dtype; float32 takes no TF32. Differentiable once in x, A and B. The
-    x of the result is the argument, for its later readers: in eager mode their gradient is added within the kernel that
-    writes dx. float64 takes the reference, which on a GPU waits for ``offsets``.
+    Kernels sum in fp32 and round h and dh to x's dtype; float32 takes no TF32. Differentiable once in x, A, B and the
+    residual. The x of the result is the argument, for its later readers: in eager mode their gradient is added within
+    the kernel that writes dx. float64 takes the reference, which on a GPU waits for ``offsets``.
 
     Args:
         x: [T, d] or [1, T, d] with ``offsets``, else [G, ..., d], whose row g is group g's; bfloat16, float16, float32
@@ -467,16 +514,18 @@ def low_rank(
         B: [G, Σ N_j, r], the parts' rows one after the other.
         offsets: int32 [G + 1], ascending from 0 or more to T or less; equal ones are groups without rows. Values are
             checked on a CPU only; others give wrong results on a GPU, where kernels stay within the tensors.
-        scale: a number that multiplies y.
+        scale: a number that multiplies B A x.
         parts: N_1 to N_n; one part of all columns by default.
-        width: the columns of y, Σ N_j by default; further columns are zeros, and their gradients are not read.
+        width: the columns of y, Σ N_j by default; further columns are zeros, or the residual's, and their gradients are
+            not read.
+        residual: [..., width] as y, in x's dtype; y is added to it in fp32.
 
     Returns y [..., width] and x. Raises ValueError for a wrong shape, device or value, TypeError for a wrong dtype.
     """
     parts = tuple(B.shape[1:2]) if parts is None else tuple(parts)
     width = sum(parts) if width is None else width
-    _check(x, A, B, offsets, parts, width)
+    _check(x, A, B, offsets, residual, parts, width)
     chosen = select("low_rank", _LOW_RANK, x)
     if x.dtype == torch.float64 or max(A[0].numel(), B[0].numel()) >= _REACH:
         chosen = low_rank_reference
-    return chosen(x, A, B, offsets, float(scale), parts, width)
+    return chosen(x, A, B, offsets, residual, float(scale), parts, width)

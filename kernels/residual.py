@@ -21,6 +21,10 @@ keep n and 1 / sqrt(mean(v²) + eps) for backward, and not v. A scale of a produ
 An op that feeds one tensor to two readers makes autograd add their gradients, three passes. So ops hand their inputs
 through (`Mixed.x`, `Mixed.x0`, `Lanes.x0`): who reads the tensor later takes it from there, and the gradient that comes
 back is added where the op's own is written. Under torch.compile the inputs are handed through as they are.
+
+An input that requires no gradient is returned itself and requires none afterwards. Backward then neither reads nor
+writes a gradient of x0, or of the x of `residual_mix_norm` and `enter_lanes_norm`. Where no parameter of an op requires
+a gradient, it sums none.
 """
 
 from __future__ import annotations

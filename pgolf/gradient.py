@@ -7,7 +7,8 @@ segments, of which the loader makes few.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,15 @@ class MeanGradient:
         for parameter, gradient in zip(self.parameters, self.sums or gradients, strict=True):
             parameter.grad = gradient
         return self.loss.clone()
+
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Inside, every launch is made by Python."""
+        graphs, self.graphs = self.graphs, False
+        try:
+            yield
+        finally:
+            self.graphs = graphs
 
     def _backward(self, batch: Batch) -> Tensor:
         loss = self.model(batch.input_ids, batch.target_ids, batch.cu_seqlens, batch.max_seqlen) / self.count

@@ -36,7 +36,8 @@ from pgolf.kernels.smear_gate import embed_smear_norm
 
 BOS_ID = 1
 Observe = Callable[[str, Tensor], None]
-Update = Callable[[Tensor], tuple[Tensor, Tensor]]  # what an adapter adds, from the input x of a product; x itself
+# What an adapter adds, from a product's input x: (x, residual or None) -> (their sum, x for later readers).
+Update = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class LayerWeights(NamedTuple):
@@ -107,9 +108,9 @@ def attention(
     return y
 
 
-def updated(update: Update | None, n: Tensor) -> tuple[Tensor | None, Tensor]:
-    """What ``update`` adds, and n for later readers."""
-    return (None, n) if update is None else update(n)
+def updated(update: Update | None, n: Tensor, residual: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+    """The residual with what ``update`` adds, and n for later readers."""
+    return (residual, n) if update is None else update(n, residual)
 
 
 def mlp(residual: Tensor | None, n: Tensor, w: LayerWeights, tap: Observe | None = None) -> Tensor:
@@ -130,11 +131,11 @@ def serial_block(
     """
     u, n, x, x0 = residual_mix_norm(x, x0, w.resid_mix, w.ln_scale, **_joined(skip))
     to_inputs, n = updated(updates.inputs, n)
-    to_out, n = updated(updates.out, n)
+    u, n = updated(updates.out, n, u)
     y = attention(n, w, heads, xsa, to_inputs, tap)
-    v, n = residual_linear_norm(u if to_out is None else u + to_out, y, w.out, w.ln_scale, inplace=True)
-    to_mlp, n = updated(updates.mlp, n)
-    return mlp(v if to_mlp is None else v + to_mlp, n, w, tap), x, x0
+    v, n = residual_linear_norm(u, y, w.out, w.ln_scale, inplace=True)
+    v, n = updated(updates.mlp, n, v)
+    return mlp(v, n, w, tap), x, x0
 
 
 def enter_lanes(x: Tensor, x0: Tensor, skip: Skip | None, w: LayerWeights) -> Lanes:

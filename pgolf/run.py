@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pgolf import artifact, evaluate, ttt
+from pgolf import artifact, evaluate
 from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
 from pgolf.export import export_program
@@ -30,6 +30,7 @@ from pgolf.runtime import Interrupted, World, on_terminate, peak_memory_bytes, r
 from pgolf.shards import dataset_dir, read_shard, shard_files, tokenizer_path
 from pgolf.tokenizer import load_tokenizer
 from pgolf.train import build_model, load_weights, train, validation_data
+from pgolf.ttt import test_time_training
 
 
 def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
@@ -164,7 +165,7 @@ def run_ttt(config: RunConfig, folder: RunFolder, world: World, resume: bool) ->
     reset_peak_memory(world.device)
     tokens, table = validation_data(config)
     model = _model_with(config, world, load_artifact(config, folder))
-    scored = ttt.test_time_training(
+    scored = test_time_training(
         model,
         config,
         tokens,

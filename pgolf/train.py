@@ -16,7 +16,7 @@ from pgolf.config import RunConfig
 from pgolf.evaluate import evaluate_packed
 from pgolf.folder import RunFolder
 from pgolf.gradient import MeanGradient, uses_graphs
-from pgolf.kernels._launch import set_backend
+from pgolf.kernels._launch import compiling_ahead, set_backend
 from pgolf.loader import DocumentPackingLoader, load_validation_tokens
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer
@@ -252,8 +252,12 @@ class _Trainer:
         weights = {name: value.cpu().clone() for name, value in state.model.state_dict().items()}
         optimizer, loop_state = copy.deepcopy(state.optimizer.state_dict()), state.model.looping_active
         loader, state.loader = state.loader, _training_loader(self.config, world)
-        for looping in (False, True) if self.config.num_loops > 0 else (False,):
-            state.model.looping_active = looping
+        loop_states = (False, True) if self.config.num_loops > 0 else (False,)
+        if world.device.type == "cuda":
+            with compiling_ahead(), self.gradient.without_graphs():
+                for state.model.looping_active in loop_states:
+                    self._step(1.0, muon_momentum(self.config, 0))
+        for state.model.looping_active in loop_states:
             for step in range(self.config.warmup_steps):
                 self._step(1.0, muon_momentum(self.config, step))
         state.loader.close()

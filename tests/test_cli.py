@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pgolf import run
 from pgolf.cli import main
 from pgolf.corpus import embedded_documents
 from pgolf.folder import RunFolder
@@ -82,6 +85,22 @@ def test_stages_can_be_repeated_with_other_settings(finished: RunFolder, capsys:
     assert main(["report", *run]) == 0
     assert "After test-time training" in capsys.readouterr().out
     assert main(["ttt", *run]) == 0
+
+
+@pytest.mark.parametrize("stage", ["eval", "ttt"])
+def test_an_interrupted_stage_says_so_and_leaves_the_run(
+    stage: str, finished: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = finished.summary()
+
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setitem(run.STAGES, stage, stopped)
+    assert main([stage, "--run-dir", str(finished.path)]) == 143
+    assert f"stopped by SIGTERM in the stage {stage}, which begins anew" in capsys.readouterr().err
+    assert finished.summary() == before
 
 
 def test_resuming_a_finished_run_does_nothing_again(finished: RunFolder, capsys: pytest.CaptureFixture) -> None:

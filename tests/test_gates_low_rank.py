@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pgolf.kernels import low_rank as family
+from pgolf.kernels._launch import launch_parameters
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -24,21 +25,36 @@ SHAPES = {
     "rank 80": (32_768, 80, (512,), 512),
     "rank 16": (32_768, 16, (512,), 512),
 }
-# Of sm_90: with 256 threads two programs fit a multiprocessor.
-REGISTERS = {"_forward_kernel": 128, "_hidden_kernel": 128, "_input_kernel": 128, "_weights_kernel": 128}
-SHARED = 110_000  # bytes, likewise
+KERNELS = ("_forward_kernel", "_hidden_kernel", "_input_kernel", "_weights_kernel")
+
+
+def limits(kernel: Compiled, shape: str) -> dict[str, int]:
+    """Registers and shared memory of sm_90 with which two programs fit a multiprocessor.
+
+    A tile of 64 elements a thread has to, and one of 128 needs a multiprocessor of its own.
+    """
+    rows, rank, _, _ = SHAPES[shape]
+    case = "wide" if rank > 128 else kernel.name.removeprefix("_").removesuffix("_kernel")
+    if case not in ("wide", "weights") and rows < 192 * GROUPS:
+        case = "short"
+    tuned = launch_parameters("low_rank", case, torch.device("cpu"))
+    columns = min(rank, 128) if case in ("forward", "hidden") else tuned["columns"]
+    alone = tuned["rows"] * columns > 64 * 32 * tuned["warps"]
+    threads = 32 * tuned["warps"]
+    return {} if alone else dict(registers=min(255, 65536 // (2 * threads) // 8 * 8), shared=116_000)
 
 
 def compile_all(capability: int, shape: str, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
-    """Every kernel of the family; those of the gradients of A and B are two, or one where all constants agree."""
+    """Every kernel of the family: the forward without and with a residual, the weights' for A and for B."""
     rows, rank, parts, width = SHAPES[shape]
     x, h = torch.empty(rows, D, dtype=dtype), torch.empty(rows, len(parts) * rank, dtype=dtype)
     A, B = (torch.empty(GROUPS, *sizes, dtype=dtype) for sizes in ((len(parts) * rank, D), (sum(parts), rank)))
     offsets = torch.zeros(GROUPS + 1, dtype=torch.int32)
     with compiling(capability) as kernels:
-        y, _ = family._forward(x, A, B, offsets, 1.0, parts, width, True)
+        y, _ = family._forward(x, A, B, offsets, None, 1.0, parts, width, True)
+        family._forward(x, A, B, offsets, y, 1.0, parts, width, True)
         family._backward(x, y, x, A, B, offsets, h, 1.0, parts, True, True, True)
-    assert [kernel.name for kernel in kernels] == [*REGISTERS, "_weights_kernel"]
+    assert [kernel.name for kernel in kernels] == ["_forward_kernel", *KERNELS, "_weights_kernel"]
     return kernels
 
 
@@ -47,8 +63,7 @@ def compile_all(capability: int, shape: str, dtype: torch.dtype = torch.bfloat16
 def test_products(shape: str, capability: int) -> None:
     for kernel in compile_all(capability, shape):
         hopper = capability == 90
-        limits = dict(registers=REGISTERS[kernel.name], shared=SHARED) if hopper else {}
-        check(kernel, matrix_products=hopper, streams=True, **limits)
+        check(kernel, matrix_products=hopper, streams=True, **(limits(kernel, shape) if hopper else {}))
         assert kernel.count("STG") == kernel.count(r"STG\.E\S*\.128"), "stores narrower than 16 bytes"
         if hopper and shape != "rank 16":
             assert kernel.count("LDGSTS") == kernel.count(r"LDGSTS\.E\S*\.128"), "loads narrower than 16 bytes"
@@ -68,6 +83,6 @@ def test_rows_and_groups_are_no_constants() -> None:
             x, h = torch.empty(rows, D).bfloat16(), torch.empty(rows, rank).bfloat16()
             A, B = torch.empty(groups, rank, D).bfloat16(), torch.empty(groups, *parts, rank).bfloat16()
             offsets = torch.zeros(groups + 1, dtype=torch.int32)
-            y, _ = family._forward(x, A, B, offsets, 1.0, parts, width, True)
+            y, _ = family._forward(x, A, B, offsets, None, 1.0, parts, width, True)
             family._backward(None, y, x, A, B, offsets, h, 1.0, parts, True, True, True)
     assert len(kernels) == 5

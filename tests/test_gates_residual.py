@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -40,12 +42,23 @@ LAUNCHES = {
     "lanes_norm_join_backward": (232, 8),
     "lanes_mean_forward": (64, 24),
     "lanes_mean_backward": (128, 16),
+    "mix_backward_carry_frozen": (88, 20),
+    "join_mix_backward_frozen": (80, 24),
+    "enter_lanes_backward_frozen": (80, 24),
+    "join_backward_frozen": (80, 24),
+    "lanes_backward_frozen": (72, 24),
+    "lanes_norm_backward_frozen": (80, 20),
+    "lanes_norm_join_backward_frozen": (104, 16),
+    "lanes_mean_backward_frozen": (72, 20),
+    "mix_backward_carry_frozen_x": (160, 12),
 }
+FROZEN = [name for name in LAUNCHES if "frozen" in name]
 
 
 FOR_OTHERS = [
     "join_mix_forward", "join_mix_backward", "enter_lanes_forward", "enter_lanes_backward", "norm_backward",
-    "lanes_norm_join_forward", "lanes_norm_join_backward",
+    "lanes_norm_join_forward", "lanes_norm_join_backward", "enter_lanes_backward_frozen",
+    "lanes_norm_join_backward_frozen",
 ]  # fmt: skip
 
 
@@ -54,38 +67,43 @@ SUMS = ["_partial_sums_kernel"]
 
 def has_sums(name: str) -> bool:
     """Whether a launch leaves parts of parameters' gradients, which a second kernel adds."""
-    return "backward" in name and not name.startswith("norm")
+    return "backward" in name and not name.startswith("norm") and not name.endswith("_frozen")
 
 
 def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
     x, vector, scale = torch.empty(1, TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype), torch.ones(())
     mix, join, rstd = torch.empty(2, width, dtype=dtype), (x, vector, vector), torch.empty(1, TOKENS)
-    backward, none, lanes = kernels.mix_backward, (None,) * 3, (x, x, x, x, torch.empty(2, 2), torch.empty(2))
+    none, lanes = (None,) * 3, (x, x, x, x, torch.empty(2, 2), torch.empty(2))
+    backward, lanes_backward, variant = kernels.mix_backward, kernels.lanes_backward, name.partition("_frozen")
+    if variant[1]:  # a frozen x0 has no later gradient to add
+        frozen = dict(need_x=False) if variant[2] else dict(need_x0=False, need_parameters=False)
+        backward, lanes_backward = partial(backward, **frozen), partial(lanes_backward, **frozen)
+    later = None if variant[1] else x
     {
         "mix_forward": lambda: kernels.mix_forward(x, x, mix, *none, scale, EPS, False, True, True, False),
         "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, False, True, True, False),
         "enter_lanes_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True, True),
         "join_forward": lambda: kernels.mix_forward(x, None, None, *join, None, EPS, True, False, False, False),
         "mix_backward": lambda: backward(None, x, x, None, None, None, x, x, mix, *none, scale, EPS),
-        "mix_backward_carry": lambda: backward(None, x, x, None, x, x, x, x, mix, *none, scale, EPS),
-        "join_mix_backward": lambda: backward(None, x, x, None, None, x, x, x, mix, *join, scale, EPS),
+        "mix_backward_carry": lambda: backward(None, x, x, None, x, later, x, x, mix, *none, scale, EPS),
+        "join_mix_backward": lambda: backward(None, x, x, None, None, later, x, x, mix, *join, scale, EPS),
         "mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *none, scale, EPS, True),
         "join_mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *join, scale, EPS, False, True),
-        "enter_lanes_backward": lambda: backward(x, None, x, x, x, x, x, x, mix, *join, scale, EPS),
+        "enter_lanes_backward": lambda: backward(x, None, x, x, x, later, x, x, mix, *join, scale, EPS),
         "join_backward": lambda: backward(x, None, None, None, None, None, x, None, None, *join, None, EPS),
         "norm_forward": lambda: kernels.norm_forward(x, None, scale, EPS),
         "norm_forward_mean": lambda: kernels.norm_forward(x, x, None, EPS),
         "norm_backward": lambda: kernels.norm_backward(x, x, x, rstd, scale, False),
         "norm_backward_mean": lambda: kernels.norm_backward(None, x, x, rstd, None, True),
         "lanes_forward": lambda: kernels.lanes_forward(None, *lanes, None, *none, None, EPS, False),
-        "lanes_backward": lambda: kernels.lanes_backward(None, x, x, *none, *lanes, None, *none, None, EPS),
+        "lanes_backward": lambda: lanes_backward(None, x, x, *none, *lanes, None, *none, None, EPS),
         "lanes_norm_forward": lambda: kernels.lanes_forward(x, *lanes, mix, *none, scale, EPS, False),
         "lanes_norm_join_forward": lambda: kernels.lanes_forward(x, *lanes, mix, *join, scale, EPS, False),
-        "lanes_norm_backward": lambda: kernels.lanes_backward(*[x] * 6, *lanes, mix, *none, scale, EPS),
-        "lanes_norm_join_backward": lambda: kernels.lanes_backward(*[x] * 6, *lanes, mix, *join, scale, EPS),
+        "lanes_norm_backward": lambda: lanes_backward(later, *[x] * 5, *lanes, mix, *none, scale, EPS),
+        "lanes_norm_join_backward": lambda: lanes_backward(later, *[x] * 5, *lanes, mix, *join, scale, EPS),
         "lanes_mean_forward": lambda: kernels.lanes_forward(None, *lanes, None, *none, None, EPS, True),
-        "lanes_mean_backward": lambda: kernels.lanes_backward(*none, x, None, None, *lanes, None, *none, None, EPS),
-    }[name]()
+        "lanes_mean_backward": lambda: lanes_backward(*none, x, None, None, *lanes, None, *none, None, EPS),
+    }[variant[0]]()
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -103,6 +121,17 @@ def test_shipped(name: str) -> None:
     assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, "no asynchronous copies of 16 bytes"  # of rows to come
     in_a_program = 2 if name.startswith(("join_mix", "enter_lanes", "lanes_norm")) and "backward" in name else 1
     assert warps // in_a_program * (kernel.shared_bytes + 1024) <= 233_472
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_inputs_take_less(name: str) -> None:
+    """Fewer loads and stores, but that the final norm's gradient needs all that was read."""
+    with compiling(90) as compiled:
+        launch(name, torch.bfloat16)
+        launch(name.partition("_frozen")[0], torch.bfloat16)
+    frozen, whole = ([kernel.count("LDG"), kernel.count("STG")] for kernel in compiled if kernel.name not in SUMS)
+    assert frozen[0] < whole[0] or "mean" in name
+    assert frozen[1] < whole[1]
 
 
 @pytest.mark.parametrize("capability", [80, 100])

@@ -10,6 +10,7 @@ import torch
 from torch import library
 
 from pgolf.kernels import _launch
+from pgolf.kernels.residual import scaled_rms_norm, scaled_rms_norm_reference
 from tests.conftest import INTERPRETED
 
 BOTH = {"reference": "reference", "triton": "triton"}
@@ -19,6 +20,18 @@ CPU, CUDA = (SimpleNamespace(is_cuda=device == "cuda", device=torch.device(devic
 @pytest.fixture(autouse=True)
 def _backend(monkeypatch) -> None:
     monkeypatch.setattr(_launch, "_chosen", "auto")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_compiling_ahead_launches_nothing_on_cuda() -> None:
+    x = torch.randn(7, 96, device="cuda", requires_grad=True)  # of a width that no other test has
+    torch.use_deterministic_algorithms(True, warn_only=True)  # `torch.empty` gives NaN
+    with _launch.compiling_ahead():
+        y = scaled_rms_norm(x)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.use_deterministic_algorithms(False)
+    assert y.isnan().all() and dx.isnan().all()
+    torch.testing.assert_close(scaled_rms_norm(x), scaled_rms_norm_reference(x))
 
 
 @pytest.mark.skipif(_launch.triton is None, reason="needs Triton")

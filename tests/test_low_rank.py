@@ -44,9 +44,16 @@ def inputs(device, case: str, dtype: torch.dtype = torch.bfloat16) -> tuple[list
     return leaves, dict(offsets=offsets, scale=0.7, parts=parts, width=width)
 
 
-def reference(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, offsets=None, scale=1.0, parts=None, width=None):
+def reference(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, offsets=None, scale=1.0, parts=None, width=None, residual=None
+) -> LowRank:
     parts = (B.size(1),) if parts is None else parts
-    return low_rank_reference(x, A, B, offsets, scale, parts, sum(parts) if width is None else width)
+    return low_rank_reference(x, A, B, offsets, residual, scale, parts, sum(parts) if width is None else width)
+
+
+def onto(op):
+    """``op`` whose residual is its first argument, for `assert_as_precise` and `results`."""
+    return lambda residual, *leaves, **arguments: op(*leaves, **arguments, residual=residual)
 
 
 def row_by_row(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, offsets, scale, parts, width) -> torch.Tensor:
@@ -71,11 +78,16 @@ def results(op, leaves, dout: torch.Tensor, arguments: dict, later: torch.Tensor
     return [out.y.detach(), *torch.autograd.grad(loss, leaves, douts)]
 
 
-def assert_as_precise(leaves, dout: torch.Tensor, arguments: dict, later: torch.Tensor | None = None) -> None:
+def assert_as_precise(
+    leaves, dout: torch.Tensor, arguments: dict, later: torch.Tensor | None = None, residual: torch.Tensor | None = None
+) -> None:
     """Value and gradients are as near to those of float64 as the reference's in the same dtype."""
-    got, plain = (results(op, leaves, dout, arguments, later) for op in (low_rank, reference))
-    exact = results(reference, [leaf.double() for leaf in leaves], dout.double(), arguments, later)
-    for name, a, b, c in zip(NAMES, got, plain, exact, strict=True):
+    ops, names = (low_rank, reference), NAMES
+    if residual is not None:
+        ops, names, leaves = [onto(op) for op in ops], (NAMES[0], "residual", *NAMES[1:]), [residual, *leaves]
+    got, plain = (results(op, leaves, dout, arguments, later) for op in ops)
+    exact = results(ops[1], [leaf.double() for leaf in leaves], dout.double(), arguments, later)
+    for name, a, b, c in zip(names, got, plain, exact, strict=True):
         assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device), name
         error, allowed = (float((tensor.double() - c).norm() / c.norm().clamp(min=1e-12)) for tensor in (a, b))
         assert error <= 1.2 * allowed + FLOOR[a.dtype], f"{name}: {error} where the reference has {allowed}"
@@ -101,6 +113,89 @@ def test_precision(device, case: str, dtype: torch.dtype) -> None:
     leaves, arguments = inputs(device, case, dtype)
     _, rows, _, _, parts, width = CASES[case]
     assert_as_precise(leaves, torch.randn(rows, width or sum(parts), device=device), arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_precision_onto_a_residual(device, case: str, dtype: torch.dtype) -> None:
+    if INTERPRETED and (dtype != torch.bfloat16 or case in ("rank 256", "many columns")):
+        pytest.skip("of the other dtypes and the large ones none")
+    leaves, arguments = inputs(device, case, dtype)
+    _, rows, _, _, parts, width = CASES[case]
+    residual = torch.randn(rows, width or sum(parts), device=device).to(dtype)
+    later = random_like(leaves[0]).to(dtype)
+    assert_as_precise(leaves, random_like(residual), arguments, later, residual)
+
+
+def test_columns_and_rows_of_nobody_are_the_residual(device) -> None:
+    leaves, arguments = inputs(device, "rows in no group")
+    residual = torch.randn(70, 31, device=device).bfloat16()
+    given = residual.clone()
+    y = low_rank(*leaves, **(arguments | dict(width=31)), residual=residual).y
+    assert torch.equal(residual, given)
+    assert all(
+        torch.equal(y[place], residual[place]) for place in (slice(3), slice(52, 70), (slice(70), slice(24, 31)))
+    )
+    assert (y[3:52, :24] != residual[3:52, :24]).sum() > 1000
+
+
+def test_the_residual_rounds_nothing_between(device) -> None:
+    """The sum is fp32, and rounded once."""
+    leaves, arguments = inputs(device, "rank 128", torch.bfloat16)
+    residual = torch.randn(20, 32, device=device).bfloat16()
+    y = low_rank(*leaves, **arguments, residual=residual).y
+    assert not low_rank(*leaves, **arguments, residual=-y).y.isnan().any()
+    if device.type == "cuda" or INTERPRETED:
+        x, A, B = (leaf.float() for leaf in leaves)
+        h = (x @ A[0].view(2, 128, 24).mT).bfloat16().float()
+        exact = residual + arguments["scale"] * torch.cat([h[0] @ B[0, :16].T, h[1] @ B[0, 16:].T], 1)
+        assert (y != exact.bfloat16()).sum() <= 20, "but for h's roundings"
+
+
+@pytest.mark.parametrize("frozen", ["residual", "all others"])
+def test_gradient_of_the_residual(device, frozen: str) -> None:
+    """It is dy itself, or nothing."""
+    leaves, arguments = inputs(device, "small")
+    residual = torch.randn(19, 40, device=device).bfloat16().requires_grad_(frozen != "residual")
+    expected = results(low_rank, leaves, random := random_like(residual), arguments)[1:]
+    leaves = [leaf.detach().requires_grad_(frozen == "residual") for leaf in leaves]
+    y, x = low_rank(*leaves, **arguments, residual=residual)
+    dout = random.bfloat16()
+    if frozen == "residual":
+        got = torch.autograd.grad(y, leaves, dout)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and not residual.requires_grad
+    else:
+        (got,) = torch.autograd.grad(y, residual, dout)
+        assert torch.equal(got, dout) and x is leaves[0]
+        if device.type == "cuda" or INTERPRETED:
+            assert got.data_ptr() == dout.data_ptr(), "no copy"
+
+
+def test_strides_of_the_residual(device) -> None:
+    leaves, arguments = inputs(device, "small")
+    residual = torch.randn(40, 19, device=device).bfloat16().T
+    expected = low_rank(*leaves, **arguments, residual=residual.contiguous()).y
+    assert torch.equal(low_rank(*leaves, **arguments, residual=residual).y, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("trained", [(), (1,), (2,), (1, 2)], ids=str)
+def test_an_x_without_gradient_costs_none(monkeypatch, trained: tuple[int, ...]) -> None:
+    """It comes back itself; dx is not made, nor is dh where only B needs a gradient."""
+    leaves, arguments = inputs(DEVICE, "small")
+    dout = random_like(leaves[0], 40).bfloat16()
+    expected = results(low_rank, leaves, dout, arguments)[1:]
+    made = []
+    for name in ("_hidden", "_input", "_weights"):
+        kernel = getattr(family, name)
+        monkeypatch.setattr(family, name, lambda *a, name=name, kernel=kernel: made.append(name) or kernel(*a))
+    leaves = [leaf.detach().requires_grad_(i in trained) for i, leaf in enumerate(leaves)]
+    residual = torch.randn(19, 40, device=DEVICE).bfloat16().requires_grad_()
+    y, x = low_rank(*leaves, **arguments, residual=residual)
+    got = torch.autograd.grad(y, [residual, *(leaves[i] for i in trained)], dout)[1:]
+    assert x is leaves[0] and not x.requires_grad
+    assert all(torch.equal(gradient, expected[i]) for i, gradient in zip(trained, got, strict=True))
+    assert made == ["_hidden"] * (1 in trained) + ["_weights"] * len(trained)
 
 
 def test_columns_and_rows_of_nobody_are_zero(device) -> None:
@@ -219,6 +314,11 @@ def test_gradcheck(device) -> None:
     )
     x = torch.randn(2, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *leaves: low_rank(*leaves, parts=(2, 1)).y, [x, *leaves[1:]], fast_mode=True)
+    residual = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: onto(low_rank)(*leaves, offsets=offsets, parts=(2, 1), width=4).y, [residual, *leaves],
+        fast_mode=True,
+    )  # fmt: skip
 
 
 @needs_kernels
@@ -247,9 +347,10 @@ def test_offsets_that_are_wrong_stay_inside(monkeypatch, bounds: list[int]) -> N
     monkeypatch.setattr(family, "_fake_forward", lambda *a: tuple(guarded(*t.shape) for t in fakes[0](*a)))
     monkeypatch.setattr(family, "_fake_backward", lambda *a: tuple(guarded(*t.shape) for t in fakes[1](*a)))
     x, A, B = leaves
-    y, h = family._forward(x, A, B, offsets, 1.0, (24,), 24, True)
+    y, h = family._forward(x, A, B, offsets, None, 1.0, (24,), 24, True)
+    family._forward(x, A, B, offsets, y, 1.0, (24,), 24, True)
     family._backward(x, y, x, A, B, offsets, h.nan_to_num(0), 1.0, (24,), True, True, True)
-    assert len(guards) == 5 and all(bool((guard == 7).all()) for pair in guards for guard in pair)
+    assert len(guards) == 7 and all(bool((guard == 7).all()) for pair in guards for guard in pair)
 
 
 @needs_kernels
@@ -258,14 +359,17 @@ def test_the_operators_are_registered_as_they_behave() -> None:
     x, A, B = (torch.randn(shape, device=DEVICE).bfloat16() for shape in ((9, 8), (2, 8, 8), (2, 12, 4)))
     offsets = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
     leaves = [leaf.detach().clone().requires_grad_() for leaf in (x, A, B)]
-    library.opcheck(ops.low_rank.default, (*leaves, offsets, 0.5, [8, 4], 16, True))
+    residual = torch.randn(9, 16, device=DEVICE).bfloat16().requires_grad_()
+    library.opcheck(ops.low_rank.default, (*leaves, offsets, None, 0.5, [8, 4], 16, True))
+    library.opcheck(ops.low_rank.default, (*leaves, offsets, residual, 0.5, [8, 4], 16, True))
     x = x[:8].view(2, 4, 8)
-    y, h = ops.low_rank.default(x, A, B, None, 0.5, [8, 4], 16, True)
+    y, h = ops.low_rank.default(x, A, B, None, None, 0.5, [8, 4], 16, True)
     library.opcheck(ops.low_rank_backward.default, (None, y, x, A, B, None, h, 0.5, [8, 4], True, False, True))
 
 
-@pytest.mark.parametrize("offsets", [True, False])
-def test_compiles_whole(device, offsets: bool) -> None:
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "onto a residual"])
+@pytest.mark.parametrize("offsets", [True, False], ids=["offsets", "equal groups"])
+def test_compiles_whole(device, offsets: bool, residual: bool) -> None:
     leaves, arguments = inputs(device, "small")
     if not offsets:
         leaves[0], arguments["offsets"] = leaves[0][:18].reshape(3, 6, 16), None
@@ -277,7 +381,10 @@ def test_compiles_whole(device, offsets: bool) -> None:
     torch._dynamo.reset()
     whole = torch.compile(function, fullgraph=True, backend="aot_eager")
     dout, later = random_like(function(*leaves, **arguments).y), random_like(leaves[0])
-    plain, compiled = (results(op, leaves, dout, arguments, later) for op in (function, whole))
+    ops = function, whole
+    if residual:
+        ops, leaves = map(onto, ops), [random_like(dout).bfloat16(), *leaves]
+    plain, compiled = (results(op, leaves, dout, arguments, later) for op in ops)
     assert all(torch.allclose(a, b, atol=3e-2, rtol=2e-2) for a, b in zip(plain, compiled, strict=True))
 
 
@@ -313,6 +420,9 @@ def test_errors_say_what_to_give() -> None:
         (ValueError, "width must be at least the 80 columns of all parts, got 79", dict(width=79)),
         (ValueError, "A must be on x's device cpu, got meta", dict(A=A.to("meta"))),
         (ValueError, "offsets must be on x's device cpu, got meta", dict(offsets=offsets.to("meta"))),
+        (TypeError, "residual must be x's dtype torch.float32, got torch.bfloat16", dict(residual=x.bfloat16())),
+        (ValueError, r"residual must be \[47, 96\], y's shape, got \[47, 48\]", dict(residual=x)),
+        (ValueError, "residual must be on x's device cpu, got meta", dict(residual=torch.empty(47, 96, device="meta"))),
         (ValueError, r"x must be \[4, ..., 48\] without offsets, a row of it a group", dict(offsets=None)),
         (ValueError, r"x must be \[T, 48\] or \[1, T, 48\] with offsets, got shape \(47, 47\)", dict(x=x[:, 1:])),
         (ValueError, r"x must be \[T, 48\] or \[1, T, 48\] with offsets", dict(x=x.view(47, 1, 48))),

@@ -135,7 +135,11 @@ def test_updates_that_are_zero_change_nothing(golden) -> None:
     inputs, targets, cu_seqlens = stream(golden)
 
     def adding(value: float, width: int):
-        return lambda n: (n.new_full((*n.shape[:-1], width), value), n)
+        def update(n: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            added = n.new_full((*n.shape[:-1], width), value)
+            return added if residual is None else residual + added, n
+
+        return update
 
     one_pass = PassUpdates(adding(0, 128), adding(0, 64), adding(0, 64))
     updates = Updates([one_pass] * 17, adding(0, 320))

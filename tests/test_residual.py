@@ -127,16 +127,22 @@ def leaves_of(case: str, shape=(2, 7, 12), dtype=torch.float64, parameters=None,
     return [one(kind) for kind in CALLS[case][1]]
 
 
-def results(function: Callable, leaves, seed: int = 1) -> list[torch.Tensor]:
-    """The outputs of ``function`` of fresh leaves, then the leaves' gradients for random ones of the outputs."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+def results(function: Callable, leaves, seed: int = 1, frozen: frozenset[int] = frozenset()) -> list[torch.Tensor]:
+    """The outputs of ``function`` of fresh leaves, then the leaves' gradients for random ones of the outputs.
+
+    Leaves with the numbers in ``frozen`` require no gradient, and None stands for it.
+    """
+    leaves = [leaf.detach().clone().requires_grad_(k not in frozen) for k, leaf in enumerate(leaves)]
     outputs = function(leaves)
     outputs = [out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out is not None]
     generator = torch.Generator().manual_seed(seed)
     douts = [
         torch.randn(out.shape, generator=generator).to(out.device, torch.bfloat16).to(out.dtype) for out in outputs
     ]
-    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, douts)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    pairs = [(out, dout) for out, dout in zip(outputs, douts, strict=True) if out.requires_grad]
+    gradients = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [dout for _, dout in pairs]))
+    return [*(out.detach() for out in outputs), *(next(gradients) if leaf.requires_grad else None for leaf in leaves)]
 
 
 def assert_as_precise(case: str, leaves: list[torch.Tensor]) -> None:
@@ -265,6 +271,84 @@ def test_layers(dtype: torch.dtype) -> None:
         assert error <= 1.5 * allowed + (4 if c.numel() > 4 else 16) * UNIT[dtype]
 
 
+def frozen_leaves(case: str) -> list[frozenset[int]]:
+    """List what to freeze: each activation, the parameters, both; all activations."""
+    kinds = CALLS[case][1]
+    activations = frozenset(k for k, kind in enumerate(kinds) if kind == "x")
+    parameters = frozenset(range(len(kinds))) - activations
+    frozen = [*({k} for k in activations), *({k} | parameters for k in activations), parameters, activations]
+    return [some for some in dict.fromkeys(map(frozenset, frozen)) if len(some) < len(kinds)]
+
+
+@pytest.mark.parametrize("case", [case for case in CALLS if "linear" not in case and not case.startswith("norm")])
+def test_frozen_inputs_leave_the_other_gradients_as_they_are(case: str, device: torch.device) -> None:
+    """To the bit where the compiler does not choose which multiplications and additions become one instruction."""
+    shape = (1, 700, 512) if device.type == "cuda" else (1, 5, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = leaves_of(case, shape, dtype, device=device)
+        whole = results(lambda v: CALLS[case][0](ours, v), leaves)
+        for frozen in frozen_leaves(case):
+            got = results(lambda v: CALLS[case][0](ours, v), leaves, frozen=frozen)
+            for k, (a, b) in enumerate(zip(got, whole, strict=True)):
+                if a is not None:
+                    allowed = UNIT[dtype] * float(b.double().norm()) if device.type == "cuda" else 0.0
+                    error = float((a.double() - b.double()).norm())
+                    assert error <= allowed, f"{dtype}, frozen {sorted(frozen)}: result {k}"
+
+
+def test_layers_with_frozen_weights(device: torch.device) -> None:
+    """As in test-time training: x alone requires a gradient, and what comes back to it is the same bit for bit."""
+    shapes = [(1, 13, 16), (1, 13, 16), (2, 16), (16,), (16,), (16, 16), (2, 2), (2,)]
+    leaves = [torch.randn(shape, device=device) for shape in shapes]
+    whole = results(lambda v: layers(ours, v), leaves)
+    got = results(lambda v: layers(ours, v), leaves, frozen=frozenset(range(1, 8)))
+    assert torch.equal(got[0], whole[0]) and torch.equal(got[1], whole[1]) and got[2:] == [None] * 7
+
+
+@pytest.mark.parametrize("case", ["mix_norm", "join_mix_norm", "enter_lanes", "enter_lanes_join", "lanes_norm_join"])
+def test_frozen_inputs_are_handed_through_frozen(case: str, device: torch.device) -> None:
+    place = 6 if case.startswith("lanes") else 1
+    for frozen in ({place}, {0}, {0, place}, set()):
+        leaves = [leaf.requires_grad_(k not in frozen) for k, leaf in enumerate(leaves_of(case, device=device))]
+        got = CALLS[case][0](ours, leaves)
+        assert got.n.requires_grad if case.endswith("mix_norm") else got.n0.requires_grad
+        handed = {place: got.x0}
+        if not case.startswith("lanes"):
+            handed[0] = got.x if case.endswith("mix_norm") else got.lane1
+        for k, tensor in handed.items():
+            if tensor is not None:  # x joined with a skip is not handed through
+                assert tensor.requires_grad == (k not in frozen) and tensor.data_ptr() == leaves[k].data_ptr()
+                assert tensor is leaves[k] or k not in frozen
+
+
+@needs_kernels
+def test_backward_computes_what_is_needed(monkeypatch) -> None:
+    """Neither gradients of a frozen x or x0 nor sums for frozen parameters."""
+    asked = []
+
+    def spied(op: Callable) -> Callable:
+        def call(*args):
+            asked.append((op(*args), args))
+            return asked[-1][0]
+
+        return call
+
+    monkeypatch.setattr(family.ops, "_mix_backward_op", spied(family.ops._mix_backward_op))
+    monkeypatch.setattr(family.ops, "_lanes_backward_op", spied(family.ops._lanes_backward_op))
+    for case in ("mix_norm", "join_mix_norm", "enter_lanes_join", "lanes_norm", "lanes_norm_join"):
+        leaves, lanes = leaves_of(case, (1, 2, 8)), case.startswith("lanes")
+        parameters = {4, 5, 7, 9, 10} if lanes else {2, 4, 5}
+        place = 6 if lanes else 1
+        for frozen in ({place}, parameters, parameters | {place}, *(() if lanes else ({0}, {0, place}))):
+            results(lambda v, case=case: CALLS[case][0](ours, v), leaves, frozen=frozenset(frozen))
+            outputs, args = asked.pop()
+            assert not asked
+            dx0, sums = outputs[0 if lanes else 1], outputs[-1]
+            assert (dx0.numel() > 0) == (place not in frozen) and (sums.numel() > 0) == (not parameters <= frozen)
+            assert lanes or (outputs[0].numel() > 0) == (0 not in frozen)
+            assert (args[0 if lanes else 5] is None) == (place in frozen)
+
+
 def test_inputs_that_are_not_contiguous() -> None:
     for case in ("join_mix_norm", "enter_lanes_join", "lanes", "linear_norm"):
         leaves = leaves_of(case, dtype=torch.float32)
@@ -382,11 +466,19 @@ def test_operators_are_registered_as_they_behave() -> None:
     x, x0, mix, skip, weight, gate, residual, h, w, *lanes = (
         leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, *lanes)
     )
-    library.opcheck(
-        ops.residual_mix_backward.default, (*(x,) * 7, x0, mix, skip, weight, gate, scale, 1e-6, False, False)
-    )
+    for flags in (
+        (False, False, True, True, True),
+        (False, False, True, False, False),
+        (True, True, True, True, False),
+        (False, False, False, True, True),
+    ):
+        library.opcheck(
+            ops.residual_mix_backward.default, (*(x,) * 7, x0, mix, skip, weight, gate, scale, 1e-6, *flags)
+        )
     library.opcheck(ops.residual_norm_backward.default, (None, x, x, rstd, scale, True))
-    library.opcheck(ops.residual_lanes_backward.default, (*(x,) * 5, x0, *lanes, mix, skip, weight, gate, scale, 1e-6))
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        arguments = *(x,) * 5, x0, *lanes, mix, skip, weight, gate, scale, 1e-6, *needs
+        library.opcheck(ops.residual_lanes_backward.default, arguments)
     for needs in ((True, True), (True, False), (False, True)):
         library.opcheck(ops.residual_linear_backward.default, (residual, h, w, *needs))
 
@@ -405,6 +497,16 @@ def test_compiles_whole(case: str, autocast: bool) -> None:
         plain, whole = (results(call, leaves) for call in (function, compiled_for(function)))
     assert plain[0].dtype == torch.float32
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(plain, whole, strict=True))
+
+
+@pytest.mark.parametrize("case", ["join_mix_norm", "enter_lanes_join", "lanes_norm_join"])
+def test_frozen_inputs_compile_whole(case: str) -> None:
+    leaves = leaves_of(case, dtype=torch.float32)
+    for frozen in frozen_leaves(case)[-3:]:
+        function = lambda v: CALLS[case][0](ours, v)  # noqa: E731
+        plain, whole = (results(call, leaves, frozen=frozen) for call in (function, compiled_for(function)))
+        for a, b in zip(plain, whole, strict=True):
+            assert (a is None and b is None) or torch.allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_layers_compile_whole() -> None:

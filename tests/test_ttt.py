@@ -17,6 +17,7 @@ from pgolf.evaluate import evaluate_packed, evaluate_sliding
 from pgolf.model import GPT
 from pgolf.ttt import TTTResult, engine
 from pgolf.ttt.adapters import ADAM_EPS, AdapterBank
+from pgolf.ttt.base import rows_loss
 from pgolf.ttt.ledger import ScoredLedger
 from pgolf.ttt.plan import chunk_sizes, chunk_windows, deal, lanes_of_phase, plan_phases
 from tests.processes import run_processes
@@ -171,13 +172,18 @@ def test_chunks_by_length() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)], ids=["cuda", "cuda-bf16"])
-def test_kernels_score_as_their_references(dtype: str, tolerance: float) -> None:
+def test_kernels_score_as_their_references_on_cuda() -> None:
     tokens, table = stream(13)
-    config = SMALL.replace(compute_dtype=dtype)
-    on_gpu = ttt.test_time_training(small_model(config).cuda(), config, tokens, table, adapter_init=adapter_init)
-    difference = on_gpu.token_nats - score(adapter_init=adapter_init).token_nats
-    assert not difference.isnan().any() and difference.abs().mean() < tolerance
+
+    def scored(dtype: str, device: str) -> torch.Tensor:
+        config = SMALL.replace(compute_dtype=dtype)
+        model = small_model(config).to(device)
+        return ttt.test_time_training(model, config, tokens, table, adapter_init=adapter_init).token_nats
+
+    exact = scored("float32", "cpu")
+    assert (scored("float32", "cuda") - exact).abs().mean() < 1e-3
+    errors = [(scored("bfloat16", device) - exact).abs().mean() for device in ("cuda", "cpu")]
+    assert errors[0] < 1.5 * errors[1]
 
 
 def test_same_inputs_same_bytes() -> None:
@@ -233,6 +239,17 @@ def test_joined_text_has_no_bos_of_the_next_document(drop: bool, monkeypatch: py
     pairs = [int(((text[:-1] == 1) & (text[1:] == 1)).sum()) for text in texts]
     assert [int((text == 1).sum()) for text in texts] == ([3, 6] if drop else [6, 11])
     assert pairs == ([0, 0] if drop else [2, 4])
+
+
+@pytest.mark.parametrize("respect", [True, False])
+def test_rows_in_one_stream_are_rows_alone(respect: bool) -> None:
+    config = SMALL.replace(global_ttt_respect_doc_boundaries=respect, smear_gate_bos_mask=False)
+    model, text = small_model(config), stream()[0]
+    rows = [(0, 96), (96, 192), (288, 384)]
+    with torch.no_grad():
+        together = rows_loss(model, config, text, rows)
+        alone = [rows_loss(model, config, text, [row]) for row in rows]
+    assert together == pytest.approx(sum(map(float, alone)), rel=1e-5)
 
 
 def test_chosen_batches_only() -> None:
@@ -371,7 +388,7 @@ def bank_of(config: RunConfig, slots: int, **arguments) -> AdapterBank:
 
 def masters(bank: AdapterBank) -> list[torch.Tensor]:
     """A, B, A, B, ..."""
-    return [stack.master.clone() for stack in bank._stacks]
+    return [stack.master.clone() for stack in bank.stacks]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -386,8 +403,8 @@ def test_adapters_follow_the_optimizer_of_torch(optimizer: str) -> None:
     for learning in ([1, 1, 1], [1, 1, 1], [0, 1, 1], [0, 0, 1]):
         chosen = torch.tensor(learning, dtype=torch.bool)
         bank.count_update(chosen.numpy())
-        gradients = [3 * leaf.detach().square() for leaf in bank.leaves(learning=True)]
-        bank.step(gradients, chosen)
+        for stack, leaf in zip(bank.stacks, bank.leaves(learning=True), strict=True):
+            bank.update(stack, 3 * leaf.detach().square(), chosen)
         reference.zero_grad()
         for copy in copies:
             copy.grad = torch.where(chosen[:, None, None], 3 * copy.detach().square(), 0)
@@ -429,7 +446,7 @@ def test_updates_are_those_that_the_model_adds() -> None:
     bank._model = model
     bank.load_scales()
     bank.begin(0, documents=1)
-    for stack in bank._stacks:
+    for stack in bank.stacks:
         stack.master.copy_(0.05 * torch.randn_like(stack.master))
         stack.copy.copy_(stack.master if stack.row_scale is None else stack.master * stack.row_scale[:, None])
     ids, targets = tokens[None, :-1], tokens[None, 1:]
@@ -449,9 +466,9 @@ def test_updates_are_those_that_the_model_adds() -> None:
     A, B = bank._passes[1]["inputs"][0].master[0], bank._passes[1]["inputs"][1].master[0]
     scale, rank, widths = config.ttt_lora_alpha / config.ttt_lora_rank, config.ttt_lora_rank, [32, 16, 16]
     parts = zip(A.split(rank), B.split(widths), strict=True)
-    assert torch.allclose(layer.inputs(n)[0], torch.cat([scale * n @ a.T @ b.T for a, b in parts], -1), atol=1e-5)
+    assert torch.allclose(layer.inputs(n, None)[0], torch.cat([scale * n @ a.T @ b.T for a, b in parts], -1), atol=1e-5)
     A, B = (stack.master[0] for stack in bank._passes[1]["mlp"])
-    assert torch.allclose(layer.mlp(n)[0], model.blocks[1].mlp_scale * (scale * n @ A.T @ B.T), atol=1e-5)
+    assert torch.allclose(layer.mlp(n, None)[0], model.blocks[1].mlp_scale * (scale * n @ A.T @ B.T), atol=1e-5)
 
 
 def _ranked(rank: int, world_size: int) -> dict[str, object]:

@@ -8,7 +8,7 @@ stream have the layer's scales in the rows of B; the optimizer keeps float32 mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pgolf.config import RunConfig
 from pgolf.kernels.adapter_update import adapter_update_
-from pgolf.kernels.low_rank import low_rank
+from pgolf.kernels.low_rank import LowRank, low_rank
 from pgolf.model import GPT, PassUpdates, Update, Updates
 
 ADAM_EPS = 1e-10  # PR #1874's; not one of the challenge's variables
@@ -39,7 +39,7 @@ class Stack:
 class AdapterBank:
     """The adapters of ``slots`` documents side by side, with their optimizer.
 
-    A batch goes: `begin`, then for every chunk `updates` with the leaves of `leaves`, and `step` with their gradients.
+    A batch goes: `begin`, then for every chunk `updates` of `leaves`, and `update` with the gradients of these.
     Tensors keep their addresses as long as the bank lives: CUDA graphs may read and write them.
     """
 
@@ -63,7 +63,7 @@ class AdapterBank:
         ]
         self._head = self._pair(1, config.vocab_size, scaled=False)
         self._pairs = [pair for found in self._passes for pair in found.values()] + [self._head]
-        self._stacks = [stack for pair in self._pairs for stack in pair]
+        self.stacks = [stack for pair in self._pairs for stack in pair]
         self._step = torch.zeros((), device=self._device)
         self._learned = np.zeros(slots, dtype=np.int64)  # updates of each slot since `begin`
         self._begun = 0  # documents of the batch before; 0 where there is none to keep A from
@@ -103,7 +103,7 @@ class AdapterBank:
         would have received, so that the next batch starts where the public code's does, which goes on with gradients of
         zero (with ttt_beta1 0).
         """
-        for stack in self._stacks:
+        for stack in self.stacks:
             for moment in (stack.first_moment, stack.second_moment):
                 if moment is not None:
                     moment.zero_()
@@ -134,7 +134,7 @@ class AdapterBank:
 
     def leaves(self, learning: bool) -> list[Tensor]:
         """The copies, which want gradients if ``learning``."""
-        return [stack.copy.detach().requires_grad_(learning) for stack in self._stacks]
+        return [stack.copy.detach().requires_grad_(learning) for stack in self.stacks]
 
     def updates(self, leaves: list[Tensor], offsets: Tensor, row_offsets: Tensor) -> Updates:
         """What the adapters in ``leaves`` add, as the model takes it.
@@ -146,39 +146,44 @@ class AdapterBank:
         for number, found in enumerate(self._passes):
             ends = row_offsets if number == len(self._passes) - 1 else offsets  # the last pass computes rows only
             where = {"inputs": offsets, "out": ends, "mlp": ends}
-            made: dict[str, Update] = {
-                kind: partial(low_rank, A=A, B=B, offsets=where[kind], scale=scale)
+            parts = {"inputs": [*self._inputs.values()], "out": None, "mlp": None}
+            made = {
+                kind: partial(_add, A, B, where[kind], scale, parts[kind])
                 for kind, (A, B) in zip(found, pairs, strict=False)
             }
-            if "inputs" in made:
-                made["inputs"] = partial(self._to_inputs, made["inputs"])
+            if "inputs" in made and len(self._inputs) < len(self._widths):
+                made["inputs"] = partial(self._spread, made["inputs"])
             passes.append(PassUpdates(**made))
         A, B = next(pairs)
-        return Updates(passes, partial(low_rank, A=A, B=B, offsets=row_offsets, scale=scale))
+        return Updates(passes, partial(_add, A, B, row_offsets, scale, None))
 
-    def _to_inputs(self, update: Callable, n: Tensor) -> tuple[Tensor, Tensor]:
+    def _spread(self, update: Update, n: Tensor, residual: None) -> tuple[Tensor, Tensor]:
         """What the adapters add to q, k and v side by side; zeros where one is not adapted."""
-        parts = list(self._inputs.values())
-        added, n = update(n, parts=parts)
-        if len(parts) < len(self._widths):
-            found = dict(zip(self._inputs, added.split(parts, dim=-1), strict=True))
-            zeros = (n.new_zeros(*n.shape[:-1], width) for width in self._widths.values())
-            added = torch.cat([found.get(name, zero) for name, zero in zip(self._widths, zeros, strict=True)], dim=-1)
+        added, n = update(n, residual)
+        found = dict(zip(self._inputs, added.split([*self._inputs.values()], dim=-1), strict=True))
+        zeros = (n.new_zeros(*n.shape[:-1], width) for width in self._widths.values())
+        added = torch.cat([found.get(name, zero) for name, zero in zip(self._widths, zeros, strict=True)], dim=-1)
         return added, n
 
     def count_update(self, learning: np.ndarray) -> None:
-        """The next `step` calls belong to one more update, of the slots where ``learning``, bool [slots], is set."""
+        """The next `update` calls are one more update, of the slots where ``learning``, bool [slots], is set."""
         self._step += 1
         self._learned[learning] += 1
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], learning: Tensor) -> None:
-        """One optimizer step of the slots where ``learning``, bool [slots], is set, on the gradients of `leaves`."""
+    def update(self, stack: Stack, gradient: Tensor, learning: Tensor) -> None:
+        """One optimizer step of a stack's slots where ``learning``, bool [slots], is set, on its leaf's gradient."""
         c = self.config
-        options = dict(lr=c.ttt_lora_lr, beta1=c.ttt_beta1, beta2=c.ttt_beta2, eps=ADAM_EPS)
-        options |= dict(weight_decay=c.ttt_weight_decay, optimizer="adamw" if c.ttt_optimizer == "adam" else "sgd")
-        for stack, gradient in zip(self._stacks, gradients, strict=True):
-            adapter_update_(
-                stack.master, gradient, stack.copy, learning, self._step, first_moment=stack.first_moment,
-                second_moment=stack.second_moment, row_scale=stack.row_scale, **options,
-            )  # fmt: skip
+        adapter_update_(
+            stack.master, gradient, stack.copy, learning, self._step, first_moment=stack.first_moment,
+            second_moment=stack.second_moment, row_scale=stack.row_scale, lr=c.ttt_lora_lr, beta1=c.ttt_beta1,
+            beta2=c.ttt_beta2, eps=ADAM_EPS, weight_decay=c.ttt_weight_decay,
+            optimizer="adamw" if c.ttt_optimizer == "adam" else "sgd",
+        )  # fmt: skip
+
+
+def _add(
+    A: Tensor, B: Tensor, offsets: Tensor, scale: float, parts: list[int] | None, n: Tensor, residual: Tensor | None
+) -> LowRank:
+    """`low_rank` as an `Update`."""
+    return low_rank(n, A, B, offsets, scale, parts=parts, residual=residual)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from pgolf.evaluate import to_device
 from pgolf.gradient import uses_graphs
 from pgolf.kernels._launch import compiling_ahead
 from pgolf.model import GPT
-from pgolf.ttt.adapters import AdapterBank
+from pgolf.ttt.adapters import AdapterBank, Stack
 
 # Lengths of captured streams, in chunks of all slots: while none of a batch has ended its stream grows by one at each
 # chunk. Steps without an update are one in a batch, and padded further.
@@ -74,6 +75,8 @@ class ChunkScorer:
         self.model, self.config, self.bank, self.stream = model, config, bank, stream
         self.device = model.qo_bank.device
         self._largest_chunk = max([config.ttt_chunk_size, *(size for _, size in config.chunks_by_length())])
+        # Of lower priority than the stream that graphs are captured on, so that updates fill what the backward leaves.
+        self._updates = torch.cuda.Stream(self.device, priority=0) if self.device.type == "cuda" else None
         self._graphs: dict[bool, dict[int, _Captured]] = {}
         if uses_graphs(config, model):
             self._graphs = self._capture()
@@ -140,9 +143,23 @@ class ChunkScorer:
                 rows=rows.long(),
             )  # fmt: skip
         if learning:
+            learns = learns.bool()
+            for stack, leaf in zip(self.bank.stacks, leaves, strict=True):
+                leaf.register_hook(partial(self._update, stack, learns))
             gradients = torch.autograd.grad(losses, leaves, weights.view(torch.float32))
-            self.bank.step(gradients, learns.bool())
+            if self._updates is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._updates)
+            del gradients  # which updates have read now
         return losses.detach()
+
+    def _update(self, stack: Stack, learning: Tensor, gradient: Tensor) -> None:
+        """Update a stack beside the backward of earlier layers: one is bound by memory, the other by arithmetic."""
+        if self._updates is None:
+            self.bank.update(stack, gradient, learning)
+            return
+        self._updates.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._updates):
+            self.bank.update(stack, gradient, learning)
 
     def _capture(self) -> dict[bool, dict[int, _Captured]]:
         """Graphs by whether they update and by length, the longest first; the bank's adapters mean nothing after."""
@@ -156,7 +173,7 @@ class ChunkScorer:
         with compiling_ahead():
             self._warm_up(kinds)
         self._warm_up(kinds)
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device, priority=-1)
         graphs: dict[bool, dict[int, _Captured]] = {True: {}, False: {}}
         stream.wait_stream(torch.cuda.current_stream(self.device))
         for learning, lengths in kinds.items():
