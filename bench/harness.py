@@ -213,7 +213,7 @@ def main(benches: Mapping[str, Mapping[str, Builder]], description: str, argv: S
     parser.add_argument("--provider", action="append", default=[], dest="providers", metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="small problems and few calls: a smoke test")
     parser.add_argument("--json", type=Path, help="results file (default on CUDA: bench/results/<chip>.json)")
-    parser.add_argument("--commit", default="", help="for the results, where this is no git checkout")
+    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
     arguments = parser.parse_args(argv)
     device, quick = default_device(), arguments.quick
     if device.type == "cuda":

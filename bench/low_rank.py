@@ -1,7 +1,8 @@
 """Adapters of low rank, a set for each of 64 groups, bf16, width 512: ``python -m bench.low_rank``.
 
 `attention` and `mlp` are the record model's projections at 131,072 rows, `head` its vocabulary at 3,072; groups have as
-many rows each but in `ragged`, where they have from a few to almost twice the mean. `eager` goes group by group, `bmm`
+many rows each but in `ragged`, where they have from a few to almost twice the mean; `residual` is `mlp` added to one.
+`eager` goes group by group, `bmm`
 makes batched products, in `ragged` of groups padded to the longest, and `compile` compiles these.
 """
 
@@ -31,9 +32,9 @@ def _lengths(rows: int, groups: int, equal: bool) -> list[int]:
 
 def build(
     rows: int, rank: int, parts: Sequence[int], width: int, backward: bool, equal: bool, device: torch.device,
-    quick: bool, dtype: torch.dtype = torch.bfloat16,
+    quick: bool, dtype: torch.dtype = torch.bfloat16, onto: bool = False,
 ) -> Case:  # fmt: skip
-    """Forward or, with ``backward``, also the gradients of x, A and B."""
+    """Forward or, with ``backward``, also the gradients of x, A and B; ``onto`` a residual without gradient."""
     groups, d = GROUPS, WIDTH
     if quick or device.type != "cuda":
         groups, d, rank = 4, 32, 16
@@ -43,28 +44,32 @@ def build(
     shapes = (rows, d), (groups, len(parts) * rank, d), (groups, sum(parts), rank)
     sizes = 1, d**-0.5, rank**-0.5
     leaves = [(size * torch.randn(shape, device=device)).to(dtype) for shape, size in zip(shapes, sizes, strict=True)]
-    dy = torch.randn(rows, width, device=device).to(dtype)
+    dy, residual = torch.randn(1 + onto, rows, width, device=device).to(dtype).split((1, onto))
+    dy, residual = dy[0], residual[0] if onto else None
     places = torch.arange(max(lengths), device=device)
     valid = places < bounds.diff()[:, None]
     source = (bounds[:-1, None] + places).clamp(max=rows - 1)
     target = valid.flatten().nonzero()[:, 0]
 
     def dense(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return low_rank_reference(x, A, B, None, SCALE, parts, width).y
+        return low_rank_reference(x, A, B, None, None, SCALE, parts, width).y
+
+    def added(y: Tensor) -> Tensor:
+        return y if residual is None else residual.to(y.dtype) + y
 
     def loop(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         triples = zip(x.split(lengths), A.split(1), B.split(1), strict=True)
-        return torch.cat([dense(own[None], a, b)[0] for own, a, b in triples])
+        return added(torch.cat([dense(own[None], a, b)[0] for own, a, b in triples]))
 
     def batched(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         if equal:
-            return dense(x.view(groups, -1, d), A, B).view(rows, width)
-        return dense(torch.where(valid[:, :, None], x[source], 0), A, B).flatten(0, 1)[target]
+            return added(dense(x.view(groups, -1, d), A, B).view(rows, width))
+        return added(dense(torch.where(valid[:, :, None], x[source], 0), A, B).flatten(0, 1)[target])
 
     offsets = bounds.int()
 
     def ours(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return low_rank(x, A, B, offsets, SCALE, parts=parts, width=width).y
+        return low_rank(x, A, B, offsets, SCALE, parts=parts, width=width, residual=residual).y
 
     def run(op: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
         y = op(*inputs)
@@ -83,7 +88,8 @@ def build(
     operations = 2 * rows * rank * (len(parts) * d + sum(parts))
     if backward:  # y and dx are written, too, and gradients of both weights
         activations, weights, operations = 2 * activations, 2 * weights, 3 * operations
-    return Case(providers, provider(loop, torch.float64), activations + weights, operations)
+    moved = activations + weights + (dy.nbytes if onto else 0)
+    return Case(providers, provider(loop, torch.float64), moved, operations)
 
 
 _SHAPES = {
@@ -95,10 +101,11 @@ CASES: dict[str, Builder] = {
     **{f"{name}_forward": partial(build, *shape, False, True) for name, shape in _SHAPES.items()},
     **{f"{name}_forward_backward": partial(build, *shape, True, True) for name, shape in _SHAPES.items()},
     "ragged_forward_backward": partial(build, *_SHAPES["attention"], True, False),
+    "residual_forward_backward": partial(build, *_SHAPES["mlp"], True, True, onto=True),
     "rank256_forward_backward": partial(build, 32_768, 256, (512,), 512, True, True),
     "float32_forward_backward": partial(build, 8192, 64, (512,), 512, True, True, dtype=torch.float32),
 }
-_CHOICES = dict(rows=(64, 128), columns=(64, 128, 256), depth=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4))
+_CHOICES = dict(rows=(64, 128, 256), columns=(64, 128, 256), depth=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4))
 TUNING = {
     "forward": Tuning(CASES["attention_forward"], _CHOICES),
     **{name: Tuning(CASES["attention_forward_backward"], _CHOICES) for name in ("hidden", "input", "weights")},

@@ -46,9 +46,9 @@ COMMAND = "python -m bench.prove --data-dir DIR"
 SECONDS = 540.0
 LEAST_SECONDS = 5.0  # a part does not begin with less time left
 SECONDS_TO_STOP = 15.0  # a process that is told to stop may take so long
-TESTS_AT_ONCE = 12  # processes that share the GPU
+TESTS_AT_ONCE = 16  # each has a CUDA context of its own
 RUN_SETTINGS = dict(
-    max_wallclock_seconds=40,
+    max_wallclock_seconds=30,
     warmup_steps=1,
     ema_decay=0.9,
     train_log_every=10,
@@ -340,15 +340,11 @@ def prove_program(proof: Proof, figures: dict[str, Any]) -> None:
             if (unpacked / "again.py").read_bytes() != folder.program.read_bytes():
                 raise PartFailed("the program in --run-dir is not of this tree")
         shutil.copy(folder.program, alone)
-        for path in (
-            folder.config_file,
-            folder.artifact(config),
-            folder.ema,
-        ):  # `eval` also wants the weights before quantisation
+        for path in (folder.config_file, folder.artifact(config), folder.ema):  # eval scores the average, too
             shutil.copy(path, scored)
         for stage, key, tolerance in (("eval", "quantized", EVAL_TOLERANCE), ("ttt", "ttt", TTT_TOLERANCE)):
             options = (stage, "--run-dir", scored, "--set", "artifact_dir=")
-            proof.call(folder.program.name, *options, cwd=alone, PYTHONPATH="", TMPDIR=str(unpacked))
+            proof.call(folder.program.name, *options, cwd=alone, TMPDIR=str(unpacked))
             got = run_figures(RunFolder(scored).summary())["bits_per_byte"][key]
             difference = got - expected[key]
             figures[stage] = {"bits_per_byte": got, "difference": difference, "tolerance": tolerance}
@@ -424,7 +420,7 @@ def describe_machine(commit: str = "") -> tuple[str, dict[str, Any]] | None:
     from bench.timing import chip_name, default_device
 
     header = describe(default_device(), commit)
-    dirty = None if header["commit"] == commit else header["commit"].endswith("+")
+    dirty = None if commit else header["commit"].endswith("+")
     header |= {"commit": header["commit"].rstrip("+"), "dirty": dirty, "trees": tree_hashes()}
     return chip_name(default_device()), header
 
@@ -448,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts (default: {SECONDS:g})")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="of the run")
     parser.add_argument("--results", type=Path, help="default: bench/results/<chip>_proof.json; the log lies beside it")
-    parser.add_argument("--commit", default="", help="for the results, where this is no git checkout")
+    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
     arguments = parser.parse_args(argv)
     if arguments.check:
         print(check_line())

@@ -69,7 +69,7 @@ def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
 
 
 def describe(device: torch.device, commit: str = "") -> dict[str, Any]:
-    """Chip, versions of what takes part, commit and date. ``commit`` serves where this is no git checkout."""
+    """Chip, versions of what takes part, commit and date. ``commit`` tells it where this is not that checkout."""
     environment = describe_environment(World(0, 1, device))
     versions = dict(environment["versions"])
     for package in PACKAGES:
@@ -79,7 +79,7 @@ def describe(device: torch.device, commit: str = "") -> dict[str, Any]:
     return {
         "chip": environment["chip"],
         "versions": versions,
-        "commit": environment["git_commit"] or commit,
+        "commit": commit or environment["git_commit"],
         "date": date,
     }
 

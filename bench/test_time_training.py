@@ -1,9 +1,9 @@
 """Time test-time training by document length: ``python -m bench.test_time_training``.
 
 Each batch holds ttt_batch_size documents of one length and is scored without phases. The time counts from the first
-chunk to the last; kernels are compiled and graphs captured before. The floor is the arithmetic of the matrices at the
-matrix rate that the chip reaches in the same run. From the times follow tokens a second on FineWeb's mix of lengths,
-and the seconds of the whole validation split on 8 GPUs.
+chunk to the last; kernels are compiled and graphs captured before, once for all lengths. The floor is the arithmetic
+of the matrices at the matrix rate that the chip reaches in the same run. From the times follow tokens a second on
+FineWeb's mix of lengths, and the seconds of the whole validation split on 8 GPUs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,33 +69,51 @@ def floor_seconds(length: int, model: GPT, config: RunConfig, tflop_per_s: float
     return FLOP_PER_WEIGHT * matrix_weights(config, passes) * tokens / (tflop_per_s * 1e12)
 
 
-def time_length(
-    model: GPT, config: RunConfig, length: int, tflop_per_s: float, text: np.ndarray | None = None
-) -> dict[str, Any]:
-    """Score one batch of documents of ``length`` and return what it takes."""
+def time_lengths(
+    model: GPT,
+    config: RunConfig,
+    lengths: Sequence[int],
+    tflop_per_s: float,
+    report: Callable[[dict[str, Any]], None],
+    text: np.ndarray | None = None,
+) -> None:
+    """Score one batch of documents of each length, the longest first, and report what each takes when it is done."""
     device = next(model.parameters()).device
-    config = config.replace(phased_ttt_enabled=False, ttt_eval_batches="")
-    tokens = documents_of_length(length, config.ttt_batch_size, config.vocab_size, text)
+    config = config.replace(phased_ttt_enabled=False, ttt_eval_batches="", ttt_lanes=1)
+    count, left = config.ttt_batch_size, sorted(lengths)
+    tokens = torch.cat([documents_of_length(length, count, config.vocab_size, text) for length in left])
     no_flags = [False] * config.vocab_size
     table = ByteTable([1] * config.vocab_size, no_flags, no_flags)  # bytes do not matter here
+
+    def watch(steps: Iterable[None], **_: Any) -> Iterator[None]:
+        setup, begun, chunks = time.perf_counter() - called, time.perf_counter(), 0
+        for step in steps:
+            chunks += 1
+            # A document's last target is the next one's BOS, so there are as many as tokens.
+            if chunks == -(-left[-1] // config.ttt_chunk_size):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                length, chunks, seconds = left.pop(), 0, time.perf_counter() - begun
+                floor = floor_seconds(length, model, config, tflop_per_s)
+                report(
+                    {
+                        "length": length,
+                        "documents": count,
+                        "seconds": seconds,
+                        "tokens_per_s": length * count / seconds,
+                        "window_tokens": count * window_tokens(length, config),
+                        "floor_seconds": floor,
+                        "floor_share": floor / seconds,
+                        "setup_seconds": setup,
+                        "peak_memory_bytes": peak_memory_bytes(device),
+                    }
+                )
+                begun = time.perf_counter()
+            yield step
+
     reset_peak_memory(device)
-    begun = time.perf_counter()
-    result = ttt.test_time_training(model, config, tokens, table)
-    whole, (phase,) = time.perf_counter() - begun, result.phases
-    seconds = phase["seconds"]
-    floor = floor_seconds(length, model, config, tflop_per_s)
-    return {
-        "length": length,
-        "documents": config.ttt_batch_size,
-        "seconds": seconds,
-        "setup_seconds": whole - seconds,
-        "tokens_per_s": length * config.ttt_batch_size / seconds,
-        "window_tokens": config.ttt_batch_size * window_tokens(length, config),
-        "floor_seconds": floor,
-        "floor_share": floor / seconds,
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "loss": result.loss,
-    }
+    called = time.perf_counter()
+    ttt.test_time_training(model, config, tokens, table, progress=watch)
 
 
 def predict(seconds_per_token: Mapping[int, float], documents: Sequence[int]) -> dict[str, float]:
@@ -140,7 +158,7 @@ def main(argv: list[str] | None = None, config: RunConfig | None = None) -> dict
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
     parser.add_argument("--quick", action="store_true", help="a few short documents: a smoke test")
     parser.add_argument("--results", type=Path, help="default on CUDA: bench/results/<chip>_test_time_training.json")
-    parser.add_argument("--commit", default="", help="for the results, where this is no git checkout")
+    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
     arguments = parser.parse_args(argv)
     folder = RunFolder(arguments.run_dir) if arguments.run_dir else None
     config = config or (folder.config() if folder else RunConfig.preset("record"))
@@ -166,15 +184,17 @@ def main(argv: list[str] | None = None, config: RunConfig | None = None) -> dict
     meta = {**describe(world.device, arguments.commit), "ceilings": ceilings}
     meta |= {"weights": "artifact" if folder else "random", "tokens": "random" if text is None else "validation"}
     results: dict[str, Any] = {"meta": meta, "mix": None, "rows": []}
-    for length in lengths:
-        row = time_length(model, config, length, ceilings["matmul_tflop_per_s"], text)
+
+    def report(row: dict[str, Any]) -> None:
         results["rows"].append(row)
-        print(f"{length:,} tokens: {row['seconds']:.3f} s, made ready in {row['setup_seconds']:.1f} s", flush=True)
+        print(f"{row['length']:,} tokens: {row['seconds']:.3f} s", flush=True)
         if len(results["rows"]) == len(lengths):
             per_token = {row["length"]: 1 / row["tokens_per_s"] for row in results["rows"]}
             results["mix"] = predict(per_token, fineweb_lengths())
         if target is not None:
             write_aside(target, json.dumps(results, indent=1) + "\n")
+
+    time_lengths(model, config, lengths, ceilings["matmul_tflop_per_s"], report, text)
     print(f"\n{meta['chip']}, {ceilings['matmul_tflop_per_s']:,.4g} TFLOP/s in products\n{_table(results)}")
     return results
 

@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
     parser.add_argument("--provider", action="append", choices=PROVIDERS, default=[], dest="providers")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--commit", default="", help="for the results, where this is no git checkout")
+    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args(argv)
     settings = dict(pair.split("=", 1) for pair in arguments.settings)

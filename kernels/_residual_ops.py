@@ -61,7 +61,7 @@ def _fake_mix_backward(*arguments) -> tuple[Tensor, ...]:
     x, x0, mix, skip, _, gate = arguments[6:12]
     x0_is_x, skip_is_x, need_x, need_x0, need_parameters = arguments[14:]
     outputs = _empty(x, need_x, need_x0 and x0 is not None and not x0_is_x, skip is not None and not skip_is_x)
-    return *outputs, _sums(x, kernels.mix_sums(x, mix, skip, gate) * need_parameters)
+    return *outputs, _sums(x, kernels.mix_sums(x, mix, skip, gate) if need_parameters else 0)
 
 
 _mix_backward_op = operator(
@@ -82,7 +82,7 @@ _norm_backward_op = operator(
 def _fake_lanes_backward(*arguments) -> tuple[Tensor, ...]:
     lane0, (mix, skip, _, gate), (need_x0, need_parameters) = arguments[6], arguments[12:16], arguments[18:]
     outputs = _empty(lane0, need_x0 and mix is not None, True, True, True, True, skip is not None)
-    return *outputs, _sums(lane0, kernels.lanes_sums(lane0, mix, skip, gate) * need_parameters)
+    return *outputs, _sums(lane0, kernels.lanes_sums(lane0, mix, skip, gate) if need_parameters else 0)
 
 
 _lanes_backward_op = operator(

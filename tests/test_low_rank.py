@@ -228,6 +228,21 @@ def test_large_and_small_tiles(rows: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("case", ["several parts", "odd"])
+def test_tiles_that_are_not_square(monkeypatch, case: str) -> None:
+    """The weights' lie across where the gradient is narrower than they are, and dx_next is read before the product."""
+    tile = dict(rows=32, columns=128, depth=16, warps=1, stages=2) if INTERPRETED else None
+    tile = tile or dict(rows=64, columns=256, depth=32, warps=4, stages=2)
+    table = family.launch_parameters
+    other = ("input", "weights")
+    monkeypatch.setattr(family, "launch_parameters", lambda f, c, d: tile if c in other else table(f, c, d))
+    monkeypatch.setattr(family, "_SHORT", 0)
+    leaves, arguments = inputs(DEVICE, case)
+    _, rows, _, _, parts, width = CASES[case]
+    assert_as_precise(leaves, torch.randn(rows, width, device=DEVICE), arguments, random_like(leaves[0]))
+
+
+@needs_kernels
 def test_many_groups() -> None:
     """More of them than a program looks at together."""
     lengths = torch.randint(0, 3, (140,)) * (torch.rand(140) < 0.1)
