@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.compiled_model import compiled_blocks
 from bench.timing import measure_ceilings
 from pgolf.config import PRESETS, RunConfig
-from pgolf.gradient import MeanGradient, uses_graphs
+from pgolf.gradient import MeanGradient
+from pgolf.graphs import uses_graphs
 from pgolf.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer

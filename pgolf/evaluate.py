@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pgolf.bpb import ByteTable, bits_per_byte
 from pgolf.config import RunConfig
-from pgolf.loader import segment_boundaries
+from pgolf.graphs import Graphs, uses_graphs
+from pgolf.loader import SEGMENT_ENTRIES, segment_boundaries
 from pgolf.model import BOS_ID, GPT
 
 ROWS_OF_A_BATCH = 8  # val_batch_tokens is what eight ranks take at once, one row each
@@ -31,7 +32,7 @@ class Row(NamedTuple):
     inputs: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T]
     counted: Tensor  # bool [B, T], targets to add up
-    cu_seqlens: Tensor | None  # int32, a multiple of 64 entries; None: dense rows
+    cu_seqlens: Tensor | None  # int32, a multiple of SEGMENT_ENTRIES; None: dense rows
 
 
 @torch.no_grad()
@@ -183,7 +184,8 @@ def _packed_row(tokens: Tensor, start: int, stop: int, width: int, max_segment: 
     span = tokens[start : stop + 1].long()
     inputs, targets = _padded(span[:-1], width), _padded(span[1:], width)
     counted = torch.arange(width) < stop - start
-    return Row(inputs[None], targets[None], counted[None], segment_boundaries(inputs, max_segment))
+    boundaries = segment_boundaries(inputs, max_segment, pad_multiple=SEGMENT_ENTRIES)
+    return Row(inputs[None], targets[None], counted[None], boundaries)
 
 
 def _sliding_windows(tokens: Tensor, window: int, stride: int) -> Tensor:
@@ -222,11 +224,12 @@ def _score(
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, targets
     if progress is not None:
         rows = progress(rows, total=total, description="evaluation", unit="rows")
+    graphs = Graphs(device) if uses_graphs(config, model) else None
     with evaluation_mode(model):
         for row in rows:
             inputs, targets, counted = (to_device(part, device) for part in row[:3])
             cu_seqlens = None if row.cu_seqlens is None else to_device(row.cu_seqlens, device)
-            losses = model.token_losses(inputs, targets, cu_seqlens, config.eval_seq_len)
+            losses = _losses(model, config, graphs, inputs, targets, cu_seqlens)
             sums[0] += (losses.double() * counted).sum()
             sums[1] += (byte_table.count(inputs, targets) * counted).sum()
             sums[2] += counted.sum()
@@ -234,3 +237,19 @@ def _score(
         dist.all_reduce(sums)
     nats, total_bytes, targets_scored = sums.tolist()
     return nats / targets_scored, bits_per_byte(nats, total_bytes)
+
+
+def _losses(
+    model: GPT, config: RunConfig, graphs: Graphs | None, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Nats of a row; packed rows, which are all of one width, from a graph where there are graphs."""
+
+    def losses(*row: Tensor | None) -> Tensor:
+        return model.token_losses(*row, config.eval_seq_len)
+
+    if graphs is None or cu_seqlens is None:
+        return losses(inputs, targets, cu_seqlens)
+    key = inputs.shape, cu_seqlens.shape
+    if key not in graphs:
+        graphs.capture(key, losses, inputs, targets, cu_seqlens)
+    return graphs.replay(key, inputs, targets, cu_seqlens)

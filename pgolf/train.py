@@ -15,7 +15,8 @@ from pgolf.checkpoint import TrainingState, load_checkpoint, load_tensors, save_
 from pgolf.config import RunConfig
 from pgolf.evaluate import evaluate_packed
 from pgolf.folder import RunFolder
-from pgolf.gradient import MeanGradient, uses_graphs
+from pgolf.gradient import MeanGradient
+from pgolf.graphs import uses_graphs
 from pgolf.kernels._launch import compiling_ahead, set_backend
 from pgolf.loader import DocumentPackingLoader, load_validation_tokens
 from pgolf.model import GPT

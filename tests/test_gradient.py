@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pgolf.config import ConfigError, RunConfig
-from pgolf.gradient import MeanGradient, uses_graphs
+from pgolf.gradient import MeanGradient
+from pgolf.graphs import uses_graphs
 from pgolf.kernels._launch import INTERPRETED
 from pgolf.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
 from pgolf.model import GPT
@@ -76,7 +77,7 @@ def test_graphs_give_the_same_bits(count: int) -> None:
         with torch.no_grad():
             for parameter in built.parameters():
                 parameter.mul_(1.01)
-    assert len(graphs._captured) == 4  # two loop states, two numbers of entries
+    assert len(graphs.graphs._captured) == 4  # two loop states, two numbers of entries
 
 
 def test_where_graphs_are_used() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pgolf.config import RunConfig
 from pgolf.evaluate import to_device
-from pgolf.gradient import uses_graphs
+from pgolf.graphs import Graphs, uses_graphs
 from pgolf.kernels._launch import compiling_ahead
 from pgolf.model import GPT
 from pgolf.ttt.adapters import AdapterBank, Stack
@@ -61,12 +61,6 @@ class _Fields:
         return tokens + 3 * rows + 3 * slots + 3
 
 
-class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    fields: _Fields  # what it reads
-    losses: Tensor  # what it leaves
-
-
 class ChunkScorer:
     """Scores chunks of a batch's documents with the adapters of a bank, and updates these."""
 
@@ -77,9 +71,9 @@ class ChunkScorer:
         self._largest_chunk = max([config.ttt_chunk_size, *(size for _, size in config.chunks_by_length())])
         # Of lower priority than the stream that graphs are captured on, so that updates fill what the backward leaves.
         self._updates = torch.cuda.Stream(self.device, priority=0) if self.device.type == "cuda" else None
-        self._graphs: dict[bool, dict[int, _Captured]] = {}
+        self._lengths: dict[bool, list[int]] = {}  # of captured streams, by whether adapters are updated
         if uses_graphs(config, model):
-            self._graphs = self._capture()
+            self._capture()
 
     def parts(self, chunk: Chunk) -> Iterator[Chunk]:
         """The chunk in parts of at most ttt_micro_batch_tokens window tokens and at least one document."""
@@ -101,16 +95,14 @@ class ChunkScorer:
         """
         learning = bool(chunk.learning.any())
         tokens, rows = int(chunk.length.sum()), int(chunk.scored.sum())
-        if not self._graphs:
-            fields, places = self._fields(chunk, tokens, rows)
-            fields.whole = to_device(fields.whole, self.device)
-            return self._compute(fields, learning), to_device(places, self.device)
-        graphs = self._graphs[learning]
-        captured = graphs[min(length for length in graphs if length >= tokens)]
-        fields, places = self._fields(chunk, captured.fields.tokens, captured.fields.rows)
-        captured.fields.whole.copy_(to_device(fields.whole, self.device), non_blocking=True)
-        captured.graph.replay()
-        return captured.losses, to_device(places, self.device)
+        if self._lengths:
+            tokens = min(length for length in self._lengths[learning] if length >= tokens)
+            rows = self._rows(tokens)
+        fields, places = self._fields(chunk, tokens, rows)
+        whole, places = (to_device(part, self.device) for part in (fields.whole, places))
+        if self._lengths:
+            return self._graphs.replay((tokens, learning), whole), places
+        return self._compute(whole, tokens, rows, learning), places
 
     def _fields(self, chunk: Chunk, tokens: int, rows: int) -> tuple[_Fields, Tensor]:
         """The step's fields on the host, padded to so many tokens and rows, and the rows' places in the stream."""
@@ -133,14 +125,15 @@ class ChunkScorer:
         learning[:] = chunk.learning
         return fields, torch.from_numpy(places)
 
-    def _compute(self, fields: _Fields, learning: bool) -> Tensor:
-        ids, targets, rows, weights, segments, row_offsets, learns = fields.parts
+    def _compute(self, whole: Tensor, tokens: int, rows: int, learning: bool) -> Tensor:
+        fields = _Fields(whole, tokens, rows, self.bank.slots)
+        ids, targets, chosen, weights, segments, row_offsets, learns = fields.parts
         leaves = self.bank.leaves(learning)
         updates = self.bank.updates(leaves, segments[:-1], row_offsets)
         with torch.set_grad_enabled(learning):
             (losses,) = self.model.token_losses(
-                ids[None].long(), targets[None].long(), segments, fields.tokens, sequences=segments, updates=updates,
-                rows=rows.long(),
+                ids[None].long(), targets[None].long(), segments, tokens, sequences=segments, updates=updates,
+                rows=chosen.long(),
             )  # fmt: skip
         if learning:
             learns = learns.bool()
@@ -161,54 +154,49 @@ class ChunkScorer:
         with torch.cuda.stream(self._updates):
             self.bank.update(stack, gradient, learning)
 
-    def _capture(self) -> dict[bool, dict[int, _Captured]]:
-        """Graphs by whether they update and by length, the longest first; the bank's adapters mean nothing after."""
+    def _capture(self) -> None:
+        """Capture a graph for each length, the longest first; the bank's adapters mean nothing after."""
         chunks = self.bank.slots * self._largest_chunk
         longest = min(self.bank.slots * self.config.ttt_eval_seq_len,
                       max(self.config.ttt_micro_batch_tokens, self.config.ttt_eval_seq_len))  # fmt: skip
-        kinds = {}
         for learning, lengths in ((True, LEARNING_LENGTHS), (False, SCORING_LENGTHS)):
-            found = {min(_whole(length * chunks), _whole(longest)) for length in lengths} | {_whole(longest)}
-            kinds[learning] = sorted(found, reverse=True)
+            found = {_whole(min(length * chunks, longest)) for length in lengths} | {_whole(longest)}
+            self._lengths[learning] = sorted(found, reverse=True)
         with compiling_ahead():
-            self._warm_up(kinds)
-        self._warm_up(kinds)
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device, priority=-1)
-        graphs: dict[bool, dict[int, _Captured]] = {True: {}, False: {}}
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        for learning, lengths in kinds.items():
+            self._warm_up()
+        self._warm_up()
+        self._graphs = Graphs(self.device)
+        for learning, lengths in self._lengths.items():
             for tokens in lengths:
-                fields, graph = self._made_up(tokens), torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                    losses = self._compute(fields, learning)
-                graphs[learning][tokens] = _Captured(graph, fields, losses)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        return graphs
+                step = partial(self._compute, tokens=tokens, rows=self._rows(tokens), learning=learning)
+                self._graphs.capture((tokens, learning), step, self._made_up(tokens), loaded=True)
 
-    def _warm_up(self, kinds: dict[bool, list[int]]) -> None:
-        """Launch what graphs will hold: kernels are loaded at their first launch, which cannot be captured."""
-        for learning, lengths in kinds.items():
+    def _warm_up(self) -> None:
+        """Launch what graphs will hold, of short and of long streams."""
+        for learning, lengths in self._lengths.items():
             for tokens in (lengths[0], lengths[-1]):
-                self._compute(self._made_up(tokens), learning)
+                self._compute(self._made_up(tokens), tokens, self._rows(tokens), learning)
 
-    def _made_up(self, tokens: int) -> _Fields:
-        """Fields of so many random tokens, dealt evenly to all slots."""
-        slots = self.bank.slots
-        fields = _Fields(torch.zeros(0), tokens, min(tokens, slots * self._largest_chunk), slots)
+    def _rows(self, tokens: int) -> int:
+        """The most rows of a stream of so many tokens."""
+        return min(tokens, self.bank.slots * self._largest_chunk)
+
+    def _made_up(self, tokens: int) -> Tensor:
+        """The fields of so many random tokens, dealt evenly to all slots, on the device."""
+        slots, count = self.bank.slots, self._rows(tokens)
         bounds = [tokens * slot // slots for slot in range(slots + 1)]
         scored = [min(self._largest_chunk, stop - start) for start, stop in pairwise(bounds)]
         row_offsets = [0, *accumulate(scored)]
-        rows = torch.zeros(fields.rows, dtype=torch.int32)
-        for stop, count, low in zip(bounds[1:], scored, row_offsets, strict=False):
-            rows[low : low + count] = torch.arange(stop - count, stop)
+        rows = torch.zeros(count, dtype=torch.int32)
+        for stop, own, low in zip(bounds[1:], scored, row_offsets, strict=False):
+            rows[low : low + own] = torch.arange(stop - own, stop)
         generator = torch.Generator().manual_seed(0)
         ids, targets = (
-            torch.randint(0, self.config.vocab_size, (count,), generator=generator) for count in (tokens, fields.rows)
+            torch.randint(0, self.config.vocab_size, (size,), generator=generator) for size in (tokens, count)
         )
-        parts = (ids, targets, rows, torch.ones(fields.rows).view(torch.int32), torch.tensor([*bounds, tokens]),
+        parts = (ids, targets, rows, torch.ones(count).view(torch.int32), torch.tensor([*bounds, tokens]),
                  torch.tensor(row_offsets), torch.ones(slots))  # fmt: skip
-        fields.whole = torch.cat([part.int() for part in parts]).to(self.device)
-        return fields
+        return torch.cat([part.int() for part in parts]).to(self.device)
 
 
 def _whole(tokens: int) -> int:
