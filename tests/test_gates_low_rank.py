@@ -38,7 +38,7 @@ def limits(kernel: Compiled, shape: str) -> dict[str, int]:
     if case not in ("wide", "weights") and rows < 192 * GROUPS:
         case = "short"
     tuned = launch_parameters("low_rank", case, torch.device("cpu"))
-    columns = tuned["columns"] if kernel.name != "_forward_kernel" else max(rank, tuned["columns"])
+    columns = max(128, tuned["columns"]) if kernel.name == "_forward_kernel" else tuned["columns"]
     alone = tuned["rows"] * columns > 64 * 32 * tuned["warps"]
     threads = 32 * tuned["warps"]
     return {} if alone else dict(registers=min(255, 65536 // (2 * threads) // 8 * 8), shared=116_000)
