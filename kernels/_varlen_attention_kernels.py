@@ -9,7 +9,7 @@ from ._launch import jit, tl
 def _attention_tiles_kernel(cu_seqlens, tiles, S, SIZES: tl.constexpr, CHUNK: tl.constexpr):
     """Tile ``slot`` of those of one size that segments own, to its place: segments by length, then their empty tiles.
 
-    A tile is its segment's first token, the segment's length and the tile's first token in it.
+    A tile is its segment's first token, the segment's length, the tile's first token in it and the segment.
     """
     slot, which = tl.program_id(0), tl.program_id(1)
     size = SIZES[0]
@@ -36,7 +36,7 @@ def _attention_tiles_kernel(cu_seqlens, tiles, S, SIZES: tl.constexpr, CHUNK: tl
         used += tl.sum(blocks)
         before += tl.sum(tl.where((lengths > length) | ((lengths == length) & (starts < start)), blocks, 0))
     column = tl.arange(0, 4)
-    tile = tl.where(column == 0, start, tl.where(column == 1, length, block * size))
+    tile = tl.where(column == 0, start, tl.where(column == 1, length, tl.where(column == 2, block * size, segment)))
     tl.store(tiles + (before + block) * 4 + column, tile, mask=(block * size < length) & (column >= 0))
     tl.store(tiles + slot * 4 + column, column * 0, mask=(slot >= used) & (column >= 0))
 
@@ -46,6 +46,12 @@ def _tile(tiles, slot):
     """The first token (int64) and the length of a tile's segment, the tile's first token in it."""
     tiles += slot * 4
     return tl.load(tiles).to(tl.int64), tl.load(tiles + 1), tl.load(tiles + 2)
+
+
+@jit
+def _first_query(first_queries, tiles, slot):
+    """Where the queries of a tile's segment begin in it."""
+    return tl.load(first_queries + tl.load(tiles + slot * 4 + 3))
 
 
 @jit
@@ -117,6 +123,19 @@ def _through_prologue(
 
 
 @jit
+def _clear_padding(
+    padding, padding_t, at_first, first, length, head, QUERIES: tl.constexpr, PADDING: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Zeros into the padding of a tile's tokens, by the program of the first heads."""
+    if PADDING > 0:
+        tokens, columns = tl.arange(0, QUERIES)[:, None], tl.arange(0, PADDED)[None, :]
+        zeros = tl.zeros((QUERIES, PADDED), padding.dtype.element_ty)
+        mask = (first + tokens < length) & (columns < PADDING) & (head == 0)
+        tl.store(padding + at_first * padding_t + tokens * padding_t + columns, zeros, mask=mask)
+
+
+@jit
 def _attend(
     q, k, v, all_k, all_v, queries, start, first, length, head, k_t, k_h, v_t, v_h, scale, D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, MAXIMUM: tl.constexpr,
@@ -149,19 +168,32 @@ def _attend(
 
 @jit
 def _attention_kernel(
-    q, k, v, all_k, all_v, o, lse, along, logits, tiles, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T, scale,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
+    q, k, v, all_k, all_v, o, lse, along, logits, tiles, first_queries, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T,
+    scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """With PLAIN exponentials are of the scores themselves: no maximum, nothing to scale back in the loop.
 
-    Where sums then tell that some were too large or all too small, the tile is computed again.
+    Where sums then tell that some were too large or all too small, the tile is computed again. With ``first_queries``
+    a tile that has queries is computed as a whole, and of its rows those before them get zeros.
     """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
-    start, length, first = _tile(tiles, tl.program_id(0) // (H // HEADS))
+    slot = tl.program_id(0) // (H // HEADS)
+    start, length, first = _tile(tiles, slot)
     if first >= length:
         return
     rows = tl.arange(0, QUERIES * HEADS)
+    if first_queries is not None:
+        first_query = _first_query(first_queries, tiles, slot)
+        if tl.minimum(first + QUERIES, length) <= first_query:
+            valid = first + rows % QUERIES < length
+            skipped = o + ((start + first) * H + head) * D + _offsets(H * D, D, QUERIES, HEADS, D)
+            tl.store(skipped, tl.zeros((QUERIES * HEADS, D), o.dtype.element_ty), mask=valid[:, None])
+            skipped = start + first + head * T + rows // QUERIES * T + rows % QUERIES
+            tl.store(lse + skipped, tl.zeros((QUERIES * HEADS,), tl.float32), mask=valid)
+            if along is not None:
+                tl.store(along + skipped, tl.zeros((QUERIES * HEADS,), tl.float32), mask=valid)
+            return
     queries = first + rows % QUERIES
     inside = queries < length
     if logits is not None:
@@ -195,6 +227,8 @@ def _attention_kernel(
         acc -= (component * inverse)[:, None] * own
     if logits is not None:
         acc *= 2 * tl.sigmoid(logit.to(tl.float32))[:, None]
+    if first_queries is not None:
+        acc = tl.where(queries[:, None] >= first_query, acc, 0)
     o += ((start + first) * H + head) * D
     tl.store(o + _offsets(H * D, D, QUERIES, HEADS, D), acc.to(o.dtype.element_ty), mask=inside[:, None])
 
@@ -202,40 +236,57 @@ def _attention_kernel(
 @jit
 def _attention_queries_kernel(
     do, q, k, v, all_k, all_v, o, lse, along, logits, pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin,
-    partials, padding, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h, logits_t, dlogits_t,
-    padding_t, T, period, scale, factor, unit, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
-    HALF: tl.constexpr, PADDING: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    partials, padding, tiles, first_queries, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h,
+    logits_t, dlogits_t, padding_t, T, period, scale, factor, unit, H: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, PADDING: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, and the pairs of their lse and delta = <do, o>.
 
     With ``core_do`` do and o are the gradient and the result y = g (o - <o, u> u) of `_forward`'s epilogue. Then also
     written are core_do = g (do - <do, u> u), dlogits, and into dv what the exclusion gives u; the tile's heads are a
-    whole group, of which that is the sum.
+    whole group, of which that is the sum. With ``first_queries`` dq and dlogits of the rows before are zeros, of a tile
+    without queries at once, and what only the keys' kernel reads is there for queries alone.
     """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     slot = tl.program_id(0) // (H // HEADS)
     start, length, first = _tile(tiles, slot)
-    if first >= length:
+    idle = first >= length
+    if first_queries is not None:
+        first_query = _first_query(first_queries, tiles, slot)
+        idle |= tl.minimum(first + QUERIES, length) <= first_query
+    if idle:
         if gain is not None:
             at = (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
             tl.store(partials + at, tl.zeros((HEADS,), tl.float32))
+        if first_queries is not None:
+            rows, at_first = tl.arange(0, QUERIES * HEADS), start + first
+            inside = first + rows % QUERIES < length
+            skipped = dq + at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
+            tl.store(skipped, tl.zeros((QUERIES * HEADS, D), dq.dtype.element_ty), mask=inside[:, None])
+            if logits is not None:
+                skipped = dlogits + (at_first + rows % QUERIES) * dlogits_t + head + rows // QUERIES
+                tl.store(skipped, tl.zeros((QUERIES * HEADS,), dlogits.dtype.element_ty), mask=inside)
+            _clear_padding(padding, padding_t, at_first, first, length, head, QUERIES, PADDING, PADDED)
         return
     rows = tl.arange(0, QUERIES * HEADS)
     queries = first + rows % QUERIES
     inside = queries < length
+    asked = inside
+    if first_queries is not None:
+        asked &= queries >= first_query
     at_first = start + first
     at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
     do += at_first * do_t + head * do_h
-    do = tl.load(do + _offsets(do_t, do_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
+    do = tl.load(do + _offsets(do_t, do_h, QUERIES, HEADS, D), mask=asked[:, None], other=0)
     in_heads = (at_first * H + head) * D + _offsets(H * D, D, QUERIES, HEADS, D)
-    o = tl.load(o + in_heads, mask=inside[:, None], other=0)
+    o = tl.load(o + in_heads, mask=asked[:, None], other=0)
     if along is not None:
         own_value = v + at_first * v_t + head // GROUP * v_h + _offsets(v_t, 0, QUERIES, HEADS, D)
-        own_value = tl.load(own_value, mask=inside[:, None], other=0).to(tl.float32)
-        component = tl.load(along + at_rows, mask=inside, other=0)
+        own_value = tl.load(own_value, mask=asked[:, None], other=0).to(tl.float32)
+        component = tl.load(along + at_rows, mask=asked, other=0)
     if logits is not None:
-        logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=inside, other=0)
+        logit = tl.load(logits + (start + queries) * logits_t + head + rows // QUERIES, mask=asked, other=0)
     dy, y = do.to(tl.float32), o.to(tl.float32)
     own = tl.sum(dy * y, 1)
     if core_do is not None:
@@ -251,9 +302,9 @@ def _attention_queries_kernel(
             component *= inverse
             outward = tl.sum(dy * own_value, 1) * inverse
             exact -= (gate * outward * inverse)[:, None] * own_value
-        tl.store(core_do + in_heads, exact.to(core_do.dtype.element_ty), mask=inside[:, None])
+        tl.store(core_do + in_heads, exact.to(core_do.dtype.element_ty), mask=asked[:, None])
         tl.debug_barrier()
-        do = tl.load(core_do + in_heads, mask=inside[:, None], other=0)  # products take it from shared memory
+        do = tl.load(core_do + in_heads, mask=asked[:, None], other=0)  # products take it from shared memory
         # Delta is of do as rounded, as the products are: then the rows of dS sum to zero. o is y / g + <o, u> u.
         rounded = do.to(tl.float32)
         own = (1 / tl.maximum(gate, 1e-30)) * tl.sum(rounded * y, 1)
@@ -267,11 +318,11 @@ def _attention_queries_kernel(
             tl.store(dv, given.to(dv.dtype.element_ty), mask=first + tl.arange(0, QUERIES)[:, None] < length)
     made = q
     q += at_first * q_t + head * q_h
-    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
-    lse = tl.load(lse + at_rows, mask=inside, other=0)
+    q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=asked[:, None], other=0)
+    lse = tl.load(lse + at_rows, mask=asked, other=0)
     pair = tl.arange(0, WIDTH)[None, :]
     pairs += at_rows[:, None] * WIDTH + pair
-    tl.store(pairs, tl.where(pair % 2 == 0, lse[:, None], own[:, None]), mask=inside[:, None])
+    tl.store(pairs, tl.where(pair % 2 == 0, lse[:, None], own[:, None]), mask=asked[:, None])
     keys = tl.arange(0, KEYS)
     acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
     for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
@@ -300,27 +351,24 @@ def _attention_queries_kernel(
         tl.store(partials + at, unit * tl.sum(tl.reshape(tl.where(inside, component, 0), (HEADS, QUERIES)), 1))
     dq += at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
     tl.store(dq, acc.to(dq.dtype.element_ty), mask=inside[:, None])
-    if PADDING > 0:
-        tokens, columns = tl.arange(0, QUERIES)[:, None], tl.arange(0, PADDED)[None, :]
-        zeros = tl.zeros((QUERIES, PADDED), padding.dtype.element_ty)
-        mask = (first + tokens < length) & (columns < PADDING) & (head == 0)
-        tl.store(padding + at_first * padding_t + tokens * padding_t + columns, zeros, mask=mask)
+    _clear_padding(padding, padding_t, at_first, first, length, head, QUERIES, PADDING, PADDED)
 
 
 @jit
 def _attention_keys_kernel(
-    do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, tiles, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h,
-    dv_t, dv_h, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, tiles, first_queries, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h,
+    dk_t, dk_h, dv_t, dv_h, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
     HALF: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys, dv with ADD on top of what is there.
+    """dk and dv of a tile of keys, dv with ADD on top of what is there, with ``first_queries`` in rows of queries only.
 
     Scores are transposed, so that their gradients are left operands, from registers; so is k if HELD, which spares
     shared memory, whose bandwidth is what these small products take most of.
     """
     head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
-    start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))
+    slot = tl.program_id(0) // (H // GROUP)
+    start, length, first = _tile(tiles, slot)
     if first >= length:
         return
     keys = first + tl.arange(0, KEYS)
@@ -336,6 +384,8 @@ def _attention_keys_kernel(
     acc_k = tl.zeros((KEYS, D), tl.float32)
     acc_v = tl.zeros((KEYS, D), tl.float32)
     begin = first // QUERIES * QUERIES
+    if first_queries is not None:  # tiles from there on, of which no row needs a mask
+        begin = tl.maximum(begin, _first_query(first_queries, tiles, slot))
     for part in tl.static_range(0, GROUP, HEADS):
         at_begin = start + begin
         query_head = head * GROUP + part
@@ -363,7 +413,7 @@ def _attention_keys_kernel(
             q_rows += QUERIES * q_t
             do_rows += QUERIES * do_t
             of_rows += QUERIES * WIDTH
-    start, length, first = _tile(tiles, tl.program_id(0) // (H // GROUP))  # anew, as k: registers are short until here
+    start, length, first = _tile(tiles, slot)  # anew, as k: registers are short until here
     at_first, keys = start + first, first + tl.arange(0, KEYS)
     inside = keys[:, None] < length
     if inverse_rms is None:
@@ -380,5 +430,8 @@ def _attention_keys_kernel(
     tl.store(dk, acc_k.to(dk.dtype.element_ty), mask=inside)
     dv += at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D)
     if ADD:
-        acc_v += tl.load(dv, mask=inside, other=0).to(tl.float32)
+        given = inside
+        if first_queries is not None:
+            given &= keys[:, None] >= _first_query(first_queries, tiles, slot)
+        acc_v += tl.load(dv, mask=given, other=0).to(tl.float32)
     tl.store(dv, acc_v.to(dv.dtype.element_ty), mask=inside)

@@ -109,7 +109,7 @@ def gated_attention_reference(
     n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, max_seqlen: int,
     num_heads: int, num_kv_heads: int, *, exclude_own_value: bool, gated: bool, head_dim: int | None = None,
     gate_width: int | None = None, update: Tensor | None = None, eps: float = RMS_EPS, core: str = "auto",
-    tiles: Tensor | None = None,
+    tiles: Tensor | None = None, first_queries: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch; the contract of `gated_attention`, whose arguments it shares; ``sdpa`` keeps it from flash."""
     H, K = num_heads, num_kv_heads
@@ -122,6 +122,10 @@ def gated_attention_reference(
     q, k, v = (x.unflatten(-1, (-1, D)) for x in (q, k, v))
     o = attention_reference(*prologue_reference(q, k, cos, sin, q_gain, eps), v, cu_seqlens, max_seqlen, core)
     y = epilogue_reference(o, v, rest[..., :H] if gated else None, exclude_own_value).flatten(2)
+    if first_queries is not None:
+        positions = torch.arange(y.size(1), device=y.device)
+        segments = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+        y = torch.where((positions - cu_seqlens[segments] >= first_queries[segments])[:, None], y, 0)
     return y if n.ndim == 3 else y[0]
 
 
@@ -167,14 +171,14 @@ def _columns(x: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
 
 def _gated_attention_triton(
     n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, tiles: Tensor, update: Tensor | None,
-    num_heads: int, num_kv_heads: int, head_dim: int, exclude_own_value: bool, gated: bool, gate_width: int | None,
-    eps: float,
+    first_queries: Tensor | None, num_heads: int, num_kv_heads: int, head_dim: int, exclude_own_value: bool,
+    gated: bool, gate_width: int | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and what the backward needs besides: projected, 1 / rms [H + K, B T], <o, u> and lse [H, B T]."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
     rows, tokens, d = n.shape
     if not rows * tokens:
-        return _fake(n, weight, cos, sin, q_gain, tiles, update, *sizes, exclude_own_value)
+        return _fake(n, weight, cos, sin, q_gain, tiles, update, first_queries, *sizes, exclude_own_value)
     update = None if update is None else update.reshape(rows * tokens, -1)
     projected, inverse_rms = kernels.project(
         n.reshape(-1, d), weight, cos, sin, q_gain, *sizes, eps, D**-0.5 * math.log2(math.e), gate_width, gated, update
@@ -183,15 +187,15 @@ def _gated_attention_triton(
     along = inverse_rms.new_empty(H * exclude_own_value, rows * tokens)
     y, lse = varlen_attention._forward(
         q, k, v, tiles, D**-0.5, along=along if exclude_own_value else None, logits=logits if gated else None,
-        base_2=True,
+        base_2=True, first_queries=first_queries,
     )  # fmt: skip
     return y.view(rows, tokens, H * D), projected, inverse_rms, along, lse
 
 
 def _gated_attention_backward_triton(
     dy: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, tiles: Tensor, y: Tensor, projected: Tensor,
-    inverse_rms: Tensor, along: Tensor, lse: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
-    exclude_own_value: bool, gated: bool,
+    inverse_rms: Tensor, along: Tensor, lse: Tensor, first_queries: Tensor | None, num_heads: int, num_kv_heads: int,
+    head_dim: int, exclude_own_value: bool, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of projected = n weightᵀ [B T, N] and of q_gain."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
@@ -206,13 +210,13 @@ def _gated_attention_backward_triton(
         dy.reshape(-1, H, D), q, k, v, y.view(-1, H, D), lse, tiles, D**-0.5, *into,
         along=along if exclude_own_value else None, dgain=dgain,
         prologue=Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous()),
-        padding=dprojected[:, (H + 2 * K) * D + H * gated :], **options,
+        padding=dprojected[:, (H + 2 * K) * D + H * gated :], first_queries=first_queries, **options,
     )  # fmt: skip
     return dprojected, dgain.to(q_gain.dtype)
 
 
 def _fake(
-    n, weight, cos, sin, q_gain, tiles, update, H, K, D, exclude, *_
+    n, weight, cos, sin, q_gain, tiles, update, first_queries, H, K, D, exclude, *_
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, tokens, _ = n.shape
     small = (n.new_empty(count, rows * tokens, dtype=torch.float32) for count in (H + K, H * exclude, H))
@@ -222,15 +226,16 @@ def _fake(
 _ARGUMENTS = "int num_heads, int num_kv_heads, int head_dim, bool exclude_own_value, bool gated"
 _backward_op = operator(
     "gated_attention_backward(Tensor dy, Tensor cos, Tensor sin, Tensor q_gain, Tensor tiles, Tensor y, "
-    f"Tensor projected, Tensor inverse_rms, Tensor along, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"Tensor projected, Tensor inverse_rms, Tensor along, Tensor lse, Tensor? first_queries, {_ARGUMENTS}) -> "
+    "(Tensor, Tensor)",
     _gated_attention_backward_triton,
     lambda dy, cos, sin, q_gain, tiles, y, projected, *_: (torch.empty_like(projected), torch.empty_like(q_gain)),
 )
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.rest = inputs[7:12]
+    ctx.save_for_backward(*inputs[:6], *output, inputs[7])
+    ctx.rest = inputs[8:13]
     ctx.updated = 0 if inputs[6] is None else inputs[6].size(-1)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -239,19 +244,19 @@ def _save(ctx, inputs, output) -> None:
 @once_differentiable
 def _gradients(ctx, dy: Tensor | None, *_: None):
     if dy is None:
-        return (None,) * 14
+        return (None,) * 15
     n, weight, *saved = ctx.saved_tensors
     dprojected, dgain = _backward_op(dy, *saved, *ctx.rest)
     of_n, of_weight, *_, of_update = ctx.needs_input_grad[:7]
     dn = (dprojected @ weight).view(n.shape) if of_n else None
     dweight = dprojected.t() @ n.reshape(-1, n.size(-1)) if of_weight else None
     dupdate = dprojected[:, : ctx.updated].unflatten(0, n.shape[:-1]) if of_update else None
-    return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 7
+    return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 8
 
 
 _op = operator(
     "gated_attention(Tensor n, Tensor weight, Tensor cos, Tensor sin, Tensor q_gain, Tensor tiles, Tensor? update, "
-    f"{_ARGUMENTS}, int? gate_width, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? first_queries, {_ARGUMENTS}, int? gate_width, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_attention_triton,
     _fake,
     setup_context=_save,
@@ -261,7 +266,7 @@ _op = operator(
 
 def _triton(
     n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, *, exclude_own_value, gated, head_dim, gate_width,
-    update, eps, core, tiles,
+    update, eps, core, tiles, first_queries,
 ) -> Tensor:  # fmt: skip
     whole, update = (x if x is None or x.ndim == 3 else x[None] for x in (n, update))
     if tiles is None:
@@ -270,7 +275,8 @@ def _triton(
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=n.device) * tokens
         tiles = attention_tiles(cu_seqlens, rows * tokens, n.dtype, head_dim, H // K)
     y = _op(
-        whole, weight, cos, sin, q_gain, tiles, update, H, K, head_dim, exclude_own_value, gated, gate_width, eps
+        whole, weight, cos, sin, q_gain, tiles, update, None if first_queries is None else first_queries.contiguous(),
+        H, K, head_dim, exclude_own_value, gated, gate_width, eps,
     )[0]  # fmt: skip
     return y if n.ndim == 3 else y[0]
 
@@ -282,7 +288,31 @@ def _head_dim(weight: Tensor, H: int, K: int, gated: bool) -> int:
     return (weight.size(0) - H * gated) // max(H + 2 * K, 1)
 
 
-def _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update, tiles) -> None:
+def _check_first_queries(first_queries: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        raise ValueError("first_queries are those of segments, and cu_seqlens is None")
+    if first_queries.dtype != torch.int32:
+        raise TypeError(f"first_queries must be int32, got {first_queries.dtype}")
+    expected, device = (cu_seqlens.numel() - 1,), cu_seqlens.device
+    if first_queries.shape != expected or first_queries.device != device:
+        raise ValueError(
+            f"first_queries must be {expected} on {device}, got {tuple(first_queries.shape)} on {first_queries.device}"
+        )
+    readable = device.type == "cpu" and type(first_queries) is type(cu_seqlens) is Tensor
+    if not readable or torch.compiler.is_compiling():
+        return
+    wrong = ((first_queries < 0) | (first_queries > cu_seqlens.diff())).nonzero()
+    if len(wrong):
+        s = int(wrong[0])
+        raise ValueError(
+            f"first_queries must be from 0 to the segment's length, got {int(first_queries[s])} for segment {s} of "
+            f"{int(cu_seqlens[s + 1] - cu_seqlens[s])}"
+        )
+
+
+def _check(
+    n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update, tiles, first_queries
+) -> None:
     if n.ndim not in (2, 3):
         raise ValueError(f"n must be [T, d] or [B, T, d], got shape {tuple(n.shape)}")
     if weight.ndim != 2 or weight.size(1) != n.size(-1):
@@ -322,6 +352,8 @@ def _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, 
             raise ValueError(f"n must be one row with cu_seqlens, got {n.size(0)} rows")
         if max_seqlen < 1 and tokens:
             raise ValueError(f"max_seqlen must be the longest segment's length or more, got {max_seqlen}")
+    if first_queries is not None:
+        _check_first_queries(first_queries, cu_seqlens)
     if tiles is None or torch.compiler.is_compiling():  # which would be bound to the shapes and cannot read the tables
         return
     if cu_seqlens is None:
@@ -355,6 +387,7 @@ def gated_attention(
     eps: float = RMS_EPS,
     core: str = "auto",
     tiles: Tensor | None = None,
+    first_queries: Tensor | None = None,
 ) -> Tensor:
     """The attention sublayer up to its output projection; see the module's docstring for the formula.
 
@@ -374,7 +407,11 @@ def gated_attention(
             gradient of those zeros, which may be anything; None: d.
         update: [.., T, (H + 2 K) D] in n's dtype, added to queries, keys and values: low-rank adapters'.
         core: the attention, of `CORES`; auto: triton where kernels are in use, else flash where it can, else sdpa.
-        tiles: `attention_tiles` (cu_seqlens, T, n.dtype, D, H // K), for many calls to share; None: made where needed.
+        tiles: `attention_tiles` (cu_seqlens, T, n.dtype, D, H // K), for many calls to share, whatever their
+            ``first_queries``; None: made where needed.
+        first_queries: int32 [S] for cu_seqlens [S + 1], from 0 to the segment's length: its tokens before that index
+            are no queries. Their y is zero, and the gradient of y is not read there. All tokens are keys and values.
+            Kernels skip tiles without queries. None: all tokens are queries.
 
     Returns [.., T, H D] in n's dtype. The core triton, which is all of the op in kernels, takes bfloat16 and float32, D
     of 16, 32, 64 or 128, H / K of 1, 2, 4, 8 or 16, and P of zero or a power of two; everything else takes the
@@ -383,10 +420,12 @@ def gated_attention(
     """
     H, K = num_heads, num_kv_heads
     D = _head_dim(weight, H, K, gated) if head_dim is None else head_dim
-    _check(n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update, tiles)
+    _check(
+        n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, D, gated, gate_width, update, tiles, first_queries
+    )
     core = resolve_core(core, n.device, n.dtype, D, H // K, cos.size(1))
     chosen = select("gated_attention", _GATED_ATTENTION, n) if core == "triton" else gated_attention_reference
     return chosen(
         n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, exclude_own_value=exclude_own_value, gated=gated,
-        head_dim=D, gate_width=gate_width, update=update, eps=eps, core=core, tiles=tiles,
+        head_dim=D, gate_width=gate_width, update=update, eps=eps, core=core, tiles=tiles, first_queries=first_queries,
     )  # fmt: skip

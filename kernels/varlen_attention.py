@@ -140,6 +140,7 @@ def attention_tiles(cu_seqlens: torch.Tensor, tokens: int, dtype: torch.dtype, w
 
     One result serves every call, forward and backward, on ``tokens`` = T tokens in the same segments, with q, k and v
     of ``dtype``, heads of ``width`` columns, D, and ``group`` = H / K on one chip. ``cu_seqlens`` is int32 [S + 1].
+    A tile names its segment: calls look up there where queries begin, if they are told so, and the tiles are the same.
 
     Raises ValueError for a wrong shape, TypeError for a wrong dtype of ``cu_seqlens``.
     """
@@ -203,11 +204,14 @@ def _described(
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, scale: float, *,
     along: torch.Tensor | None = None, logits: torch.Tensor | None = None, base_2: bool = False,
+    first_queries: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """o and the base 2 logarithm of each row's sum of exponentials, float32 [H, T]; ``base_2``: q is as `Prologue`'s.
 
     With ``along``, contiguous float32 [H, T], o loses its part along u = v / max(|v|, 1e-12) of its own token, <o, u>,
     which is written there. With ``logits`` [T, H], whose rows are contiguous, it is then multiplied by 2 σ(logits).
+    With ``first_queries``, contiguous int32 [S], only tokens from there on in their segment are queries: o of the
+    others is zero, and what lse and ``along`` have of them means nothing.
     """
     tokens, heads, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=torch.float32)
@@ -217,8 +221,9 @@ def _forward(
         with torch.cuda.device_of(q):  # Triton launches on the current device
             tiles = _of_size(tiles, settings["QUERIES"], q, k)
             _attention_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
-                q, k, v, *_described("forward", base_2, q, k, v), o, lse, along, logits, tiles, *_strides(q, k, v),
-                *_row_strides(logits), tokens, None if base_2 else scale * math.log2(math.e), **settings,
+                q, k, v, *_described("forward", base_2, q, k, v), o, lse, along, logits, tiles, first_queries,
+                *_strides(q, k, v), *_row_strides(logits), tokens, None if base_2 else scale * math.log2(math.e),
+                **settings,
             )  # fmt: skip
     return o, lse
 
@@ -228,14 +233,15 @@ def _backward(
     tiles: torch.Tensor, scale: float, dq: torch.Tensor | None = None, dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None, *, along: torch.Tensor | None = None, logits: torch.Tensor | None = None,
     dlogits: torch.Tensor | None = None, prologue: Prologue | None = None, dgain: torch.Tensor | None = None,
-    padding: torch.Tensor | None = None,
+    padding: torch.Tensor | None = None, first_queries: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, written into those given, whose rows must be contiguous.
 
     lse is `_forward`'s. Where that was given ``along`` or ``logits``, they are given with their values, do is the
     gradient of its result, o, and dlogits is written; this needs H / K to be one of `GROUPS`. With
     ``prologue``, which made q and k, dq and dk are the gradients of what it made them of, and dgain, float32 [H], is
-    written. ``padding`` [T, columns] gets zeros. Here and in `_forward` D is a power of two from 16 to 128.
+    written. ``padding`` [T, columns] gets zeros. Here and in `_forward` D is a power of two from 16 to 128. With
+    ``first_queries``, `_forward`'s, rows of do before them are not read, and dq and dlogits get zeros there.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
@@ -266,7 +272,7 @@ def _backward(
         rest = tokens, period, *((None, math.log(2)) if prologue else (unit, scale))
         _attention_queries_kernel[(of_queries.size(0) * heads // by_queries["HEADS"],)](
             do, q, k, v, *_described("queries", prologue is not None, q, k, v), o.contiguous(), lse, along, logits,
-            pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin, partials, padding, of_queries,
+            pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin, partials, padding, of_queries, first_queries,
             *_strides(do, q, k, v, dq, dv), *_row_strides(logits, dlogits, padding), *rest, unit, PADDING=columns,
             PADDED=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,
         )  # fmt: skip
@@ -274,8 +280,8 @@ def _backward(
             partial_sums(partials.t(), dgain)
         do = do if core_do is None else core_do
         _attention_keys_kernel[(of_keys.size(0) * k.size(1),)](
-            do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, of_keys, *_strides(do, q, k, v, dk, dv), *rest,
-            ADD=along is not None, **constants, **by_keys,
+            do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, of_keys, first_queries,
+            *_strides(do, q, k, v, dk, dv), *rest, ADD=along is not None, **constants, **by_keys,
         )  # fmt: skip
     return dq, dk, dv
 

@@ -49,7 +49,7 @@ class Problem:
 
     def __init__(
         self, shape="plain", device=DEVICE, *, exclude=True, gated=True, bounds=BOUNDS, rows=1, tokens=13, update=False,
-        gate_width=None, direct=False, width=WIDTH,
+        gate_width=None, direct=False, width=WIDTH, first_queries=None,
     ):  # fmt: skip
         """``direct``: q, k and v are the update, whose columns a test may set; else ``update`` is added to them."""
         self.width = width
@@ -57,6 +57,9 @@ class Problem:
         self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
         self.longest = 0 if bounds is None else max([1, *np.diff(bounds).tolist()])
         self.options = dict(exclude_own_value=exclude, gated=gated, head_dim=self.dim, gate_width=gate_width)
+        if first_queries is not None:
+            first_queries = torch.tensor(first_queries, dtype=torch.int32, device=device)
+            self.options["first_queries"] = first_queries
         H, K, D = self.heads, self.keys, self.dim
         columns = (H + 2 * K) * D + H * gated + padding
         double = dict(device=device, dtype=torch.float64)
@@ -449,17 +452,17 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("update", [False, True])
-def test_operators_are_registered_as_they_behave(update: bool) -> None:
-    p = Problem("plain", bounds=[0, 2, 5], tokens=5, update=update).to(torch.float32)
+@pytest.mark.parametrize("update, first_queries", [(False, None), (True, None), (True, [2, 1])])
+def test_operators_are_registered_as_they_behave(update: bool, first_queries: list[int] | None) -> None:
+    p = Problem("plain", bounds=[0, 2, 5], tokens=5, update=update, first_queries=first_queries).to(torch.float32)
     sizes = (p.heads, p.keys, p.dim, True, True)
     leaves = [None if x is None else x.clone().requires_grad_() for x in (p.n, p.weight, p.gain, p.update)]
     n, weight, gain, added = leaves
-    tiles = p.tiles()
-    arguments = n, weight, p.cos, p.sin, gain, tiles, added, *sizes, None, 1e-7
+    tiles, first = p.tiles(), p.options.get("first_queries")
+    arguments = n, weight, p.cos, p.sin, gain, tiles, added, first, *sizes, None, 1e-7
     library.opcheck(torch.ops.pgolf.gated_attention.default, arguments)
     saved = family._gated_attention_triton(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
-    arguments = (p.dy, p.cos, p.sin, p.gain, tiles, *saved, *sizes)
+    arguments = (p.dy, p.cos, p.sin, p.gain, tiles, *saved, first, *sizes)
     library.opcheck(torch.ops.pgolf.gated_attention_backward.default, arguments)
 
 
@@ -561,4 +564,12 @@ def test_errors_name_the_argument() -> None:
     refused(ValueError, r"tiles must be \(\d, \d, 4\) on cpu, .*, got \(\d, \d, 3\)", tiles=tiles[..., 1:])
     refused(ValueError, r"tiles must be \(\d, \d, 4\) on cpu, .* on meta", tiles=tiles.to("meta"))
     refused(ValueError, "tiles are those of cu_seqlens, which is None", tiles=tiles, cu_seqlens=None)
+    first = torch.tensor([0, 4, 1, 8], dtype=torch.int32)
+    gated_attention(**arguments, first_queries=first)
+    refused(ValueError, "first_queries are .*, and cu_seqlens is None", first_queries=first, cu_seqlens=None)
+    refused(TypeError, "first_queries must be int32, got torch.int64", first_queries=first.long())
+    refused(ValueError, r"first_queries must be \(4,\) on cpu, got \(3,\) on cpu", first_queries=first[1:])
+    refused(ValueError, r"first_queries must be \(4,\) on cpu, got \(4,\) on meta", first_queries=first.to("meta"))
+    refused(ValueError, "from 0 to the segment's length, got 2 for segment 0 of 0", first_queries=first + 2)
+    refused(ValueError, "from 0 to the segment's length, got -1 for segment 0 of 0", first_queries=first - 1)
     refused(ValueError, "attention has the cores auto, .*, and 'fast' is none of them", core="fast")

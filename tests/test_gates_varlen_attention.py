@@ -33,6 +33,7 @@ def compile_all(
     dtype=torch.bfloat16,
     epilogue: bool = False,
     half: int | None = 8,
+    first_queries: bool = False,
 ) -> list[Compiled]:
     """Every kernel of the family, alone or with ``epilogue`` and prologue; k and v are slices of a projection."""
     q, fused = torch.empty(TOKENS, heads, width, dtype=dtype), torch.empty(TOKENS, 16 * width + 16, dtype=dtype)
@@ -44,6 +45,8 @@ def compile_all(
         forward = dict(along=lse, logits=logits)
         padding = fused[:, 16 * width + heads :]
         backward = dict(dq=q, dk=k, dv=v, dlogits=logits, padding=padding, **forward)
+    if first_queries:
+        forward["first_queries"] = backward["first_queries"] = bounds[1:]
     if epilogue and half is not None:
         angles, gain = torch.empty(TOKENS, half, dtype=dtype), torch.empty(heads)
         made_by = varlen_attention.Prologue(torch.empty(heads + 4, TOKENS), gain, angles, angles)
@@ -95,6 +98,15 @@ def test_attention_with_other_groups(heads: int, epilogue: bool) -> None:
 def test_attention_with_other_rotations(half: int) -> None:
     for kernel in compile_all(90, epilogue=True, half=half):
         check(kernel, registers=REGISTERS[kernel.name], matrix_products=True, streams=True)
+
+
+@pytest.mark.parametrize("capability, width", [(90, 64), (90, 32), (80, 64), (100, 64)])
+def test_attention_of_some_queries(capability: int, width: int) -> None:
+    for kernel in compile_all(capability, width, epilogue=True, first_queries=True):
+        registers = REGISTERS[kernel.name] if capability == 90 else 255
+        check(kernel, registers=registers, matrix_products=capability != 100, streams=True)
+        waits = PRODUCTS[kernel.name] + (kernel.name == "_attention_kernel")
+        assert capability != 90 or kernel.count(r"WARPGROUP\.DEPBAR") <= waits, f"{kernel.name}: products in series"
 
 
 def test_attention_in_float32() -> None:

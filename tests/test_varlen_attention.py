@@ -15,6 +15,7 @@ from pgolf.kernels import _launch
 from pgolf.kernels import varlen_attention as family
 from pgolf.kernels._launch import INTERPRETED
 from pgolf.kernels.varlen_attention import varlen_attention, varlen_attention_reference
+from tests.test_gated_attention import BOUNDS, EVERY_WAY, Problem, close, same
 
 FLOOR = {torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float32: 1e-6}  # of a relative error
 SHAPES = [  # lengths of segments, H, K, D
@@ -197,14 +198,14 @@ def test_tiles(lengths: list[int], group: int) -> None:
     got = family.attention_tiles(cu_seqlens, *arguments)
     sizes = family._tile_sizes(*arguments[1:], cu_seqlens.device)
     assert got.shape == family.tiles_shape(cu_seqlens, *arguments) and got.size(0) == len(sizes)
-    starts = cu_seqlens.tolist()
-    segments = sorted(zip(starts, lengths, strict=False), key=lambda segment: (-segment[1], segment[0]))
+    segments = [(start, length, s) for s, (start, length) in enumerate(zip(cu_seqlens.tolist(), lengths, strict=False))]
+    segments.sort(key=lambda segment: (-segment[1], segment[0]))
     q, k = (torch.empty(tokens, heads, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (group, 1))
     for size in sizes:
-        want = [[start, length, first] for start, length in segments for first in range(0, length, size)]
+        want = [[start, length, first, s] for start, length, s in segments for first in range(0, length, size)]
         tiles = family._of_size(got, size, q, k)
         assert tiles.size(0) == tokens // size + len(lengths)
-        assert tiles[:, :3].tolist() == want + [[0] * 3] * (tiles.size(0) - len(want))
+        assert tiles.tolist() == want + [[0] * 4] * (tiles.size(0) - len(want))
 
 
 @needs_kernels
@@ -242,6 +243,141 @@ def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> No
         o = by_segments(*double[:3], cu_seqlens, 0.3)
         own = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
         assert (along.T - (o * own).sum(-1)).abs().max() < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("excluded", [True, False])
+@pytest.mark.parametrize(
+    "tiles, heads", [*zip(TILES, [(1, 1), (4, 1), (4, 2), (8, 1)], strict=True)], ids=str, indirect=["tiles"]
+)
+def test_first_queries(tiles, heads: tuple[int, int], excluded: bool) -> None:
+    """Only they are computed, bit for bit as with all tokens, and only their gradient is read."""
+    lengths, first = [31, 2, 37, 0, 16, 40], [7, 0, 16, 0, 16, 33]
+    leaves, dy, cu_seqlens, _ = inputs(DEVICE, lengths, *heads, 16)
+    cut = tiles_for(*leaves[:2], cu_seqlens)
+    asked = torch.cat([torch.arange(length) >= begin for length, begin in zip(lengths, first, strict=True)]).to(DEVICE)
+    dy[~asked] = 0
+
+    def formula(q, k, v):
+        o = by_segments(q, k, v, cu_seqlens, 0.3)
+        if excluded:
+            u = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
+            o = o - (o * u).sum(-1, keepdim=True) * u
+        return o
+
+    want = gradients(formula, [x.double() for x in leaves], dy)
+    options = dict(along=torch.empty(heads[0], dy.size(0), device=DEVICE) if excluded else None)
+    of_all, _ = family._forward(*leaves, cut, 0.3, **options)
+    options["first_queries"] = torch.tensor(first, dtype=torch.int32, device=DEVICE)
+    o, lse = family._forward(*leaves, cut, 0.3, **options)
+    assert torch.equal(o, of_all.masked_fill(~asked[:, None, None], 0))
+    lse[:, ~asked] = torch.nan
+    dy[~asked] = torch.nan
+    if excluded:
+        options["along"][:, ~asked] = torch.nan
+    dq, dk, dv = family._backward(dy, *leaves, o, lse, cut, 0.3, **options)
+    assert not dq[~asked].any()
+    for a, b in zip((dq, dk, dv), want[1:], strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def some_are_no_queries(shape="plain", device=DEVICE, **options) -> tuple[Problem, torch.Tensor]:
+    """Segments with queries from the first token, from within a tile, from a tile's begin, none; which tokens are none.
+
+    The arguments are `gated_attention`'s.
+    """
+    tile = 64 if torch.device(device).type == "cuda" else 16
+    lengths, first = [0, 3, 2 * tile + 5, 2 * tile, 4, 1], [0, 0, tile + 3, tile, 4, 0]
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    p = Problem(shape, device, bounds=bounds, tokens=bounds[-1], first_queries=first, **options)
+    before = [position < begin for length, begin in zip(lengths, first, strict=True) for position in range(length)]
+    before = torch.tensor(before, device=device)
+    p.dy[:, before] = 0
+    return p, before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "shape, exclude, gated",
+    [*((shape, exclude, gated) for shape in EVERY_WAY for exclude in (True, False) for gated in (True, False)),
+     *((shape, True, True) for shape in ("padded", "a key a head", "a key for all", "three to a group"))],
+)  # fmt: skip
+def test_first_queries_of_a_sublayer(device, shape: str, exclude: bool, gated: bool, dtype) -> None:
+    p, before = some_are_no_queries(shape, device, exclude=exclude, gated=gated, update=shape == "plain")
+    call, values = p.to(dtype).call(), []
+
+    def unread(*leaves):
+        """The gradient of y is NaN where nobody asks for y."""
+        y = call(*leaves)
+        y.register_hook(lambda dy: dy.masked_fill(before[:, None], torch.nan))
+        values.append(y.detach())
+        return y
+
+    p.assert_as_precise(unread)
+    del p.options["first_queries"]
+    assert torch.equal(values[0], p.value().masked_fill(before[:, None], 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_queries_of_a_sublayer(device, dtype) -> None:
+    p = Problem("plain", device, first_queries=[0] * (len(BOUNDS) - 1)).to(dtype)
+    told = p.results(p.call())
+    del p.options["first_queries"]
+    assert same(told, p.results(p.call()))
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+def test_gradients_of_rows_that_are_no_queries(device, exclude: bool) -> None:
+    """Those of queries and gates are zeros, those of keys and values are not."""
+    p, before = some_are_no_queries("padded", device, exclude=exclude)
+    p.to(torch.float32).dy[:, before] = torch.nan
+    p.n = (p.n @ p.weight.T).requires_grad_()
+    p.weight = torch.eye(p.weight.size(0), device=device)  # n is the projection
+    (gradient,) = torch.autograd.grad(p.value(), p.n, p.dy)
+    H, K, D = p.heads, p.keys, p.dim
+    q, k, v, logits, padding = gradient[0].split([H * D, K * D, K * D, H, 3], dim=1)
+    assert gradient.isfinite().all()
+    assert not q[before].any() and not logits[before].any() and not padding.any()
+    low, high = p.cu[-3:-1].tolist()  # of the segment without queries
+    assert not k[low:high].any() and not v[low:high].any()
+    others = before.clone()
+    others[low:high] = False
+    assert k[others].any(1).all() and v[others].any(1).all()
+
+
+@pytest.mark.parametrize("way", ["compiled", "a slice"])
+def test_first_queries_of_a_sublayer_in_other_ways(device, way: str) -> None:
+    p, _ = some_are_no_queries("plain", device, update=True)
+    p.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    expected, call = p.results(p.call()), p.call()
+    if way == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    else:
+        p.options["first_queries"] = torch.stack([p.options["first_queries"]] * 2, 1)[:, 0]
+    assert close(p.results(call), expected, 2e-2 if device.type == "cuda" else 1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_other_first_queries_in_a_cuda_graph() -> None:
+    p, before = some_are_no_queries("record")
+    p.to(torch.bfloat16).dy[:, before] = torch.nan
+    first = p.options["first_queries"]
+    expected, captured_with = p.results(p.call()), torch.zeros_like(first)
+    p.options["first_queries"] = captured_with
+    with torch.cuda.stream(torch.cuda.Stream()):
+        p.results(p.call())
+    torch.cuda.synchronize()
+    leaves = [x.clone().requires_grad_() for x in p.inputs()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = p.call()(*leaves)
+        gradients = torch.autograd.grad(y, leaves, p.dy)
+    captured_with.copy_(first)
+    graph.replay()
+    assert torch.equal(y, expected["y"]) and torch.equal(gradients[0], expected["dn"])
+    assert torch.equal(gradients[2], expected["dgain"])
+    assert not y[:, before].any() and y[:, ~before].any()
 
 
 @needs_kernels
