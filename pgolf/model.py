@@ -83,6 +83,7 @@ class Heads(NamedTuple):
     max_seqlen: int
     core: str
     tiles: Tensor | None  # of cu_seqlens, which the kernels of all layers share
+    first_queries: Tensor | None = None  # of each segment, the first token whose result is wanted
 
 
 class Skip(NamedTuple):
@@ -100,7 +101,7 @@ def attention(
     y = gated_attention(
         n, w.inputs, heads.cos, heads.sin, w.q_gain, heads.cu_seqlens, heads.max_seqlen, heads.count, heads.kv_count,
         head_dim=n.size(-1) // heads.count, exclude_own_value=xsa, gated=heads.gated, gate_width=heads.gate_width,
-        update=update, core=heads.core, tiles=heads.tiles,
+        update=update, core=heads.core, tiles=heads.tiles, first_queries=heads.first_queries,
     )  # fmt: skip
     if tap is not None:
         tap("attn.qkv", n)
@@ -349,6 +350,7 @@ class GPT(nn.Module):
         sequences: Tensor | None = None,
         updates: Updates | None = None,
         rows: Tensor | None = None,
+        first_queries: Tensor | None = None,
         observe: Observe | None = None,
     ) -> Tensor:
         """Output of the final norm, [B, T, d].
@@ -361,6 +363,8 @@ class GPT(nn.Module):
                 each, and the embedding's gate does not reach back across its start.
             updates: what adapters add.
             rows: int64 [n], the only positions of a single row that are wanted; the result is then [1, n, d].
+            first_queries: int32, of each segment of cu_seqlens the index of the first position that is wanted, its
+                length for none: those before have no meaning then, and the last layer's attention leaves them out.
             observe: called with (group of tensors, activation) at the input of every quantised product.
         """
         c, dtype = self.config, self.compute_dtype
@@ -371,7 +375,9 @@ class GPT(nn.Module):
         passes = [PassUpdates()] * len(order) if updates is None else updates.passes
 
         def arguments(number: int) -> tuple:
-            return layers[number], heads, order[number] >= c.num_layers - c.xsa_last_n, passes[number]
+            last = number == len(order) - 1
+            own = heads._replace(first_queries=first_queries) if last else heads
+            return layers[number], own, order[number] >= c.num_layers - c.xsa_last_n, passes[number]
 
         def tap(number: int) -> Observe | None:
             return None if observe is None else lambda name, x: observe(f"blocks.{order[number]}.{name}", x)
@@ -424,13 +430,22 @@ class GPT(nn.Module):
         sequences: Tensor | None = None,
         updates: Updates | None = None,
         rows: Tensor | None = None,
+        first_queries: Tensor | None = None,
         reduction: str = "none",
     ) -> Tensor:
         """Negative log-likelihood of every target in nats, float32 in the targets' shape; arguments as in `hidden`.
 
         ``reduction`` is that of `linear_cross_entropy`: ``none``, ``mean`` or ``sum``.
         """
-        h = self.hidden(input_ids, cu_seqlens, max_seqlen, sequences=sequences, updates=updates, rows=rows)
+        h = self.hidden(
+            input_ids,
+            cu_seqlens,
+            max_seqlen,
+            sequences=sequences,
+            updates=updates,
+            rows=rows,
+            first_queries=first_queries,
+        )
         to_logits, h = updated(None if updates is None else updates.head, h)
         table, cap = self.head_weight.to(h.dtype), self.config.logit_softcap
         return linear_cross_entropy(h, table, target_ids, cap, reduction, update=to_logits)

@@ -171,6 +171,12 @@ def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
     everything = model.token_losses(inputs, targets, cu_seqlens, 48)
     chosen = model.token_losses(inputs, targets[:, rows], cu_seqlens, 48, rows=rows)
     assert (chosen - everything[:, rows]).abs().max() < 1e-5
+    first = cu_seqlens.diff()  # none of a segment, but from its first chosen position on
+    for row in rows.sort(descending=True).values:
+        segment = torch.searchsorted(cu_seqlens, row, right=True) - 1
+        first[segment] = row - cu_seqlens[segment]
+    few = model.token_losses(inputs, targets[:, rows], cu_seqlens, 48, rows=rows, first_queries=first)
+    assert (few - chosen).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.config import RunConfig
@@ -130,10 +131,11 @@ class ChunkScorer:
         ids, targets, chosen, weights, segments, row_offsets, learns = fields.parts
         leaves = self.bank.leaves(learning)
         updates = self.bank.updates(leaves, segments[:-1], row_offsets)
+        first = segments.diff() - F.pad(row_offsets.diff(), (0, 1))  # in its window; what pads the stream has no chunk
         with torch.set_grad_enabled(learning):
             (losses,) = self.model.token_losses(
                 ids[None].long(), targets[None].long(), segments, tokens, sequences=segments, updates=updates,
-                rows=chosen.long(),
+                rows=chosen.long(), first_queries=first,
             )  # fmt: skip
         if learning:
             learns = learns.bool()
