@@ -13,12 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from bench import dequant, harness, newton_schulz, plots, reference_runs, report, timing, tune
+from bench import dequant, harness, newton_schulz, plots, reference_runs, report, timing, ttt_variants, tune
 from bench.__main__ import BENCHES
 from bench.train_step import PROVIDERS, main
+from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
 from pgolf.folder import RunFolder
 from pgolf.kernels import _launch
@@ -380,3 +382,47 @@ class TestTune:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
     def test_needs_a_gpu(self) -> None:
         assert tune.main([]) == 2
+
+
+class TestVariants:
+    """The table of test-time training's settings: pairs by document, an error by bootstrap."""
+
+    def test_differences_are_paired_by_document(self) -> None:
+        byte_counts, base = np.array([100, 300, 50, 20]), np.array([80.0, 310.0, 44.0, 9.0])
+        bits = np.log(2) * 0.01
+        difference, error = ttt_variants.paired_difference(base + bits * byte_counts, base, byte_counts)
+        assert difference == pytest.approx(0.01) and error == pytest.approx(0, abs=1e-12), "the same in every document"
+        nats = base + np.array([1.0, 0, 0, 0])
+        difference, error = ttt_variants.paired_difference(nats, base, byte_counts)
+        assert difference == pytest.approx(1 / np.log(2) / 470) and difference / 2 < error < 2 * difference
+
+    def test_variants_are_settings_that_exist(self, capsys: pytest.CaptureFixture) -> None:
+        record = RunConfig.preset("record")
+        assert all(record.replace(**settings) != record for name, settings in ttt_variants.VARIANTS.items() if settings)
+        with pytest.raises(SystemExit):
+            ttt_variants.main(["--run-dir", "x", "--variant", "nothing"])
+        assert "no variant 'nothing'" in capsys.readouterr().err
+
+    def test_rows_are_written_as_they_come(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = RunConfig.preset("demo").replace(data_dir=str(tmp_path))
+        tokens = torch.tensor([1, 5, 6, 1, 7, 8, 9])
+        monkeypatch.setattr(ttt_variants.RunFolder, "config", lambda self: config)
+        monkeypatch.setattr(ttt_variants, "load_artifact", lambda config, folder: {})
+        table = ByteTable([1] * 10, [False] * 10, [False] * 10)
+        monkeypatch.setattr(ttt_variants, "validation_data", lambda config: (tokens, table))
+
+        def score(config: RunConfig, *_: object) -> tuple[dict, np.ndarray]:
+            if config.ttt_chunk_size == 7:
+                raise RuntimeError("out of memory")
+            row = dict(bits_per_byte=1.0, seconds=2.0, first_score_seconds=1.0, peak_memory_bytes=5, tokens=6)
+            return row, np.array([1.0, 2.0 + config.ttt_chunk_size])
+
+        monkeypatch.setattr(ttt_variants, "score", score)
+        file = tmp_path / "results.json"
+        options = ["--run-dir", str(tmp_path), "--results", str(file), "--variant", "no q, v"]
+        rows = ttt_variants.main([*options, "--variant", "other: ttt_chunk_size=65"])["rows"]
+        assert [row["variant"] for row in rows] == [ttt_variants.BASE, "no q, v", "other"]
+        assert rows[1]["difference"] == 0 and rows[2]["difference"] == pytest.approx(1 / np.log(2) / 6)
+        with pytest.raises(RuntimeError):
+            ttt_variants.main([*options, "--variant", "other: ttt_chunk_size=7"])
+        assert len(json.loads(file.read_text())["rows"]) == 2

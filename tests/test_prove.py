@@ -100,10 +100,10 @@ class TestTrees:
         about = "proof h200_proof.json of 2026-11-29, commit abc1234: "
         assert prove.check_line(results, tree) == about + "this tree"
 
-        del parts["kernels"]
+        del parts["train_step"]
         parts["run"]["status"] = "failed"
         (results / "h200_proof.json").write_text(json.dumps({"header": header, "parts": parts}))
-        assert prove.check_line(results, tree) == about + "this tree, but run failed, kernels not run"
+        assert prove.check_line(results, tree) == about + "this tree, but run failed, train_step not run"
 
         (tree / "kernels" / "a.py").write_text("changed")
         line = prove.check_line(results, tree)
@@ -157,14 +157,14 @@ class TestParts:
             "tests": None,
             "run": prove.PartFailed("no"),
             "program": prove.PartSkipped("x"),
-            "kernels": OSError("y"),
+            "train_step": OSError("y"),
         }
         monkeypatch.setattr(prove, "PARTS", {name: part(name, error) for name, error in errors.items()})
         monkeypatch.setattr(prove, "describe_machine", lambda commit: ("x1", {**HEADER, "trees": {}}))
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         options = ["--results", str(file), "--data-dir", "data", "--parts"]
-        assert prove.main([*options, "kernels,run,program,tests"]) == 1
-        assert seen[-1] == {"tests": "ok", "run": "failed", "program": "skipped", "kernels": "running"}
+        assert prove.main([*options, "train_step,run,program,tests"]) == 1
+        assert seen[-1] == {"tests": "ok", "run": "failed", "program": "skipped", "train_step": "running"}
         parts = json.loads(file.read_text())["parts"]
         assert [parts[name]["message"] for name in errors] == ["", "no", "x", "OSError: y"]
         assert parts["run"]["figures"] == {"speed": 3}, "what a part found before it failed is kept"
@@ -325,15 +325,13 @@ class TestEachPart:
         monkeypatch.setattr(prove, "export_program", lambda path, config: path.write_text("y"))
         assert not proof.prove("program") and "not of this tree" in written(proof)["program"]["message"]
 
-    @pytest.mark.parametrize("part", ["train_step", "test_time_training", "kernels"])
+    @pytest.mark.parametrize("part", ["train_step", "test_time_training"])
     def test_a_benchmark_s_results_are_kept_also_where_it_fails(
         self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, part: str
     ) -> None:
-        times = {"median_us": 1.0, "graph_us": None, "ceiling_share": 0.5, "error": 0.0}
         rows = {
             "train_step": [{"case": case, "tokens_per_s": 2.0} for case in ("before_loop", "after_loop")],
             "test_time_training": [{"length": 150, "seconds": 0.1}],
-            "kernels": [{"bench": "dequant", "case": "model", **times}],
         }[part]  # fmt: skip
 
         def write(command: list[str], fail: bool = False) -> None:

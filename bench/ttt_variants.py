@@ -1,0 +1,163 @@
+"""What settings of test-time training earn and cost: ``python -m bench.ttt_variants --run-dir DIR --data-dir DIR``.
+
+A run's artifact is scored on the validation documents once for each variant. Variants are compared in pairs on the
+same documents: the standard error of a difference is that of a bootstrap over documents. Seconds are those of one
+process from the first score to the last; compiling and capturing come before. ``--variant`` adds one or, alone, names
+a few of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.report import RESULTS, describe
+from bench.timing import chip_name
+from pgolf import ttt
+from pgolf.bpb import ByteTable
+from pgolf.config import RunConfig
+from pgolf.evaluate import find_documents
+from pgolf.folder import RunFolder, write_aside
+from pgolf.progress import format_bytes, format_table, progress
+from pgolf.run import load_artifact
+from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory, start_world
+from pgolf.train import build_model, validation_data
+
+BASE = "no phases"  # what others are compared with: phases add seconds that do not depend on the variant
+NO_PHASES = dict(phased_ttt_enabled=False)
+BY_LENGTH = dict(ttt_chunks_by_length="256:8,2000:24")
+NO_QV = dict(ttt_q_lora=False, ttt_v_lora=False)
+VARIANTS: dict[str, dict[str, Any]] = {
+    BASE: NO_PHASES,
+    "record": {},
+    "chunks by length": NO_PHASES | BY_LENGTH,
+    "no q, v": NO_PHASES | NO_QV,
+    "context 2,560": NO_PHASES | dict(ttt_eval_seq_len=2560),
+    "context 4,096": NO_PHASES | dict(ttt_eval_seq_len=4096),
+    "one lane": NO_PHASES | dict(ttt_lanes=1),
+    "one lane, cold A": NO_PHASES | dict(ttt_lanes=1, ttt_warm_start_a=False),
+    "no q, v, context 2,560": NO_PHASES | NO_QV | dict(ttt_eval_seq_len=2560),
+    "no q, v, context 4,096": NO_PHASES | NO_QV | dict(ttt_eval_seq_len=4096),
+    "all of these": NO_PHASES | NO_QV | BY_LENGTH | dict(ttt_eval_seq_len=4096),
+}
+RESAMPLES = 10_000
+
+
+def paired_difference(nats: np.ndarray, base: np.ndarray, byte_counts: np.ndarray) -> tuple[float, float]:
+    """Compute bits per byte over ``base``'s, and the bootstrap standard error; arguments by document."""
+    bits, rng = (nats - base) / np.log(2.0), np.random.default_rng(0)
+    drawn = rng.integers(len(bits), size=(RESAMPLES, len(bits)))
+    resampled = bits[drawn].sum(1) / byte_counts[drawn].sum(1)
+    return float(bits.sum() / byte_counts.sum()), float(resampled.std())
+
+
+def score(
+    config: RunConfig, weights: Mapping[str, torch.Tensor], world: World, tokens: torch.Tensor, table: ByteTable
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Score the documents; returns what the table needs, and the nats of each document."""
+    model = build_model(config, world)
+    model.load_state_dict(weights)
+    reset_peak_memory(world.device)
+    begun = time.perf_counter()
+    scored = ttt.test_time_training(model, config, tokens, table, progress=progress)
+    seconds = time.perf_counter() - begun
+    starts, _ = find_documents(tokens)
+    row = {
+        "bits_per_byte": scored.bits_per_byte,
+        "seconds": seconds - scored.first_score_seconds,
+        "first_score_seconds": scored.first_score_seconds,
+        "peak_memory_bytes": peak_memory_bytes(world.device),
+        "tokens": scored.tokens,
+    }
+    del model
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row, np.add.reduceat(scored.token_nats.double().numpy(), starts)
+
+
+def _variant(text: str) -> tuple[str, dict[str, Any]]:
+    name, given, settings = text.partition(":")
+    if given:
+        return name.strip(), dict(pair.strip().split("=", 1) for pair in settings.split(";") if pair.strip())
+    if name not in VARIANTS:
+        raise argparse.ArgumentTypeError(
+            f"no variant {name!r}; there are {'; '.join(VARIANTS)}, or NAME: SETTING=VALUE"
+        )
+    return name, VARIANTS[name]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line and return the results."""
+    parser = argparse.ArgumentParser("python -m bench.ttt_variants", description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True, help="a run with an artifact")
+    parser.add_argument("--data-dir", help="folder with datasets/ and tokenizers/ (default: the run's)")
+    parser.add_argument(
+        "--variant",
+        type=_variant,
+        action="append",
+        metavar="NAME[: SETTING=VALUE; ...]",
+        help=f"one of the table or another, instead of all; the first is always '{BASE}'; repeatable",
+    )
+    parser.add_argument("--results", type=Path, help="default on CUDA: bench/results/<chip>_ttt_variants.json")
+    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
+    arguments = parser.parse_args(argv)
+    folder = RunFolder(arguments.run_dir)
+    config = folder.config().replace(**({"data_dir": arguments.data_dir} if arguments.data_dir else {}))
+    variants = {BASE: NO_PHASES} | dict(arguments.variant or VARIANTS)
+    world = start_world(config)
+    weights = load_artifact(config, folder)
+    tokens, table = validation_data(config)
+    starts, lengths = find_documents(tokens)
+    byte_counts = np.add.reduceat(table.count(tokens[:-1].long(), tokens[1:].long()).numpy(), starts)
+    target = arguments.results
+    if target is None and world.device.type == "cuda":
+        target = RESULTS / f"{chip_name(world.device)}_ttt_variants.json"
+    meta = {
+        **describe(world.device, arguments.commit),
+        "documents": len(starts),
+        "train": folder.summary().get("train"),
+    }
+    results: dict[str, Any] = {"meta": meta, "rows": []}
+    base = None
+    for name, settings in variants.items():
+        row, nats = score(config.replace(**settings), weights, world, tokens, table)
+        base = nats if base is None else base
+        difference, error = paired_difference(nats, base, byte_counts)
+        results["rows"].append({"variant": name, "settings": settings, **row,
+                                "difference": difference, "standard_error": error})  # fmt: skip
+        print(f"{name}: {row['bits_per_byte']:.5f} bits per byte, {row['seconds']:.1f} s", flush=True)
+        if target is not None:
+            write_aside(target, json.dumps(results, indent=1) + "\n")
+    print(f"\n{meta['chip']}, {len(starts)} documents\n{variants_table(results)}")
+    return results
+
+
+def variants_table(results: Mapping[str, Any]) -> str:
+    """The results for a reader."""
+    headers = ("variant", "bits per byte", f"over '{BASE}'", "± error", "seconds", "before", "peak memory")
+    lines = [
+        (
+            row["variant"],
+            f"{row['bits_per_byte']:.5f}",
+            f"{row['difference']:+.5f}",
+            f"{row['standard_error']:.5f}",
+            f"{row['seconds']:.1f}",
+            f"{row['first_score_seconds']:.1f}",
+            format_bytes(row["peak_memory_bytes"]),
+        )
+        for row in results["rows"]
+    ]
+    return format_table(lines, headers)
+
+
+if __name__ == "__main__":
+    main()
