@@ -278,7 +278,7 @@ class TestEachPart:
         (command,) = calls
         chosen = dict(pair.split("=", 1) for pair in command if "=" in pair)
         RunConfig.preset("record").replace(**chosen)
-        assert chosen["max_wallclock_seconds"] == "30" and command[-1] == "val_doc_fraction=0.5"
+        assert chosen["max_wallclock_seconds"] == "20" and command[-1] == "val_doc_fraction=0.5"
 
     def test_a_run_that_stops_keeps_what_it_did(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
         def stop(command: list[str]) -> None:
