@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from bench.harness import Builder, Case, Function, Tuning, main
-from pgolf.kernels.gated_attention import _GROUPED, varlen_attn
+from pgolf.kernels.gated_attention import flash_attention
 from pgolf.kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
 Tensor = torch.Tensor
@@ -87,8 +87,7 @@ def build(
     def eager() -> Function:
         if device.type != "cuda" or dtype == torch.float32:
             return provider(lambda q, k, v: varlen_attention_reference(q, k, v, cu_seqlens, longest))
-        arguments = cu_seqlens, cu_seqlens, longest, longest
-        return provider(lambda q, k, v: varlen_attn(q, k, v, *arguments, window_size=(-1, 0), **_GROUPED))
+        return provider(lambda q, k, v: flash_attention(q, k, v, cu_seqlens, longest))
 
     def flash(module: str) -> Function:
         function = _flash(module)

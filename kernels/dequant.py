@@ -290,7 +290,7 @@ class DequantizePlan:
 
     Building it copies a table of addresses to the device; a call is the launch and nothing else, and a CUDA graph can
     capture it. Codes and scales may change in place (zeros: to whole codes, if they were), but tensors not be replaced.
-    Not for torch.compile, which may do that. What has gaps in memory is copied.
+    Not for torch.compile, which may do that and gets a RuntimeError. What has gaps in memory is copied.
 
     Args:
         matrices: from `pack`, on one device, with one dtype of scales; the rest may differ.
@@ -316,9 +316,10 @@ class DequantizePlan:
         if self._items and select("dequantize", _DEQUANTIZE, self._items[0].tensors[0]) is _launch_one:
             self._launch = kernels.launch_all(self._items)
 
-    @torch.compiler.disable
     def __call__(self) -> None:
         """Write all weights."""
+        if torch.compiler.is_compiling():  # torch.compiler.disable would load the compiler, which takes seconds
+            raise RuntimeError("a DequantizePlan is not for torch.compile: call it outside, or use dequantize")
         if self._launch is not None:
             torch.autograd.graph.increment_version([out for _, out in self._pairs])
             with torch.cuda.device_of(self._pairs[0][1]):

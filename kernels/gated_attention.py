@@ -28,14 +28,12 @@ MB read + written at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: the prod
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from . import _gated_attention_kernels as kernels
 from . import varlen_attention
@@ -46,7 +44,7 @@ Tensor = torch.Tensor
 CORES = "triton", "flash", "sdpa"  # the kernels; PyTorch's FlashAttention; plain PyTorch, segment by segment
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # torch 2.11 takes fewer key heads without being told; later versions want to be told.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
 
 
 # --- Reference ---
@@ -81,6 +79,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
 
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Causal attention of q [T, H, D] on k, v [T, K, D] in segments by PyTorch's FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn  # here, as it loads the compiler, which takes seconds
+
+    bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **_GROUPED)
+
+
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, core: str = "auto"
 ) -> Tensor:
@@ -90,8 +96,7 @@ def attention_reference(
     if cu_seqlens is None:
         return _dense(q, k, v)
     if core != "sdpa" and _flash_takes(q.device, q.dtype, q.size(-1)):
-        bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-        return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(-1, 0), **_GROUPED)[None]
+        return flash_attention(q[0], k[0], v[0], cu_seqlens, max_seqlen)[None]
     if torch.compiler.is_compiling():  # the compiler cannot know how long segments are
         positions = torch.arange(q.size(1), device=q.device)
         segments = torch.searchsorted(cu_seqlens, positions, right=True)

@@ -190,7 +190,7 @@ def test_gradient_accumulation() -> None:
 
 
 def test_unknown_presets_and_json_fields() -> None:
-    with pytest.raises(ConfigError, match="presets: record, public_1874, demo"):
+    with pytest.raises(ConfigError, match="presets: record, public_1874, frontier, demo"):
         RunConfig.preset("recrod")
     with pytest.raises(ConfigError, match="no setting 'colour'"):
         RunConfig.from_json('{"colour": 1}')

@@ -345,7 +345,7 @@ def test_no_tokens(device, shape) -> None:
 
 def test_reference_keeps_to_flash_whatever_kernels_are_on(monkeypatch) -> None:
     monkeypatch.setattr(family, "_flash_takes", lambda *_: True)
-    monkeypatch.setattr(family, "varlen_attn", lambda q, *_, **__: q + 1)
+    monkeypatch.setattr(family, "flash_attention", lambda q, *_: q + 1)
     q, k, v = torch.zeros(3, 1, 8, 2, 16)
     bounds = torch.tensor([0, 8], dtype=torch.int32)
     for choice in ("reference", "triton"):

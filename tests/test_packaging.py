@@ -27,6 +27,7 @@ for name in sys.argv[1:]:
 import torch
 assert not torch.cuda.is_initialized(), "importing must not start CUDA"
 assert "triton.runtime.driver" not in sys.modules or not torch.cuda.is_available()
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules, "they take seconds, and are for who compiles"
 import pgolf, pgolf.kernels
 print(pgolf.__file__, *pgolf.kernels.__path__, sep="\\n")
 """

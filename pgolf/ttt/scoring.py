@@ -141,7 +141,8 @@ class ChunkScorer:
             learns = learns.bool()
             for stack, leaf in zip(self.bank.stacks, leaves, strict=True):
                 leaf.register_hook(partial(self._update, stack, learns))
-            gradients = torch.autograd.grad(losses, leaves, weights.view(torch.float32))
+            # Of a scalar: with gradients given, autograd loads sympy, which takes a second.
+            gradients = torch.autograd.grad((losses * weights.view(torch.float32)).sum(), leaves)
             if self._updates is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self._updates)
             del gradients  # which updates have read now
