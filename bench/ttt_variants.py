@@ -34,6 +34,7 @@ from pgolf.train import build_model, validation_data
 BASE = "no phases"  # what others are compared with: phases add seconds that do not depend on the variant
 NO_PHASES = dict(phased_ttt_enabled=False)
 BY_LENGTH = dict(ttt_chunks_by_length="256:8,2000:24")
+KV_CACHE = dict(ttt_kv_cache=True)
 NO_QV = dict(ttt_q_lora=False, ttt_v_lora=False)
 VARIANTS: dict[str, dict[str, Any]] = {
     BASE: NO_PHASES,
@@ -44,9 +45,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "context 4,096": NO_PHASES | dict(ttt_eval_seq_len=4096),
     "one lane": NO_PHASES | dict(ttt_lanes=1),
     "one lane, cold A": NO_PHASES | dict(ttt_lanes=1, ttt_warm_start_a=False),
-    "no q, v, context 2,560": NO_PHASES | NO_QV | dict(ttt_eval_seq_len=2560),
-    "no q, v, context 4,096": NO_PHASES | NO_QV | dict(ttt_eval_seq_len=4096),
-    "all of these": NO_PHASES | NO_QV | BY_LENGTH | dict(ttt_eval_seq_len=4096),
+    "chunks by length, context 2,560": NO_PHASES | BY_LENGTH | dict(ttt_eval_seq_len=2560),
+    "chunk 16": NO_PHASES | dict(ttt_chunk_size=16),
+    "kv cache": NO_PHASES | KV_CACHE,
+    "kv cache, context 8,192": NO_PHASES | KV_CACHE | dict(ttt_eval_seq_len=8192),
+    "kv cache, chunk 16": NO_PHASES | KV_CACHE | dict(ttt_chunk_size=16),
+    "kv cache, chunks by length": NO_PHASES | KV_CACHE | BY_LENGTH,
 }
 RESAMPLES = 10_000
 

@@ -30,6 +30,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,12 +81,18 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Causal attention of q [T, H, D] on k, v [T, K, D] in segments by PyTorch's FlashAttention."""
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, cu_keys: Tensor | None = None,
+    max_keys: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention of q [T, H, D] on k, v [T, K, D] in segments by PyTorch's FlashAttention.
+
+    With ``cu_keys`` and ``max_keys`` a segment has more keys than queries, which are its last tokens.
+    """
     from torch.nn.attention.varlen import varlen_attn  # here, as it loads the compiler, which takes seconds
 
-    bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **_GROUPED)
+    cu_keys, max_keys = (cu_seqlens, max_seqlen) if cu_keys is None else (cu_keys, max_keys)
+    return varlen_attn(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, window_size=(-1, 0), **_GROUPED)
 
 
 def attention_reference(
@@ -95,7 +103,7 @@ def attention_reference(
         v = v.contiguous()  # PyTorch's kernels read 16 bytes at a time, whatever the address
     if cu_seqlens is None:
         return _dense(q, k, v)
-    if core != "sdpa" and _flash_takes(q.device, q.dtype, q.size(-1)):
+    if core != "sdpa" and flash_takes(q.device, q.dtype, q.size(-1)):
         return flash_attention(q[0], k[0], v[0], cu_seqlens, max_seqlen)[None]
     if torch.compiler.is_compiling():  # the compiler cannot know how long segments are
         positions = torch.arange(q.size(1), device=q.device)
@@ -105,9 +113,69 @@ def attention_reference(
     return torch.cat(parts, dim=1) if parts else q
 
 
+class KVCache(NamedTuple):
+    """Keys and values of earlier tokens, and where those of the tokens at hand go.
+
+    Segment by segment, a stream of L keys holds a segment's earlier tokens, then its own.
+    """
+
+    keys: Tensor  # [C, K, D], normalised and rotated
+    values: Tensor  # [C, K, D]
+    sources: Tensor  # int [L], the cache's row of each place in the stream; any where an own token comes
+    places: Tensor  # int64 [T], each own token's place in the stream
+    rows: Tensor  # int64 [T], the cache's row that each own token is written to; any number of them may share one
+    cu_seqlens: Tensor  # int32 [S + 1], boundaries in the stream
+    max_seqlen: int
+
+
+def cached_gated_attention(
+    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    cache: KVCache, num_heads: int, num_kv_heads: int, *, head_dim: int, exclude_own_value: bool, gated: bool,
+    update: Tensor | None = None, eps: float = RMS_EPS, core: str = "auto",
+) -> Tensor:  # fmt: skip
+    """`gated_attention` of tokens n [1, T, d] that follow on those in ``cache``, into which it then writes them.
+
+    A segment's T tokens see its cached ones and, causally, each other. No gradient reaches what is cached. For few
+    tokens after many: PyTorch's operators, its FlashAttention where that can, else segment by segment.
+    """
+    H, K, D = num_heads, num_kv_heads, head_dim
+    projected = F.linear(n, weight)
+    if update is not None:
+        projected = projected + F.pad(update, (0, projected.size(-1) - update.size(-1)))
+    q, k, v, rest = projected.split([H * D, K * D, K * D, projected.size(-1) - (H + 2 * K) * D], dim=-1)
+    q, k, v = (x.unflatten(-1, (-1, D)) for x in (q, k, v))
+    q, k = prologue_reference(q, k, cos, sin, q_gain, eps)
+    pairs = (cache.keys, k[0]), (cache.values, v[0])
+    keys, values = (kept.index_select(0, cache.sources).index_copy_(0, cache.places, x) for kept, x in pairs)
+    bounds = cu_seqlens, max_seqlen, cache.cu_seqlens, cache.max_seqlen
+    if core != "sdpa" and flash_takes(n.device, n.dtype, D):
+        o = flash_attention(q[0].contiguous(), keys, values, *bounds)[None]
+    else:
+        o = _following(q, keys[None], values[None], cu_seqlens, cache.cu_seqlens)
+    with torch.no_grad():
+        for kept, x in pairs:
+            kept.index_copy_(0, cache.rows, x)
+    return epilogue_reference(o, v, rest[..., :H] if gated else None, exclude_own_value).flatten(2)
+
+
+def _following(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor) -> Tensor:
+    """Attention of each segment's last tokens on all of its keys, causal."""
+    parts = []
+    for (low, high), (first, last) in zip(_bounds(cu_seqlens), _bounds(cu_keys), strict=True):
+        if high > low:
+            seen = torch.ones(high - low, last - first, dtype=torch.bool, device=q.device)
+            parts.append(
+                _dense(q[:, low:high], k[:, first:last], v[:, first:last], seen.tril(last - first - high + low))
+            )
+    return torch.cat(parts, dim=1) if parts else q
+
+
+def _bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    return [*pairwise(cu_seqlens.tolist())]
+
+
 def _segments(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
-    bounds = cu_seqlens.tolist()
-    return ((low, high) for low, high in zip(bounds, bounds[1:], strict=False) if high > low)
+    return ((low, high) for low, high in _bounds(cu_seqlens) if high > low)
 
 
 def gated_attention_reference(
@@ -137,7 +205,8 @@ def gated_attention_reference(
 # --- The op ---
 
 
-def _flash_takes(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> bool:
+def flash_takes(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Say whether PyTorch's FlashAttention computes such heads there."""
     half = dtype in (torch.bfloat16, torch.float16)
     return torch.device(device).type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
 
@@ -156,7 +225,7 @@ def resolve_core(
     """
     if name not in ("auto", *CORES):
         raise ValueError(f"attention has the cores auto, {', '.join(CORES)}, and {name!r} is none of them")
-    flash = _flash_takes(device, dtype, head_dim)
+    flash = flash_takes(device, dtype, head_dim)
     if name == "flash" and not flash:
         raise ValueError(f"flash attention needs CUDA, half precision and heads of a multiple of 8 up to 256, and this "
                          f"is {device}, {dtype}, {head_dim}; use auto or sdpa")  # fmt: skip

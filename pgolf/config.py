@@ -211,6 +211,9 @@ class RunConfig:
         "", "chunks of shorter documents, like 256:8,2000:24 (below 256 tokens 8, below 2000 tokens 24); empty: none"
     )
     ttt_eval_seq_len: int = _field(2048, "longest context of a scored chunk", low=2)
+    ttt_kv_cache: bool = _field(
+        False, "keep keys and values of earlier chunks as they were when scored; off: compute every window anew"
+    )
     ttt_batch_size: int = _field(64, "documents adapted side by side", low=1)
     ttt_lanes: int = _field(8, "chains of batches along which A stays warm; the processes share them", low=1)
     ttt_micro_batch_tokens: int = _field(131_072, "window tokens of one forward and backward pass; less memory", low=1)

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from pgolf.config import ConfigError, RunConfig
 from pgolf.kernels._launch import runs_kernels
-from pgolf.kernels.gated_attention import attention_tiles, gated_attention, resolve_core
+from pgolf.kernels.gated_attention import (
+    KVCache,
+    attention_tiles,
+    cached_gated_attention,
+    gated_attention,
+    resolve_core,
+)
 from pgolf.kernels.layer_weights import layer_weights
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.kernels.residual import (
@@ -70,6 +76,14 @@ class Updates(NamedTuple):
     head: Update | None  # to the logits, from the final norm
 
 
+class Continuation(NamedTuple):
+    """Tokens of a single packed row that follow on others of their sequences, whose keys and values are kept."""
+
+    previous: Tensor  # int64 [1, T], the token before each in its sequence
+    positions: Tensor  # int64 [T], in its sequence
+    caches: Sequence[KVCache]  # of every pass through a layer
+
+
 class Heads(NamedTuple):
     """What attention needs to know besides its input: the heads and the segments of the token stream."""
 
@@ -84,6 +98,7 @@ class Heads(NamedTuple):
     core: str
     tiles: Tensor | None  # of cu_seqlens, which the kernels of all layers share
     first_queries: Tensor | None = None  # of each segment, the first token whose result is wanted
+    cache: KVCache | None = None  # of earlier tokens of the segments
 
 
 class Skip(NamedTuple):
@@ -98,10 +113,13 @@ def attention(
     n: Tensor, w: LayerWeights, heads: Heads, xsa: bool, update: Tensor | None = None, tap: Observe | None = None
 ) -> Tensor:
     """Attention of the normalised input n [B, T, d], before the output projection; ``update`` adds to q, k and v."""
+    tokens = n, w.inputs, heads.cos, heads.sin, w.q_gain, heads.cu_seqlens, heads.max_seqlen
+    options = dict(head_dim=n.size(-1) // heads.count, exclude_own_value=xsa, gated=heads.gated, update=update)
+    if heads.cache is not None:
+        return cached_gated_attention(*tokens, heads.cache, heads.count, heads.kv_count, **options, core=heads.core)
     y = gated_attention(
-        n, w.inputs, heads.cos, heads.sin, w.q_gain, heads.cu_seqlens, heads.max_seqlen, heads.count, heads.kv_count,
-        head_dim=n.size(-1) // heads.count, exclude_own_value=xsa, gated=heads.gated, gate_width=heads.gate_width,
-        update=update, core=heads.core, tiles=heads.tiles, first_queries=heads.first_queries,
+        *tokens, heads.count, heads.kv_count, **options, gate_width=heads.gate_width, core=heads.core,
+        tiles=heads.tiles, first_queries=heads.first_queries,
     )  # fmt: skip
     if tap is not None:
         tap("attn.qkv", n)
@@ -307,13 +325,16 @@ class GPT(nn.Module):
         return [LayerWeights(*each, *vectors[i]) for each, i in zip(matrices, order, strict=True)]
 
     def _heads(
-        self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, sequences: Tensor | None, dtype: torch.dtype
-    ) -> Heads:
+        self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, sequences: Tensor | None,
+        continuation: Continuation | None, dtype: torch.dtype,
+    ) -> Heads:  # fmt: skip
         c = self.config
         tokens = ids.size(1)
         positions = torch.arange(tokens, device=ids.device)
         starts = cu_seqlens if c.rope_reset_per_segment else sequences
-        if starts is not None:
+        if continuation is not None:
+            positions = continuation.positions
+        elif starts is not None:
             positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
         base = c.rope_base
         if c.rope_yarn and tokens > c.rope_train_seq_len and c.rope_dims > 2:
@@ -323,13 +344,15 @@ class GPT(nn.Module):
         core, tiles = attention_core(c, ids.device), None
         if cu_seqlens is not None:
             max_seqlen = max_seqlen if max_seqlen > 0 else int(cu_seqlens.diff().max())
-            if core == "triton" and self.runs_kernels():
+            if core == "triton" and self.runs_kernels() and continuation is None:
                 tiles = attention_tiles(cu_seqlens, tokens, dtype, c.head_dim, c.num_heads // c.num_kv_heads)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         gates = c.gate_attn_out, c.gate_attn_width if c.gate_attn_out else None
         return Heads(c.num_heads, c.num_kv_heads, *gates, cos, sin, cu_seqlens, max_seqlen, core, tiles)
 
-    def _prologue(self, ids: Tensor, sequences: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _prologue(
+        self, ids: Tensor, sequences: Tensor | None, continuation: Continuation | None, dtype: torch.dtype
+    ) -> Tensor:
         """The normalised embedding, with the gated embedding of the token before in its sequence."""
         table = self.tok_emb.weight.to(dtype)
         if not self.config.smear_gate:
@@ -339,7 +362,11 @@ class GPT(nn.Module):
         if sequences is not None:  # the last boundaries are the end of the stream
             starts = torch.zeros(1, ids.size(1) + 1, dtype=torch.bool, device=ids.device)
             starts = starts.index_fill_(1, sequences.long(), True)[:, :-1]
-        return embed_smear_norm(ids, table, self.smear_gate.weight, self.smear_lambda, bos, starts=starts)
+        if continuation is not None:  # pairs of a token and the one before
+            ids = torch.stack([continuation.previous, ids], dim=-1).flatten(1)
+            starts = torch.stack([torch.ones_like(ids[0, ::2]), continuation.positions == 0], dim=-1).bool().view(1, -1)
+        x = embed_smear_norm(ids, table, self.smear_gate.weight, self.smear_lambda, bos, starts=starts)
+        return x if continuation is None else x[:, 1::2].contiguous()
 
     def hidden(
         self,
@@ -351,6 +378,7 @@ class GPT(nn.Module):
         updates: Updates | None = None,
         rows: Tensor | None = None,
         first_queries: Tensor | None = None,
+        continuation: Continuation | None = None,
         observe: Observe | None = None,
     ) -> Tensor:
         """Output of the final norm, [B, T, d].
@@ -365,24 +393,27 @@ class GPT(nn.Module):
             rows: int64 [n], the only positions of a single row that are wanted; the result is then [1, n, d].
             first_queries: int32, of each segment of cu_seqlens the index of the first position that is wanted, its
                 length for none: those before have no meaning then, and the last layer's attention leaves them out.
+            continuation: of segments, whose caches then hold these tokens, too.
             observe: called with (group of tensors, activation) at the input of every quantised product.
         """
         c, dtype = self.config, self.compute_dtype
         encoder, decoder = self.execution_lists()
         order = encoder + decoder
-        heads = self._heads(input_ids, cu_seqlens, max_seqlen, sequences, dtype)
+        heads = self._heads(input_ids, cu_seqlens, max_seqlen, sequences, continuation, dtype)
         layers = self._layers(order, dtype)
         passes = [PassUpdates()] * len(order) if updates is None else updates.passes
 
         def arguments(number: int) -> tuple:
             last = number == len(order) - 1
             own = heads._replace(first_queries=first_queries) if last else heads
+            if continuation is not None:
+                own = own._replace(cache=continuation.caches[number])
             return layers[number], own, order[number] >= c.num_layers - c.xsa_last_n, passes[number]
 
         def tap(number: int) -> Observe | None:
             return None if observe is None else lambda name, x: observe(f"blocks.{order[number]}.{name}", x)
 
-        x0 = self._prologue(input_ids, sequences, dtype)
+        x0 = self._prologue(input_ids, sequences, continuation, dtype)
         x, lanes, skips, outputs = x0, None, [], ()
         for number in range(len(encoder)):
             output, x, x0 = serial_block(x, x0, None, *arguments(number), tap(number))
@@ -431,21 +462,15 @@ class GPT(nn.Module):
         updates: Updates | None = None,
         rows: Tensor | None = None,
         first_queries: Tensor | None = None,
+        continuation: Continuation | None = None,
         reduction: str = "none",
     ) -> Tensor:
         """Negative log-likelihood of every target in nats, float32 in the targets' shape; arguments as in `hidden`.
 
         ``reduction`` is that of `linear_cross_entropy`: ``none``, ``mean`` or ``sum``.
         """
-        h = self.hidden(
-            input_ids,
-            cu_seqlens,
-            max_seqlen,
-            sequences=sequences,
-            updates=updates,
-            rows=rows,
-            first_queries=first_queries,
-        )
+        options = dict(sequences=sequences, updates=updates, rows=rows, first_queries=first_queries)
+        h = self.hidden(input_ids, cu_seqlens, max_seqlen, **options, continuation=continuation)
         to_logits, h = updated(None if updates is None else updates.head, h)
         table, cap = self.head_weight.to(h.dtype), self.config.logit_softcap
         return linear_cross_entropy(h, table, target_ids, cap, reduction, update=to_logits)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
     config progress folder runtime bpb corpus tokenizer shards dataset fineweb loader model graphs gradient optim
     schedule checkpoint evaluate train quantize artifact unpack minify squeeze export ttt.plan ttt.ledger ttt.adapters
-    ttt.scoring ttt.base ttt.engine ttt results report_plots report run data_commands cli __main__
+    ttt.inputs ttt.scoring ttt.base ttt.engine ttt results report_plots report run data_commands cli __main__
 """.split()  # noqa: SIM905
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard"}  # not installed everywhere
 KERNEL_IMPORTS = {"torch", "triton", "numpy"}

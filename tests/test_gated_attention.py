@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ from pgolf.kernels import gated_attention as family
 from pgolf.kernels import varlen_attention
 from pgolf.kernels._launch import INTERPRETED, using
 from pgolf.kernels.gated_attention import (
+    KVCache,
     attention_tiles,
+    cached_gated_attention,
     gated_attention,
     gated_attention_reference,
     kernels,
@@ -344,7 +348,7 @@ def test_no_tokens(device, shape) -> None:
 
 
 def test_reference_keeps_to_flash_whatever_kernels_are_on(monkeypatch) -> None:
-    monkeypatch.setattr(family, "_flash_takes", lambda *_: True)
+    monkeypatch.setattr(family, "flash_takes", lambda *_: True)
     monkeypatch.setattr(family, "flash_attention", lambda q, *_: q + 1)
     q, k, v = torch.zeros(3, 1, 8, 2, 16)
     bounds = torch.tensor([0, 8], dtype=torch.int32)
@@ -352,6 +356,39 @@ def test_reference_keeps_to_flash_whatever_kernels_are_on(monkeypatch) -> None:
         with using(choice):
             assert (family.attention_reference(q, k, v, bounds, 8) == 1).all()
     assert (family.attention_reference(q, k, v, bounds, 8, "sdpa") == 0).all()
+
+
+@pytest.mark.parametrize("exclude, gated", [(True, True), (False, False)])
+def test_cached_tokens_are_those_of_before(exclude: bool, gated: bool) -> None:
+    """Segments taken a few tokens at a time are the segments at once, and gradients those of the tokens at hand."""
+    p = Problem("plain", "cpu", exclude=exclude, gated=gated, bounds=[0, 5, 5, 13], update=True)
+    whole, bounds, room = p.value(), [0, 5, 5, 13], 16
+    keys, values = (torch.zeros(3 * room + 1, p.keys, p.dim, dtype=torch.float64) for _ in range(2))
+    for first, last in ((0, 3), (3, 5), (5, 8)):  # of each segment
+        spans = [(low + min(first, high - low), low + min(last, high - low)) for low, high in pairwise(bounds)]
+        rows = [i for start, stop in spans for i in range(start, stop)]
+        sizes = [stop - start for start, stop in spans]
+        cu, stream, places = [0, *accumulate(sizes)], [0], []
+        sources = []
+        for slot, ((start, stop), low) in enumerate(zip(spans, bounds, strict=False)):
+            places += range(len(sources) + start - low, len(sources) + stop - low)
+            sources += [slot * room + i for i in range(stop - low)]
+            stream.append(len(sources))
+        stored = [sources[place] for place in places]
+        where = *map(torch.tensor, (sources, places, stored)), torch.tensor(stream, dtype=torch.int32), 8
+        segments = torch.tensor(cu, dtype=torch.int32)
+        n, update = (x[:, rows].clone().requires_grad_() for x in (p.n, p.update))
+
+        def call(n, update, kept, rows=rows, where=where, segments=segments):
+            return cached_gated_attention(
+                n, p.weight, p.cos[rows], p.sin[rows], p.gain, segments, 3, KVCache(*kept, *where), p.heads, p.keys,
+                head_dim=p.dim, exclude_own_value=exclude, gated=gated, update=update,
+            )  # fmt: skip
+
+        before = keys.clone(), values.clone()
+        assert torch.autograd.gradcheck(lambda n, u: call(n, u, [x.clone() for x in before]), (n, update))  # noqa: B023
+        assert torch.allclose(call(n, update, (keys, values)), whole[:, rows], atol=1e-10)
+        assert not torch.equal(keys, before[0]) and not keys.requires_grad
 
 
 def test_kernels_take_what_they_can() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,13 @@ from pgolf.bpb import ByteTable
 from pgolf.config import ConfigError, RunConfig
 from pgolf.evaluate import evaluate_packed, evaluate_sliding
 from pgolf.model import GPT
-from pgolf.ttt import TTTResult, engine
+from pgolf.ttt import TTTResult, engine, inputs, scoring
 from pgolf.ttt.adapters import ADAM_EPS, AdapterBank
 from pgolf.ttt.base import rows_loss
+from pgolf.ttt.inputs import CachedChunks, Chunk
 from pgolf.ttt.ledger import ScoredLedger
-from pgolf.ttt.plan import chunk_sizes, chunk_windows, deal, lanes_of_phase, plan_phases
+from pgolf.ttt.plan import batch_windows, chunk_sizes, chunk_windows, deal, lanes_of_phase, plan_phases
+from pgolf.ttt.scoring import stream_lengths
 from tests.processes import run_processes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -108,8 +112,9 @@ def test_every_target_is_scored_once() -> None:
     json.dumps(result._replace(token_nats=None)._asdict())
 
 
-def test_without_learning_it_is_plain_evaluation() -> None:
-    config = SMALL.replace(ttt_lora_lr=0.0, phased_ttt_enabled=False, ttt_eval_seq_len=72)
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_without_learning_it_is_plain_evaluation(kv_cache: bool) -> None:
+    config = SMALL.replace(ttt_lora_lr=0.0, phased_ttt_enabled=False, ttt_eval_seq_len=72, ttt_kv_cache=kv_cache)
     tokens, _ = stream(13)
     model, nats = small_model(config), score(config).token_nats
     bounds = [*torch.nonzero(tokens == 1).flatten().tolist(), tokens.numel() - 1]
@@ -119,9 +124,11 @@ def test_without_learning_it_is_plain_evaluation() -> None:
             assert (nats[start:end] - alone).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("kv_cache", [False, True])
 @pytest.mark.parametrize("kind", ["future", "all later documents"])
-def test_losses_depend_on_what_was_scored_before_only(kind: str) -> None:
+def test_losses_depend_on_what_was_scored_before_only(kind: str, kv_cache: bool) -> None:
     tokens, table = stream(13)
+    config = SMALL.replace(ttt_kv_cache=kv_cache)
     starts = torch.nonzero(tokens == 1).flatten().tolist() + [tokens.numel()]
     phases = plan_phases(np.diff(starts), SMALL)
     order = [batch.documents for phase in phases for batch in phase.batches]
@@ -132,7 +139,7 @@ def test_losses_depend_on_what_was_scored_before_only(kind: str) -> None:
     for i, start in first_changed.items():
         other[start : starts[i + 1]] = (tokens[start : starts[i + 1]] - 2 + 100) % (320 - 2) + 2
     before, after = (
-        ttt.test_time_training(small_model(SMALL), SMALL, ids, table).token_nats for ids in (tokens, other)
+        ttt.test_time_training(small_model(config), config, ids, table).token_nats for ids in (tokens, other)
     )
     untouched = [int(i) for documents in order[:3] for i in documents if i != changed]
     for i in untouched:
@@ -154,9 +161,84 @@ def test_first_chunks_come_before_any_update() -> None:
     assert not torch.equal(still, moving)
 
 
+def test_a_cache_changes_what_an_update_would_change_of_the_window() -> None:
+    config = SMALL.replace(phased_ttt_enabled=False, ttt_warm_start_a=False, ttt_eval_seq_len=72)
+    anew, kept = score(config).token_nats, score(config.replace(ttt_kv_cache=True)).token_nats
+    still = score(config.replace(ttt_lora_lr=0.0)).token_nats
+    starts = torch.nonzero(stream(13)[0] == 1).flatten().tolist()
+    assert all((anew[start : start + 8] - kept[start : start + 8]).abs().max() < 1e-5 for start in starts)
+    assert 0 < (anew - kept).abs().mean() < (anew - still).abs().mean()
+
+
+def test_captured_lengths_fit_what_streams_have() -> None:
+    record = stream_lengths([3072], 131_072, 12, 1.1)
+    assert record[:12] == [3072 * count for count in range(1, 13)] and record[-1] == 131_072 and len(record) < 28
+    assert all(1 < after / before < 1.11 for before, after in pairwise(record[11:]))
+    assert stream_lengths([512, 1536, 3072], 131_072, 12, 1.1) == [512, 1024, 1536, *record]
+    assert stream_lengths([3072], 2048, 12, 1.1) == [2048] and stream_lengths([24], 500, 2, 2.0) == [128, 256, 512]
+
+
+class Replayed:
+    """Stands in for `pgolf.graphs.Graphs`: calls what a graph would replay."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.captured: dict = {}
+
+    def capture(self, key: tuple, function: Callable, *inputs: torch.Tensor, loaded: bool) -> None:
+        self.captured[key] = function, [tensor.shape for tensor in inputs]
+
+    def replay(self, key: tuple, *inputs: torch.Tensor) -> torch.Tensor:
+        function, shapes = self.captured[key]
+        assert [tensor.shape for tensor in inputs] == shapes
+        return function(*inputs)
+
+
+@pytest.mark.parametrize("kv_cache", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"ttt_chunks_by_length": "13:4", "ttt_batch_size": 4}])
+def test_padded_streams_change_nothing(kv_cache: bool, fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SMALL.replace(ttt_kv_cache=kv_cache, **fields)
+    exact = score(config).token_nats
+    monkeypatch.setattr(scoring, "uses_graphs", lambda config, model: True)
+    monkeypatch.setattr(inputs, "flash_takes", lambda *_: True)
+    monkeypatch.setattr(scoring, "Graphs", Replayed)
+    monkeypatch.setattr(scoring, "compiling_ahead", nullcontext)
+    monkeypatch.setattr(scoring, "TOKENS_MULTIPLE", 16)
+    assert (score(config).token_nats - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("context", [8, 20, 64])
+def test_a_cache_holds_the_windows_of_all_chunks(context: int) -> None:
+    config = SMALL.replace(ttt_kv_cache=True, ttt_eval_seq_len=context)
+    predictions = np.array([61, 33, 7])
+    starts, cached = np.array([0, 62, 96]), CachedChunks(small_model(config), config, 3)
+    tokens, written = np.arange(200), {}
+    for start, length, scored, goes_on in zip(*batch_windows(predictions, config), strict=True):
+        chunk = Chunk(start + starts, start, length, scored, goes_on > 0)
+        rows = int(scored.sum()) + 5  # more than there are
+        whole, places = cached.fill(chunk, tokens, int(length.sum()) + 3, rows)
+        fields = [part.tolist() for part in cached.parts(whole, int(length.sum()) + 3, rows)]
+        _, offsets, _, targets, ids, previous, positions, own, stored, bounds, sources = fields
+        assert targets[: offsets[-1]] == (places[: offsets[-1]] + 1).tolist()
+        for slot in range(3):
+            mine = range(offsets[slot], offsets[slot + 1])
+            low, high = bounds[slot], bounds[slot + 1] - len(mine)
+            read = [written[row] for row in sources[low:high]]
+            assert read == [(slot, start[slot] + i) for i in range(length[slot] - scored[slot])]
+            assert [own[i] for i in mine] == [*range(high, bounds[slot + 1])]
+            assert [positions[i] for i in mine] == [*range(start[slot] + len(read), start[slot] + length[slot])]
+            assert [ids[i] for i in mine] == [starts[slot] + positions[i] for i in mine]
+            assert all(previous[i] == ids[i] - 1 for i in mine if positions[i])
+            assert len({stored[i] for i in mine}) == len(mine)
+        for slot in range(3):
+            written |= {stored[i]: (slot, positions[i]) for i in range(offsets[slot], offsets[slot + 1])}
+        assert set(stored[offsets[-1] :]) == {3 * context} and bounds[-1] - bounds[-2] == rows - offsets[-1]
+        assert own[offsets[-1] :] == [*range(bounds[-2], bounds[-1])]
+
+
+@pytest.mark.parametrize("kv_cache", [False, True])
 @pytest.mark.parametrize("tokens", [1, 70, 150])
-def test_micro_batches_change_nothing(tokens: int) -> None:
-    config = SMALL.replace(ttt_batch_size=8)
+def test_micro_batches_change_nothing(tokens: int, kv_cache: bool) -> None:
+    config = SMALL.replace(ttt_batch_size=8, ttt_kv_cache=kv_cache)
     apart = score(config.replace(ttt_micro_batch_tokens=tokens)).token_nats
     assert (score(config).token_nats - apart).abs().max() < 1e-4
 
@@ -172,11 +254,12 @@ def test_chunks_by_length() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_kernels_score_as_their_references_on_cuda() -> None:
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_kernels_score_as_their_references_on_cuda(kv_cache: bool) -> None:
     tokens, table = stream(13)
 
     def scored(dtype: str, device: str) -> torch.Tensor:
-        config = SMALL.replace(compute_dtype=dtype)
+        config = SMALL.replace(compute_dtype=dtype, ttt_kv_cache=kv_cache)
         model = small_model(config).to(device)
         return ttt.test_time_training(model, config, tokens, table, adapter_init=adapter_init).token_nats
 
@@ -207,6 +290,7 @@ def unchanged_loss() -> float:
         {"ttt_v_lora": False},
         {"ttt_q_lora": False, "ttt_v_lora": False},
         {"ttt_lanes": 2},
+        {"ttt_kv_cache": True},
         {"ttt_mlp_lora": False},
         {"ttt_o_lora": False},
         {"ttt_warm_start_a": False},

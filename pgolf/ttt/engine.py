@@ -20,8 +20,9 @@ from pgolf.model import BOS_ID, GPT
 from pgolf.ttt import plan
 from pgolf.ttt.adapters import AdapterBank, AdapterInit
 from pgolf.ttt.base import train_base
+from pgolf.ttt.inputs import Chunk
 from pgolf.ttt.ledger import ScoredLedger
-from pgolf.ttt.scoring import Chunk, ChunkScorer
+from pgolf.ttt.scoring import ChunkScorer
 
 BYTES_PIECE = 1 << 22  # targets whose bytes are counted at once
 
@@ -195,8 +196,9 @@ class _Run:
         starts, windows = self.starts[documents], plan.batch_windows(self.predictions[documents], self.config)
         self.bank.begin(batch.number, documents.size)
         for fields in zip(*windows, strict=True):
-            start, length, scored, goes_on = (np.pad(f, (0, slots - f.size)) for f in (fields[0] + starts, *fields[1:]))
-            chunk = Chunk(start, length, scored, goes_on > 0)
+            numbers = fields[0] + starts, *fields
+            start, skipped, length, scored, goes_on = (np.pad(f, (0, slots - f.size)) for f in numbers)
+            chunk = Chunk(start, skipped, length, scored, goes_on > 0)
             active, last = fields[2] > 0, fields[0] + fields[1]
             self.ledger.score(documents[active], (last - fields[2])[active], last[active])
             if chunk.learning.any():
