@@ -49,7 +49,7 @@ setup(
         'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
         "numpy",
         "sentencepiece",
-        "brotli",
+        "brotli>=1.2",
     ],
     extras_require={**EXTRAS, "all": sorted({name for names in EXTRAS.values() for name in names})},
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import lzma
 import os
-import pickle
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,18 +25,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf.quantize import CODES, SCALE, QuantizedModel
+from pgolf.files import FileError, write_aside
+from pgolf.kernels.dequant import MAX_RANK
+from pgolf.quantize import ASYMMETRIC_KEYS, CODES, PASSTHROUGH, SCALE, SYMMETRIC_KEYS, QuantizedModel, largest_code
+from pgolf.tensors import check_tensor, read_tensors
 
 CAP_BYTES = 16_000_000  # of the challenge: code and compressed weights together, decimal
+# The decompressed bytes for one compressed byte at the cap: a code takes a byte, and compressed more than a bit.
+MOST_EXPANSION = 8
+XZ_MEMORY = 1 << 27  # bytes; a decoder of the largest preset takes half of it
 SHUFFLE_MAGIC = b"BSHF"
 SHUFFLE_STRIDE = 2
 BROTLI_QUALITY, BROTLI_WINDOW = 11, 24
 XZ_MAGIC, XZ_PRESET = b"\xfd7zXZ\x00", 6
 ZIP_MAGIC = b"PK"  # torch.save writes a zip archive
+MARK = re.compile(r"gptq \(int([2-8])\)(\+lqer(?:_asym)?)?")
 SHRINK_FIELDS = "raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower embed_bits or lqer_top_k"
 
 
-class ArtifactError(ValueError):
+class ArtifactError(FileError):
     """A file that is no artifact, or an artifact that is too large."""
 
 
@@ -47,21 +54,24 @@ def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "
     """Write the artifact, aside first and then renamed, and return its bytes.
 
     Brotli takes about a minute for the record model. Raises ArtifactError for another compressor than ``brotli`` and
-    ``lzma``, ImportError when brotli is not installed.
+    ``lzma`` and for a model that `load` would refuse, ImportError when brotli is not installed.
     """
-    blob = _compress(byte_shuffle(_serialize(quantized)), compressor)
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(blob)
-    os.replace(aside, path)
+    quantized = QuantizedModel(_pooled(quantized.tensors), quantized.meta)
+    _check(quantized)
+    data = byte_shuffle(_serialize(quantized))
+    blob = _compress(data, compressor)
+    if len(data) > _most_bytes(blob):
+        raise ArtifactError(f"a model of {len(data):,} bytes, {len(blob):,} compressed, is too large for an artifact")
+    write_aside(path, blob)
     return len(blob)
 
 
 def load(path: str | os.PathLike) -> QuantizedModel:
     """Read an artifact, whichever compressor wrote it. No code in it is run.
 
-    Raises ArtifactError naming the file when it is cut short or no artifact, FileNotFoundError when there is none,
-    ImportError when it needs brotli and that is not installed.
+    Memory is bounded by what an artifact can hold: 8 bytes for each of the file's, or of the cap where that is more.
+    Raises ArtifactError when the file is cut short, damaged or no artifact, naming it and the tensor; FileNotFoundError
+    when there is none; ImportError when it needs brotli and that is not installed.
     """
     path = Path(path)
     blob = path.read_bytes()
@@ -69,9 +79,8 @@ def load(path: str | os.PathLike) -> QuantizedModel:
         archive = byte_unshuffle(_decompress(blob))
         if not archive.startswith(ZIP_MAGIC):
             raise ArtifactError("what it holds was not written by torch.save")
-        content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-        return _checked(content)
-    except (ArtifactError, lzma.LZMAError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return _checked(read_tensors(io.BytesIO(archive), len(archive)))
+    except FileError as error:
         raise ArtifactError(
             f"{path} ({len(blob):,} bytes) is no artifact, or is cut short or damaged: {error}. "
             "Copy it again, or write it again with `pgolf quantize`"
@@ -81,7 +90,7 @@ def load(path: str | os.PathLike) -> QuantizedModel:
 def _serialize(quantized: QuantizedModel) -> bytes:
     # Pickle writes a string that it has seen before as a reference to that object: equal strings must be one object,
     # or the bytes would depend on how the model came about.
-    tensors = {sys.intern(name): tensor for name, tensor in _pooled(quantized.tensors).items()}
+    tensors = {sys.intern(name): tensor for name, tensor in quantized.tensors.items()}
     meta = {sys.intern(name): sys.intern(how) for name, how in quantized.meta.items()}
     buffer = io.BytesIO()
     torch.save({"w": tensors, "m": meta}, buffer)
@@ -104,12 +113,65 @@ def _checked(content: object) -> QuantizedModel:
     if not all(isinstance(part, dict) for part in parts):
         raise ArtifactError('it lacks the dictionaries "w" and "m"')
     quantized = QuantizedModel(*parts)
-    for name, how in quantized.meta.items():
-        needed = (name,) if how.startswith("passthrough") else (name + CODES, name + SCALE)
-        for key in needed:
-            if not isinstance(quantized.tensors.get(key), Tensor):
-                raise ArtifactError(f"it lists {name} as {how!r} and lacks the tensor {key}")
+    _check(quantized)
     return quantized
+
+
+def _check(quantized: QuantizedModel) -> None:
+    """Raise FileError for tensors that do not fit what their marks say: missing, of other dtypes, out of range."""
+    foreign = set(quantized.tensors)
+    for name, how in quantized.meta.items():
+        mark = MARK.fullmatch(how) if isinstance(name, str) and isinstance(how, str) else None
+        if mark is None and (how != PASSTHROUGH or not isinstance(name, str)):
+            raise ArtifactError(f"it lists {name!r} as {how!r}, which is no way that tensors are kept")
+        keys = (name,)
+        if mark is not None:
+            correction = {"+lqer": SYMMETRIC_KEYS, "+lqer_asym": ASYMMETRIC_KEYS, None: ()}[mark[2]]
+            keys = tuple(name + key for key in (CODES, SCALE, *correction))
+        for key in keys:
+            if key not in foreign:
+                raise ArtifactError(f"it lists {name} as {how!r} and lacks the tensor {key}")
+        foreign -= set(keys)
+        if mark is None:
+            check_tensor(name, quantized.tensors[name], None, torch.float16)
+        else:
+            _check_matrix(keys, quantized.tensors, int(mark[1]), mark[2] == "+lqer_asym")
+    if foreign:
+        raise ArtifactError(f"it lists no tensor that {min(map(str, foreign))} could belong to")
+
+
+def _check_matrix(keys: tuple[str, ...], tensors: Mapping[str, Tensor], bits: int, asymmetric: bool) -> None:
+    """Raise FileError for codes, scales and factors of a matrix that do not fit together."""
+    reach = largest_code(bits)
+    rows, columns = _check_codes(keys[0], tensors, -reach, reach)
+    check_tensor(keys[1], tensors[keys[1]], (rows,), torch.float16)
+    if not keys[2:]:
+        return
+    (height, rank), (inner, width) = (
+        _check_codes(key, tensors, *ends)
+        for key, ends in zip(keys[2::2], ((-2, 1), (-8, 7)) if asymmetric else ((-127, 127),) * 2, strict=True)
+    )
+    first, second = (check_tensor(key, tensors[key], None, torch.float16) for key in keys[3::2])
+    groups = second.numel()
+    fits = (height, inner, width) == (rows, rank, columns) and second.ndim == 1 and 1 <= rank <= MAX_RANK
+    if asymmetric:
+        fits = fits and first.ndim == 0 and groups > 0 and rank * columns % groups == 0
+    else:
+        fits = fits and first.shape == (rows,) and groups == rank
+    if not fits:
+        shapes = ", ".join(str(list(tensors[key].shape)) for key in keys[2:])
+        raise ArtifactError(f"the factors {keys[2]} … ({shapes}) do not fit codes of {[rows, columns]}")
+
+
+def _check_codes(key: str, tensors: Mapping[str, Tensor], low: int, high: int) -> tuple[int, int]:
+    """Shape of a matrix of codes. Raises FileError for one that is none, or has a code outside ``low`` to ``high``."""
+    codes = check_tensor(key, tensors[key], None, torch.int8)
+    if codes.ndim != 2 or not codes.numel():
+        raise ArtifactError(f"{key} is no matrix: its shape is {list(codes.shape)}")
+    least, most = (int(end) for end in codes.aminmax())
+    if least < low or most > high:
+        raise ArtifactError(f"{key} has codes from {least} to {most}, outside {low} to {high}")
+    return codes.size(0), codes.size(1)
 
 
 def byte_shuffle(data: bytes) -> bytes:
@@ -149,23 +211,42 @@ def _compress(data: bytes, compressor: str) -> bytes:
     raise ArtifactError(f"compressor must be brotli or lzma, got {compressor!r}")
 
 
+def _most_bytes(blob: bytes) -> int:
+    """Bytes that a compressed file of this length may hold."""
+    return MOST_EXPANSION * max(CAP_BYTES, len(blob))
+
+
 def _decompress(blob: bytes) -> bytes:
-    if blob.startswith(XZ_MAGIC):
-        return lzma.decompress(blob)
-    brotli = _brotli()  # brotli data has no magic: what is not xz is taken for it
+    most = _most_bytes(blob)
     try:
-        return brotli.decompress(blob)
-    except brotli.error as error:
+        if blob.startswith(XZ_MAGIC):
+            decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
+            data = decoder.decompress(blob, max_length=most + 1)
+            whole = decoder.eof and not decoder.unused_data
+        else:  # brotli data has no magic: what is not xz is taken for it
+            decoder = _brotli().Decompressor()
+            data = decoder.process(blob, output_buffer_limit=most + 1)
+            whole = decoder.is_finished()
+    except ImportError:
+        raise
+    except Exception as error:  # each library has an exception of its own
         raise ArtifactError(f"it is neither xz nor brotli data ({error})") from error
+    if len(data) > most:
+        raise ArtifactError(f"it decompresses to more than the {most:,} bytes that an artifact can hold")
+    if not whole:
+        raise ArtifactError("its compressed data end too early, or are followed by others")
+    return data
 
 
 def _brotli():
     try:
         import brotli
+
+        if tuple(map(int, brotli.__version__.split(".")[:2])) < (1, 2):
+            raise ImportError("an older one cannot bound what it decompresses")
     except ImportError as error:
-        raise ImportError(
-            "the artifact needs the package brotli: `pip install brotli`, or set compressor=lzma to write without it"
-        ) from error
+        advice = "`pip install 'brotli>=1.2'`, or set compressor=lzma to write without it"
+        raise ImportError(f"the artifact needs the package brotli: {advice}") from error
     return brotli
 
 

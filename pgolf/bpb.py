@@ -90,7 +90,7 @@ def load_sentencepiece(path: str | os.PathLike) -> sentencepiece.SentencePiecePr
             "or train one with `pgolf data tokenizer`"
         )
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
 

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pgolf.config import RunConfig
+from pgolf.files import FileError, write_aside
 from pgolf.loader import DocumentPackingLoader
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer
 from pgolf.runtime import World, random_state, set_random_state
 from pgolf.schedule import Clock
+from pgolf.tensors import check_tensors, not_finite, read_tensors
 
 FORMAT = "pgolf training checkpoint 1"
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 _MAY_DIFFER = {"run_id", "artifact_dir", "data_dir", "train_log_every", "checkpoint_minutes", "device"}
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FileError):
     """A checkpoint that cannot be read, or belongs to other settings."""
+
+
+class DivergedError(RuntimeError):
+    """Training has left the finite numbers."""
+
+
+def diverged(what: str) -> DivergedError:
+    """The error for a number that is not finite, with advice; ``what`` names the number and the step."""
+    return DivergedError(
+        f"training has diverged: {what}. Nothing of it is kept; a checkpoint from before stays as it is. Start anew "
+        "with lower learning rates (matrix_lr, scalar_lr, tied_embed_lr), a lower grad_clip_norm or another seed"
+    )
 
 
 @dataclass
@@ -38,8 +53,13 @@ class TrainingState:
 
 
 def save_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: World) -> None:
-    """Write a checkpoint aside and rename it; call it on every rank, rank 0 writes."""
+    """Write a checkpoint aside and rename it; call it on every rank, rank 0 writes.
+
+    Raises, on every rank, DivergedError for numbers that are not finite and FileError where the disk is full; the file
+    from before is then untouched.
+    """
     optimizer, loader = state.optimizer.state_dict(), state.loader.state_dict()
+    payload = None
     if world.is_main:
         payload = {
             "format": FORMAT,
@@ -53,8 +73,7 @@ def save_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: 
             "loader": loader,
             "random": random_state(),
         }
-        save_aside(path, payload)
-    world.barrier()
+    save_tensors(path, payload, world)
 
 
 def load_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: World) -> None:
@@ -63,7 +82,7 @@ def load_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: 
     Raises CheckpointError for a file that is no checkpoint, or one of other settings (named).
     """
     payload = load_tensors(path)
-    if payload.get("format") != FORMAT:
+    if payload.get("format") != FORMAT or not isinstance(payload.get("config"), dict):
         raise CheckpointError(f"{path} is no training checkpoint of this version; delete it and train anew")
     now = dataclasses.asdict(config)
     before = payload["config"]
@@ -71,29 +90,56 @@ def load_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: 
     if changed:
         shown = ", ".join(f"{name} {before.get(name)!r} → {now[name]!r}" for name in changed)
         raise CheckpointError(f"{path} was written with other settings: {shown}; set them back, or train anew")
-    state.model.load_state_dict(payload["model"])
-    state.model.looping_active = payload["looping"]
+    try:
+        _apply(payload, state)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        shown = f"it has no entry {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path} does not fit this run: {shown}; delete it and train anew") from error
+
+
+def _apply(payload: dict, state: TrainingState) -> None:
+    step, elapsed, looping = payload["step"], payload["elapsed"], payload["looping"]
+    if type(step) is not int or step < 0 or type(elapsed) is not float or not 0 <= elapsed < math.inf:
+        raise CheckpointError(f"its step and seconds are {step!r} and {elapsed!r}")
+    state.model.load_state_dict(check_tensors(payload["model"], state.model.state_dict()))
+    state.model.looping_active = bool(looping)
+    if name := not_finite(payload["optimizer"]):
+        raise CheckpointError(f"the optimizer's {name} has numbers that are not finite")
     state.optimizer.load_state_dict(payload["optimizer"])
-    for name, average in state.ema.items():
-        average.copy_(payload["ema"][name])
+    for name, average in check_tensors(payload["ema"], state.ema).items():
+        state.ema[name].copy_(average)
     state.loader.load_state_dict(payload["loader"])
-    state.clock = Clock(payload["elapsed"])
-    state.step = payload["step"]
+    state.clock, state.step = Clock(elapsed), step
     set_random_state(payload["random"])
 
 
-def save_aside(path: Path, payload: dict) -> None:
-    """torch.save whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(payload, aside)
-    os.replace(aside, path)
+def save_tensors(path: Path, payload: dict[str, Any] | None, world: World) -> None:
+    """torch.save whole or not at all what rank 0 has; call it on every rank.
+
+    Raises, on every rank, DivergedError for numbers that are not finite and FileError for a disk that is full.
+    """
+    problem: Exception | None = None
+    if payload is not None:
+        try:
+            if name := not_finite(payload):
+                raise diverged(f"{name} has numbers that are not finite after step {payload['step']}")
+            write_aside(path, lambda file: torch.save(payload, file))
+        except (DivergedError, FileError) as error:
+            problem = error
+    if problem := world.share(problem):
+        raise problem
 
 
 def load_tensors(path: Path) -> dict:
-    """Read a file of tensors onto the CPU, without running code from it. Raises CheckpointError if it is broken."""
+    """Read a file of tensors onto the CPU, without running code from it.
+
+    Raises CheckpointError where it is damaged, naming the tensor, or holds no dictionary.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); it may be cut short: delete it and run again"
-        ) from error
+        with path.open("rb") as file:
+            content = read_tensors(file, path.stat().st_size)
+        if not isinstance(content, dict):
+            raise FileError(f"it holds a {type(content).__name__}")
+        return content
+    except (FileError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Delete it and run again") from error

@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,30 +49,56 @@ STAGE_HELP = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for an error with a message, 143 after SIGTERM.
+    """Run the command line; returns the exit status: 0, 2 for an error with a message.
 
-    PGOLF_TRACEBACK=1 in the environment shows where a message comes from.
+    After SIGTERM, SIGINT and SIGHUP it is 128 and the signal's number. PGOLF_TRACEBACK=1 in the environment shows where
+    a message comes from.
     """
     arguments = _parser().parse_args(argv)
-    from pgolf.runtime import Interrupted  # here, so that --help does not wait for torch
+    try:
+        from pgolf.runtime import Interrupted, on_terminate  # here, so that --help does not wait for torch
+    except KeyboardInterrupt:
+        return 130
+
+    def stop(number: signal.Signals) -> None:
+        raise Interrupted(f"stopped by {number.name}", number)
 
     try:
-        return arguments.action(arguments)
-    except Interrupted as stop:
-        print(f"pgolf: {stop}", file=sys.stderr)
-        return 143
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        with on_terminate(stop):
+            status = arguments.action(arguments)
+            sys.stdout.flush()
+        return status
+    except Interrupted as stopped:
+        _complain(stopped)
+        return stopped.status
+    except BrokenPipeError:
+        # Python would try to write the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _complain("nothing reads the output any more")
+        return 2
+    except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if not _is_a_message(error) or os.environ.get("PGOLF_TRACEBACK"):
             raise
         if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("pgolf."):
             error = f"this program was exported without {error.name}; install the package pgolf for it"
-        print(f"pgolf: {error}", file=sys.stderr)
+        _complain(str(error) or "there is not enough memory")
         return 2
 
 
+def _complain(message: object) -> None:
+    with suppress(OSError):  # nobody may be there to read it
+        print(f"pgolf: {message}", file=sys.stderr, flush=True)
+
+
 def _is_a_message(error: Exception) -> bool:
-    """True for errors that this package raises to tell the user something; others are defects, and show where."""
-    if type(error).__module__.startswith("pgolf") or isinstance(error, FileNotFoundError | ImportError):
+    """True for errors that this package raises to tell the user something, and for those of the machine it runs on.
+
+    Others are defects, and show where.
+    """
+    import torch
+
+    machine = (OSError, ImportError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
+    if type(error).__module__.startswith("pgolf") or isinstance(error, machine):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return isinstance(error, ValueError) and frame.f_globals.get("__name__", "").startswith("pgolf")
@@ -160,35 +188,41 @@ def _stage(arguments: argparse.Namespace) -> int:
     started = arguments.run_dir is not None and RunFolder(arguments.run_dir).config_file.exists()
     if started and not arguments.fresh:
         config = _config_of(arguments, RunFolder(arguments.run_dir))
+    elif arguments.resume and not (arguments.preset and arguments.run_dir):
+        where = arguments.run_dir or "a --run-dir that you name"
+        raise RunFolderError(f"--resume finds no run in {where}; with a --preset it starts one there")
     elif name in STARTING:
         config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
     else:
         raise RunFolderError(f"{arguments.run_dir} holds no run (no config.json); start one with `pgolf run`")
     world = start_world(config)
     folder = RunFolder(arguments.run_dir or Path("runs") / world.share(_run_name(config)))
-    if arguments.fresh or not started:
-        _begin(config, folder, world, describe_environment(world))
-    world.barrier()
-    world.log(f"{folder.path}: preset {config.preset_name}, {world.size} process(es) on {world.device.type}")
-    _log_choices(config, world)
-    if name == "run":
-        run.run_stages(config, folder, world, arguments.resume)
-    else:
-        if name == "train" and world.share("data" not in folder.summary()):
-            run.run_stage("data", run.STAGES["data"], config, folder, world, False)
-        run.run_stage(name, run.STAGES[name], config, folder, world, arguments.resume)
-    stop_world(world)  # not after an error: the other ranks may wait elsewhere, and torchrun ends them
+    # A report only reads, also what a run that goes on has written so far.
+    with folder.locked() if world.is_main and name != "report" else nullcontext():
+        if world.is_main and started != folder.config_file.exists():
+            raise RunFolderError(f"{folder.path} has been started or cleared by another process just now; try again")
+        if arguments.fresh or not started:
+            _begin(config, folder, world, describe_environment(world))
+        world.barrier()
+        world.log(f"{folder.path}: preset {config.preset_name}, {world.size} process(es) on {world.device.type}")
+        _log_choices(config, world)
+        if name == "run":
+            run.run_stages(config, folder, world, arguments.resume)
+        else:
+            run.run_stage(name, run.STAGES[name], config, folder, world, arguments.resume)
+        stop_world(world)  # not after an error: the other ranks may wait elsewhere, and torchrun ends them
     return 0
 
 
 def _config_of(arguments: argparse.Namespace, folder: RunFolder) -> RunConfig:
     """The settings of a run that was started, where the stage may go on from what is there."""
-    if arguments.preset:
+    config = folder.config()
+    if arguments.preset and not (arguments.resume and arguments.preset == config.preset_name):
         raise RunFolderError("--preset starts a run; this one has its settings: change single ones with --set")
     trained = folder.checkpoint.exists() or folder.ema.exists()
     if (arguments.stage == "run" or (arguments.stage == "train" and trained)) and not arguments.resume:
         raise RunFolderError(f"{folder.path} holds a run: --resume goes on with it, --fresh deletes it")
-    return _config_from(arguments, folder.config())
+    return _config_from(arguments, config)
 
 
 def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) -> None:
@@ -201,11 +235,10 @@ def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) 
     if not world.is_main:
         return
     clear(folder.path)
-    folder.create(config, environment)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
     about = {"run_id": folder.path.name, "preset": config.preset_name, "world_size": world.size}
-    folder.record("run", {**about, "device": environment["chip"], "parameters": parameters})
+    folder.create(config, environment, {**about, "device": environment["chip"], "parameters": parameters})
 
 
 def _log_choices(config: RunConfig, world: Any) -> None:
@@ -236,7 +269,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from pgolf.run import check_data
 
     config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
-    print(format_table([(name.replace("_", " "), f"{count:,}") for name, count in check_data(config).items()]))
+    print(format_table([(name.replace("_", " "), f"{count:,}") for name, count in check_data(config)[0].items()]))
     return 0
 
 

@@ -365,7 +365,7 @@ class RunConfig:
         """Read what `to_json` wrote. Raises ConfigError for anything else."""
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"the settings are no JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"the settings must be a JSON object, got {type(fields).__name__}")

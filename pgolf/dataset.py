@@ -21,6 +21,8 @@ import torch
 
 from pgolf.bpb import ByteTable
 from pgolf.corpus import embedded_documents, read_documents
+from pgolf.files import write_aside
+from pgolf.manifest import manifest_path, read_manifest, sha256_of
 from pgolf.shards import ShardError, dataset_dir, dataset_name, tokenizer_path, write_shard
 from pgolf.tokenizer import BOS_ID, load_tokenizer, train_tokenizer
 
@@ -40,14 +42,14 @@ def build_embedded(data_dir: str | os.PathLike, vocab_size: int) -> dict[str, An
 
 
 def record_dataset(data_dir: str | os.PathLike, entry: dict[str, Any]) -> None:
-    """Put ``entry`` into the list of datasets in ``{data_dir}/manifest.json``, in place of one of the same name."""
-    path = Path(data_dir) / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    others = [other for other in manifest.get("datasets", []) if other.get("name") != entry["name"]]
+    """Put ``entry`` into the list of datasets in ``{data_dir}/manifest.json``, in place of one of the same name.
+
+    Raises FileError where that file is damaged.
+    """
+    manifest = read_manifest(data_dir)
+    others = [other for other in manifest["datasets"] if other["name"] != entry["name"]]
     manifest["datasets"] = sorted([*others, entry], key=lambda dataset: dataset["name"])
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_aside(manifest_path(data_dir), json.dumps(manifest, indent=1) + "\n")
 
 
 def no_progress(items: Iterable, total: int | None, description: str) -> Iterable:
@@ -84,6 +86,9 @@ def build_dataset(
         raise ShardError(f"say what to validate on: either val_docs > 0 (got {val_docs}) or val_documents")
     if shard_tokens < 1:
         raise ShardError(f"shard_tokens must be at least 1, got {shard_tokens}")
+    if workers is not None and workers < 1:
+        raise ShardError(f"workers must be at least 1, got {workers}")
+    read_manifest(out_dir)  # a damaged one is known before the work, not after it
     encoder = _Encoder(tokenizer, workers or os.cpu_count() or 1)
     vocab_size = encoder.table.vocab_size
     folder = dataset_dir(out_dir, vocab_size)
@@ -106,9 +111,9 @@ def build_dataset(
     model = tokenizer_path(out_dir, vocab_size)
     model.parent.mkdir(parents=True, exist_ok=True)
     if not (model.exists() and model.samefile(tokenizer)):
-        shutil.copyfile(tokenizer, model)
+        write_aside(model, Path(tokenizer).read_bytes())
+    record_dataset(out_dir, entry)  # first: a folder of shards without its record could not be built again
     os.replace(partial, folder)
-    record_dataset(out_dir, entry)
     return entry
 
 
@@ -191,7 +196,7 @@ class _Split:
         tokens = np.concatenate(self._pending)
         path = self.folder / f"fineweb_{self.name}_{len(self.shards):06d}.bin"
         write_shard(path, tokens[:count])
-        self.shards.append({"file": path.name, "tokens": count, "sha256": _sha256(path)})
+        self.shards.append({"file": path.name, "tokens": count, "sha256": sha256_of(path)})
         self._pending, self._pending_tokens = [tokens[count:].copy()], tokens.size - count
 
 
@@ -200,7 +205,7 @@ def _manifest_entry(vocab_size: int, tokenizer: str | os.PathLike, val: _Split, 
     return {
         "name": dataset_name(vocab_size),
         "vocab_size": vocab_size,
-        "tokenizer_sha256": _sha256(Path(tokenizer)),
+        "tokenizer_sha256": sha256_of(Path(tokenizer)),
         "splits": {split.name: {field: getattr(split, field) for field in fields} for split in (val, train)},
         "disjoint": {
             "compared": "blake2b-128 of the tokens of every document, equal where the normalised texts are",
@@ -212,8 +217,3 @@ def _manifest_entry(vocab_size: int, tokenizer: str | os.PathLike, val: _Split, 
 
 def _texts(documents: str | os.PathLike | Iterable[str]) -> Iterator[str]:
     return read_documents(documents) if isinstance(documents, str | os.PathLike) else iter(documents)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

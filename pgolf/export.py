@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pgolf
 from pgolf.config import RunConfig
+from pgolf.files import write_aside
 
 # Settings of one machine or one run folder, which the program does not take along.
 LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "cuda_graphs", "kernels")
@@ -43,10 +44,7 @@ def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> 
 
         body = packed_package()
     program = b"\n".join((b"#!/usr/bin/env python3", json.dumps(_settings(config)).encode(), body))
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(program)
-    os.replace(aside, path)
+    write_aside(path, program)
     return len(program)
 
 

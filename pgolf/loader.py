@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +75,9 @@ class DocumentPackingLoader:
     """The training stream: consecutive pieces of the shards, dealt in turn to the ranks, read ahead by a thread.
 
     Micro-batch g = 0, 1, 2, ... is the next L + 1 tokens of the walk: from a shard's first BOS as long as whole pieces
-    last (a shorter tail is dropped), then the next shard, and round again. Rank r of R takes g = r, r + R, ..., so what
-    all ranks see together does not depend on how many they are.
+    last (a shorter tail is dropped), then the next shard, and round again. A shard inside one long document, without
+    BOS, is left out. Rank r of R takes g = r, r + R, ..., so what all ranks see together does not depend on how many
+    they are.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class DocumentPackingLoader:
         """files: shards, in the order of the walk. micro_batch_tokens: L. max_segment: longest attention segment.
 
         Headers and sizes of all shards are checked here, their tokens against ``vocab_size`` as the walk reaches them.
-        Raises ShardError for a bad shard, one without BOS, and where no shard is long enough for one micro-batch.
+        Raises ShardError for a bad shard, and where none is long enough for one micro-batch after its first BOS.
         """
         _check_ranks(rank, world_size)
         self._files = [Path(file) for file in files]
@@ -103,8 +104,9 @@ class DocumentPackingLoader:
         self._device = torch.device(device)
         self._bos_id, self._vocab_size = bos_id, vocab_size
         shards = [read_shard(file) for file in self._files]
+        self._stats = [_size_and_time(file) for file in self._files]
         self._tokens = sum(shard.size for shard in shards)
-        self._first = [_first_bos(shard, bos_id, file) for shard, file in zip(shards, self._files, strict=True)]
+        self._first = [_first_bos(shard, bos_id) for shard in shards]
         counts = [
             (shard.size - first) // (micro_batch_tokens + 1) for shard, first in zip(shards, self._first, strict=True)
         ]
@@ -125,15 +127,24 @@ class DocumentPackingLoader:
 
         What goes wrong in the reading thread is raised here.
         """
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="pgolf-loader")
-        while len(self._pending) <= PREFETCHED:
-            number = self._position + len(self._pending) * self._world_size + self._rank
-            self._pending.append(self._thread.submit(self._read, number))
+        self._read_ahead(PREFETCHED + 1)
         batch = self._pending[0].result()
         self._pending.popleft()
         self._position += self._world_size
         return batch.to(self._device)
+
+    def failure(self, count: int) -> BaseException | None:
+        """What `next_batch` would raise within the next ``count`` calls; waits until those micro-batches are read."""
+        self._read_ahead(max(count, PREFETCHED + 1))
+        failures = (reading.exception() for reading in islice(self._pending, count))
+        return next(filter(None, failures), None)
+
+    def _read_ahead(self, count: int) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="pgolf-loader")
+        while len(self._pending) < count:
+            number = self._position + len(self._pending) * self._world_size + self._rank
+            self._pending.append(self._thread.submit(self._read, number))
 
     def state_dict(self) -> dict[str, int]:
         """Where the walk stands: the next micro-batch to be given out. The same on all ranks after as many batches."""
@@ -171,7 +182,10 @@ class DocumentPackingLoader:
 
     def _shard(self, index: int) -> np.ndarray:
         if self._open_shard is None or self._open_shard[0] != index:
-            self._open_shard = index, read_shard(self._files[index], self._vocab_size)
+            path, known = self._files[index], self._stats[index]
+            if not path.exists() or _size_and_time(path) != known:
+                raise ShardError(f"{path} has been changed or removed since this run began")
+            self._open_shard = index, read_shard(path, self._vocab_size)
         return self._open_shard[1]
 
 
@@ -229,12 +243,17 @@ def _check_ranks(rank: int, world_size: int) -> None:
         raise ValueError(f"rank {rank} is none of the {world_size} ranks 0 to {world_size - 1}")
 
 
-def _first_bos(shard: np.ndarray, bos_id: int, file: Path, block: int = 1 << 20) -> int:
+def _size_and_time(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _first_bos(shard: np.ndarray, bos_id: int, block: int = 1 << 20) -> int:
     for start in range(0, shard.size, block):
         found = np.flatnonzero(shard[start : start + block] == bos_id)
         if found.size:
             return start + int(found[0])
-    raise ShardError(f"{file} has no document: token {bos_id} (BOS) does not occur in it")
+    return shard.size
 
 
 def _packed(span: np.ndarray, max_segment: int, bos_id: int) -> Batch:

@@ -309,6 +309,14 @@ class ModelOptimizer:
         return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, on any number of ranks."""
-        self.adamw.load_state_dict(state["adamw"])
-        self.muon.load_state_dict(state["muon"])
+        """Take what `state_dict` gave, on any number of ranks. Raises ValueError for tensors of other shapes."""
+        for optimizer, shape_of in ((self.adamw, torch.Tensor.size), (self.muon, lambda bank: _as_bank(bank).size())):
+            loaded = state["adamw" if optimizer is self.adamw else "muon"]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for index, entry in loaded["state"].items():
+                for name, value in entry.items():
+                    expected = () if name == "step" else shape_of(parameters[index])
+                    if value.shape != expected:
+                        shapes = f"{list(value.shape)}, expected {list(expected)}"
+                        raise ValueError(f"{name} of {self.names[parameters[index]]} has the shape {shapes}")
+            optimizer.load_state_dict(loaded)

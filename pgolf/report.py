@@ -10,13 +10,13 @@ import dataclasses
 import html
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pgolf.config import FIELDS, PRESETS, RunConfig
+from pgolf.files import FileError, read_json, write_aside
 from pgolf.progress import format_bytes, format_duration
 from pgolf.results import artifact_rows, score_rows
 
@@ -30,10 +30,6 @@ STAGES = {
     "ttt": "Test-time training",
 }
 STAGE_PARTS = {"startup": "compile and warm-up", "hessian": "Hessians", "gptq": "GPTQ", "compress": "compression"}
-
-
-class ReportError(ValueError):
-    """The run's folder is not there, or a file in it cannot be read."""
 
 
 @dataclass
@@ -52,7 +48,7 @@ class RunRecord:
 def write_report(run_dir: Path | str) -> Path:
     """Write ``run_dir``/report.html from config.json, environment.json, metrics.jsonl and summary.json.
 
-    Returns the path. Raises ReportError where ``run_dir`` is no run's folder or a file in it is broken; a last line
+    Returns the path. Raises FileError where ``run_dir`` is no run's folder or a file in it is broken; a last line
     of metrics.jsonl that was cut off by the end of the process is left out, with a note in the report.
     """
     record = read_run(run_dir)
@@ -66,19 +62,17 @@ def write_report(run_dir: Path | str) -> Path:
     for note in record.notes:
         log.warning("report: %s", note)
     path = record.folder / "report.html"
-    aside = path.with_suffix(".html.tmp")
-    aside.write_text(render_html(record, plots), encoding="utf-8")
-    os.replace(aside, path)
+    write_aside(path, render_html(record, plots))
     return path
 
 
 def read_run(run_dir: Path | str) -> RunRecord:
-    """Read a run's folder. Raises ReportError, see `write_report`."""
+    """Read a run's folder. Raises FileError, see `write_report`."""
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise ReportError(f"there is no run folder {folder}; `pgolf run --run-dir {folder}` makes one")
+        raise FileError(f"there is no run folder {folder}; `pgolf run --run-dir {folder}` makes one")
     if not (folder / "config.json").is_file():
-        raise ReportError(f"{folder} is no run folder: it has no config.json")
+        raise FileError(f"{folder} is no run folder: it has no config.json")
     notes: list[str] = []
     rows = _read_metrics(folder / "metrics.jsonl", notes)
     return RunRecord(
@@ -94,15 +88,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
 
 def _read_object(path: Path) -> Row:
     """The JSON object in ``path``; empty where the file does not exist yet."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReportError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ReportError(f"{path} must hold a JSON object, and holds a {type(content).__name__}")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[Row]:
@@ -114,7 +100,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Row]:
             rows.append({"kind": row["kind"], "step": int(row["step"]), **row})
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                raise ReportError(f"{path}, line {number}, is no metrics row: {line[:80]!r}") from None
+                raise FileError(f"{path}, line {number}, is no metrics row: {line[:80]!r}") from None
             notes.append(f"The last line of {path.name} (line {number}) is cut off and left out.")
     return rows
 

@@ -6,10 +6,10 @@ summary; `run_stages` does them in order and can skip what is done.
 
 from __future__ import annotations
 
-import shutil
+import math
+import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,47 +20,45 @@ from pgolf import artifact, evaluate
 from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
 from pgolf.export import export_program
+from pgolf.files import FileError, remove_leftovers, write_aside
 from pgolf.folder import RunFolder
 from pgolf.loader import calibration_batches
+from pgolf.manifest import check_dataset, check_unchanged
 from pgolf.model import GPT, rebank, unbank
 from pgolf.progress import format_bytes, format_duration, progress
 from pgolf.quantize import collect_hessians, dequantize_model, quantize_model
 from pgolf.results import summary_table
 from pgolf.runtime import Interrupted, World, on_terminate, peak_memory_bytes, reset_peak_memory
-from pgolf.shards import dataset_dir, read_shard, shard_files, tokenizer_path
-from pgolf.tokenizer import load_tokenizer
+from pgolf.shards import dataset_dir, shard_files, tokenizer_path
 from pgolf.train import build_model, load_weights, train, validation_data
 from pgolf.ttt import test_time_training
 
 
 def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
-    """Check every shard and the tokenizer; build them first from the embedded corpus where the settings say so."""
+    """Check every shard and the tokenizer; build them first from the embedded corpus where the settings say so.
+
+    What the later stages need to know the files again goes into the summary.
+    """
     begun = time.perf_counter()
     if world.is_main:
         if config.data_source == "embedded" and not dataset_dir(config.data_dir, config.vocab_size).is_dir():
             from pgolf.dataset import build_embedded  # here, as the exported program goes without it
 
             build_embedded(config.data_dir, config.vocab_size)
-        results = check_data(config)
-        shutil.copyfile(tokenizer_path(config.data_dir, config.vocab_size), folder.tokenizer)
-        folder.record("data", {**results, "seconds": time.perf_counter() - begun})
+        results, files = check_data(config)
+        write_aside(folder.tokenizer, tokenizer_path(config.data_dir, config.vocab_size).read_bytes())
+        folder.record("data", {**results, "seconds": time.perf_counter() - begun, "files": files})
         world.log(f"{results['train_tokens']:,} training and {results['val_tokens']:,} validation tokens")
     world.barrier()
 
 
-def check_data(config: RunConfig) -> dict[str, Any]:
-    """Read every shard strictly; counts of tokens, and the bytes of the validation text."""
-    load_tokenizer(tokenizer_path(config.data_dir, config.vocab_size), config.vocab_size)
-    files = shard_files(config.data_dir, config.vocab_size, "train")
-    train_tokens = sum(len(read_shard(path, config.vocab_size)) for path in progress(files, description="checking"))
+def check_data(config: RunConfig) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """See `pgolf.manifest.check_dataset`; ``val_tokens`` and ``val_bytes`` are of the documents that are scored."""
+    show = partial(progress, description="checking")
+    counts, files = check_dataset(config.data_dir, config.vocab_size, show)
     tokens, table = validation_data(config)
     counted = table.count(tokens[:-1].long(), tokens[1:].long()).sum()
-    return {
-        "train_shards": len(files),
-        "train_tokens": train_tokens,
-        "val_tokens": tokens.numel(),
-        "val_bytes": int(counted),
-    }
+    return {**counts, "val_tokens": tokens.numel(), "val_bytes": int(counted)}, files
 
 
 def run_train(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
@@ -72,7 +70,7 @@ def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: boo
     """Calibrate, quantise on rank 0, write the artifact and the program, and hold them against the cap."""
     begun = time.perf_counter()
     reset_peak_memory(world.device)
-    weights = load_weights(folder.need(folder.ema, "train"))
+    weights = load_weights(folder.need(folder.ema, "train"), config)
     hessians = calibrate(config, world, weights)
     results: dict[str, Any] = {"hessian_seconds": time.perf_counter() - begun}
     if world.is_main:
@@ -110,6 +108,7 @@ def _quantize_and_save(
     solved = time.perf_counter()
     path = folder.artifact(config)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     world.log(f"compressing with {config.compressor}")
     weight_bytes = artifact.save(path, quantized, config.compressor)
     compressed = time.perf_counter()
@@ -131,7 +130,7 @@ def run_eval(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
     begun = time.perf_counter()
     reset_peak_memory(world.device)
     tokens, table = validation_data(config)
-    before = load_weights(folder.need(folder.ema, "train"))
+    before = load_weights(folder.need(folder.ema, "train"), config)
     quantized = load_artifact(config, folder)
     results: dict[str, Any] = {}
     for name, weights in (("before", before), ("quantized", quantized)):
@@ -153,6 +152,8 @@ def _score(
 ) -> dict[str, float]:
     show = progress if world.is_main else None
     loss, bits = function(model, config, tokens, table, rank=world.rank, world_size=world.size, progress=show)
+    if not math.isfinite(loss):
+        raise FileError(f"the model's loss is {loss}: its weights are finite, but too large to compute with")
     return {"loss": loss, "bits_per_byte": bits}
 
 
@@ -185,13 +186,16 @@ def run_ttt(config: RunConfig, folder: RunFolder, world: World, resume: bool) ->
 def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
     """Write the report and print the table of results."""
     if world.is_main:
-        world.log(f"\n{summary_table(folder.summary())}\n")
         try:
+            world.log(f"\n{summary_table(folder.summary())}\n")
             from pgolf.report import write_report  # here, as the exported program lacks it
+
+            world.log(f"report: {write_report(folder.path)}")
         except ModuleNotFoundError:
             world.log(f"the report's page is not part of this program: pgolf report --run-dir {folder.path}")
-        else:
-            world.log(f"report: {write_report(folder.path)}")
+        except (AttributeError, LookupError, TypeError) as error:
+            shown = f"{type(error).__name__}: {error}"
+            raise FileError(f"{folder.summary_file} or {folder.metrics} is damaged or incomplete ({shown})") from error
     world.barrier()
 
 
@@ -218,6 +222,7 @@ STAGES: dict[str, Callable[[RunConfig, RunFolder, World, bool], None]] = {
     "ttt": run_ttt,
     "report": run_report,
 }
+READING = ("train", "quantize", "eval", "ttt")  # stages that read data
 
 
 def run_stages(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:
@@ -230,10 +235,19 @@ def run_stages(config: RunConfig, folder: RunFolder, world: World, resume: bool 
 
 
 def run_stage(name: str, stage: Callable, config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
-    """One stage, with a line before and after it, and the device's memory given back."""
+    """One stage, with a line before and after it, and the device's memory given back.
+
+    Those that read data do the stage ``data`` first where it was not done, and else make sure that they have not
+    changed since.
+    """
+    if name in READING and world.share("files" not in folder.summary().get("data", {})):
+        run_stage("data", run_data, config, folder, world, False)
     world.log(f"[{name}]")
     begun = time.perf_counter()
-    with nullcontext() if name == "train" else on_terminate(partial(_stop, name)):  # training keeps a checkpoint
+    with on_terminate(partial(_stop, name)):  # training has its own while it steps
+        if name in READING and world.is_main:
+            check_unchanged(config.data_dir, config.vocab_size, folder.checked_files())
+        world.barrier()
         stage(config, folder, world, resume)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -242,13 +256,12 @@ def run_stage(name: str, stage: Callable, config: RunConfig, folder: RunFolder, 
     world.log(f"[{name}] {format_duration(time.perf_counter() - begun)}{memory}")
 
 
-def _stop(name: str) -> None:
-    raise Interrupted(f"stopped by SIGTERM in the stage {name}, which begins anew: run it again, or `run --resume`")
+def _stop(name: str, number: signal.Signals) -> None:
+    again = "which begins anew: run it again, or `run --resume`"
+    raise Interrupted(f"stopped by {number.name} in the stage {name}, {again}", number)
 
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left in its folder, and nothing else."""
-    run = RunFolder(folder)
-    files = [run.config_file, run.environment, run.metrics, run.summary_file, run.checkpoint, run.ema, run.program]
-    for path in (*files, run.tokenizer, run.report, run.path / "model.int6.ptz"):
+    for path in RunFolder(folder).files():
         path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,23 +24,35 @@ import torch.distributed as dist
 from pgolf import __version__
 from pgolf.config import ConfigError, RunConfig
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
 
-class Interrupted(RuntimeError):
-    """A stage was asked to stop (SIGTERM)."""
+
+class Interrupted(BaseException):
+    """A stage was asked to stop by a signal. No Exception, lest what handles errors takes it for one."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.status = 128 + number  # of the process, as shells count it
 
 
 @contextmanager
-def on_terminate(action: Callable[[], None]) -> Iterator[None]:
-    """Inside, SIGTERM calls ``action``, between two instructions of the main thread."""
-    try:
-        previous = signal.signal(signal.SIGTERM, lambda *_: action())
-    except ValueError:  # not the main thread: nobody can send us signals
+def on_terminate(action: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Inside, SIGTERM, SIGINT and SIGHUP call ``action``, between two instructions of the main thread.
+
+    A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():  # nobody can send us signals
         yield
         return
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
     try:
+        for number, handler in previous.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, lambda received, _: action(signal.Signals(received)))
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -61,13 +74,13 @@ class World:
         if self.is_main:
             print(message, flush=True)
 
-    def agree(self, value: float, flag: bool = False) -> tuple[float, bool]:
-        """Rank 0's ``value`` and whether ``flag`` is set on any rank, the same on all ranks."""
+    def agree(self, value: float, flag: int = 0) -> tuple[float, int]:
+        """Rank 0's ``value`` and the largest ``flag`` of all ranks, the same on all ranks."""
         if self.size == 1:
             return value, flag
         packed = torch.tensor([value if self.is_main else float("-inf"), float(flag)], dtype=torch.float64)
         dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.control)
-        return float(packed[0]), bool(packed[1])
+        return float(packed[0]), int(packed[1])
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over ranks, in place."""
@@ -93,23 +106,37 @@ class World:
 def start_world(config: RunConfig) -> World:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one; seed everything.
 
-    Raises ConfigError when CUDA is asked for and absent.
+    Raises ConfigError when CUDA is asked for and absent, and for variables that name no process or device.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
+    size = _from_torchrun("WORLD_SIZE", 1, 1, 1 << 20)
+    rank = _from_torchrun("RANK", 0, 0, size - 1)
+    device = torch.device("cpu")
+    if on_cuda:
+        device = torch.device("cuda", _from_torchrun("LOCAL_RANK", 0, 0, torch.cuda.device_count() - 1))
     control = None
     if on_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if size > 1:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+            try:
+                dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+            except (ValueError, RuntimeError) as error:  # also of its own kinds
+                raise ConfigError(f"WORLD_SIZE is {size}, but the processes do not find each other: {error}") from error
         control = dist.new_group(backend="gloo")
     seed_everything(config.seed)
     return World(rank, size, device, control)
+
+
+def _from_torchrun(name: str, absent: int, low: int, high: int) -> int:
+    """A whole number among the variables that torchrun sets."""
+    text = os.environ.get(name, str(absent))
+    if not text.strip().isdecimal() or not low <= int(text) <= high:
+        raise ConfigError(f"the environment variable {name} must be a number from {low} to {high}, and it is {text!r}")
+    return int(text)
 
 
 def stop_world(world: World) -> None:

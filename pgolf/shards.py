@@ -11,20 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
+from pgolf.files import FileError, write_aside
+
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 
 
-class ShardError(ValueError):
+class ShardError(FileError):
     """A shard that is missing or broken, or a dataset that cannot be built."""
 
 
 def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.ndarray:
-    """The tokens of a shard as a read-only memory map, uint16 [N].
+    """The tokens of a shard, uint16 [N].
 
+    They are read into memory and held against ``vocab_size``; where that is None, they are a read-only memory map.
     Raises ShardError naming the file and what was found where magic, version or size are wrong, or a token is not below
-    ``vocab_size``. That last check reads the whole file; it is left out where ``vocab_size`` is None.
+    ``vocab_size``.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,8 +47,13 @@ def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
             f"{path} says that it holds {count} tokens, which makes {HEADER_BYTES + 2 * count} bytes, "
             f"but it has {size}: delete it and get it again"
         )
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
+    if vocab_size is None:
+        return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    # No map: a file that is cut short while it is mapped ends the process.
+    tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
+    if tokens.size < count:
+        raise ShardError(f"{path} was cut short to {tokens.size} tokens while it was read")
+    if (largest := int(tokens.max())) >= vocab_size:
         raise ShardError(f"{path} holds token {largest}, but the vocabulary has only {vocab_size}")
     return tokens
 
@@ -62,11 +70,7 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
         raise ShardError(f"tokens from {tokens.min()} to {tokens.max()} do not fit in the 16 bits of a shard ({path})")
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(header.tobytes())
-        file.write(tokens.astype("<u2", copy=False).data)
-    os.replace(partial, path)
+    write_aside(path, lambda file: file.writelines([header.tobytes(), tokens.astype("<u2", copy=False).data]))
 
 
 def dataset_name(vocab_size: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from pgolf.bpb import SPACE, load_sentencepiece
+from pgolf.files import FileError, write_aside
 
 BOS_ID = 1  # begins every document
 # The settings that the published tokenizers were trained with.
@@ -28,7 +29,7 @@ CHALLENGE_SETTINGS = dict(
 LONGEST_SENTENCE = 1 << 24  # bytes; SentencePiece's own 4192 would leave most documents out
 
 
-class TokenizerError(ValueError):
+class TokenizerError(FileError):
     """A tokenizer that cannot be trained, or is not the one that is needed."""
 
 
@@ -58,23 +59,30 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str |
         ) from error
     path = Path(model_path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    load_tokenizer(partial, vocab_size)
-    os.replace(partial, path)
+    _check(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), path, vocab_size)
+    write_aside(path, model.getvalue())
 
 
 def load_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
-    """Open a tokenizer and check that it is of the challenge's kind: BOS is 1, and a space is a piece of its own.
+    """Open a tokenizer and check that it is of the challenge's kind.
+
+    BOS is 1, every byte has a piece, and so has a space.
 
     Raises TokenizerError where it is not, or has not ``vocab_size`` tokens (None: any number), and ValueError where
     the file is missing or no SentencePiece model.
     """
-    processor = load_sentencepiece(path)
+    return _check(load_sentencepiece(path), path, vocab_size)
+
+
+def _check(
+    processor: sentencepiece.SentencePieceProcessor, path: str | os.PathLike, vocab_size: int | None
+) -> sentencepiece.SentencePieceProcessor:
     if vocab_size is not None and processor.vocab_size() != vocab_size:
         raise TokenizerError(f"the tokenizer {path} has {processor.vocab_size()} tokens, expected {vocab_size}")
     if processor.bos_id() != BOS_ID:
         raise TokenizerError(f"the tokenizer {path} has BOS {processor.bos_id()}, expected {BOS_ID}")
+    if sum(map(processor.is_byte, range(processor.vocab_size()))) != 256:
+        raise TokenizerError(f"the tokenizer {path} has no piece for every byte: unknown text could not be counted")
     if processor.piece_to_id(SPACE) == processor.unk_id():
         raise TokenizerError(f"the tokenizer {path} has no piece for a single space")
     return processor

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -11,9 +13,18 @@ from typing import Any
 import torch
 
 from pgolf.bpb import ByteTable
-from pgolf.checkpoint import TrainingState, load_checkpoint, load_tensors, save_aside, save_checkpoint
+from pgolf.checkpoint import (
+    CheckpointError,
+    TrainingState,
+    diverged,
+    load_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    save_tensors,
+)
 from pgolf.config import RunConfig
 from pgolf.evaluate import evaluate_packed
+from pgolf.files import FileError
 from pgolf.folder import RunFolder
 from pgolf.gradient import MeanGradient
 from pgolf.graphs import uses_graphs
@@ -25,6 +36,9 @@ from pgolf.progress import TrainingProgress
 from pgolf.runtime import Interrupted, World, on_terminate, peak_memory_bytes, reset_peak_memory
 from pgolf.schedule import Clock, is_over, learning_rate_scale, looping_starts, muon_momentum, training_fraction
 from pgolf.shards import shard_files, tokenizer_path
+from pgolf.tensors import check_tensors
+
+DATA_ERROR = 255  # beside the numbers of signals: why a run stops
 
 
 def build_model(config: RunConfig, world: World) -> GPT:
@@ -37,30 +51,33 @@ def build_model(config: RunConfig, world: World) -> GPT:
 def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:
     """Train from the settings (or go on from the folder's checkpoint) and write ``ema.pt``.
 
-    Raises Interrupted after SIGTERM, once a checkpoint is written.
+    Raises Interrupted after a signal and FileError for data that cannot be read, once a checkpoint is written, and
+    DivergedError, which writes none, for a loss, gradient norm or weight that is not finite.
     """
     begun = time.perf_counter()
     reset_peak_memory(world.device)
+    validation = validation_data(config)
     state = start(config, world)
-    trainer = _Trainer(config, folder, world, state)
+    trainer = _Trainer(config, folder, world, state, validation)
     if resume and folder.checkpoint.exists():
         load_checkpoint(folder.checkpoint, state, config, world)
         world.log(f"going on from step {state.step}")
     if world.is_main:
-        folder.cut_metrics(state.step)
+        trainer.remember(folder.cut_metrics(state.step))
     if config.warmup_steps > 0 and not training_is_over(config, state):
         trainer.warm_up()
     startup = time.perf_counter() - begun
     try:
-        terminated = [False]
-        with on_terminate(lambda: terminated.__setitem__(0, True)):
-            trainer.run(terminated)
+        signals: list[int] = []
+        with on_terminate(signals.append):
+            trainer.run(signals)
     finally:
         state.loader.close()
-    _use_average(state)
     if world.is_main:
-        save_aside(folder.ema, {"step": state.step, "weights": final_weights(state)})
+        folder.log_metrics([])  # lines that wait for room on the disk
         folder.record("train", trainer.results(startup, time.perf_counter() - begun))
+        if config.checkpoint_minutes == 0:
+            folder.checkpoint.unlink(missing_ok=True)
     world.barrier()
 
 
@@ -71,7 +88,7 @@ def training_is_over(config: RunConfig, state: TrainingState) -> bool:
 
 def final_weights(state: TrainingState) -> dict[str, torch.Tensor]:
     """The averaged weights in float32 on the CPU, rounded where the master weights are (embed_fp32_master off)."""
-    return {name: value.float().cpu() for name, value in state.model.state_dict().items()}
+    return {name: state.ema[name].to(value.dtype).float().cpu() for name, value in state.model.state_dict().items()}
 
 
 def start(config: RunConfig, world: World) -> TrainingState:
@@ -94,18 +111,19 @@ def _training_loader(config: RunConfig, world: World) -> DocumentPackingLoader:
     )
 
 
-@torch.no_grad()
-def _use_average(state: TrainingState) -> None:
-    """Replace the weights by their moving average."""
-    for name, value in state.model.state_dict().items():
-        value.copy_(state.ema[name])
-
-
 class _Trainer:
     """The loop and what it measures."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, world: World, state: TrainingState) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        world: World,
+        state: TrainingState,
+        validation: tuple[torch.Tensor, ByteTable],
+    ) -> None:
         self.config, self.folder, self.world, self.state = config, folder, world, state
+        self.validation_data = validation
         count = config.gradient_accumulation(world.size)
         self.gradient = MeanGradient(state.model, count, uses_graphs(config, state.model))
         self.progress = TrainingProgress(config.train_log_every) if world.is_main else None
@@ -115,33 +133,58 @@ class _Trainer:
         # A step behind, the GPU never waits for Python; a CPU computes a step before it returns.
         self.steps_behind = 1 if world.device.type == "cuda" else 0
         self.validation: dict[str, float] = {}
-        self.last_loss = float("nan")
+        self.last_loss: float | None = None
+        self.complained = False  # that the metrics cannot be written
 
-    def run(self, terminated: list[bool]) -> None:
-        """Step until the schedule ends; validate and checkpoint on the way, off the clock."""
+    def remember(self, entries: list[dict[str, Any]]) -> None:
+        """Take in the metrics of the steps before a checkpoint, for the summary. Raises FileError for damaged ones."""
+        for entry in entries:
+            try:
+                if entry["kind"] == "train":
+                    seconds = self.config.train_batch_tokens / entry["tokens_per_second"]
+                    self.step_seconds[entry["looping"]].append(seconds)
+                    self.last_loss = entry["loss"]
+            except (KeyError, TypeError, ZeroDivisionError) as error:
+                raise FileError(f"{self.folder.metrics} is damaged in step {entry['step']}: {error!r}") from error
+
+    def run(self, signals: list[int]) -> None:
+        """Step until the schedule ends; write the average and validate. Off the clock, also validate on the way, and
+        write checkpoints on the way, at a signal that has come in, and before data that cannot be read."""
         config, state, world = self.config, self.state, self.world
         saved_at = time.monotonic()
         state.model.train()
         self._start_clock()
         while True:
             self._wait(self.steps_behind)
-            elapsed, stop = world.agree(state.clock.elapsed(), terminated[0])
+            failure = state.loader.failure(self.gradient.count)
+            elapsed, stop = world.agree(state.clock.elapsed(), DATA_ERROR if failure else max(signals, default=0))
             self._log_finished(elapsed, self.steps_behind)
             over = is_over(config, state.step, elapsed)
+            if over:
+                self._off_the_clock(self._finish)
             if over or (config.val_loss_every and state.step and state.step % config.val_loss_every == 0):
                 self._off_the_clock(self._validate)
             if over:
-                break
+                return
+            if stop:
+                self._off_the_clock(self._save)
+                self._stop(stop, failure)
             due = config.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
             _, due = world.agree(0.0, due) if config.checkpoint_minutes > 0 else (0.0, False)
-            if due or stop:
-                self._off_the_clock(self._save)
+            if due:
+                self._off_the_clock(self._save_if_possible)
                 saved_at = time.monotonic()
-            if stop:
-                raise Interrupted(f"stopped by SIGTERM after step {state.step}; go on with --resume")
             self._scheduled_step(elapsed)
-        if config.checkpoint_minutes > 0:
-            self._save()
+
+    def _stop(self, reason: int, failure: BaseException | None) -> None:
+        """Raise what ends the run before its time; the checkpoint is written."""
+        after = f"after step {self.state.step}; go on with --resume"
+        if reason != DATA_ERROR:
+            raise Interrupted(f"stopped by {signal.Signals(reason).name} {after}", reason)
+        if failure is None or isinstance(failure, FileError | OSError):
+            shown = failure or "another process cannot read its training data"
+            raise FileError(f"{shown} (stopped {after} once that is mended)") from failure
+        raise failure
 
     def _scheduled_step(self, elapsed: float) -> None:
         config, state = self.config, self.state
@@ -187,15 +230,30 @@ class _Trainer:
         entries = []
         while len(self.waiting) > steps_behind:
             entry, measured, mark = self.waiting.pop(0)
-            self.last_loss, norm = measured.tolist()
+            loss, norm = measured.tolist()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._write_metrics(entries)
+                raise diverged(f"step {entry['step']} has the loss {loss} and the gradient norm {norm}")
+            self.last_loss = loss
             seconds = max(self._seconds_since_last(mark), 1e-9)
             self.step_seconds[entry["looping"]].append(seconds)
             speed = self.config.train_batch_tokens / seconds
             entry |= {"loss": self.last_loss, "grad_norm": norm, "elapsed_seconds": elapsed, "tokens_per_second": speed}
             entries.append(entry)
+        self._write_metrics(entries)
         if self.world.is_main and entries:
-            self.folder.log_metrics(entries)
             self.progress.step(entries[-1]["step"], self.last_loss, speed, *self._time_left(elapsed))
+
+    def _write_metrics(self, entries: list[dict[str, Any]]) -> None:
+        """Append to the metrics; where the disk is full, once say so, and keep the lines for the next time."""
+        if not self.world.is_main or not entries:
+            return
+        try:
+            self.folder.log_metrics(entries)
+        except FileError as error:
+            if not self.complained:
+                self._say(f"warning: {error}; training goes on, and they are written once there is room")
+            self.complained = True
 
     def _time_left(self, elapsed: float) -> tuple[float, int | None]:
         config, step = self.config, self.state.step
@@ -210,6 +268,13 @@ class _Trainer:
         self._log_finished(self.state.clock.elapsed(), steps_behind=0)
         action()
         self._start_clock()
+
+    def _finish(self) -> None:
+        """Write the average, and a checkpoint of the end, from which --resume only validates."""
+        weights = final_weights(self.state) if self.world.is_main else None
+        average = weights and {"step": self.state.step, "weights": weights}
+        save_tensors(self.folder.ema, average, self.world)
+        self._save_if_possible(shown=self.config.checkpoint_minutes > 0)
 
     def _start_clock(self) -> None:
         self.state.clock.start()
@@ -228,19 +293,28 @@ class _Trainer:
         before, self.last_mark = self.last_mark, mark
         return (mark - before) if isinstance(mark, float) else before.elapsed_time(mark) / 1000
 
-    def _save(self) -> None:
+    def _save(self, shown: bool = True) -> None:
         save_checkpoint(self.folder.checkpoint, self.state, self.config, self.world)
-        self._say(f"checkpoint at step {self.state.step}")
+        if shown:
+            self._say(f"checkpoint at step {self.state.step}")
+
+    def _save_if_possible(self, shown: bool = True) -> None:
+        try:
+            self._save(shown)
+        except FileError as error:
+            self._say(f"warning: no checkpoint at step {self.state.step}: {error}; training goes on")
 
     def _validate(self) -> None:
         config, world = self.config, self.world
-        tokens, table = validation_data(config)
+        tokens, table = self.validation_data
         loss, bits = evaluate_packed(self.state.model, config, tokens, table, rank=world.rank, world_size=world.size)
         self.state.model.train()
+        if not math.isfinite(loss):
+            raise diverged(f"the validation loss after step {self.state.step} is {loss}")
         self.validation = {"val_loss": loss, "bits_per_byte": bits}
         if world.is_main:
             step = self.state.step
-            self.folder.log_metrics([{"kind": "val", "step": step, "loss": loss, "bits_per_byte": bits}])
+            self._write_metrics([{"kind": "val", "step": step, "loss": loss, "bits_per_byte": bits}])
             self._say(f"validation at step {step}: loss {loss:.4f}, {bits:.5f} bits per byte")
 
     def _say(self, text: str) -> None:
@@ -282,7 +356,7 @@ class _Trainer:
             "seconds": seconds,
             "clock_seconds": self.state.clock.elapsed(),
             "startup_seconds": startup,
-            "final_loss": self.last_loss,
+            **({} if self.last_loss is None else {"final_loss": self.last_loss}),
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
             **speeds,
             **self.validation,
@@ -296,6 +370,18 @@ def validation_data(config: RunConfig) -> tuple[torch.Tensor, ByteTable]:
     return tokens, ByteTable.from_sentencepiece(tokenizer_path(config.data_dir, config.vocab_size))
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The final weights that `train` left: float32, by state-dict name."""
-    return load_tensors(path)["weights"]
+def load_weights(path: Path, config: RunConfig | None = None) -> dict[str, torch.Tensor]:
+    """The final weights that `train` left: float32, by state-dict name.
+
+    Raises CheckpointError for a file that is damaged or holds something else, as weights of another model than
+    ``config`` describes.
+    """
+    weights = load_tensors(path).get("weights")
+    try:
+        like = weights if isinstance(weights, dict) else {}
+        if config is not None:
+            with torch.device("meta"):
+                like = GPT(config).state_dict()
+        return check_tensors(weights, like, torch.float32)
+    except FileError as error:
+        raise CheckpointError(f"{path} does not hold the weights of this run: {error}") from error

@@ -153,7 +153,7 @@ def test_other_compressors_and_a_missing_brotli(public, tmp_path, monkeypatch):
         return imported(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_brotli)
-    with pytest.raises(ImportError, match="pip install brotli"):
+    with pytest.raises(ImportError, match="pip install .brotli>=1.2"):
         load(PUBLIC)
     save(tmp_path / "x", public, "lzma")
     assert load(tmp_path / "x").meta == public.meta

@@ -13,8 +13,9 @@ import pytest
 
 import pgolf.progress
 from pgolf.config import RunConfig
+from pgolf.files import FileError
 from pgolf.progress import TrainingProgress, format_bytes, format_duration, format_table, progress
-from pgolf.report import ReportError, read_run, write_report
+from pgolf.report import read_run, write_report
 from pgolf.results import summary_table
 
 SUMMARY = {
@@ -144,7 +145,7 @@ def test_cut_off_last_line_is_a_note(run_dir: Path) -> None:
 def test_broken_line_inside_is_an_error(run_dir: Path) -> None:
     metrics = run_dir / "metrics.jsonl"
     metrics.write_text("garbage\n" + metrics.read_text())
-    with pytest.raises(ReportError, match="line 1, is no metrics row: 'garbage'"):
+    with pytest.raises(FileError, match="line 1, is no metrics row: 'garbage'"):
         write_report(run_dir)
 
 
@@ -158,14 +159,14 @@ def test_resumed_steps_count_once(run_dir: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_broken_summary_is_an_error(run_dir: Path, content: str) -> None:
     (run_dir / "summary.json").write_text(content)
-    with pytest.raises(ReportError, match="summary.json"):
+    with pytest.raises(FileError, match="summary.json"):
         write_report(run_dir)
 
 
 def test_missing_folders_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="there is no run folder"):
+    with pytest.raises(FileError, match="there is no run folder"):
         write_report(tmp_path / "nothing")
-    with pytest.raises(ReportError, match="no config.json"):
+    with pytest.raises(FileError, match="no config.json"):
         write_report(tmp_path)
 
 

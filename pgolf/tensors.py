@@ -1,0 +1,106 @@
+"""Files of tensors: read with the checksum of every part, and held against what they should hold."""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from pgolf.files import FileError
+
+BLOCK_BYTES = 1 << 20
+
+
+def read_tensors(file: BinaryIO, length: int) -> Any:
+    """Read what torch.save wrote into an open file of ``length`` bytes, onto the CPU. No code in it is run.
+
+    Verifies the CRC-32 of every part first, which torch.load does not. Takes no more memory than the file's length.
+    Raises FileError, naming the damaged tensor.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if len(set(archive.namelist())) < len(members) or sum(part.file_size for part in members) > length:
+                raise FileError("its parts overlap")
+            for part in members:
+                _verify(archive, part)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileError:
+        raise
+    except Exception as error:  # a damaged archive or pickle makes its parser raise almost anything
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise FileError(f"it was not written by torch.save, or is cut short ({reason})") from error
+
+
+def _verify(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> None:
+    """Read a member to its end, where zipfile compares the CRC-32."""
+    if part.compress_type != zipfile.ZIP_STORED:
+        raise FileError(f"its part {part.filename} is compressed, which torch.save does not do")
+    try:
+        with archive.open(part) as content:
+            while content.read(BLOCK_BYTES):
+                pass
+    except zipfile.BadZipFile as error:
+        raise FileError(f"{_tensor_in(archive, part.filename)} does not have its checksum (CRC-32)") from error
+
+
+def _tensor_in(archive: zipfile.ZipFile, member: str) -> str:
+    """Words for the content of a member: the tensor that it holds, or the first of several."""
+    folder, _, key = member.rpartition("data/")
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    with suppress(Exception):  # the pickle may be damaged, too
+        for code, value, _ in pickletools.genops(archive.read(folder + "data.pkl")):
+            if "PUT" in code.name:
+                memo[value] = strings[-1] if strings else ""
+            elif "GET" in code.name or isinstance(value, str):
+                strings.append(memo.get(value, "") if "GET" in code.name else value)
+                # name, torch._utils._rebuild_tensor_v2, "storage", its class, its number
+                if strings[-1] == key and strings[-3:-2] == ["storage"]:
+                    return f"the tensor {strings[-5]} (part {member})"
+    return f"its part {member}"
+
+
+def check_tensors(found: Any, like: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return ``found`` if it has the tensors of ``like``: names, shapes and dtypes (or ``dtype``), all of it finite.
+
+    Raises FileError, naming the tensor that is missing, foreign or different.
+    """
+    if not isinstance(found, dict):
+        raise FileError(f"it holds a {type(found).__name__} in place of tensors by name")
+    if found.keys() != like.keys():
+        missing, foreign = sorted(like.keys() - found.keys()), sorted(map(str, found.keys() - like.keys()))
+        shown = f"it lacks {', '.join(missing) or 'nothing'} and has {', '.join(foreign) or 'nothing'} besides"
+        raise FileError(f"it belongs to another model: {shown}")
+    for name, expected in like.items():
+        check_tensor(name, found[name], expected.shape, dtype or expected.dtype)
+    return found
+
+
+def check_tensor(name: str, tensor: Any, shape: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
+    """Return a tensor if it is a dense one of this shape (None: any) and dtype, and finite. Raises FileError."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise FileError(f"{name} is no plain tensor")
+    if tensor.dtype != dtype or shape is not None and tensor.shape != shape:
+        wanted = f"{list(tensor.shape if shape is None else shape)} of {dtype}"
+        raise FileError(f"{name} is {list(tensor.shape)} of {tensor.dtype}, expected {wanted}")
+    if not_finite({name: tensor}):
+        raise FileError(f"{name} has numbers that are not finite")
+    return tensor
+
+
+def not_finite(content: Any, path: str = "") -> str:
+    """Name, by its path, the first floating tensor in nested dictionaries that has a number which is not finite.
+
+    Returns an empty text where all numbers are finite. Reading tensors of a GPU waits for it.
+    """
+    if isinstance(content, Mapping):
+        return next(filter(None, (not_finite(value, f"{path}.{key}") for key, value in content.items())), "")
+    floating = isinstance(content, Tensor) and content.is_floating_point()
+    return path[1:] if floating and not torch.isfinite(content).all() else ""
