@@ -19,6 +19,7 @@ def add_actions(actions: Any) -> None:
     fineweb = actions.add_parser("fineweb", help="download the published FineWeb shards and tokenizer")
     fineweb.add_argument("--variant", default="sp8192", help="tokenizer variant (default: sp8192)")
     fineweb.add_argument("--train-shards", type=int, default=80, help="training shards of 100M tokens (default: 80)")
+    fineweb.add_argument("--revision", help="commit of the repository (default: the one begun with, else the newest)")
     fineweb.add_argument("--out", type=Path, default=Path("data"), help="data folder (default: data)")
     fineweb.set_defaults(action=_fineweb)
 
@@ -43,7 +44,9 @@ def add_actions(actions: Any) -> None:
 def _fineweb(arguments: argparse.Namespace) -> int:
     from pgolf.fineweb import download
 
-    entry = download(arguments.out, arguments.variant, arguments.train_shards, progress=progress)
+    entry = download(
+        arguments.out, arguments.variant, arguments.train_shards, revision=arguments.revision, progress=progress
+    )
     print(json.dumps(entry, indent=1))
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from pgolf.dataset import Progress, no_progress, record_dataset
+from pgolf.files import FileError
+from pgolf.manifest import read_manifest, recorded_dataset, sha256_of
 from pgolf.shards import dataset_dir, dataset_name, read_shard, tokenizer_path
 from pgolf.tokenizer import load_tokenizer
 
 REPOSITORY = "kevclark/parameter-golf"  # the dataset repository with the 8192-token export
 REMOTE_ROOT = "datasets"  # folder of the export inside it
 RECORD_TRAIN_SHARDS = 80
+MISSING = "downloading needs huggingface_hub: pip install 'pgolf[data]'"
 
 
 class DownloadError(RuntimeError):
@@ -29,32 +31,43 @@ def download(
     train_shards: int | None = RECORD_TRAIN_SHARDS,
     *,
     repository: str = REPOSITORY,
+    revision: str | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Download tokenizer, all validation shards and the first ``train_shards`` (None: all) training shards.
 
     out_dir: becomes a data_dir; files that are there and pass the strict check are kept, so a second call resumes.
     variant: ``sp`` and the vocabulary's size, as published. progress: called with (files, their number, variant).
-    Returns the dataset's entry of the published manifest, which is also put into ``{out_dir}/manifest.json``.
+    revision: commit, branch or tag; None: the commit of an earlier call for this folder, else the newest one.
+    Returns the dataset's entry of the published manifest with the repository, the commit, and tokens and SHA-256 of the
+    files; it is also put into ``{out_dir}/manifest.json``.
 
     Raises DownloadError where huggingface_hub is not installed, there is no network, the hub has no such variant or not
-    so many shards, or a file arrives broken twice; ValueError for a variant that is none.
+    so many shards, the folder's shards are of another commit, or a file arrives broken twice; ValueError for a variant
+    that is none.
     """
     vocab_size = _vocab_size(variant)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     staging = out_dir / ".download"  # the hub's client keeps its half-done files here, and goes on from them
-    fetch = _hub_fetcher(repository, staging)
+    before = recorded_dataset(out_dir, vocab_size)
+    commit = _commit(repository, revision, before)
+    fetch = _hub_fetcher(repository, commit, staging)
 
-    entry = _published_entry(fetch, vocab_size, repository)
+    entry = {**_published_entry(fetch, vocab_size, repository), "repository": repository, "revision": commit}
+    record_dataset(out_dir, {**before, **entry})  # first: a call that goes on must take the same commit
     folder = dataset_dir(out_dir, vocab_size)
     model = tokenizer_path(out_dir, vocab_size)
+    names = _shard_names(entry, variant, train_shards)
+    known = _known(before)
     files = [(f"tokenizers/{model.name}", model, lambda path: load_tokenizer(path, vocab_size))]
-    for name in _shard_names(entry, variant, train_shards):
+    for name in names:
         files.append((f"datasets/{folder.name}/{name}", folder / name, lambda path: read_shard(path, vocab_size)))
     for remote, target, check in progress(files, len(files), variant):
-        if not _is_sound(target, check):
+        if not _is_sound(target, check) or sha256_of(target) != known.get(target.name, sha256_of(target)):
             _download_checked(fetch, remote, target, check)
+    entry["tokenizer_sha256"] = sha256_of(model)
+    entry["splits"] = {split: _shards(folder, split, names, known) for split in ("train", "val")}
     record_dataset(out_dir, entry)
     shutil.rmtree(staging, ignore_errors=True)
     return entry
@@ -67,18 +80,69 @@ def _vocab_size(variant: str) -> int:
     return int(match[1])
 
 
-def _hub_fetcher(repository: str, staging: Path) -> Callable[..., Path]:
+def _commit(repository: str, revision: str | None, before: dict[str, Any]) -> str:
+    """The commit to download. Raises DownloadError where the folder's shards are of another one."""
+    pinned = before.get("revision") if before.get("repository") == repository else None
+    if revision is None and pinned is not None:
+        return pinned
+    try:
+        from huggingface_hub import HfApi
+
+        commit = str(HfApi().dataset_info(repository, revision=revision).sha)
+    except ImportError:
+        raise DownloadError(MISSING) from None
+    except Exception as error:  # as below
+        shown = f"{type(error).__name__}: {error}"
+        raise DownloadError(
+            f"cannot look up the dataset {repository} of huggingface.co ({shown}). Is there a network? Without one: "
+            "`pgolf data build`"
+        ) from error
+    if commit != pinned and (pinned or "splits" in before):  # entries of older versions tell neither
+        was = f"commit {pinned}" if pinned else "another origin"
+        raise DownloadError(
+            f"manifest.json records this dataset from {was}, and {revision or 'the newest'} is {commit}: delete the "
+            "dataset and its entry there, or choose another folder"
+        )
+    return commit
+
+
+def _known(before: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 by name of the shards that an earlier call has recorded."""
+    try:
+        splits = before.get("splits", {}).values()
+        return {shard["file"]: shard["sha256"] for split in splits for shard in split["shards"]}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DownloadError(f"manifest.json is damaged in {before['name']} ({error!r}): delete it") from error
+
+
+def _shards(folder: Path, split: str, names: list[str], known: dict[str, str]) -> dict[str, Any]:
+    """What the manifest keeps of a split: the shards of this call, and those of earlier ones that are still there."""
+    ours = {name for name in {*names, *known} if name.startswith(f"fineweb_{split}_") and (folder / name).is_file()}
+    return {
+        "shards": [
+            {"file": name, "tokens": read_shard(folder / name).size, "sha256": sha256_of(folder / name)}
+            for name in sorted(ours)
+        ]
+    }
+
+
+def _hub_fetcher(repository: str, commit: str, staging: Path) -> Callable[..., Path]:
     """fetch(remote path below the export's root, again=False) -> the downloaded file."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise DownloadError("downloading needs huggingface_hub: pip install 'pgolf[data]'") from None
+        raise DownloadError(MISSING) from None
 
     def fetch(remote: str, again: bool = False) -> Path:
         filename = f"{REMOTE_ROOT}/{remote}"
         try:
             path = hf_hub_download(
-                repo_id=repository, filename=filename, repo_type="dataset", local_dir=staging, force_download=again
+                repo_id=repository,
+                filename=filename,
+                repo_type="dataset",
+                revision=commit,
+                local_dir=staging,
+                force_download=again,
             )
         except Exception as error:  # versions of the hub's client differ in what they raise without a network
             raise DownloadError(
@@ -92,21 +156,27 @@ def _hub_fetcher(repository: str, staging: Path) -> Callable[..., Path]:
 
 
 def _published_entry(fetch: Callable[..., Path], vocab_size: int, repository: str) -> dict[str, Any]:
-    manifest = json.loads(fetch("manifest.json").read_text(encoding="utf-8"))
-    datasets = {dataset.get("name"): dataset for dataset in manifest.get("datasets", [])}
+    path = fetch("manifest.json")
+    try:
+        datasets = {entry["name"]: entry for entry in read_manifest(path.parent)["datasets"]}
+    except FileError as error:
+        raise DownloadError(f"the manifest of {repository} is damaged: {error}") from error
     name = dataset_name(vocab_size)
     if name not in datasets:
-        raise DownloadError(f"{repository} has no dataset {name}; it has {', '.join(map(str, datasets)) or 'none'}")
+        raise DownloadError(f"{repository} has no dataset {name}; it has {', '.join(datasets) or 'none'}")
+    stats = datasets[name].get("stats")
+    if not isinstance(stats, dict) or not all(type(stats.get(f"files_{split}")) is int for split in ("train", "val")):
+        raise DownloadError(f"the manifest of {repository} does not tell how many files {name} has")
     return datasets[name]
 
 
 def _shard_names(entry: dict[str, Any], variant: str, train_shards: int | None) -> list[str]:
     """Names of all validation shards and the first training shards: an early end leaves a dataset one can score on."""
-    available = int(entry["stats"]["files_train"])
+    available = entry["stats"]["files_train"]
     wanted = available if train_shards is None else train_shards
     if not 0 <= wanted <= available:
         raise DownloadError(f"{variant} has {available} training shards, {wanted} cannot be downloaded")
-    validation = [f"fineweb_val_{index:06d}.bin" for index in range(int(entry["stats"]["files_val"]))]
+    validation = [f"fineweb_val_{index:06d}.bin" for index in range(entry["stats"]["files_val"])]
     return validation + [f"fineweb_train_{index:06d}.bin" for index in range(wanted)]
 
 

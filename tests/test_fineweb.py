@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pgolf.fineweb import REPOSITORY, DownloadError, download
-from pgolf.shards import read_shard, shard_files, tokenizer_path, write_shard
+from pgolf.manifest import check_dataset
+from pgolf.shards import ShardError, read_shard, shard_files, tokenizer_path, write_shard
 from pgolf.tokenizer import load_tokenizer, train_tokenizer
 
 VOCAB = 300
@@ -23,9 +25,17 @@ class Hub:
 
     def __init__(self, root: Path) -> None:
         self.root, self.asked, self.broken = root, [], {}
+        self.newest, self.revisions = "a" * 40, set()
 
-    def hf_hub_download(self, *, repo_id: str, filename: str, repo_type: str, local_dir: Path, force_download: bool):
+    def dataset_info(self, repository: str, revision: str | None):
+        assert repository == REPOSITORY
+        return SimpleNamespace(sha=revision or self.newest)
+
+    def hf_hub_download(
+        self, *, repo_id: str, filename: str, repo_type: str, revision: str, local_dir: Path, force_download: bool
+    ):
         assert (repo_id, repo_type) == (REPOSITORY, "dataset")
+        self.revisions.add(revision)
         self.asked.append(filename)
         content = (self.root / filename).read_bytes()
         if self.broken.get(Path(filename).name, 0) > 0:
@@ -57,7 +67,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub, module = Hub(published), ModuleType("huggingface_hub")
-    module.hf_hub_download = hub.hf_hub_download
+    module.hf_hub_download, module.HfApi = hub.hf_hub_download, lambda: hub
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return hub
 
@@ -107,12 +117,68 @@ def test_what_the_hub_has_not(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ConnectionError("name resolution failed")
 
     monkeypatch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", fail)
     with pytest.raises(DownloadError, match="manifest.json .*name resolution failed.*Is there a network"):
         download(tmp_path)
+    monkeypatch.setattr(hub, "dataset_info", fail)
+    with pytest.raises(DownloadError, match="look up the dataset .*name resolution failed.*Is there a network"):
+        download(tmp_path)
+
+
+def test_the_revision_is_pinned_and_told(hub: Hub, tmp_path: Path) -> None:
+    entry = download(tmp_path, f"sp{VOCAB}", train_shards=1)
+    assert (entry["repository"], entry["revision"]) == (REPOSITORY, "a" * 40)
+    hub.newest = "b" * 40  # the hub's files change; the folder goes on with those it has begun with
+    entry = download(tmp_path, f"sp{VOCAB}", train_shards=2)
+    assert hub.revisions == {"a" * 40} and entry["revision"] == "a" * 40
+    assert [shard["file"] for shard in entry["splits"]["train"]["shards"]] == [
+        "fineweb_train_000000.bin", "fineweb_train_000001.bin",
+    ]  # fmt: skip
+    with pytest.raises(DownloadError, match=f"from commit {'a' * 40}, and {'c' * 40} is"):
+        download(tmp_path, f"sp{VOCAB}", train_shards=2, revision="c" * 40)
+    assert download(tmp_path / "other", f"sp{VOCAB}", 1, revision="c" * 40)["revision"] == "c" * 40
+
+
+def test_an_interrupted_download_goes_on_with_its_revision(hub: Hub, tmp_path: Path) -> None:
+    hub.broken = {"fineweb_train_000001.bin": 2}
+    with pytest.raises(DownloadError, match="broken twice"):
+        download(tmp_path, f"sp{VOCAB}", train_shards=2)
+    hub.newest = "b" * 40
+    assert download(tmp_path, f"sp{VOCAB}", train_shards=2)["revision"] == "a" * 40
+
+
+def test_a_shard_that_has_changed_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    download(tmp_path, f"sp{VOCAB}", train_shards=1)
+    assert check_dataset(tmp_path, VOCAB)[0]["val_tokens"] == 199
+    (shard,) = shard_files(tmp_path, VOCAB, "val")
+    whole = bytearray(shard.read_bytes())
+    whole[-2:] = b"\x05\x00"  # another token that the vocabulary has
+    shard.write_bytes(whole)
+    with pytest.raises(ShardError, match="sha256 of fineweb_val_000000.bin"):
+        check_dataset(tmp_path, VOCAB)
+    hub.asked.clear()
+    download(tmp_path, f"sp{VOCAB}", train_shards=1)
+    assert names(hub) == ["fineweb_val_000000.bin"]
+    check_dataset(tmp_path, VOCAB)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"<html>sign in</html>", "is damaged: .*manifest.json is damaged: it is not JSON"),
+        (b'{"datasets": 5}', "no list of objects with names"),
+        (b'{"datasets": [{"name": "fineweb10B_sp300"}]}', "does not tell how many files fineweb10B_sp300 has"),
+    ],
+)
+def test_a_manifest_that_is_none(hub: Hub, tmp_path: Path, published: Path, content: bytes, words: str) -> None:
+    shutil.copytree(published, tmp_path / "hub")
+    (tmp_path / "hub" / "datasets" / "manifest.json").write_bytes(content)
+    hub.root = tmp_path / "hub"
+    with pytest.raises(DownloadError, match=words):
+        download(tmp_path / "out", f"sp{VOCAB}", 1)
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
