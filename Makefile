@@ -8,6 +8,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 # For a torch that brings no Triton, as CPU builds do: the one whose interpreter and machine code the tests know.
 TRITON ?= triton==3.6.0
 RUN_DIR ?= runs/demo
+COUNT ?= 100000
 # As many processes as there are cores.
 PYTEST_ARGS ?= -n auto --dist worksteal
 
@@ -19,13 +20,14 @@ CHECK_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.spli
 # One thread a process: the tests' tensors are small, and some tests start several processes.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test fuzz lint clean
 help:
 	@echo "make demo    install into $(VENV), then the whole pipeline on a small model (about 4 minutes on 2 cores)"
 	@echo "make test    install, then the whole test suite"
+	@echo "make fuzz    install, then COUNT damaged artifacts and a tenth of that of every other file (about 15 minutes)"
 	@echo "make lint    install, then ruff check and ruff format --check"
 	@echo "make clean   remove $(VENV), caches and build products; runs/ and data/ stay"
-	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  TORCH_INDEX=$(TORCH_INDEX)  TRITON=$(TRITON)  RUN_DIR=$(RUN_DIR)"
+	@echo "Variables: COUNT=$(COUNT)  PYTHON=$(PYTHON)  TORCH=$(TORCH)  TORCH_INDEX=$(TORCH_INDEX)  TRITON=$(TRITON)  RUN_DIR=$(RUN_DIR)"
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m pgolf run --preset demo --run-dir $(RUN_DIR) --fresh
@@ -33,6 +35,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
 	@$(BIN)/python -m bench.prove --check
+
+fuzz: $(VENV)/.installed
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz --count $(COUNT)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

@@ -14,6 +14,8 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from pgolf.files import FileError
+
 SPACE = "\u2581"  # SentencePiece writes a space so
 
 
@@ -43,12 +45,12 @@ class ByteTable:
     def from_sentencepiece(cls, path: str | os.PathLike) -> ByteTable:
         """The table of a SentencePiece model, on the CPU.
 
-        Raises ValueError for a missing or unreadable model, for one in which a space is no piece of its own, and for
+        Raises FileError for a missing or unreadable model, for one in which a space is no piece of its own, and for
         one with spaces inside pieces: its bytes could not be counted by this table.
         """
         processor = load_sentencepiece(path)
         if processor.piece_to_id(SPACE) == processor.unk_id():
-            raise ValueError(f"the tokenizer {path} has no piece for a single space: bytes cannot be counted with it")
+            raise FileError(f"the tokenizer {path} has no piece for a single space: bytes cannot be counted with it")
         entries = [_piece_bytes(processor, token) for token in range(processor.vocab_size())]
         return cls(*zip(*entries, strict=True))
 
@@ -83,16 +85,16 @@ def bits_per_byte(total_nats: float, total_bytes: float) -> float:
 
 
 def load_sentencepiece(path: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
-    """Open a SentencePiece model. Raises ValueError where there is none or the file is something else."""
+    """Open a SentencePiece model. Raises FileError where there is none or the file is something else."""
     if not Path(path).is_file():
-        raise ValueError(
+        raise FileError(
             f"there is no tokenizer {path}: get the published one with `pgolf data fineweb`, "
             "or train one with `pgolf data tokenizer`"
         )
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
+        raise FileError(f"{path} is not a SentencePiece model: {error}") from error
 
 
 def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, token: int) -> tuple[int, bool, bool]:
@@ -104,5 +106,5 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, token: int) ->
     piece = processor.id_to_piece(token)
     text = piece.removeprefix(SPACE)
     if SPACE in text:
-        raise ValueError(f"piece {token} ({piece!r}) has a space inside: its bytes cannot be counted by a table")
+        raise FileError(f"piece {token} ({piece!r}) has a space inside: its bytes cannot be counted by a table")
     return len(text.encode()), piece.startswith(SPACE), False

@@ -88,14 +88,14 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The settings the run was started with.
 
-        Raises RunFolderError where there is no run, ConfigError naming the file where it holds something else.
+        Raises FileError where there is no run, or the file holds something else.
         """
         if not self.config_file.exists():
             raise RunFolderError(f"{self.path} holds no run (no config.json); start one with `pgolf run`")
         try:
             return RunConfig().replace(**read_json(self.config_file))
         except ConfigError as error:
-            raise ConfigError(f"{self.config_file}: {error}") from error
+            raise RunFolderError(f"{self.config_file} is damaged: {error}") from error
 
     def need(self, path: Path, stage: str) -> Path:
         """``path``, or a RunFolderError that names the stage which makes it."""

@@ -1,0 +1,34 @@
+"""A few of the damaged files of `tests.fuzz`: none is taken for what it is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz import KINDS, Examples, main
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    return Examples(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_refused(examples: Examples, kind: str) -> None:
+    count = {"artifact": 500, "archive": 500, "bomb": 6}.get(kind, 100)
+    results = examples.try_kind(kind, count, seed=0)
+    assert sum(results.values()) == count and results["refused"] > 0.7 * count
+
+
+@pytest.mark.parametrize("kind", ["artifact", "archive", "checkpoint", "average", "data", "settings"])
+def test_files_that_are_not_damaged_are_read(examples: Examples, kind: str) -> None:
+    for number, content in enumerate(examples.originals[kind]):
+        read = getattr(examples, f"read_{kind}")
+        assert read(content, number) if kind == "data" else read(content)
+
+
+def test_what_is_accepted_wrongly_is_shown(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["--count", "20", "--kinds", "average"]) == 0
+    assert "average: 2 in" in capsys.readouterr().out
+    monkeypatch.setattr(Examples, "read_average", lambda self, content: False)
+    assert main(["--count", "20", "--kinds", "average"]) == 1
+    assert "FAILED': 'average 0 of seed 0: accepted with other content" in capsys.readouterr().out
