@@ -6,6 +6,8 @@ import builtins
 import io
 import lzma
 import math
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import brotli
@@ -14,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgolf import artifact
 from pgolf.artifact import (
     ArtifactError,
     ArtifactSize,
@@ -139,6 +142,99 @@ def test_a_foreign_file_is_an_error(tmp_path, data, words):
     path = tmp_path / "other.ptz"
     path.write_bytes(lzma.compress(data))
     with pytest.raises(ArtifactError, match=words):
+        load(path)
+
+
+MATRIX = {
+    "a.q": torch.zeros(4, 6, dtype=torch.int8),
+    "a.scale": torch.ones(4).half(),
+    "a.lqA_a": torch.ones(4, 2, dtype=torch.int8),
+    "a.lqAs_a": torch.ones(()).half(),
+    "a.lqB_a": torch.ones(2, 6, dtype=torch.int8),
+    "a.lqBs_a": torch.ones(3).half(),
+    "b": torch.ones(5).half(),
+}
+MARKS = {"a": "gptq (int6)+lqer_asym", "b": "passthrough (float16)"}
+NAN, INF = torch.tensor(float("nan")), torch.tensor(float("inf"))
+
+
+def test_every_kind_of_tensor_is_accepted(tmp_path):
+    path = tmp_path / "model.ptz"
+    save(path, QuantizedModel(MATRIX, MARKS), "lzma")
+    assert load(path).low_rank("a").sB.shape == (3,)
+    symmetric = {key.replace("_a", ""): value for key, value in MATRIX.items()}
+    symmetric |= {"a.lqAs": torch.ones(4).half(), "a.lqBs": torch.ones(2).half()}
+    save(path, QuantizedModel(symmetric, {**MARKS, "a": "gptq (int6)+lqer"}), "lzma")
+    assert load(path).low_rank("a").sA.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("changed", "marks", "words"),
+    [
+        ({"a.scale": NAN.half().expand(4).clone()}, {}, "a.scale has numbers that are not finite"),
+        ({"a.lqBs_a": INF.half().expand(3).clone()}, {}, "a.lqBs_a has numbers that are not finite"),
+        ({"b": NAN.half()[None]}, {}, "b has numbers that are not finite"),
+        ({"b": torch.ones(5)}, {}, "b is .* of torch.float32, expected .* of torch.float16"),
+        ({"a.q": torch.zeros(4, 6)}, {}, "a.q is .* of torch.float32, expected .* of torch.int8"),
+        ({"a.q": torch.full((4, 6), 32, dtype=torch.int8)}, {}, "a.q has codes from 32 to 32, outside -31 to 31"),
+        ({"a.q": torch.zeros(24, dtype=torch.int8)}, {}, "a.q is no matrix"),
+        ({"a.q": torch.zeros(1, 1, dtype=torch.int8).expand(4, 6)}, {}, "a.q is no plain tensor"),
+        ({"a.q": [0] * 24}, {}, "a.q is no plain tensor"),
+        ({"a.scale": torch.ones(5).half()}, {}, r"a.scale is \[5\] .*expected \[4\]"),
+        ({"a.lqA_a": torch.full((4, 2), 2, dtype=torch.int8)}, {}, "a.lqA_a has codes from 2 to 2, outside -2 to 1"),
+        ({"a.lqA_a": torch.ones(4, 3, dtype=torch.int8)}, {}, "factors a.lqA_a … .* do not fit codes of"),
+        ({"a.lqBs_a": torch.ones(5).half()}, {}, "factors a.lqA_a … .* do not fit codes of"),
+        ({"c": torch.ones(1).half()}, {}, "no tensor that c could belong to"),
+        ({}, {"a": "gptq (int6)"}, "no tensor that a.lqA_a could belong to"),
+        ({}, {"a": "gptq (int6)+lqer"}, "lacks the tensor a.lqA"),
+        ({}, {"b": "gptq (int6)"}, "lacks the tensor b.q"),
+        ({}, {"a": "gptq (int9)"}, "lists 'a' as 'gptq .int9.', which is no way"),
+        ({}, {"a": 6}, "lists 'a' as 6, which is no way"),
+        ({}, {3: "passthrough (float16)"}, "lists 3 as"),
+    ],
+)
+def test_tensors_that_do_not_fit_their_marks_are_errors(tmp_path, changed, marks, words):
+    path = tmp_path / "model.ptz"
+    path.write_bytes(lzma.compress(pickled({"w": {**MATRIX, **changed}, "m": {**MARKS, **marks}})))
+    with pytest.raises(ArtifactError, match=f"model.ptz .*{words}"):
+        load(path)
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_a_wrong_weight_is_an_error_that_names_it(tmp_path, compressor):
+    """torch's reader does not look at the checksums, and neither brotli nor the shuffle has any."""
+    path = tmp_path / "model.ptz"
+    save(path, QuantizedModel(MATRIX, MARKS), compressor)
+    blob = path.read_bytes()
+    data = bytearray(byte_unshuffle(lzma.decompress(blob) if compressor == "lzma" else brotli.decompress(blob)))
+    data[data.index(bytes(24))] = 1  # a code of matrix a
+    shuffled = byte_shuffle(bytes(data))
+    path.write_bytes(lzma.compress(shuffled) if compressor == "lzma" else brotli.compress(shuffled))
+    with pytest.raises(ArtifactError, match=r"model.ptz .*tensor a.q .*does not have its checksum .CRC-32"):
+        load(path)
+
+
+@pytest.mark.parametrize("compress", [partial(lzma.compress, preset=0), brotli.compress])
+def test_decompression_is_bounded(tmp_path, monkeypatch, compress):
+    """By 8 bytes for each of the cap, or of the file; the rest is never decompressed."""
+    monkeypatch.setattr(artifact, "CAP_BYTES", 1000)
+    path = tmp_path / "bomb.ptz"
+    path.write_bytes(compress(bytes(10_000_000)))
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match="more than the [0-9,]+ bytes that an artifact can hold"):
+        load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    with pytest.raises(ArtifactError, match="too large for an artifact"):
+        save(path, QuantizedModel({"b": torch.zeros(100_000).half()}, {"b": "passthrough (float16)"}), "lzma")
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_what_follows_the_compressed_data_is_an_error(blobs, tmp_path, compressor):
+    path = tmp_path / "model.ptz"
+    path.write_bytes(blobs[compressor] + b"more")
+    with pytest.raises(ArtifactError, match="model.ptz"):
         load(path)
 
 
