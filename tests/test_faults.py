@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from pgolf.config import RunConfig
 from pgolf.files import FileError
 from pgolf.folder import RunFolder
 from pgolf.progress import TrainingProgress
-from pgolf.runtime import Interrupted
+from pgolf.runtime import Interrupted, start_world
 from pgolf.shards import ShardError, shard_files, write_shard
 from pgolf.tensors import not_finite
 from pgolf.train import _Trainer, load_weights
+from tests.processes import run_processes
 from tests.test_train import assert_same, config, losses, trained, uninterrupted  # noqa: F401  fixtures
 
 
@@ -406,3 +408,32 @@ def test_averages_of_something_else_are_messages(config: RunConfig, tmp_path: Pa
     (tmp_path / "ema.pt").write_text("hello\n")
     with pytest.raises(CheckpointError, match="ema.pt cannot be read"):
         load_weights(tmp_path / "ema.pt", config)
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def _outcome(config: RunConfig, path: Path, rank: int, size: int) -> str:
+    try:
+        trained(config, path, world=start_world(config))
+    except (FileError, DivergedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "finished"
+
+
+def test_all_processes_stop_after_the_same_step_when_one_cannot_read(several_shards: RunConfig, tmp_path: Path) -> None:
+    shard = shard_files(several_shards.data_dir, several_shards.vocab_size, "train")[2]
+    tokens = np.fromfile(shard, dtype="<u2", offset=1024)
+    tokens[-1] = 5000  # known when the shard is opened
+    write_shard(shard, tokens)
+    outcomes = run_processes(partial(_outcome, several_shards, tmp_path / "run"), 2, tmp_path)
+    step = load_tensors(RunFolder(tmp_path / "run").checkpoint)["step"]
+    assert 1 <= step < 6 and any(f"{shard.name} holds token 5000" in outcome for outcome in outcomes)
+    assert all(f"stopped after step {step}; go on with --resume" in outcome for outcome in outcomes)
+
+
+def test_all_processes_stop_when_training_diverges(config: RunConfig, tmp_path: Path) -> None:
+    config = config.replace(matrix_lr=1e30, checkpoint_minutes=1e-9)
+    outcomes = run_processes(partial(_outcome, config, tmp_path / "run"), 2, tmp_path)
+    assert outcomes[0] == outcomes[1] and outcomes[0].startswith("DivergedError: training has diverged")
+    assert not RunFolder(tmp_path / "run").ema.exists()
