@@ -193,7 +193,9 @@ def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool)
             world.log(f"report: {write_report(folder.path)}")
         except ModuleNotFoundError:
             world.log(f"the report's page is not part of this program: pgolf report --run-dir {folder.path}")
-        except (AttributeError, LookupError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, FileError):
+                raise
             shown = f"{type(error).__name__}: {error}"
             raise FileError(f"{folder.summary_file} or {folder.metrics} is damaged or incomplete ({shown})") from error
     world.barrier()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pgolf import run
 from pgolf.cli import main
@@ -87,19 +90,19 @@ def test_stages_can_be_repeated_with_other_settings(finished: RunFolder, capsys:
     assert main(["ttt", *run]) == 0
 
 
-@pytest.mark.parametrize("stage", ["eval", "ttt"])
+@pytest.mark.parametrize("stage, name", [("eval", "SIGTERM"), ("ttt", "SIGINT"), ("report", "SIGHUP")])
 def test_an_interrupted_stage_says_so_and_leaves_the_run(
-    stage: str, finished: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    stage: str, name: str, finished: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = finished.summary()
 
     def stopped(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.Signals[name])
         time.sleep(10)
 
     monkeypatch.setitem(run.STAGES, stage, stopped)
-    assert main([stage, "--run-dir", str(finished.path)]) == 143
-    assert f"stopped by SIGTERM in the stage {stage}, which begins anew" in capsys.readouterr().err
+    assert main([stage, "--run-dir", str(finished.path)]) == 128 + signal.Signals[name]
+    assert f"stopped by {name} in the stage {stage}, which begins anew" in capsys.readouterr().err
     assert finished.summary() == before
 
 
@@ -195,3 +198,133 @@ def test_config_lists_every_setting(capsys: pytest.CaptureFixture) -> None:
 def test_module_and_command_are_the_same() -> None:
     done = subprocess.run([sys.executable, "-m", "pgolf", "--version"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("pgolf ")
+
+
+# --- One command that starts or goes on -------------------------------------------------------------------------------
+
+
+def test_one_command_starts_and_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = RunFolder(tmp_path / "run")
+    command = ["train", "--preset", "demo", "--resume", "--run-dir", str(folder.path), *settings(data, iterations=1)]
+    assert main(command) == 0
+    written = folder.summary()["train"]
+    assert folder.config().preset_name == "demo" and written["steps"] == 1
+    whole = ["run", *command[1:]]
+    folder.record("quantize", {})  # as if that were done, and the rest
+    folder.record("eval", {})
+    folder.record("ttt", {})
+    assert main(whole) == 0
+    assert "[train] done before" in capsys.readouterr().out and folder.summary()["train"] == written
+    assert "change single ones with --set" in fails(["run", "--preset", "record", *whole[3:]], capsys)
+
+
+def test_resuming_nothing_does_not_start_the_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    message = fails(["run", "--resume", "--run-dir", str(tmp_path / "typo")], capsys)
+    assert "finds no run in" in message and "with a --preset it starts one there" in message
+    assert "name" in fails(["run", "--resume", "--preset", "demo"], capsys)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_second_start_leaves_the_first_alone(finished: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in finished.path.iterdir()}
+    with finished.locked():
+        for more in (["--resume"], ["--fresh", "--preset", "demo"]):
+            message = fails(["run", "--run-dir", str(finished.path), *more], capsys)
+            assert f"in use by process {os.getpid()} on" in message
+        assert main(["report", "--run-dir", str(finished.path)]) == 0, "which may watch a run that goes on"
+    after = {path.name: path.stat().st_mtime_ns for path in finished.path.iterdir()}
+    assert {**after, "report.html": 0} == {**before, "report.html": 0}
+
+
+# --- What comes from outside is no traceback --------------------------------------------------------------------------
+
+
+def test_a_run_scores_the_files_that_were_checked(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    copied, folder = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    assert main(["data", "--preset", "demo", "--run-dir", str(folder), *settings(copied, iterations=1)]) == 0
+    (shard,) = copied.rglob("fineweb_val_*.bin")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2] + b"\x09\x00")
+    assert "is not the file that this run has checked" in fails(["train", "--run-dir", str(folder)], capsys)
+    check = ["data", "check", "--set", f"data_dir={copied}", "--set", "vocab_size=400"]
+    assert "sha256 of fineweb_val_000000.bin is" in fails(check, capsys)
+    shard.write_bytes(content)
+    assert main(["train", "--run-dir", str(folder)]) == 0 and main(check) == 0
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE must be a number from 1 to"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a number from 1 to"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be a number from 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK must be a number from 0 to 1, and it is '-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "the processes do not find each other: .*MASTER_ADDR"),
+    ],
+)
+def test_a_strange_environment(
+    variables: dict, words: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    message = fails(["run", "--preset", "demo", "--run-dir", str(tmp_path / "a"), "--set", "device=cpu"], capsys)
+    assert re.search(words, message)
+
+
+def test_files_and_folders_in_each_other_s_place(
+    data: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert "Is a directory" in fails(["inspect", str(tmp_path)], capsys)
+    run = ["data", "--preset", "demo", *settings(data), "--run-dir"]
+    for where in (plain, plain / "below"):
+        assert str(plain) in fails([*run, str(where)], capsys)
+    (tmp_path / "run" / "summary.json").mkdir(parents=True)
+    assert "summary.json" in fails([*run, str(tmp_path / "run")], capsys)
+    model = data / "tokenizers" / "fineweb_400_bpe.model"
+    build = ["data", "build", "--docs", str(documents), "--tokenizer", str(model), "--val-docs", "3", "--out"]
+    assert "workers must be at least 1, got -1" in fails([*build, str(tmp_path / "out"), "--workers", "-1"], capsys)
+    assert str(plain) in fails([*build, str(plain)], capsys)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError(5, "bad disk")])
+def test_what_the_machine_lacks_is_a_message(
+    error: Exception, finished: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(run.STAGES, "report", fail)
+    assert (str(error) or "not enough memory") in fails(["report", "--run-dir", str(finished.path)], capsys)
+    monkeypatch.setitem(run.STAGES, "report", lambda *_: {}["a defect"])
+    with pytest.raises(KeyError):
+        main(["report", "--run-dir", str(finished.path)])
+
+
+def test_damaged_files_of_a_run_are_messages(
+    finished: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    run = ["--run-dir", str(folder.path)]
+    folder.ema.write_text("hello\n")
+    assert "ema.pt cannot be read: it was not written by torch.save" in fails(["quantize", *run], capsys)
+    folder.summary_file.write_text(json.dumps({**finished.summary(), "train": {"steps": "many"}}))
+    assert "summary.json" in fails(["report", *run], capsys)
+    folder.summary_file.write_text("")
+    for stage in ("eval", "report"):
+        assert "summary.json is damaged: it is not JSON" in fails([stage, *run], capsys)
+    folder.config_file.write_bytes(b"\xff")
+    assert "config.json is damaged" in fails(["ttt", *run], capsys)
+
+
+@pytest.mark.parametrize("command", [["config"], ["env"]])
+def test_a_reader_that_goes_away(command: list[str]) -> None:
+    """`pgolf config | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "pgolf", *command], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (2, "pgolf: nothing reads the output any more\n")
