@@ -60,7 +60,7 @@ def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "
     _check(quantized)
     data = byte_shuffle(_serialize(quantized))
     blob = _compress(data, compressor)
-    if len(data) > _most_bytes(blob):
+    if len(data) >= _most_bytes(blob):
         raise ArtifactError(f"a model of {len(data):,} bytes, {len(blob):,} compressed, is too large for an artifact")
     write_aside(path, blob)
     return len(blob)
@@ -124,7 +124,7 @@ def _check(quantized: QuantizedModel) -> None:
         mark = MARK.fullmatch(how) if isinstance(name, str) and isinstance(how, str) else None
         if mark is None and (how != PASSTHROUGH or not isinstance(name, str)):
             raise ArtifactError(f"it lists {name!r} as {how!r}, which is no way that tensors are kept")
-        keys = (name,)
+        keys: tuple[str, ...] = (name,)
         if mark is not None:
             correction = {"+lqer": SYMMETRIC_KEYS, "+lqer_asym": ASYMMETRIC_KEYS, None: ()}[mark[2]]
             keys = tuple(name + key for key in (CODES, SCALE, *correction))
@@ -143,35 +143,28 @@ def _check(quantized: QuantizedModel) -> None:
 def _check_matrix(keys: tuple[str, ...], tensors: Mapping[str, Tensor], bits: int, asymmetric: bool) -> None:
     """Raise FileError for codes, scales and factors of a matrix that do not fit together."""
     reach = largest_code(bits)
-    rows, columns = _check_codes(keys[0], tensors, -reach, reach)
-    check_tensor(keys[1], tensors[keys[1]], (rows,), torch.float16)
-    if not keys[2:]:
-        return
-    (height, rank), (inner, width) = (
-        _check_codes(key, tensors, *ends)
-        for key, ends in zip(keys[2::2], ((-2, 1), (-8, 7)) if asymmetric else ((-127, 127),) * 2, strict=True)
-    )
-    first, second = (check_tensor(key, tensors[key], None, torch.float16) for key in keys[3::2])
-    groups = second.numel()
-    fits = (height, inner, width) == (rows, rank, columns) and second.ndim == 1 and 1 <= rank <= MAX_RANK
-    if asymmetric:
-        fits = fits and first.ndim == 0 and groups > 0 and rank * columns % groups == 0
-    else:
-        fits = fits and first.shape == (rows,) and groups == rank
+    ends = (-reach, reach), *(((-2, 1), (-8, 7)) if asymmetric else ((-127, 127),) * 2)
+    codes = [_check_codes(key, tensors[key], *end) for key, end in zip(keys[::2], ends, strict=False)]
+    scales = [check_tensor(key, tensors[key], None, torch.float16).shape for key in keys[1::2]]
+    (rows, columns), fits = codes[0], scales[0] == codes[0][:1]
+    if len(codes) > 1:
+        rank = codes[1][1]
+        fits = fits and codes[1:] == [(rows, rank), (rank, columns)] and rank <= MAX_RANK
+        if asymmetric:
+            fits = fits and scales[1] == () and len(scales[2]) == 1 and rank * columns % (scales[2][0] or 1e9) == 0
+        else:
+            fits = fits and scales[1:] == [(rows,), (rank,)]
     if not fits:
-        shapes = ", ".join(str(list(tensors[key].shape)) for key in keys[2:])
-        raise ArtifactError(f"the factors {keys[2]} … ({shapes}) do not fit codes of {[rows, columns]}")
+        shapes = ", ".join(f"{key} {list(tensors[key].shape)}" for key in keys)
+        raise ArtifactError(f"its shapes do not fit together: {shapes}")
 
 
-def _check_codes(key: str, tensors: Mapping[str, Tensor], low: int, high: int) -> tuple[int, int]:
+def _check_codes(key: str, codes: Tensor, low: int, high: int) -> tuple[int, ...]:
     """Shape of a matrix of codes. Raises FileError for one that is none, or has a code outside ``low`` to ``high``."""
-    codes = check_tensor(key, tensors[key], None, torch.int8)
-    if codes.ndim != 2 or not codes.numel():
-        raise ArtifactError(f"{key} is no matrix: its shape is {list(codes.shape)}")
-    least, most = (int(end) for end in codes.aminmax())
-    if least < low or most > high:
-        raise ArtifactError(f"{key} has codes from {least} to {most}, outside {low} to {high}")
-    return codes.size(0), codes.size(1)
+    check_tensor(key, codes, None, torch.int8)
+    if codes.ndim != 2 or not codes.numel() or codes.min() < low or codes.max() > high:
+        raise ArtifactError(f"{key} is no matrix of codes from {low} to {high}")
+    return tuple(codes.shape)
 
 
 def byte_shuffle(data: bytes) -> bytes:
@@ -221,20 +214,19 @@ def _decompress(blob: bytes) -> bytes:
     try:
         if blob.startswith(XZ_MAGIC):
             decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
-            data = decoder.decompress(blob, max_length=most + 1)
+            data = decoder.decompress(blob, max_length=most)
             whole = decoder.eof and not decoder.unused_data
         else:  # brotli data has no magic: what is not xz is taken for it
             decoder = _brotli().Decompressor()
-            data = decoder.process(blob, output_buffer_limit=most + 1)
+            data = decoder.process(blob, output_buffer_limit=most)
             whole = decoder.is_finished()
     except ImportError:
         raise
     except Exception as error:  # each library has an exception of its own
         raise ArtifactError(f"it is neither xz nor brotli data ({error})") from error
-    if len(data) > most:
-        raise ArtifactError(f"it decompresses to more than the {most:,} bytes that an artifact can hold")
     if not whole:
-        raise ArtifactError("its compressed data end too early, or are followed by others")
+        kinds = f"end too early, are followed by others, or hold more than the {most:,} bytes that an artifact can hold"
+        raise ArtifactError(f"its compressed data {kinds}")
     return data
 
 

@@ -360,17 +360,6 @@ class RunConfig:
         """The configuration as JSON, fields in their order."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
-    @classmethod
-    def from_json(cls, text: str) -> RunConfig:
-        """Read what `to_json` wrote. Raises ConfigError for anything else."""
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"the settings are no JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ConfigError(f"the settings must be a JSON object, got {type(fields).__name__}")
-        return cls().replace(**fields)
-
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(RunConfig)}
 

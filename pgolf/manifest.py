@@ -62,77 +62,59 @@ def check_dataset(
     `check_unchanged` needs to know each file again. Raises ShardError or TokenizerError naming the file and the number
     that is wrong, also for a split that does not begin with BOS.
     """
-    load_tokenizer(tokenizer_path(data_dir, vocab_size), vocab_size)
-    paths = data_files(data_dir, vocab_size)
-    counts: dict[str, int] = {f"{split}_{what}": 0 for split in SPLITS for what in ("shards", "tokens", "documents")}
+    tokenizer = tokenizer_path(data_dir, vocab_size)
+    load_tokenizer(tokenizer, vocab_size)
+    counts: dict[str, int] = {}
     files: dict[str, dict[str, Any]] = {}
-    for path in progress(list(paths.values())):
+    for path in progress(list(data_files(data_dir, vocab_size).values())):
         stat = path.stat()
         files[path.name] = {"sha256": sha256_of(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if path.suffix != ".bin":
+        if path == tokenizer:
             continue
         tokens, split = read_shard(path, vocab_size), path.name.split("_")[1]
-        if not counts[f"{split}_shards"] and tokens[0] != BOS_ID:
+        if f"{split}_shards" not in counts and tokens[0] != BOS_ID:
             raise ShardError(f"{path} begins with token {tokens[0]}, expected {BOS_ID} (BOS): the start is missing")
-        files[path.name]["tokens"] = tokens.size
         for what, count in (("shards", 1), ("tokens", tokens.size), ("documents", int((tokens == BOS_ID).sum()))):
-            counts[f"{split}_{what}"] += count
-    entry = recorded_dataset(data_dir, vocab_size)
+            counts[f"{split}_{what}"] = counts.get(f"{split}_{what}", 0) + count
+    entry, manifest = recorded_dataset(data_dir, vocab_size), manifest_path(data_dir)
+    found = {**counts, "bos_id": BOS_ID, **{f"sha256 of {name}": known["sha256"] for name, known in files.items()}}
     try:
-        _compare(entry, counts, files, tokenizer_path(data_dir, vocab_size).name)
-    except ShardError as error:
-        advice = "get the data again, or put back the files that belong to it"
-        raise ShardError(f"the data are not what {manifest_path(data_dir)} states: {error}; {advice}") from error
+        stated = _stated(entry, tokenizer.name, counts["train_shards"])
     except (AttributeError, KeyError, TypeError) as error:
-        raise ShardError(f"{manifest_path(data_dir)} is damaged in {entry['name']}: {error!r}") from error
+        raise ShardError(f"{manifest} is damaged in {entry['name']}: {error!r}") from error
+    for name, value in stated.items():
+        if value is not None and value != found.get(name):
+            wrong = f"{name} is {found.get(name, 'missing')}, and should be {value}"
+            raise ShardError(f"the data are not what {manifest} states: {wrong}; put back the files that belong to it")
     return counts, files
 
 
-def _compare(entry: dict, counts: dict[str, int], files: dict[str, dict[str, Any]], tokenizer: str) -> None:
-    """Raise ShardError for the first number that ``entry`` states otherwise; what it does not state is not compared."""
-
-    def expect(what: str, stated: Any, found: Any) -> None:
-        if stated is not None and stated != found:
-            raise ShardError(f"{what} is {found}, and should be {stated}")
-
-    expect("the SHA-256 of the tokenizer", entry.get("tokenizer_sha256"), files[tokenizer]["sha256"])
-    expect("BOS", entry.get("bos_id"), BOS_ID)
-    stats = entry.get("stats", {})
+def _stated(entry: dict[str, Any], tokenizer: str, train_shards: int) -> dict[str, Any]:
+    """What an entry of the manifest states, by name; None where it does not."""
+    stated = {"bos_id": entry.get("bos_id"), f"sha256 of {tokenizer}": entry.get("tokenizer_sha256")}
+    counts: dict[str, Any] = {}
     for split in SPLITS:
-        names = [name for name in files if name.startswith(f"fineweb_{split}_")]
-        published, shards = stats.get(f"files_{split}"), counts[f"{split}_shards"]
-        if split == "train" and published is not None and 0 < shards < published:  # the first ones were downloaded
-            expect("the last training shard", f"fineweb_train_{shards - 1:06d}.bin", names[-1])
-        else:
-            expect(f"the number of {split} shards", published, shards)
-            expect(f"the number of {split} tokens", stats.get(f"tokens_{split}"), counts[f"{split}_tokens"])
-            expect(f"the number of {split} documents", stats.get(f"docs_{split}"), counts[f"{split}_documents"])
-        stated = entry.get("splits", {}).get(split, {})
-        for shard in stated.get("shards", ()):
-            if shard["file"] not in files:
-                raise ShardError(f"{shard['file']} is missing")
-            for what in ("tokens", "sha256"):
-                expect(f"{what} of {shard['file']}", shard[what], files[shard["file"]][what])
-        if "shards" in stated and (foreign := set(names) - {shard["file"] for shard in stated["shards"]}):
-            raise ShardError(f"{min(foreign)} does not belong to it")
-        for what in ("tokens", "documents"):
-            expect(f"the number of {split} {what}", stated.get(what), counts[f"{split}_{what}"])
+        built, stats = entry.get("splits", {}).get(split, {}), entry.get("stats", {})
+        if split == "train" and train_shards < (stats.get("files_train") or 0):  # the first ones were downloaded
+            stats = {}
+        for ours, theirs in (("shards", "files"), ("tokens", "tokens"), ("documents", "docs")):
+            counts[f"{split}_{ours}"] = built.get(ours, stats.get(f"{theirs}_{split}"))
+        if "shards" in built:
+            counts[f"{split}_shards"] = len(built["shards"])
+            stated |= {f"sha256 of {shard['file']}": shard["sha256"] for shard in built["shards"]}
+    return stated | counts
 
 
-def check_unchanged(data_dir: str | os.PathLike, vocab_size: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+def check_unchanged(data_dir: str | os.PathLike, vocab_size: int, files: Mapping[str, Any]) -> None:
     """Raise ShardError unless the data are the ``files`` of `check_dataset`: none more, none less, none changed.
 
     Validation shards and the tokenizer are hashed. A training shard is where its size or time of change is another.
     """
     found = data_files(data_dir, vocab_size)
-    for name in sorted(found.keys() ^ files.keys()):
-        raise ShardError(f"{name} {'is missing' if name in files else 'has come'} since this run's data were checked")
-    for name, path in found.items():
-        stat, known = path.stat() if path.exists() else None, files[name]
-        same = stat is not None and (stat.st_size, stat.st_mtime_ns) == (known["bytes"], known["mtime_ns"])
-        if not same or "train" not in name:
-            same = stat is not None and sha256_of(path) == known["sha256"]
-        if not same:
-            raise ShardError(
-                f"{path} is not the file that this run has checked: put that back, or check anew with `pgolf data`"
-            )
+    for name in sorted(found.keys() | files.keys()):
+        path, known = found.get(name), files.get(name)
+        if path and isinstance(known, dict) and path.exists():
+            same = (path.stat().st_size, path.stat().st_mtime_ns) == (known.get("bytes"), known.get("mtime_ns"))
+            if (same and "train" in name) or sha256_of(path) == known.get("sha256"):
+                continue
+        raise ShardError(f"{name} is not as it was when this run's data were checked: check anew with `pgolf data`")

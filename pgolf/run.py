@@ -242,7 +242,7 @@ def run_stage(name: str, stage: Callable, config: RunConfig, folder: RunFolder, 
     Those that read data do the stage ``data`` first where it was not done, and else make sure that they have not
     changed since.
     """
-    if name in READING and world.share("files" not in folder.summary().get("data", {})):
+    if name in READING and world.share(not folder.checked_files()):
         run_stage("data", run_data, config, folder, world, False)
     world.log(f"[{name}]")
     begun = time.perf_counter()

@@ -24,11 +24,18 @@ def read_tensors(file: BinaryIO, length: int) -> Any:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            if len(set(archive.namelist())) < len(members) or sum(part.file_size for part in members) > length:
-                raise FileError("its parts overlap")
-            for part in members:
-                _verify(archive, part)
+            parts = archive.infolist()
+            odd = len(set(archive.namelist())) < len(parts) or sum(part.file_size for part in parts) > length
+            if odd or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise FileError("its parts are compressed or overlap, as torch.save does not write them")
+            for part in parts:
+                try:
+                    with archive.open(part) as content:
+                        while content.read(BLOCK_BYTES):  # zipfile compares the checksum at the end
+                            pass
+                except zipfile.BadZipFile as error:
+                    damaged = _tensor_in(archive, part.filename)
+                    raise FileError(f"{damaged} does not have its checksum (CRC-32)") from error
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileError:
@@ -36,18 +43,6 @@ def read_tensors(file: BinaryIO, length: int) -> Any:
     except Exception as error:  # a damaged archive or pickle makes its parser raise almost anything
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise FileError(f"it was not written by torch.save, or is cut short ({reason})") from error
-
-
-def _verify(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> None:
-    """Read a member to its end, where zipfile compares the CRC-32."""
-    if part.compress_type != zipfile.ZIP_STORED:
-        raise FileError(f"its part {part.filename} is compressed, which torch.save does not do")
-    try:
-        with archive.open(part) as content:
-            while content.read(BLOCK_BYTES):
-                pass
-    except zipfile.BadZipFile as error:
-        raise FileError(f"{_tensor_in(archive, part.filename)} does not have its checksum (CRC-32)") from error
 
 
 def _tensor_in(archive: zipfile.ZipFile, member: str) -> str:

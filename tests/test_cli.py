@@ -245,7 +245,7 @@ def test_a_run_scores_the_files_that_were_checked(data: Path, tmp_path: Path, ca
     (shard,) = copied.rglob("fineweb_val_*.bin")
     content = shard.read_bytes()
     shard.write_bytes(content[:-2] + b"\x09\x00")
-    assert "is not the file that this run has checked" in fails(["train", "--run-dir", str(folder)], capsys)
+    assert "is not as it was when this run's data were checked" in fails(["train", "--run-dir", str(folder)], capsys)
     check = ["data", "check", "--set", f"data_dir={copied}", "--set", "vocab_size=400"]
     assert "sha256 of fineweb_val_000000.bin is" in fails(check, capsys)
     shard.write_bytes(content)

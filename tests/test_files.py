@@ -125,12 +125,12 @@ def test_archives_that_torch_does_not_write() -> None:
     deflated = io.BytesIO()
     with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10_000_000))
-    with pytest.raises(FileError, match="data.pkl is compressed|parts overlap"):
+    with pytest.raises(FileError, match="parts are compressed or overlap"):
         read(deflated.getvalue())
     twice = io.BytesIO(saved())
     with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("archive/data/0", bytes(24))
-    with pytest.raises(FileError, match="parts overlap"):
+    with pytest.raises(FileError, match="parts are compressed or overlap"):
         read(twice.getvalue())
     for data in (b"", b"hello\n", b"PK\x03\x04", saved()[:-30], saved(Path("x"))):
         with pytest.raises(FileError, match="not written by torch.save, or is cut short"):
