@@ -61,7 +61,7 @@ class RunConfig:
     # The run
     run_id: str = _field("", "name of the run's folder; empty: preset and time of day")
     preset_name: str = _field("record", "preset this configuration started from (recorded, not set by hand)")
-    seed: int = _field(1337, "seed of python, numpy and torch", low=0)
+    seed: int = _field(1337, "seed of python, numpy and torch", low=0, high=2**63 - 1)
     artifact_dir: str = _field("", "where the artifact is written; empty: the run's folder")
     device: str = _field("auto", "auto takes CUDA when there is one", choices=("auto", "cpu", "cuda"))
     compute_dtype: str = _field(
@@ -443,8 +443,9 @@ def _coerce(spec: dataclasses.Field, value: Any) -> Any:
         return found
     if isinstance(value, bool):
         raise ConfigError(shown)
-    try:
-        number = float(str(value).strip().replace("_", ""))
+    text = str(value).strip().replace("_", "")
+    try:  # a large whole number would be rounded on its way through float
+        number = int(text) if kind == "int" and text.isdecimal() else float(text)
     except ValueError:
         raise ConfigError(shown) from None
     if number != number or number in (float("inf"), float("-inf")):

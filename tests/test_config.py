@@ -128,6 +128,15 @@ def test_bad_values_in_the_environment_name_the_setting() -> None:
         RunConfig.from_env({"TTT_LORA_RANK": "many"})
 
 
+def test_whole_numbers_keep_every_digit() -> None:
+    for value in ("9007199254740993", 9007199254740993, " 9_007_199_254_740_993 "):
+        assert RunConfig().replace(seed=value).seed == 9007199254740993
+    assert RunConfig().replace(iterations="2e3", seed=3.0).iterations == 2000
+    for value in ("1e30", 2**63, "9" * 5000, "0.5", "-1"):
+        with pytest.raises(ConfigError, match="seed must be"):
+            RunConfig().replace(seed=value)
+
+
 def test_replace_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="no setting 'warmup_step'; nearest: warmup_steps"):
         RunConfig().replace(warmup_step=3)
