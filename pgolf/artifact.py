@@ -61,7 +61,7 @@ def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "
     data = byte_shuffle(_serialize(quantized))
     blob = _compress(data, compressor)
     if len(data) >= _most_bytes(blob):
-        raise ArtifactError(f"a model of {len(data):,} bytes, {len(blob):,} compressed, is too large for an artifact")
+        raise ArtifactError(f"{len(data):,} bytes are too many for an artifact")
     write_aside(path, blob)
     return len(blob)
 
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike) -> QuantizedModel:
     try:
         archive = byte_unshuffle(_decompress(blob))
         if not archive.startswith(ZIP_MAGIC):
-            raise ArtifactError("what it holds was not written by torch.save")
+            raise ArtifactError("it was not written by torch.save")
         return _checked(read_tensors(io.BytesIO(archive), len(archive)))
     except FileError as error:
         raise ArtifactError(
@@ -123,7 +123,7 @@ def _check(quantized: QuantizedModel) -> None:
     for name, how in quantized.meta.items():
         mark = MARK.fullmatch(how) if isinstance(name, str) and isinstance(how, str) else None
         if mark is None and (how != PASSTHROUGH or not isinstance(name, str)):
-            raise ArtifactError(f"it lists {name!r} as {how!r}, which is no way that tensors are kept")
+            raise ArtifactError(f"it lists {name!r} as {how!r}, which is unknown")
         keys: tuple[str, ...] = (name,)
         if mark is not None:
             correction = {"+lqer": SYMMETRIC_KEYS, "+lqer_asym": ASYMMETRIC_KEYS, None: ()}[mark[2]]
@@ -137,7 +137,7 @@ def _check(quantized: QuantizedModel) -> None:
         else:
             _check_matrix(keys, quantized.tensors, int(mark[1]), mark[2] == "+lqer_asym")
     if foreign:
-        raise ArtifactError(f"it lists no tensor that {min(map(str, foreign))} could belong to")
+        raise ArtifactError(f"it does not list {min(map(str, foreign))}")
 
 
 def _check_matrix(keys: tuple[str, ...], tensors: Mapping[str, Tensor], bits: int, asymmetric: bool) -> None:
@@ -225,8 +225,7 @@ def _decompress(blob: bytes) -> bytes:
     except Exception as error:  # each library has an exception of its own
         raise ArtifactError(f"it is neither xz nor brotli data ({error})") from error
     if not whole:
-        kinds = f"end too early, are followed by others, or hold more than the {most:,} bytes that an artifact can hold"
-        raise ArtifactError(f"its compressed data {kinds}")
+        raise ArtifactError(f"it ends too early, is followed by other data, or holds more than {most:,} bytes")
     return data
 
 

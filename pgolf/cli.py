@@ -200,7 +200,7 @@ def _stage(arguments: argparse.Namespace) -> int:
     # A report only reads, also what a run that goes on has written so far.
     with folder.locked() if world.is_main and name != "report" else nullcontext():
         if world.is_main and started != folder.config_file.exists():
-            raise RunFolderError(f"{folder.path} has been started or cleared by another process just now; try again")
+            raise RunFolderError(f"another process has just changed {folder.path}; try again")
         if arguments.fresh or not started:
             _begin(config, folder, world, describe_environment(world))
         world.barrier()

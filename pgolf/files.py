@@ -51,8 +51,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises FileError where there is none, and for a file that holds something else."""
     try:
         content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
     except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{path} must hold a JSON object, and holds a {type(content).__name__}")
-    return content
+        raise FileError(f"{path} is damaged: it is no JSON object ({error})") from error

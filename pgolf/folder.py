@@ -66,7 +66,7 @@ class RunFolder:
                 holder = file.read(200) or "another process"
                 raise RunFolderError(f"{self.path} is in use by {holder}: wait, or take another folder") from None
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise RunFolderError(f"{self.path} was in use by a process that has ended just now; try again")
+                raise RunFolderError(f"another process has just changed {self.path}; try again")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
@@ -155,8 +155,6 @@ class RunFolder:
                     entries.append(entry)
             except (ValueError, KeyError, TypeError) as error:
                 if number < len(lines) or line.endswith(b"\n"):
-                    raise RunFolderError(
-                        f"{self.metrics}, line {number}, is damaged: {line[:80]!r}; mend the file, or delete it"
-                    ) from error
+                    raise RunFolderError(f"{self.metrics}, line {number}, is damaged: {line[:80]!r}") from error
         write_aside(self.metrics, "".join(json.dumps(entry) + "\n" for entry in entries))
         return entries

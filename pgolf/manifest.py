@@ -73,7 +73,7 @@ def check_dataset(
             continue
         tokens, split = read_shard(path, vocab_size), path.name.split("_")[1]
         if f"{split}_shards" not in counts and tokens[0] != BOS_ID:
-            raise ShardError(f"{path} begins with token {tokens[0]}, expected {BOS_ID} (BOS): the start is missing")
+            raise ShardError(f"{path} begins with token {tokens[0]}, expected {BOS_ID} (BOS)")
         for what, count in (("shards", 1), ("tokens", tokens.size), ("documents", int((tokens == BOS_ID).sum()))):
             counts[f"{split}_{what}"] = counts.get(f"{split}_{what}", 0) + count
     entry, manifest = recorded_dataset(data_dir, vocab_size), manifest_path(data_dir)
@@ -85,7 +85,7 @@ def check_dataset(
     for name, value in stated.items():
         if value is not None and value != found.get(name):
             wrong = f"{name} is {found.get(name, 'missing')}, and should be {value}"
-            raise ShardError(f"the data are not what {manifest} states: {wrong}; put back the files that belong to it")
+            raise ShardError(f"the data are not what {manifest} states: {wrong}")
     return counts, files
 
 

@@ -153,7 +153,7 @@ def _score(
     show = progress if world.is_main else None
     loss, bits = function(model, config, tokens, table, rank=world.rank, world_size=world.size, progress=show)
     if not math.isfinite(loss):
-        raise FileError(f"the model's loss is {loss}: its weights are finite, but too large to compute with")
+        raise FileError(f"the model's loss is {loss}")
     return {"loss": loss, "bits_per_byte": bits}
 
 

@@ -27,7 +27,7 @@ def read_tensors(file: BinaryIO, length: int) -> Any:
             parts = archive.infolist()
             odd = len(set(archive.namelist())) < len(parts) or sum(part.file_size for part in parts) > length
             if odd or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-                raise FileError("its parts are compressed or overlap, as torch.save does not write them")
+                raise FileError("it was not written by torch.save")
             for part in parts:
                 try:
                     with archive.open(part) as content:

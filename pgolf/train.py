@@ -182,8 +182,7 @@ class _Trainer:
         if reason != DATA_ERROR:
             raise Interrupted(f"stopped by {signal.Signals(reason).name} {after}", reason)
         if failure is None or isinstance(failure, FileError | OSError):
-            shown = failure or "another process cannot read its training data"
-            raise FileError(f"{shown} (stopped {after} once that is mended)") from failure
+            raise FileError(f"{failure or 'another process cannot read the data'}: stopped {after}") from failure
         raise failure
 
     def _scheduled_step(self, elapsed: float) -> None:
@@ -252,7 +251,7 @@ class _Trainer:
             self.folder.log_metrics(entries)
         except FileError as error:
             if not self.complained:
-                self._say(f"warning: {error}; training goes on, and they are written once there is room")
+                self._say(f"warning: {error}; training goes on")
             self.complained = True
 
     def _time_left(self, elapsed: float) -> tuple[float, int | None]:

@@ -15,9 +15,10 @@ from pgolf.config import FIELDS
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import those before it, in the order in which a run uses them.
 ORDER = """
-    config files progress folder runtime bpb corpus tokenizer shards manifest dataset fineweb loader model graphs gradient
-    optim schedule tensors checkpoint evaluate train quantize artifact unpack minify squeeze export ttt.plan ttt.ledger
-    ttt.adapters ttt.inputs ttt.scoring ttt.base ttt.engine ttt results report_plots report run data_commands cli __main__
+    config files progress folder runtime bpb corpus tokenizer shards manifest dataset fineweb loader model graphs
+    gradient optim schedule tensors checkpoint evaluate train quantize artifact unpack minify squeeze export ttt.plan
+    ttt.ledger ttt.adapters ttt.inputs ttt.scoring ttt.base ttt.engine ttt results report_plots report run
+    data_commands cli __main__
 """.split()  # noqa: SIM905
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard"}  # not installed everywhere
 KERNEL_IMPORTS = {"torch", "triton", "numpy"}

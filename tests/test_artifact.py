@@ -185,12 +185,12 @@ def test_every_kind_of_tensor_is_accepted(tmp_path):
         ({"a.lqA_a": torch.ones(4, 3, dtype=torch.int8)}, {}, "shapes do not fit together: .* a.lqA_a"),
         ({"a.lqBs_a": torch.ones(0).half()}, {}, "shapes do not fit together: .* a.lqA_a"),
         ({"a.lqBs_a": torch.ones(5).half()}, {}, "shapes do not fit together: .* a.lqA_a"),
-        ({"c": torch.ones(1).half()}, {}, "no tensor that c could belong to"),
-        ({}, {"a": "gptq (int6)"}, "no tensor that a.lqA_a could belong to"),
+        ({"c": torch.ones(1).half()}, {}, "does not list c"),
+        ({}, {"a": "gptq (int6)"}, "does not list a.lqA_a"),
         ({}, {"a": "gptq (int6)+lqer"}, "lacks the tensor a.lqA"),
         ({}, {"b": "gptq (int6)"}, "lacks the tensor b.q"),
-        ({}, {"a": "gptq (int9)"}, "lists 'a' as 'gptq .int9.', which is no way"),
-        ({}, {"a": 6}, "lists 'a' as 6, which is no way"),
+        ({}, {"a": "gptq (int9)"}, "lists 'a' as 'gptq .int9.', which is unknown"),
+        ({}, {"a": 6}, "lists 'a' as 6, which is unknown"),
         ({}, {3: "passthrough (float16)"}, "lists 3 as"),
     ],
 )
@@ -222,12 +222,12 @@ def test_decompression_is_bounded(tmp_path, monkeypatch, compress):
     path = tmp_path / "bomb.ptz"
     path.write_bytes(compress(bytes(10_000_000)))
     tracemalloc.start()
-    with pytest.raises(ArtifactError, match="more than the [0-9,]+ bytes that an artifact can hold"):
+    with pytest.raises(ArtifactError, match="more than [0-9,]+ bytes"):
         load(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
-    with pytest.raises(ArtifactError, match="too large for an artifact"):
+    with pytest.raises(ArtifactError, match="are too many for an artifact"):
         save(path, QuantizedModel({"b": torch.zeros(100_000).half()}, {"b": "passthrough (float16)"}), "lzma")
 
 

@@ -315,7 +315,7 @@ def test_damaged_files_of_a_run_are_messages(
     assert "summary.json" in fails(["report", *run], capsys)
     folder.summary_file.write_text("")
     for stage in ("eval", "report"):
-        assert "summary.json is damaged: it is not JSON" in fails([stage, *run], capsys)
+        assert "summary.json is damaged: it is no JSON object" in fails([stage, *run], capsys)
     folder.config_file.write_bytes(b"\xff")
     assert "config.json is damaged" in fails(["ttt", *run], capsys)
 

@@ -207,7 +207,7 @@ def test_an_error_in_a_later_shard_leaves_a_checkpoint(
 
     monkeypatch.setattr(_Trainer, "_scheduled_step", damage)
     run = tmp_path / "run"
-    with pytest.raises(FileError, match=f"{shard.name} has been changed or removed.*go on with --resume once"):
+    with pytest.raises(FileError, match=f"{shard.name} has been changed or removed.*go on with --resume"):
         trained(several_shards, run)
     monkeypatch.undo()
     assert 1 <= load_tensors(RunFolder(run).checkpoint)["step"] < 6
@@ -326,6 +326,7 @@ def test_a_full_disk_at_the_end_is_a_message(
     assert load_tensors(RunFolder(tmp_path).checkpoint)["step"] == 5, "the last one before the end"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_metrics_wait_for_room(
     uninterrupted, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -333,7 +334,7 @@ def test_metrics_wait_for_room(
 
     def limited(self: RunFolder, entries: list[dict]) -> None:
         full = any(entry["step"] in (2, 3) for entry in entries)
-        path, self.metrics = self.metrics, Path("/dev/full") if full and Path("/dev/full").exists() else self.metrics
+        path, self.metrics = self.metrics, Path("/dev/full") if full else self.metrics
         try:
             log(self, entries)
         finally:
@@ -342,7 +343,7 @@ def test_metrics_wait_for_room(
     monkeypatch.setattr(RunFolder, "log_metrics", limited)
     trained(config, tmp_path)
     assert losses(tmp_path) == losses(uninterrupted[0])
-    assert capsys.readouterr().out.count("training goes on, and they are written once there is room") == 1
+    assert capsys.readouterr().out.count("/dev/full cannot be written") == 1
 
 
 # --- Checkpoints that do not fit --------------------------------------------------------------------------------------

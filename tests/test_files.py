@@ -77,11 +77,11 @@ def test_leftovers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "is not JSON"),
-        (b"{", "is not JSON"),
-        (b'{"a": "\xff"}', "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"[1]", "must hold a JSON object, and holds a list"),
+        (b"", "is no JSON object"),
+        (b"{", "is no JSON object"),
+        (b'{"a": "\xff"}', "is no JSON object"),
+        (b"[" * 100_000, "is no JSON object"),
+        (b"[1]", "is no JSON object .it holds a list"),
     ],
 )
 def test_what_is_no_json_object(tmp_path: Path, content: bytes, words: str) -> None:
@@ -125,12 +125,12 @@ def test_archives_that_torch_does_not_write() -> None:
     deflated = io.BytesIO()
     with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10_000_000))
-    with pytest.raises(FileError, match="parts are compressed or overlap"):
+    with pytest.raises(FileError, match="not written by torch.save"):
         read(deflated.getvalue())
     twice = io.BytesIO(saved())
     with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("archive/data/0", bytes(24))
-    with pytest.raises(FileError, match="parts are compressed or overlap"):
+    with pytest.raises(FileError, match="not written by torch.save"):
         read(twice.getvalue())
     for data in (b"", b"hello\n", b"PK\x03\x04", saved()[:-30], saved(Path("x"))):
         with pytest.raises(FileError, match="not written by torch.save, or is cut short"):

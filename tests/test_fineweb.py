@@ -168,7 +168,7 @@ def test_a_shard_that_has_changed_is_fetched_again(hub: Hub, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"<html>sign in</html>", "is damaged: .*manifest.json is damaged: it is not JSON"),
+        (b"<html>sign in</html>", "is damaged: .*manifest.json is damaged: it is no JSON object"),
         (b'{"datasets": 5}', "no list of objects with names"),
         (b'{"datasets": [{"name": "fineweb10B_sp300"}]}', "does not tell how many files fineweb10B_sp300 has"),
     ],

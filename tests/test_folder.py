@@ -121,10 +121,10 @@ def test_metrics_that_do_not_fit_are_kept_for_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("config.json", b'{"seed": "\xff"}', "config.json is damaged: it is not JSON"),
+        ("config.json", b'{"seed": "\xff"}', "config.json is damaged: it is no JSON object"),
         ("config.json", b'{"sead": 1}', "config.json is damaged: there is no setting 'sead'; nearest: seed"),
-        ("config.json", b"[]", "config.json must hold a JSON object"),
-        ("summary.json", b"", "summary.json is damaged: it is not JSON"),
+        ("config.json", b"[]", "config.json is damaged: it is no JSON object"),
+        ("summary.json", b"", "summary.json is damaged: it is no JSON object"),
         ("summary.json", b'{"data": 5}', "summary.json is damaged: its entry 'data' is no JSON object"),
     ],
 )
