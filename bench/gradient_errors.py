@@ -68,8 +68,7 @@ def _every_way(
     config: RunConfig, world: World, weights: Gradients, batches: list[Batch], looping: bool
 ) -> Iterator[tuple[str, list[Gradients]]]:
     for name, settings in WAYS.items():
-        model = build_model(config.replace(**settings), world).train()
-        model.load_state_dict(weights)
+        model = build_model(config.replace(**settings), world, weights).train()
         model.looping_active = looping
         with compiled_blocks() if name == "references" and world.device.type == "cuda" else nullcontext():
             found = [gradients(model, batch) for batch in batches]

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -45,7 +45,7 @@ COMMAND = "python -m bench.prove --data-dir DIR"
 SECONDS = 540.0
 LEAST_SECONDS = 5.0  # a part does not begin with less time left
 SECONDS_TO_STOP = 15.0  # a process that is told to stop may take so long
-TESTS_AT_ONCE = 16  # each has a CUDA context of its own
+TESTS_AT_ONCE = 16  # on a GPU, each with a CUDA context of its own
 RUN_SETTINGS = dict(
     max_wallclock_seconds=20,
     warmup_steps=1,
@@ -133,6 +133,8 @@ class Proof:
     data_dir: Path | None = None
     settings: Sequence[str] = ()
     limit: float = SECONDS
+    processes: int = 1  # of the run, one a GPU
+    table: Mapping[str, Part] = field(default_factory=lambda: PARTS)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,7 +170,7 @@ class Proof:
         self.write()
         print(f"[{name}]", flush=True)
         try:
-            PARTS[name](self, figures)
+            self.table[name](self, figures)
             entry["status"] = "ok"
         except PartSkipped as reason:
             entry.update(status="skipped", message=str(reason))
@@ -228,6 +230,12 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in names}
 
 
+def launched(processes: int, module: str) -> list[str]:
+    """Return Python's arguments that run a module, by torchrun where there are several processes."""
+    several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    return ["-m", *(several if processes > 1 else []), module]
+
+
 def _end(process: subprocess.Popen) -> None:
     """Stop what is left of a command's process group: ask first, then insist."""
     for number, seconds in ((signal.SIGTERM, SECONDS_TO_STOP), (signal.SIGKILL, None)):
@@ -259,7 +267,8 @@ def prove_tests(proof: Proof, figures: dict[str, Any]) -> None:
     """Run every test with "cuda" in its name, and all of the modules that choose the GPU themselves."""
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-k", " or ".join(["cuda", *gpu_test_modules()])]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(os.cpu_count() or 1, TESTS_AT_ONCE)), "--dist", "worksteal"]
+        at_once = min(os.cpu_count() or 1, TESTS_AT_ONCE * proof.header.get("gpus", 1))
+        command += ["-n", str(at_once), "--dist", "worksteal"]
     try:
         output = proof.call(*command, OMP_NUM_THREADS="1")
     except CallFailed as failure:
@@ -287,7 +296,8 @@ def prove_run(proof: Proof, figures: dict[str, Any]) -> None:
     options = [part for pair in settings for part in ("--set", pair)]
     (folder.path / "summary.json").unlink(missing_ok=True)  # an earlier run's figures are not this one's
     try:
-        proof.call("-m", "pgolf", "run", "--preset", "record", "--run-dir", folder.path, "--fresh", *options)
+        start = ("run", "--preset", "record", "--run-dir", folder.path, "--fresh", *options)
+        proof.call(*launched(proof.processes, "pgolf"), *start)
         figures["rc"] = 0
     except CallFailed as failure:
         figures["rc"] = failure.status
@@ -356,11 +366,11 @@ def prove_program(proof: Proof, figures: dict[str, Any]) -> None:
 
 def prove_train_step(proof: Proof, figures: dict[str, Any]) -> None:
     """Measure a training step of the record in both loop states."""
-    found = _measured(proof, "bench.train_step", "--json", "--provider", "pgolf", "--repeats", "4")
+    found = measured(proof, "bench.train_step", "--json", "--provider", "pgolf", "--repeats", "4")
     left_out = ("kernels", "bench", "case", "provider")
     for row in found["rows"]:
         figures[row["case"]] = {name: value for name, value in row.items() if name not in left_out}
-    _require(found, set(figures) >= {"before_loop", "after_loop"})
+    require(found, set(figures) >= {"before_loop", "after_loop"})
 
 
 def prove_test_time_training(proof: Proof, figures: dict[str, Any]) -> None:
@@ -368,32 +378,34 @@ def prove_test_time_training(proof: Proof, figures: dict[str, Any]) -> None:
     folder, options = RunFolder(proof.run_dir), []
     if folder.config_file.is_file() and folder.artifact(folder.config()).is_file():
         options = ["--run-dir", folder.path]
-    found = _measured(proof, "bench.test_time_training", "--results", *options)
+    found = measured(proof, "bench.test_time_training", "--results", *options)
     figures.update(mix=found.get("mix"), rows=found["rows"], meta=found.get("meta", {}))
     figures["meta"] = {name: figures["meta"].get(name) for name in ("ceilings", "weights", "tokens")}
-    _require(found, found.get("mix") is not None)
+    require(found, found.get("mix") is not None)
 
 
-def _measured(proof: Proof, module: str, option: str, *options: str | Path) -> dict[str, Any]:
+def measured(proof: Proof, module: str, option: str, *options: str | Path, processes: int = 1) -> dict[str, Any]:
     """Run a benchmark and read what it wrote, also where it failed: then with the failure."""
     with tempfile.TemporaryDirectory() as name:
         file, failure = Path(name, "results.json"), None
         try:
-            proof.call("-m", module, option, file, *options)
+            proof.call(*launched(processes, module), option, file, *options)
         except PartFailed as reason:
             failure = reason
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": []}
         return {**found, "failure": failure}
 
 
-def _require(found: dict[str, Any], whole: bool) -> None:
+def require(found: dict[str, Any], whole: bool) -> None:
+    """Raise the failure that `measured` found, or PartFailed unless ``whole``."""
     if found["failure"]:
         raise found["failure"]
     if not whole:
         raise PartFailed("the benchmark ended without all of its results")
 
 
-PARTS: dict[str, Callable[[Proof, dict[str, Any]], None]] = {
+Part = Callable[[Proof, dict[str, Any]], None]
+PARTS: dict[str, Part] = {
     "tests": prove_tests,
     "run": prove_run,
     "program": prove_program,
@@ -414,53 +426,71 @@ def describe_machine(commit: str = "") -> tuple[str, dict[str, Any]] | None:
     header = describe(default_device(), commit)
     dirty = None if commit else header["commit"].endswith("+")
     header |= {"commit": header["commit"].rstrip("+"), "dirty": dirty, "trees": tree_hashes()}
-    return chip_name(default_device()), header
+    return chip_name(default_device()), header | {"gpus": torch.cuda.device_count()}
 
 
-def _parts(text: str) -> list[str]:
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if unknown := [name for name in names if name not in PARTS]:
-        raise argparse.ArgumentTypeError(f"there is no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
-    if not names:
-        raise argparse.ArgumentTypeError(f"name at least one part of {', '.join(PARTS)}")
-    return [name for name in PARTS if name in names]
+def parse_options(
+    parser: argparse.ArgumentParser, parts: Mapping[str, Part], run_dir: str, argv: list[str] | None
+) -> argparse.Namespace:
+    """Add the options of a proof that has these parts, and parse the command line."""
 
+    def names(text: str) -> list[str]:
+        given = [part.strip() for part in text.split(",") if part.strip()]
+        if unknown := [name for name in given if name not in parts]:
+            raise argparse.ArgumentTypeError(f"there is no part {', '.join(unknown)}; parts: {', '.join(parts)}")
+        if not given:
+            raise argparse.ArgumentTypeError(f"name at least one part of {', '.join(parts)}")
+        return [name for name in parts if name in given]
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0 where all parts are ok, 1 where one is not, 2 for what cannot be proved here."""
-    parser = argparse.ArgumentParser("python -m bench.prove", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the newest proof is of this tree")
-    parser.add_argument("--data-dir", type=Path, help="folder with datasets/ and tokenizers/, for the part run")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "proof", help="the run's folder (runs/proof)")
-    parser.add_argument("--parts", type=_parts, default=list(PARTS), help=f"default: {','.join(PARTS)}")
+    folder = ROOT / "runs" / run_dir
+    parser.add_argument("--data-dir", type=Path, help="folder with datasets/ and tokenizers/, for what trains")
+    parser.add_argument("--run-dir", type=Path, default=folder, help=f"folder of runs (runs/{run_dir})")
+    parser.add_argument("--parts", type=names, default=list(parts), help=f"default: {','.join(parts)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts (default: {SECONDS:g})")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="of the run")
-    parser.add_argument("--results", type=Path, help="default: bench/results/<chip>_proof.json; the log lies beside it")
+    parser.add_argument("--results", type=Path, help="default: in bench/results, by chip; the log lies beside it")
     parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
-    arguments = parser.parse_args(argv)
-    if arguments.check:
-        print(check_line())
-        return 0
-    if "run" in arguments.parts and arguments.data_dir is None:
-        parser.error("the part run needs --data-dir")
+    return parser.parse_args(argv)
+
+
+def prove_parts(arguments: argparse.Namespace, parts: Mapping[str, Part], kind: str, processes: int = 1) -> int:
+    """Prove the chosen parts into ``<chip>_<kind>.json``.
+
+    Returns 0 where all are ok, 1 where one is not, 2 without a GPU.
+    """
     machine = describe_machine(arguments.commit)
     if machine is None:
-        print("bench.prove: torch finds no GPU here, and the proof is about one", file=sys.stderr)
+        print(f"bench.{kind}: torch finds no GPU here, and this is about GPUs", file=sys.stderr)
         return 2
     chip, header = machine
     proof = Proof(
-        (arguments.results or RESULTS / f"{chip}_proof.json").resolve(),
-        header,
+        (arguments.results or RESULTS / f"{chip}_{kind}.json").resolve(),
+        header | {"processes": processes},
         arguments.run_dir.resolve(),
         arguments.data_dir and arguments.data_dir.resolve(),
         arguments.settings,
         arguments.seconds,
+        processes,
+        parts,
     )
     proof.continue_earlier()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     answers = [proof.prove(name) for name in arguments.parts]
     print(proof.file)
     return 0 if all(answers) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0 where all parts are ok, 1 where one is not, 2 for what cannot be proved here."""
+    parser = argparse.ArgumentParser("python -m bench.prove", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the newest proof is of this tree")
+    arguments = parse_options(parser, PARTS, "proof", argv)
+    if arguments.check:
+        print(check_line())
+        return 0
+    if "run" in arguments.parts and arguments.data_dir is None:
+        parser.error("the part run needs --data-dir")
+    return prove_parts(arguments, PARTS, "proof")
 
 
 if __name__ == "__main__":

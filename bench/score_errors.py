@@ -41,8 +41,7 @@ def losses(
     config: RunConfig, weights: dict[str, Tensor], world: World, tokens: Tensor, table: ByteTable
 ) -> tuple[float, Tensor]:
     """Score as a fixed model, and with test-time training: mean nats, and nats by target (NaN where not scored)."""
-    model = build_model(config, world)
-    model.load_state_dict(weights)
+    model = build_model(config, world, weights)
     model.looping_active = config.num_loops > 0
     mean, _ = evaluate_packed(model.eval(), config, tokens, table)
     return mean, ttt.test_time_training(model, config, tokens, table, progress=progress).token_nats.double()
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = config.replace(**({"data_dir": arguments.data_dir} if arguments.data_dir else {}))
     world = start_world(config)
     torch.set_float32_matmul_precision("highest")  # a run allows TF32
-    weights = load_artifact(config, folder)
+    weights = load_artifact(config, folder, world.device)
     tokens, table = validation_data(config)
     target = arguments.results
     if target is None and world.device.type == "cuda":

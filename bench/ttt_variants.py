@@ -67,8 +67,7 @@ def score(
     config: RunConfig, weights: Mapping[str, torch.Tensor], world: World, tokens: torch.Tensor, table: ByteTable
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Score the documents; returns what the table needs, and the nats of each document."""
-    model = build_model(config, world)
-    model.load_state_dict(weights)
+    model = build_model(config, world, weights)
     reset_peak_memory(world.device)
     begun = time.perf_counter()
     scored = ttt.test_time_training(model, config, tokens, table, progress=progress)
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = folder.config().replace(**({"data_dir": arguments.data_dir} if arguments.data_dir else {}))
     variants = {BASE: NO_PHASES} | dict(arguments.variant or VARIANTS)
     world = start_world(config)
-    weights = load_artifact(config, folder)
+    weights = load_artifact(config, folder, world.device)
     tokens, table = validation_data(config)
     starts, lengths = find_documents(tokens)
     byte_counts = np.add.reduceat(table.count(tokens[:-1].long(), tokens[1:].long()).numpy(), starts)

@@ -220,6 +220,14 @@ def attention_core(config: RunConfig, device: torch.device) -> str:
         raise ConfigError(f"attention_backend: {error}") from None
 
 
+class Matrix(nn.Module):
+    """Holds a matrix of zeros, under the name that it has in the public state dict."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns))
+
+
 class Attention(nn.Module):
     """Holds an attention layer's gains and output gate; its matrices lie in the banks."""
 
@@ -227,8 +235,7 @@ class Attention(nn.Module):
         super().__init__()
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         if config.gate_attn_out:
-            self.attn_gate_proj = nn.Linear(config.gate_attn_width, config.num_heads, bias=False)
-            nn.init.zeros_(self.attn_gate_proj.weight)
+            self.attn_gate_proj = Matrix(config.num_heads, config.gate_attn_width)
 
 
 class Block(nn.Module):
@@ -239,28 +246,27 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.attn_scale = nn.Parameter(torch.ones(config.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(config.model_dim), torch.zeros(config.model_dim)]))
+        self.resid_mix = nn.Parameter(torch.zeros(2, config.model_dim))
+        nn.init.ones_(self.resid_mix[0])
 
 
-def _orthogonal_bank(count: int, rows: int, columns: int) -> nn.Parameter:
-    bank = torch.empty(count, rows, columns)
-    for matrix in bank:
-        nn.init.orthogonal_(matrix)
-    return nn.Parameter(bank)
+def _bank(count: int, rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(count, rows, columns))
 
 
 class GPT(nn.Module):
-    """The language model of the configuration, with `looping_active` saying which execution list runs."""
+    """The language model of the configuration, with `looping_active` saying which execution list runs.
+
+    Weights are drawn, which takes seconds, but on the device ``meta``.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.config = config
         self.looping_active = False
         n, d, kv = config.num_layers, config.model_dim, config.num_kv_heads * config.head_dim
-        self.qo_bank = nn.Parameter(torch.cat([_orthogonal_bank(n, d, d).data, torch.zeros(n, d, d)]))
-        self.kv_bank = _orthogonal_bank(2 * n, kv, d)
-        self.mlp_up_bank = _orthogonal_bank(n, config.mlp_dim, d)
-        self.mlp_down_bank = nn.Parameter(torch.zeros(n, d, config.mlp_dim))
+        self.qo_bank, self.kv_bank = _bank(2 * n, d, d), _bank(2 * n, kv, d)
+        self.mlp_up_bank, self.mlp_down_bank = _bank(n, config.mlp_dim, d), _bank(n, d, config.mlp_dim)
         skips = min(len(part) for part in self.execution_lists(looping=config.num_loops > 0))
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         if config.skip_gates_enabled:
@@ -269,23 +275,29 @@ class GPT(nn.Module):
         self.parallel_resid_lambdas = nn.Parameter(torch.full((n, 2), 1.1))
         if config.smear_gate:
             self.smear_lambda = nn.Parameter(torch.zeros(1))
-        self.tok_emb = nn.Embedding(config.vocab_size, d)
-        nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
+        self.tok_emb = Matrix(config.vocab_size, d)
         self.blocks = nn.ModuleList(Block(config) for _ in range(n))
         if config.smear_gate:
-            self.smear_gate = nn.Linear(config.smear_gate_width, 1, bias=False)
-            nn.init.zeros_(self.smear_gate.weight)
+            self.smear_gate = Matrix(1, config.smear_gate_width)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
-            nn.init.zeros_(self.lm_head.weight)
-        depth = torch.arange(1, n + 1, dtype=torch.float32)
-        ln_scales = depth.rsqrt() if config.ln_scale else torch.ones(n)
+            self.lm_head = Matrix(config.vocab_size, d)
+        depth = torch.arange(1, n + 1, dtype=torch.float32, device="cpu")  # also where the parameters are on meta
+        ln_scales = depth.rsqrt() if config.ln_scale else torch.ones_like(depth)
         self.register_buffer("ln_scales", ln_scales, persistent=False)
-        with torch.no_grad():  # the public model passes through bfloat16 once before training
-            for parameter in self.parameters():
-                parameter.copy_(parameter.bfloat16())
+        if self.qo_bank.device.type != "meta":
+            self._draw()
         if not config.embed_fp32_master:
             self.tok_emb.to(torch.bfloat16)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Draw the embedding and the matrices that do not write to the stream; those, the head and the gates are 0."""
+        for bank in (self.qo_bank[: self.config.num_layers], self.kv_bank, self.mlp_up_bank):
+            for matrix in bank:
+                nn.init.orthogonal_(matrix)
+        nn.init.normal_(self.tok_emb.weight, std=self.config.tied_embed_init_std)
+        for parameter in self.parameters():  # the public model passes through bfloat16 once before training
+            parameter.copy_(parameter.bfloat16())
 
     def runs_kernels(self) -> bool:
         """Whether the model is computed by kernels: on CUDA, unless the references are asked for."""

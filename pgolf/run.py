@@ -131,7 +131,7 @@ def run_eval(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
     reset_peak_memory(world.device)
     tokens, table = validation_data(config)
     before = load_weights(folder.need(folder.ema, "train"), config)
-    quantized = load_artifact(config, folder)
+    quantized = load_artifact(config, folder, world.device)
     results: dict[str, Any] = {}
     for name, weights in (("before", before), ("quantized", quantized)):
         started = time.perf_counter()
@@ -165,7 +165,7 @@ def run_ttt(config: RunConfig, folder: RunFolder, world: World, resume: bool) ->
     begun = time.perf_counter()
     reset_peak_memory(world.device)
     tokens, table = validation_data(config)
-    model = _model_with(config, world, load_artifact(config, folder))
+    model = _model_with(config, world, load_artifact(config, folder, world.device))
     scored = test_time_training(
         model,
         config,
@@ -201,17 +201,18 @@ def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool)
     world.barrier()
 
 
-def load_artifact(config: RunConfig, folder: RunFolder) -> dict[str, torch.Tensor]:
-    """The artifact's weights, float32, by state-dict name."""
-    template = {name: torch.empty_like(value) for name, value in GPT(config).state_dict().items()}
+def load_artifact(config: RunConfig, folder: RunFolder, device: torch.device) -> dict[str, torch.Tensor]:
+    """The artifact's weights by state-dict name, dequantised on ``device``."""
+    with torch.device("meta"):
+        template = GPT(config).state_dict()
+    template = {name: torch.empty_like(value, device=device) for name, value in template.items()}
     quantized = artifact.load(folder.need(folder.artifact(config), "quantize"))
     return rebank(dequantize_model(quantized, unbank(template, config.num_layers)), template)
 
 
 def _model_with(config: RunConfig, world: World, weights: dict[str, torch.Tensor]) -> GPT:
     """A model with the given weights, as it is after training: looping, in eval mode."""
-    model = build_model(config, world)
-    model.load_state_dict(weights)
+    model = build_model(config, world, weights)
     model.looping_active = config.num_loops > 0
     return model.eval()
 

@@ -7,6 +7,7 @@ import math
 import signal
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,20 @@ from pgolf.tensors import check_tensors
 DATA_ERROR = 255  # beside the numbers of signals: why a run stops
 
 
-def build_model(config: RunConfig, world: World) -> GPT:
-    """A fresh model on the run's device, with the kernels that the settings ask for."""
+def build_model(config: RunConfig, world: World, weights: Mapping[str, torch.Tensor] | None = None) -> GPT:
+    """A model on the run's device, with the kernels that the settings ask for.
+
+    Its weights are drawn, which takes seconds, or copies of those given, by state-dict name.
+    """
     set_backend(config.kernels)
-    model = GPT(config).to(world.device)
-    return model
+    if weights is None:
+        return GPT(config).to(world.device)
+    with torch.device("meta"):
+        model = GPT(config)
+    types = {name: value.dtype for name, value in model.state_dict().items()}
+    copies = {name: value.to(world.device, types.get(name), copy=True) for name, value in weights.items()}
+    model.load_state_dict(copies, assign=True)
+    return model.to(world.device)
 
 
 def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:

@@ -13,6 +13,10 @@ import torch
 
 from pgolf.config import ALIASES, FIELDS
 
+if (_gpus := torch.cuda.device_count()) > 1 and (_worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    _visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(_gpus)))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = _visible[int(_worker.removeprefix("gw")) % _gpus]  # before CUDA starts
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import tests.interpreter  # noqa: F401  before any kernel

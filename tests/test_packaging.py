@@ -54,6 +54,26 @@ def test_every_module_imports_from_the_root() -> None:
     assert Path(file) == ROOT / "pgolf" / "__init__.py" and Path(kernels) == ROOT / "kernels"
 
 
+def test_a_model_with_given_weights_draws_and_compiles_nothing() -> None:
+    script = """
+import sys
+import torch
+from pgolf.config import RunConfig
+from pgolf.model import GPT
+from pgolf.runtime import start_world
+from pgolf.train import build_model
+config = RunConfig.preset("demo").replace(embed_fp32_master=False, device="cpu")
+given = GPT(config).state_dict()
+model = build_model(config, start_world(config), {name: value.float() for name, value in given.items()})
+assert all(map(torch.equal, model.state_dict().values(), given.values()))
+assert {name: value.dtype for name, value in model.state_dict().items()} == {n: v.dtype for n, v in given.items()}
+assert not {p.data_ptr() for p in model.parameters()} & {value.data_ptr() for value in given.values()}
+assert torch.equal(model.ln_scales, GPT(config).ln_scales) and all(p.requires_grad for p in model.parameters())
+assert not {"torch._dynamo", "sympy"} & set(sys.modules), "which takes seconds"
+"""
+    python("-c", script, cwd=ROOT)
+
+
 def test_every_module_imports_from_elsewhere(tmp_path: Path) -> None:
     file, kernels = python("-c", IMPORT_ALL, *importable(MODULES + KERNELS), cwd=tmp_path, path=ROOT).splitlines()
     assert Path(file).parent == ROOT / "pgolf" and Path(kernels) == ROOT / "kernels"
