@@ -204,8 +204,9 @@ def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool)
 def load_artifact(config: RunConfig, folder: RunFolder, device: torch.device) -> dict[str, torch.Tensor]:
     """The artifact's weights by state-dict name, dequantised on ``device``."""
     with torch.device("meta"):
-        template = GPT(config).state_dict()
-    template = {name: torch.empty_like(value, device=device) for name, value in template.items()}
+        weights = GPT(config).state_dict()
+    # Not empty_like: of a meta tensor it loads sympy, which takes seconds.
+    template = {name: torch.empty(like.shape, dtype=like.dtype, device=device) for name, like in weights.items()}
     quantized = artifact.load(folder.need(folder.artifact(config), "quantize"))
     return rebank(dequantize_model(quantized, unbank(template, config.num_layers)), template)
 

@@ -54,16 +54,23 @@ def test_every_module_imports_from_the_root() -> None:
     assert Path(file) == ROOT / "pgolf" / "__init__.py" and Path(kernels) == ROOT / "kernels"
 
 
-def test_a_model_with_given_weights_draws_and_compiles_nothing() -> None:
+def test_an_artifact_becomes_a_model_without_drawing_or_compiling(tmp_path: Path) -> None:
     script = """
 import sys
 import torch
+from pgolf import artifact
 from pgolf.config import RunConfig
-from pgolf.model import GPT
+from pgolf.folder import RunFolder
+from pgolf.model import GPT, unbank
+from pgolf.quantize import hessian_group, quantize_model
+from pgolf.run import load_artifact
 from pgolf.runtime import start_world
 from pgolf.train import build_model
-config = RunConfig.preset("demo").replace(embed_fp32_master=False, device="cpu")
-given = GPT(config).state_dict()
+config, folder = RunConfig.preset("demo").replace(embed_fp32_master=False, device="cpu"), RunFolder(sys.argv[1])
+tensors = unbank(GPT(config).state_dict(), config.num_layers)
+hessians = {hessian_group(name): torch.eye(t.size(1)) for name, t in tensors.items() if t.ndim == 2}
+artifact.save(folder.artifact(config), quantize_model(tensors, hessians, config, torch.device("cpu")), "lzma")
+given = load_artifact(config, folder, torch.device("cpu"))
 model = build_model(config, start_world(config), {name: value.float() for name, value in given.items()})
 assert all(map(torch.equal, model.state_dict().values(), given.values()))
 assert {name: value.dtype for name, value in model.state_dict().items()} == {n: v.dtype for n, v in given.items()}
@@ -71,7 +78,7 @@ assert not {p.data_ptr() for p in model.parameters()} & {value.data_ptr() for va
 assert torch.equal(model.ln_scales, GPT(config).ln_scales) and all(p.requires_grad for p in model.parameters())
 assert not {"torch._dynamo", "sympy"} & set(sys.modules), "which takes seconds"
 """
-    python("-c", script, cwd=ROOT)
+    python("-c", script, str(tmp_path), cwd=ROOT)
 
 
 def test_every_module_imports_from_elsewhere(tmp_path: Path) -> None:
