@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import prove
+from bench import distributed, prove
 from bench import test_time_training as ttt_bench
 from pgolf.config import RunConfig
 from pgolf.folder import RunFolder
@@ -346,6 +346,102 @@ class TestEachPart:
         self.pretend(proof, monkeypatch, lambda command: write(command, fail=True))
         assert not proof.prove(part) and written(proof)[part]["message"] == "exit status 1"
         assert written(proof)[part]["figures"].keys() == figures.keys()
+
+
+class TestDistributed:
+    """What is measured on several GPUs, with what the processes would do pretended."""
+
+    @pytest.fixture
+    def proof(self, tmp_path: Path, results: Path) -> prove.Proof:
+        return prove.Proof(
+            results / "x1_x4_distributed.json", {}, tmp_path / "run", tmp_path, processes=4, table=distributed.PARTS
+        )
+
+    def pretend(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, act: Any) -> list[tuple[list[str], dict]]:
+        calls = []
+
+        def call(*command: str | Path, **environment: str) -> str:
+            calls.append(([*map(str, command)], environment))
+            return act(calls[-1][0]) or ""
+
+        monkeypatch.setattr(proof, "call", call)
+        return calls
+
+    def train(self, command: list[str], off: float = 0.0) -> None:
+        folder = RunFolder(command[command.index("--run-dir") + 1])
+        folder.create(RunConfig(), {})
+        several = any("nproc_per_node" in word for word in command)
+        entries = [{"kind": "train", "step": n, "loss": 9 - n + several * off} for n in range(24)]
+        folder.log_metrics([*entries, {"kind": "val", "step": 24, "loss": 1.0}])
+        speeds = {"tokens_per_second_before_loop": 390.0 if several else 100.0, "tokens_per_second_after_loop": 80.0}
+        folder.record("train", {"startup_seconds": 1.0, "peak_memory_bytes": 5, **speeds})
+
+    @pytest.mark.parametrize("off, right", [(0.0, True), (0.019, True), (0.021, False)])
+    def test_steps_on_one_and_all(
+        self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, off: float, right: bool
+    ) -> None:
+        calls = self.pretend(proof, monkeypatch, lambda command: self.train(command, off))
+        assert proof.prove("steps") == right
+        figures = written(proof)["steps"]["figures"]["record"]
+        assert figures["largest_difference"] == pytest.approx(off) and figures["ratio_before_loop"] == 3.9 / 4
+        assert figures["on_4"]["tokens_per_second_each_after_loop"] == 20 and len(figures["on_1"]["losses"]) == 24
+        assert [command[:2] for command, _ in calls[:2]] == [["-m", "pgolf"], ["-m", "torch.distributed.run"]]
+        chosen = [dict(pair.split("=", 1) for pair in c if "=" in pair and pair[0] != "-") for c, _ in calls]
+        for settings, tokens in zip(chosen[::2], ("786432", str(4 * 98_304)), strict=False):
+            RunConfig.preset("record").replace(**settings)
+            assert settings["train_batch_tokens"] == tokens and settings["iterations"] == "24"
+
+    def test_two_nodes_share_the_gpus(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = self.pretend(proof, monkeypatch, self.train)
+        assert proof.prove("nodes"), written(proof)
+        assert sorted(environment["CUDA_VISIBLE_DEVICES"] for _, environment in calls) == ["0,1", "2,3"]
+        assert calls[0][0] == calls[1][0] and "--nproc_per_node=2" in calls[0][0]
+        proof.processes = 3
+        assert not proof.prove("nodes") and "no two equal nodes" in written(proof)["nodes"]["message"]
+
+    @pytest.mark.parametrize("off, right", [(0.0, True), (2e-4, False), (float("nan"), False)])
+    def test_scores_must_be_the_same(
+        self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, off: float, right: bool
+    ) -> None:
+        assert not proof.prove("scores") and written(proof)["scores"]["status"] == "skipped"
+        folder = RunFolder(proof.run_dir)
+        folder.create(RunConfig(), {})
+        folder.artifact(RunConfig()).write_text("x")
+
+        def score(command: list[str]) -> None:
+            nats = torch.ones(10) + off * ("torch.distributed.run" in command)
+            torch.save({"seconds": 2.0, "token_nats": nats}, command[command.index("--token-losses") + 1])
+
+        self.pretend(proof, monkeypatch, score)
+        assert proof.prove("scores") == right
+        figures = written(proof)["scores"]["figures"]
+        assert figures["on_4"] == {"seconds": 2.0} and figures["differing"] == (0 if off == 0 else 10)
+
+    @pytest.mark.parametrize("ends", [True, False])
+    def test_a_killed_process_ends_the_others(
+        self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends: bool
+    ) -> None:
+        script = tmp_path / "launch.py"
+        wait = "import sys, time; print('[eval]', flush=True); time.sleep(60)"
+        script.write_text(
+            "import os, subprocess, sys\n"
+            f"start = [sys.executable, '-c', {wait!r}]\n"
+            "ranks = [subprocess.Popen(start, env={**os.environ, 'RANK': str(rank)}) for rank in range(4)]\n"
+            f"ranks[{3 if ends else 0}].wait()\n"
+            "print('rank 3 was killed')\n"
+            "sys.exit(1)\n"
+        )
+        monkeypatch.setattr(prove, "launched", lambda processes, module: [str(script)])
+        monkeypatch.setattr(distributed, "SECONDS_UNTIL_ENDED", 60.0 if ends else 0.5)
+        monkeypatch.setattr(distributed, "SECONDS_UNDER_WAY", 0.1)
+        found = distributed.kill_one(proof, "eval", ["eval"])
+        assert (found["seconds"] is not None) == ends
+        if ends:
+            assert found["status"] == 1 and found["last_line"] == "rank 3 was killed"
+
+    @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="would measure")
+    def test_one_gpu_is_too_few(self, capsys: pytest.CaptureFixture) -> None:
+        assert distributed.main(["--data-dir", "x"]) == 2 and "about several" in capsys.readouterr().err
 
 
 class TestTestTimeTraining:
