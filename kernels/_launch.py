@@ -268,6 +268,11 @@ def _traced(args: tuple) -> bool:
     return any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in _tensors(args))
 
 
+def readable(*tensors: torch.Tensor) -> bool:
+    """Whether the tensors' values may be looked at: a GPU would have to be waited for, a tracer has none."""
+    return all(tensor.device.type == "cpu" for tensor in tensors) and not _traced(tensors)
+
+
 def _tensors(args: Iterable) -> Iterator[torch.Tensor]:
     """The tensors among arguments and in lists among them."""
     for a in args:

@@ -8,9 +8,12 @@ of the head add to z; without it the term is left out.
 The products are cuBLAS's, and z is in the dtype of h; an update is added to the rounded product and rounded again. One
 kernel reads a row of z once and holds it in registers: with r = 1 / (1 + exp(2 z / cap)) a logit is cap - 2 cap r,
 never above cap, so that the softmax needs no maximum (for a cap up to 40: Σ exp(logits - cap) cannot vanish), and
-1 - tanh² is 4 (r - r²). It writes the loss, and over z its gradient
+1 - tanh² is 4 (r - r²). Above 40, where r's rounding times 2 cap would show, r is r - 1/2 = -tanh / 2, near 0 by a
+series. It writes the loss, and over z its gradient
 
     dz = (softmax - onehot) (1 - tanh²),   dh = dz table,   dtable = dzᵀ h.
+
+The loss of a target outside [0, V) is NaN, and its dz is zero.
 
 Least traffic: one chunk of tokens, whose dz waits for the backward; the loss's gradient, a number on the device, then
 scales the table and dtable and never a large tensor. This takes T V elements of memory. In several chunks, dh and
@@ -29,13 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import jit, launch_parameters, operator, select, tl
+from ._launch import jit, launch_parameters, operator, readable, select, tl
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ONE_CHUNK_BYTES = 2**31  # logits that are kept for the backward whole
 CHUNK_BYTES = 2**29  # logits of a chunk where there are several
 ROW_ELEMENTS = 16_384  # the longest row that a program keeps in registers; longer ones it reads in blocks, twice
 LARGEST_FIXED_CAP = 40.0  # exp(-2 cap) is a normal number of fp32
+SOFTCAPS = 1e-6, 1e30  # from, to: 2 / cap and 2 cap times a logit are numbers of fp32
 
 
 def linear_cross_entropy_reference(
@@ -51,15 +55,33 @@ def linear_cross_entropy_reference(
     z = F.linear(h, table) if update is None else F.linear(h, table) + update
     z = z.to(torch.promote_types(z.dtype, torch.float32)).reshape(-1, table.size(0))
     logits = softcap * torch.tanh(z / softcap)
-    losses = F.cross_entropy(logits, targets.flatten().long(), reduction=reduction)
-    return losses.view(targets.shape) if reduction == "none" else losses
+    flat = targets.flatten().long()
+    unknown = (flat < 0) | (flat >= table.size(0))
+    losses = F.cross_entropy(logits, flat.masked_fill(unknown, 0), reduction="none").masked_fill(unknown, math.nan)
+    return losses.view(targets.shape) if reduction == "none" else getattr(losses, reduction)()
 
 
 @jit
-def _complement(z, scale):
-    """r = 1 / (1 + exp(2 z / cap)), by one exponential and one reciprocal root."""
-    root = tl.rsqrt(1 + tl.exp2(z.to(tl.float32) * scale))
-    return root * root
+def _complement(z, scale, CENTRED: tl.constexpr):
+    """r = 1 / (1 + exp(2 z / cap)), by one exponential and one reciprocal root; CENTRED r - 1/2, to fp32's precision.
+
+    The series is a minimax polynomial of -tanh(z / cap) / 2 for |z / cap| < 1/2, with a relative error of 2e-8.
+    """
+    x = z.to(tl.float32) * scale
+    root = tl.rsqrt(1 + tl.exp2(x))
+    r = root * root
+    if CENTRED:
+        y = x * x
+        series = -3.3312521e-4 + y * (1.5911184e-5 - y * 6.1805992e-7)
+        series = x * (-0.17328679 + y * (6.93795876e-3 + y * series))
+        r = tl.where(tl.abs(x) < 1.442695, series, r - 0.5)
+    return r
+
+
+@jit
+def _slope(r, CENTRED: tl.constexpr):
+    """(1 - tanh²) / 4 of `_complement`'s r."""
+    return 0.25 - r * r if CENTRED else r - r * r
 
 
 @jit
@@ -73,11 +95,11 @@ def _softcap_cross_entropy_kernel(
     columns = tl.arange(0, BLOCK)
     target = tl.load(targets + row)
     known = (target >= 0) & (target < V)
-    r_target = _complement(tl.load(z + tl.where(known, target, 0)), scale)
+    r_target = _complement(tl.load(z + tl.where(known, target, 0)), scale, SHIFTED)
     least = 0.0  # r of the largest logit, or 0 where the cap itself will do for a maximum
     if V <= BLOCK:
         inside = (columns < V) | (V == BLOCK)
-        r = _complement(tl.load(z + columns, mask=inside, other=0), scale)
+        r = _complement(tl.load(z + columns, mask=inside, other=0), scale, SHIFTED)
         if SHIFTED:
             least = tl.min(tl.where(inside, r, 1))
         weight = tl.where(inside, tl.exp2((r - least) * slope), 0)
@@ -88,29 +110,29 @@ def _softcap_cross_entropy_kernel(
             lowest = tl.full((BLOCK,), 1, tl.float32)
             for start in range(0, V, BLOCK):
                 inside = (start + columns < V) | (V % BLOCK == 0)
-                r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale)
+                r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale, SHIFTED)
                 lowest = tl.minimum(lowest, tl.where(inside, r, 1))
             least = tl.min(lowest)
         for start in range(0, V, BLOCK):
             inside = (start + columns < V) | (V % BLOCK == 0)
-            r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale)
+            r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale, SHIFTED)
             sums += tl.where(inside, tl.exp2((r - least) * slope), 0)
         total = tl.sum(sums)
     loss = tl.log(total) + 2 * cap * (r_target - least)
     tl.store(losses + row, tl.where(known, loss, float("nan")))
     if GRADIENT:
-        share = 4 / total
+        share = tl.where(known, 4 / total, 0)
         if V <= BLOCK:
-            dz = weight * (r - r * r) * share
+            dz = weight * _slope(r, SHIFTED) * share
             tl.store(z + columns, dz.to(z.dtype.element_ty), mask=inside)
         else:
             for start in range(0, V, BLOCK):
                 inside = (start + columns < V) | (V % BLOCK == 0)
-                r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale)
-                dz = tl.exp2((r - least) * slope) * (r - r * r) * share
+                r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale, SHIFTED)
+                dz = tl.exp2((r - least) * slope) * _slope(r, SHIFTED) * share
                 tl.store(z + start + columns, dz.to(z.dtype.element_ty), mask=inside)
         # The target's element once more: a comparison in every element costs as much as the exponentials.
-        dz = (tl.exp2((r_target - least) * slope) / total - 1) * 4 * (r_target - r_target * r_target)
+        dz = (tl.exp2((r_target - least) * slope) / total - 1) * 4 * _slope(r_target, SHIFTED)
         tl.debug_barrier()
         tl.store(z + target, dz.to(z.dtype.element_ty), mask=known)
 
@@ -309,14 +331,16 @@ def linear_cross_entropy(
     """Mean over tokens of the cross-entropy in nats of the logits softcap * tanh((h tableᵀ + update) / softcap).
 
     Differentiable once in h, table and update, which are bfloat16, float16, float32 or float64 all. Kernels compute in
-    fp32 from logits z in h's dtype; float64 is left to the reference. ``reduction="sum"`` gives the sum over tokens,
+    fp32 from logits z in h's dtype; float64 is left to the reference. ``softcap`` is from 1e-6 to 1e30; above 40
+    kernels compute a few sums more for each logit. ``reduction="sum"`` gives the sum over tokens,
     ``"none"`` every token's loss. ``update`` [..., V] is added to h tableᵀ. ``chunk_tokens``: tokens whose logits are
     in memory at a time; by default all where a gradient is wanted and they take at most 2 GiB, else what takes 512
     MiB. With ``"none"`` or an update, one chunk has all tokens where a gradient is wanted.
 
     Returns float32 (float64 for float64), a scalar or with ``reduction="none"`` the targets' shape. Raises ValueError
     for a wrong shape, device, softcap, reduction or chunk and for targets outside [0, V), TypeError for a wrong dtype.
-    On a GPU reading the targets would wait for it: there a target outside the table makes the loss NaN.
+    On a GPU reading the targets would wait for it: there and in compiled code a target outside the table makes the loss
+    NaN and has no part in the gradients.
     """
     if h.ndim < 1 or table.ndim != 2 or table.size(1) != h.size(-1) or table.size(0) == 0:
         raise ValueError(f"table must be [V, d] with V >= 1 for h [..., d], got {tuple(table.shape)}, {tuple(h.shape)}")
@@ -335,14 +359,13 @@ def linear_cross_entropy(
     for argument, tensor in (("table", table), ("targets", targets), ("update", update)):
         if tensor is not None and tensor.device != h.device:
             raise ValueError(f"{argument} must be on h's device {h.device}, got {tensor.device}")
-    if not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
+        raise ValueError(f"softcap must be from {SOFTCAPS[0]:g} to {SOFTCAPS[1]:g}, got {softcap}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    readable = targets.device.type == "cpu" and type(targets) is Tensor and not torch.compiler.is_compiling()
-    if readable and targets.numel():
+    if targets.numel() and readable(targets):
         low, high = (int(bound) for bound in targets.aminmax())
         if low < 0 or high >= table.size(0):
             raise ValueError(f"targets must be in [0, {table.size(0)}), got {low if low < 0 else high}")

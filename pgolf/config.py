@@ -114,7 +114,7 @@ class RunConfig:
     xsa_last_n: int = _field(11, "layers, counted from the last, that remove the own value from attention (XSA)", low=0)
     skip_gates_enabled: bool = _field(True, "skips join by a gated lerp; off: they are added")
     tie_embeddings: bool = _field(True, "the head is the embedding; off: its own matrix, started at zero")
-    logit_softcap: float = _field(30.0, "logits = c tanh(z / c)", low=1e-6)
+    logit_softcap: float = _field(30.0, "logits = c tanh(z / c)", low=1e-6, high=1e30)
     rope_base: float = _field(10_000.0, "rotary base", low=1.0)
     rope_dims: int = _field(16, "leading head dimensions that rotate", low=0)
     rope_train_seq_len: int = _field(2048, "with rope_yarn: positions beyond it stretch the rotary base", low=1)
