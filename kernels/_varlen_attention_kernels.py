@@ -5,45 +5,74 @@ from __future__ import annotations
 from ._launch import jit, tl
 
 
-@jit(do_not_specialize=["S"])
-def _attention_tiles_kernel(cu_seqlens, tiles, S, SIZES: tl.constexpr, CHUNK: tl.constexpr):
-    """Tile ``slot`` of those of one size that segments own, to its place: segments by length, then their empty tiles.
+@jit(do_not_specialize=["S", "T"])
+def _attention_bounds_kernel(cu_seqlens, bounds, S, T, CHUNK: tl.constexpr):
+    """bounds [S + 3] of parts that have all tokens: what is before the segments, these, and what is behind them.
 
-    A tile is its segment's first token, the segment's length, the tile's first token in it and the segment.
+    Boundaries are taken as from 0 to T; where they descend there are no segments, and part 0 has all tokens.
+    """
+    descends = T < 0
+    for at in range(0, S, CHUNK):
+        s = at + tl.arange(0, CHUNK)
+        starts = tl.load(cu_seqlens + s, mask=s < S, other=0)
+        ends = tl.load(cu_seqlens + s + 1, mask=s < S, other=0)
+        starts, ends = tl.minimum(tl.maximum(starts, 0), T), tl.minimum(tl.maximum(ends, 0), T)
+        descends |= tl.max((starts > ends).to(tl.int32), 0) > 0
+    for at in range(0, S + 3, CHUNK):
+        part = at + tl.arange(0, CHUNK)
+        bound = tl.load(cu_seqlens + part - 1, mask=(part > 0) & (part < S + 2), other=0)
+        bound = tl.minimum(tl.maximum(bound, 0), T)
+        bound = tl.where((part > S + 1) | (descends & (part > 0)), T, bound)
+        tl.store(bounds + part, bound, mask=part < S + 3)
+
+
+@jit(do_not_specialize=["P"])
+def _attention_tiles_kernel(bounds, tiles, P, SIZES: tl.constexpr, CHUNK: tl.constexpr):
+    """Tile ``slot`` of those of one size that P parts own, to its place: segments by length, what is outside, zeros.
+
+    A tile is its part's first token, the part's length, the tile's first token in it and the segment. Of tokens that
+    are in no segment the length is negated, so that they have nothing to attend to.
     """
     slot, which = tl.program_id(0), tl.program_id(1)
     size = SIZES[0]
     for i in tl.static_range(1, len(SIZES)):
         size = tl.where(which == i, SIZES[i], size)
     tiles += which * tl.num_programs(0) * 4
-    low, high = slot * 0, slot * 0 + S
+    low, high = slot * 0, slot * 0 + P
     while high - low > CHUNK:
         middle = (low + high) // 2
-        owned = tl.load(cu_seqlens + middle) // size + middle <= slot
+        owned = tl.load(bounds + middle) // size + middle <= slot
         low, high = tl.where(owned, middle, low), tl.where(owned, high, middle)
-    s = low + tl.arange(0, CHUNK)
-    owned = (tl.load(cu_seqlens + s, mask=s < high, other=0) // size + s <= slot) & (s < high)
-    segment = low + tl.sum(owned.to(tl.int32)) - 1
-    start = tl.load(cu_seqlens + segment)
-    length = tl.load(cu_seqlens + segment + 1) - start
-    block = slot - start // size - segment
+    p = low + tl.arange(0, CHUNK)
+    owned = (tl.load(bounds + p, mask=p < high, other=0) // size + p <= slot) & (p < high)
+    part = low + tl.sum(owned.to(tl.int32)) - 1
+    start = tl.load(bounds + part)
+    length = tl.load(bounds + part + 1) - start
+    block = slot - start // size - part
+    outside = (part == 0) | (part == P - 1)
     used, before = slot * 0, slot * 0
-    for at in range(0, S, CHUNK):
-        s = at + tl.arange(0, CHUNK)
-        starts = tl.load(cu_seqlens + s, mask=s < S, other=0)
-        lengths = tl.load(cu_seqlens + s + 1, mask=s < S, other=0) - starts
+    for at in range(0, P, CHUNK):
+        p = at + tl.arange(0, CHUNK)
+        starts = tl.load(bounds + p, mask=p < P, other=0)
+        lengths = tl.load(bounds + p + 1, mask=p < P, other=0) - starts
         blocks = (lengths + size - 1) // size
         used += tl.sum(blocks)
-        before += tl.sum(tl.where((lengths > length) | ((lengths == length) & (starts < start)), blocks, 0))
+        earlier = (lengths > length) | ((lengths == length) & (starts < start)) | outside
+        earlier = (earlier & (p > 0) & (p < P - 1)) | (outside & (p < part))
+        before += tl.sum(tl.where(earlier, blocks, 0))
     column = tl.arange(0, 4)
-    tile = tl.where(column == 0, start, tl.where(column == 1, length, tl.where(column == 2, block * size, segment)))
+    tile = tl.where(column == 0, start, tl.where(column == 1, tl.where(outside, -length, length), block * size))
+    tile = tl.where(column == 3, tl.where(outside, 0, part - 1), tile)
     tl.store(tiles + (before + block) * 4 + column, tile, mask=(block * size < length) & (column >= 0))
     tl.store(tiles + slot * 4 + column, column * 0, mask=(slot >= used) & (column >= 0))
 
 
 @jit
 def _tile(tiles, slot):
-    """The first token (int64) and the length of a tile's segment, the tile's first token in it."""
+    """The first token (int64) and the length of a tile's segment, the tile's first token in it.
+
+    The length is negative where the tile's tokens are in no segment.
+    """
     tiles += slot * 4
     return tl.load(tiles).to(tl.int64), tl.load(tiles + 1), tl.load(tiles + 2)
 
@@ -175,25 +204,26 @@ def _attention_kernel(
     """With PLAIN exponentials are of the scores themselves: no maximum, nothing to scale back in the loop.
 
     Where sums then tell that some were too large or all too small, the tile is computed again. With ``first_queries``
-    a tile that has queries is computed as a whole, and of its rows those before them get zeros.
+    a tile that has queries is computed as a whole, and of its rows those before them get zeros, as do tokens in no
+    segment.
     """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     slot = tl.program_id(0) // (H // HEADS)
     start, length, first = _tile(tiles, slot)
-    if first >= length:
-        return
     rows = tl.arange(0, QUERIES * HEADS)
+    idle = first >= length
     if first_queries is not None:
         first_query = _first_query(first_queries, tiles, slot)
-        if tl.minimum(first + QUERIES, length) <= first_query:
-            valid = first + rows % QUERIES < length
-            skipped = o + ((start + first) * H + head) * D + _offsets(H * D, D, QUERIES, HEADS, D)
-            tl.store(skipped, tl.zeros((QUERIES * HEADS, D), o.dtype.element_ty), mask=valid[:, None])
-            skipped = start + first + head * T + rows // QUERIES * T + rows % QUERIES
-            tl.store(lse + skipped, tl.zeros((QUERIES * HEADS,), tl.float32), mask=valid)
-            if along is not None:
-                tl.store(along + skipped, tl.zeros((QUERIES * HEADS,), tl.float32), mask=valid)
-            return
+        idle |= tl.minimum(first + QUERIES, length) <= first_query
+    if idle:
+        valid = first + rows % QUERIES < tl.abs(length)
+        skipped = o + ((start + first) * H + head) * D + _offsets(H * D, D, QUERIES, HEADS, D)
+        tl.store(skipped, tl.zeros((QUERIES * HEADS, D), o.dtype.element_ty), mask=valid[:, None])
+        skipped = start + first + head * T + rows // QUERIES * T + rows % QUERIES
+        tl.store(lse + skipped, tl.zeros((QUERIES * HEADS,), tl.float32), mask=valid)
+        if along is not None:
+            tl.store(along + skipped, tl.zeros((QUERIES * HEADS,), tl.float32), mask=valid)
+        return
     queries = first + rows % QUERIES
     inside = queries < length
     if logits is not None:
@@ -246,7 +276,8 @@ def _attention_queries_kernel(
     With ``core_do`` do and o are the gradient and the result y = g (o - <o, u> u) of `_forward`'s epilogue. Then also
     written are core_do = g (do - <do, u> u), dlogits, and into dv what the exclusion gives u; the tile's heads are a
     whole group, of which that is the sum. With ``first_queries`` dq and dlogits of the rows before are zeros, of a tile
-    without queries at once, and what only the keys' kernel reads is there for queries alone.
+    without queries at once, and what only the keys' kernel reads is there for queries alone. Of tokens in no segment
+    they are zeros, too.
     """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     slot = tl.program_id(0) // (H // HEADS)
@@ -259,15 +290,14 @@ def _attention_queries_kernel(
         if gain is not None:
             at = (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
             tl.store(partials + at, tl.zeros((HEADS,), tl.float32))
-        if first_queries is not None:
-            rows, at_first = tl.arange(0, QUERIES * HEADS), start + first
-            inside = first + rows % QUERIES < length
-            skipped = dq + at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
-            tl.store(skipped, tl.zeros((QUERIES * HEADS, D), dq.dtype.element_ty), mask=inside[:, None])
-            if logits is not None:
-                skipped = dlogits + (at_first + rows % QUERIES) * dlogits_t + head + rows // QUERIES
-                tl.store(skipped, tl.zeros((QUERIES * HEADS,), dlogits.dtype.element_ty), mask=inside)
-            _clear_padding(padding, padding_t, at_first, first, length, head, QUERIES, PADDING, PADDED)
+        rows, at_first = tl.arange(0, QUERIES * HEADS), start + first
+        inside = first + rows % QUERIES < tl.abs(length)
+        skipped = dq + at_first * dq_t + head * dq_h + _offsets(dq_t, dq_h, QUERIES, HEADS, D)
+        tl.store(skipped, tl.zeros((QUERIES * HEADS, D), dq.dtype.element_ty), mask=inside[:, None])
+        if logits is not None:
+            skipped = dlogits + (at_first + rows % QUERIES) * dlogits_t + head + rows // QUERIES
+            tl.store(skipped, tl.zeros((QUERIES * HEADS,), dlogits.dtype.element_ty), mask=inside)
+        _clear_padding(padding, padding_t, at_first, first, tl.abs(length), head, QUERIES, PADDING, PADDED)
         return
     rows = tl.arange(0, QUERIES * HEADS)
     queries = first + rows % QUERIES
@@ -363,17 +393,21 @@ def _attention_keys_kernel(
 ):  # fmt: skip
     """dk and dv of a tile of keys, dv with ADD on top of what is there, with ``first_queries`` in rows of queries only.
 
-    Scores are transposed, so that their gradients are left operands, from registers; so is k if HELD, which spares
-    shared memory, whose bandwidth is what these small products take most of.
+    Of tokens in no segment both are zeros. Scores are transposed, so that their gradients are left operands, from
+    registers; so is k if HELD, which spares shared memory, whose bandwidth is what these small products take most of.
     """
     head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
     slot = tl.program_id(0) // (H // GROUP)
     start, length, first = _tile(tiles, slot)
-    if first >= length:
-        return
     keys = first + tl.arange(0, KEYS)
-    inside = keys[:, None] < length
     at_first = start + first
+    if first >= length:
+        outside = keys[:, None] < tl.abs(length)
+        zeros = tl.zeros((KEYS, D), dk.dtype.element_ty)
+        tl.store(dk + at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D), zeros, mask=outside)
+        tl.store(dv + at_first * dv_t + head * dv_h + _offsets(dv_t, 0, KEYS, 1, D), zeros, mask=outside)
+        return
+    inside = keys[:, None] < length
     made = k
     k = tl.load(k + at_first * k_t + head * k_h + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
     v = tl.load(v + at_first * v_t + head * v_h + _offsets(v_t, 0, KEYS, 1, D), mask=inside, other=0)

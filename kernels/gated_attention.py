@@ -29,7 +29,6 @@ MB read + written at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: the prod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,8 +38,17 @@ from torch.autograd.function import once_differentiable
 
 from . import _gated_attention_kernels as kernels
 from . import varlen_attention
-from ._launch import RMS_EPS, operator, runs_kernels, select
-from .varlen_attention import GROUPS, Prologue, attention_tiles, tiles_shape, turns_in_registers
+from ._launch import RMS_EPS, operator, readable, runs_kernels, select
+from .varlen_attention import (
+    GROUPS,
+    Prologue,
+    attention_tiles,
+    check_bounds,
+    check_segments,
+    segment_bounds,
+    tiles_shape,
+    turns_in_registers,
+)
 
 Tensor = torch.Tensor
 CORES = "triton", "flash", "sdpa"  # the kernels; PyTorch's FlashAttention; plain PyTorch, segment by segment
@@ -107,9 +115,12 @@ def attention_reference(
         return flash_attention(q[0], k[0], v[0], cu_seqlens, max_seqlen)[None]
     if torch.compiler.is_compiling():  # the compiler cannot know how long segments are
         positions = torch.arange(q.size(1), device=q.device)
-        segments = torch.searchsorted(cu_seqlens, positions, right=True)
-        return _dense(q, k, v, (segments[:, None] == segments) & (positions[:, None] >= positions))
-    parts = [_dense(q[:, low:high], k[:, low:high], v[:, low:high]) for low, high in _segments(cu_seqlens)]
+        segments = torch.searchsorted(segment_bounds(cu_seqlens, q.size(1)), positions, right=True)
+        o = _dense(q, k, v, (segments[:, None] == segments) & (positions[:, None] >= positions))
+        return torch.where(((segments > 0) & (segments < cu_seqlens.numel()))[:, None, None], o, 0)
+    bounds = cu_seqlens.tolist()
+    check_bounds(bounds, q.size(1), max_seqlen)
+    parts = [_dense(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in pairwise(bounds) if b > a]
     return torch.cat(parts, dim=1) if parts else q
 
 
@@ -137,7 +148,11 @@ def cached_gated_attention(
 
     A segment's T tokens see its cached ones and, causally, each other. No gradient reaches what is cached. For few
     tokens after many: PyTorch's operators, its FlashAttention where that can, else segment by segment.
+
+    Raises ValueError for wrong segments and, on a CPU, for values of them or of the cache that do not fit; on a GPU
+    FlashAttention takes segments as they are.
     """
+    _check_cached(n, cu_seqlens, max_seqlen, cache)
     H, K, D = num_heads, num_kv_heads, head_dim
     projected = F.linear(n, weight)
     if update is not None:
@@ -161,21 +176,13 @@ def cached_gated_attention(
 def _following(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor) -> Tensor:
     """Attention of each segment's last tokens on all of its keys, causal."""
     parts = []
-    for (low, high), (first, last) in zip(_bounds(cu_seqlens), _bounds(cu_keys), strict=True):
+    for (low, high), (first, last) in zip(*(pairwise(cu.tolist()) for cu in (cu_seqlens, cu_keys)), strict=True):
         if high > low:
             seen = torch.ones(high - low, last - first, dtype=torch.bool, device=q.device)
             parts.append(
                 _dense(q[:, low:high], k[:, first:last], v[:, first:last], seen.tril(last - first - high + low))
             )
     return torch.cat(parts, dim=1) if parts else q
-
-
-def _bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    return [*pairwise(cu_seqlens.tolist())]
-
-
-def _segments(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
-    return ((low, high) for low, high in _bounds(cu_seqlens) if high > low)
 
 
 def gated_attention_reference(
@@ -196,9 +203,9 @@ def gated_attention_reference(
     o = attention_reference(*prologue_reference(q, k, cos, sin, q_gain, eps), v, cu_seqlens, max_seqlen, core)
     y = epilogue_reference(o, v, rest[..., :H] if gated else None, exclude_own_value).flatten(2)
     if first_queries is not None:
-        positions = torch.arange(y.size(1), device=y.device)
-        segments = torch.searchsorted(cu_seqlens, positions, right=True) - 1
-        y = torch.where((positions - cu_seqlens[segments] >= first_queries[segments])[:, None], y, 0)
+        positions, bounds = torch.arange(y.size(1), device=y.device), segment_bounds(cu_seqlens, y.size(1))
+        segments = (torch.searchsorted(bounds, positions, right=True) - 1).clamp(0, len(first_queries) - 1)
+        y = torch.where((positions - bounds[segments] >= first_queries[segments])[:, None], y, 0)
     return y if n.ndim == 3 else y[0]
 
 
@@ -372,8 +379,7 @@ def _check_first_queries(first_queries: Tensor, cu_seqlens: Tensor | None) -> No
         raise ValueError(
             f"first_queries must be {expected} on {device}, got {tuple(first_queries.shape)} on {first_queries.device}"
         )
-    readable = device.type == "cpu" and type(first_queries) is type(cu_seqlens) is Tensor
-    if not readable or torch.compiler.is_compiling():
+    if not readable(first_queries, cu_seqlens):
         return
     wrong = ((first_queries < 0) | (first_queries > cu_seqlens.diff())).nonzero()
     if len(wrong):
@@ -382,6 +388,25 @@ def _check_first_queries(first_queries: Tensor, cu_seqlens: Tensor | None) -> No
             f"first_queries must be from 0 to the segment's length, got {int(first_queries[s])} for segment {s} of "
             f"{int(cu_seqlens[s + 1] - cu_seqlens[s])}"
         )
+
+
+def _check_cached(n: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache) -> None:
+    if n.ndim != 3 or n.size(0) != 1:
+        raise ValueError(f"n must be [1, T, d], got shape {tuple(n.shape)}")
+    keys, indices = cache.cu_seqlens, (cache.sources, cache.places, cache.rows)
+    check_segments(cu_seqlens, n.size(1), max_seqlen)
+    if keys.shape != cu_seqlens.shape or keys.dtype != torch.int32:
+        raise ValueError(f"cache.cu_seqlens must be int32 {list(cu_seqlens.shape)} as cu_seqlens, got {keys.dtype} "
+                         f"{list(keys.shape)}")  # fmt: skip
+    if not readable(cu_seqlens, keys, *indices):
+        return
+    held, stream = len(cache.keys), len(cache.sources)
+    check_bounds(keys.tolist(), min(int(keys[-1]), stream), cache.max_seqlen, "cache.")
+    if (keys.diff() < cu_seqlens.diff()).any():
+        raise ValueError("cache.cu_seqlens must give every segment a place for each of its own tokens at least")
+    for name, values, size in zip(("sources", "places", "rows"), indices, (held, stream, held), strict=True):
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < size:
+            raise ValueError(f"cache.{name} must be in [0, {size}), got {int(values.min())} to {int(values.max())}")
 
 
 def _check(
@@ -426,6 +451,7 @@ def _check(
             raise ValueError(f"n must be one row with cu_seqlens, got {n.size(0)} rows")
         if max_seqlen < 1 and tokens:
             raise ValueError(f"max_seqlen must be the longest segment's length or more, got {max_seqlen}")
+        check_segments(cu_seqlens, tokens, max_seqlen)
     if first_queries is not None:
         _check_first_queries(first_queries, cu_seqlens)
     if tiles is None or torch.compiler.is_compiling():  # which would be bound to the shapes and cannot read the tables
@@ -474,7 +500,9 @@ def gated_attention(
         cos, sin: [T, P], 2 P <= D, of the angles by index in a row.
         q_gain: [H], of any floating dtype.
         cu_seqlens: int32 boundaries of segments, from 0 to T, repeated values allowed; needs B = 1. None: each row is
-            one causal sequence.
+            one causal sequence. On a GPU and in compiled code, where the host does not see wrong ones, they count as in
+            `varlen_attention`: y and gradients of tokens in no segment are zero. PyTorch's FlashAttention alone takes
+            them as they are.
         max_seqlen: at least the longest segment's length; read only with cu_seqlens.
         head_dim: D; None: as many rows as there are for each head, so that less than H + 2 K are padding.
         gate_width: promises that the gates' rows of ``weight`` are zero from this column on, and that nobody reads the
@@ -482,10 +510,11 @@ def gated_attention(
         update: [.., T, (H + 2 K) D] in n's dtype, added to queries, keys and values: low-rank adapters'.
         core: the attention, of `CORES`; auto: triton where kernels are in use, else flash where it can, else sdpa.
         tiles: `attention_tiles` (cu_seqlens, T, n.dtype, D, H // K), for many calls to share, whatever their
-            ``first_queries``; None: made where needed.
+            ``first_queries``; None: made where needed. Kernels trust them: they must be of these arguments.
         first_queries: int32 [S] for cu_seqlens [S + 1], from 0 to the segment's length: its tokens before that index
             are no queries. Their y is zero, and the gradient of y is not read there. All tokens are keys and values.
-            Kernels skip tiles without queries. None: all tokens are queries.
+            Kernels skip tiles without queries. None: all tokens are queries. Values are checked on a CPU only; below 0
+            they count as 0, and above the length as that.
 
     Returns [.., T, H D] in n's dtype. The core triton, which is all of the op in kernels, takes bfloat16 and float32, D
     of 16, 32, 64 or 128, H / K of 1, 2, 4, 8 or 16, and P of zero or a power of two; everything else takes the

@@ -5,11 +5,15 @@
 q, o [T, H, D]; k, v [T, K, D] with H a multiple of K, query head h reading key head h // (H // K). ``cu_seqlens`` int32
 [S + 1] has the segments' boundaries from 0 to T; equal ones are empty segments.
 
+Other boundaries are errors where the host can see them, on a CPU. Elsewhere they count as at least 0 and at most T, and
+where they descend there are no segments; o and all gradients of tokens that are in no segment are zero.
+
 Kernels: a program's tile holds the queries of a piece of one segment for all heads that share a key head, so keys are
 read once for them and their gradients need no further sum. Tiles begin where their segment does: only those on the
-diagonal need a mask. Segment s owns the tiles from ``cu_seqlens[s] // size + s``, which are enough for it and known
-without a sum over segments, T // size + S in all; a small kernel, `attention_tiles`, sorts them by their segment's
-length, so that the last programs to start are short and few have nothing to do. Backward is one kernel for dq, which
+diagonal need a mask. Segment s, from 0, owns the tiles from ``cu_seqlens[s] // size + s + 1``, which are enough for it
+and known without a sum over segments, T // size + S + 2 in all with those before and behind the segments; small
+kernels, `attention_tiles`, sort them by their segment's length, so that the last programs to start are short and few
+have nothing to do. Backward is one kernel for dq, which
 also computes delta = Σ do o, and one for dk and dv, each with probabilities recomputed from the base 2 ``lse``: two
 products more than in a single kernel, which would have to add to dq in memory. With the tuned ``plain`` the forward
 kernel does not subtract the maximum of scores, whose comparisons and the scaling back of sums are a quarter of its
@@ -21,15 +25,17 @@ and those of dq all heads of a group.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import launch_parameters, operator, select
+from ._launch import launch_parameters, operator, readable, select
 from ._partial_sums import partial_sums
 from ._varlen_attention_kernels import (
+    _attention_bounds_kernel,
     _attention_kernel,
     _attention_keys_kernel,
     _attention_queries_kernel,
@@ -46,6 +52,12 @@ _WIDEST = 128
 GROUPS = (1, 2, 4, 8, 16)  # H / K for which a tile can have all heads of a group
 
 
+def segment_bounds(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The boundaries in int64 as kernels take them: from 0 to T, and all T, of no segment, where they descend."""
+    bounds = cu_seqlens.long().clamp(0, tokens)
+    return torch.where((bounds.diff() < 0).any(), tokens, bounds)
+
+
 def varlen_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -57,14 +69,17 @@ def varlen_attention_reference(
     """Plain PyTorch; the contract of `varlen_attention`, whose arguments it shares."""
     if not q.numel():
         return q + 0 * (k.sum() + v.sum())
-    tokens, bounds = torch.arange(q.size(0), device=q.device), cu_seqlens.long()
+    tokens, bounds = torch.arange(q.size(0), device=q.device), segment_bounds(cu_seqlens, q.size(0))
     rows = bounds[:-1, None] + tokens[: min(max_seqlen, q.size(0))]
     valid = (rows < bounds[1:, None])[:, :, None, None]
     rows = rows.clamp(max=q.size(0) - 1)
     padded = (torch.where(valid, x[rows], 0).transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
     segment = torch.searchsorted(bounds, tokens, right=True) - 1
-    return o[segment, tokens - bounds[segment]]
+    inside, segment = (segment >= 0) & (segment < len(o)), segment.clamp(0, len(o) - 1)
+    place = tokens - bounds[segment]
+    inside &= place < o.size(1)
+    return torch.where(inside[:, None, None], o[segment, place.clamp(0, o.size(1) - 1)], 0)
 
 
 def _tuned(case: str, dtype: torch.dtype, width: int, group: int, device: torch.device) -> tuple[dict, int]:
@@ -112,18 +127,19 @@ def tiles_shape(
 ) -> tuple[int, int, int]:
     """The shape of `attention_tiles` of these arguments."""
     sizes = _tile_sizes(dtype, width, group, cu_seqlens.device)
-    return len(sizes), tokens // sizes[0] + cu_seqlens.size(0) - 1, 4
+    return len(sizes), tokens // sizes[0] + cu_seqlens.size(0) + 1, 4
 
 
 def _tiles_triton(cu_seqlens: torch.Tensor, tokens: int, dtype: torch.dtype, width: int, group: int) -> torch.Tensor:
     tiles = cu_seqlens.new_empty(tiles_shape(cu_seqlens, tokens, dtype, width, group))
     sizes = _tile_sizes(dtype, width, group, cu_seqlens.device)
-    if tiles.numel():
-        chunk = 256  # segments that a program looks at together
-        with torch.cuda.device_of(tiles):  # Triton launches on the current device
-            _attention_tiles_kernel[(tiles.size(1), len(sizes))](
-                cu_seqlens.contiguous(), tiles, cu_seqlens.numel() - 1, SIZES=sizes, CHUNK=chunk, num_warps=1
-            )
+    chunk, segments = 256, cu_seqlens.numel() - 1  # segments that a program looks at together, and all
+    bounds = cu_seqlens.new_empty(segments + 3)
+    with torch.cuda.device_of(tiles):  # Triton launches on the current device
+        _attention_bounds_kernel[(1,)](cu_seqlens.contiguous(), bounds, segments, tokens, CHUNK=chunk, num_warps=1)
+        _attention_tiles_kernel[(tiles.size(1), len(sizes))](
+            bounds, tiles, segments + 2, SIZES=sizes, CHUNK=chunk, num_warps=1
+        )
     return tiles
 
 
@@ -136,24 +152,24 @@ _tiles_op = operator(
 
 
 def attention_tiles(cu_seqlens: torch.Tensor, tokens: int, dtype: torch.dtype, width: int, group: int) -> torch.Tensor:
-    """How the kernels cut segments into tiles: int32 [sizes, T // smallest size + S, 4], made by one small kernel.
+    """How the kernels cut segments into tiles: int32 [sizes, T // smallest size + S + 2, 4], made by small kernels.
 
     One result serves every call, forward and backward, on ``tokens`` = T tokens in the same segments, with q, k and v
     of ``dtype``, heads of ``width`` columns, D, and ``group`` = H / K on one chip. ``cu_seqlens`` is int32 [S + 1].
     A tile names its segment: calls look up there where queries begin, if they are told so, and the tiles are the same.
 
-    Raises ValueError for a wrong shape, TypeError for a wrong dtype of ``cu_seqlens``.
+    Raises ValueError for a wrong shape or, on a CPU, wrong values of ``cu_seqlens``, TypeError for a wrong dtype.
     """
-    _check_segments(cu_seqlens, tokens)
+    check_segments(cu_seqlens, tokens)
     return _tiles_op(cu_seqlens, tokens, dtype, width, group)
 
 
 def _of_size(tiles: torch.Tensor, size: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Those of `attention_tiles` that have this size, [T // size + S, 4]."""
+    """Those of `attention_tiles` that have this size, [T // size + S + 2, 4]."""
     tokens, heads, width = q.shape
     sizes = _tile_sizes(q.dtype, width, heads // k.size(1), q.device)
-    segments = tiles.size(1) - tokens // sizes[0]
-    return tiles[sizes.index(size), : tokens // size + segments].contiguous()
+    parts = tiles.size(1) - tokens // sizes[0]
+    return tiles[sizes.index(size), : tokens // size + parts].contiguous()
 
 
 def _strides(*tensors: torch.Tensor | None) -> list[int]:
@@ -286,11 +302,29 @@ def _backward(
     return dq, dk, dv
 
 
-def _check_segments(cu_seqlens: torch.Tensor, tokens: int) -> None:
+def check_segments(cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int | None = None) -> None:
+    """Raise ValueError or TypeError for what is no ``cu_seqlens``, or where that can be read has longer segments."""
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 + (tokens > 0):
         raise ValueError(f"cu_seqlens must be [segments + 1], got shape {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if readable(cu_seqlens):
+        check_bounds(cu_seqlens.tolist(), tokens, max_seqlen)
+
+
+def check_bounds(bounds: list[int], tokens: int, max_seqlen: int | None = None, owner: str = "") -> None:
+    """Raise ValueError where boundaries do not ascend from 0 to T, or segments are longer than ``max_seqlen``."""
+    if (bounds[0], bounds[-1]) != (0, tokens):
+        raise ValueError(
+            f"{owner}cu_seqlens must go from 0 to the number of tokens, {tokens}, got {bounds[0]} to {bounds[-1]}"
+        )
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if min(lengths, default=0) < 0:
+        s = next(s for s, length in enumerate(lengths) if length < 0)
+        raise ValueError(f"{owner}cu_seqlens must ascend, got {bounds[s + 1]} after {bounds[s]} at index {s + 1}")
+    longest = max(lengths, default=0)
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"{owner}max_seqlen must be at least the longest segment, {longest}, got {max_seqlen}")
 
 
 def _check(q, k, v, cu_seqlens, max_seqlen) -> None:
@@ -307,12 +341,12 @@ def _check(q, k, v, cu_seqlens, max_seqlen) -> None:
         raise ValueError(f"k must be [{q.size(0)}, heads, {q.size(2)}] as q is, got {tuple(k.shape)}")
     if not k.size(1) or q.size(1) % k.size(1):
         raise ValueError(f"q's {q.size(1)} heads must be a multiple of the {k.size(1)} of k and v")
-    _check_segments(cu_seqlens, q.size(0))
     for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
     if max_seqlen < (q.size(0) > 0):
         raise ValueError(f"max_seqlen must be at least the longest segment, got {max_seqlen}")
+    check_segments(cu_seqlens, q.size(0), max_seqlen)
 
 
 def _fake_forward(q, k, v, tiles, scale):
@@ -377,10 +411,12 @@ def varlen_attention(
 
     q, k, v are of one dtype, bfloat16, float16, float32 or float64, and may be strided. ``scale`` is 1 / √D by default.
     Products of 16 bit inputs take probabilities in their dtype and sum in float32. Differentiable once in q, k and v.
-    The values of ``cu_seqlens`` are not looked at on the host; tokens behind its last are in no segment and get
-    anything. ``max_seqlen`` is at least the longest segment. float64 and D > 128 always take the reference.
+    ``max_seqlen`` is at least the longest segment. float64 and D > 128 always take the reference.
 
-    Returns o [T, H, D]. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
+    Returns o [T, H, D]. Raises ValueError for a wrong shape or device and, for tensors on a CPU, for wrong values of
+    ``cu_seqlens`` and a ``max_seqlen`` below the longest segment; TypeError for a wrong dtype. On a GPU reading them
+    would wait for it: there and in compiled code wrong values count as the module's docstring says, kernels do not read
+    ``max_seqlen``, and of a longer segment the reference makes the tokens from there on zero.
     """
     _check(q, k, v, cu_seqlens, max_seqlen)
     scale = q.size(-1) ** -0.5 if scale is None else float(scale)

@@ -391,6 +391,35 @@ def test_cached_tokens_are_those_of_before(exclude: bool, gated: bool) -> None:
         assert not torch.equal(keys, before[0]) and not keys.requires_grad
 
 
+def test_errors_of_cached_tokens() -> None:
+    p = Problem("plain", "cpu")
+    held, every = torch.zeros(20, p.keys, p.dim, dtype=torch.float64), torch.arange(13)
+    cache = KVCache(held, held.clone(), every, every, every, p.cu, 8)
+
+    def call(n=p.n, cu=p.cu, longest=8, **changes):
+        return cached_gated_attention(
+            n, p.weight, p.cos, p.sin, p.gain, cu, longest, cache._replace(**changes), p.heads, p.keys,
+            head_dim=p.dim, exclude_own_value=True, gated=True,
+        )  # fmt: skip
+
+    assert call().shape == p.dy.shape
+    for message, wrong in (
+        (r"n must be \[1, T, d\], got shape \(13, 24\)", dict(n=p.n[0])),
+        ("^cu_seqlens must go from 0 to the number of tokens, 13, got 0 to 5", dict(cu=p.cu[:4])),
+        ("^max_seqlen must be at least the longest segment, 8, got 7", dict(longest=7)),
+        ("cache.cu_seqlens must be int32", dict(cu_seqlens=p.cu[1:])),
+        ("cache.cu_seqlens must go from 0 to the number of tokens, 13, got 0 to 26", dict(cu_seqlens=p.cu * 2)),
+        ("cache.cu_seqlens must ascend", dict(cu_seqlens=p.cu[[0, 3, 2, 1, 4]])),
+        ("cache.cu_seqlens must give every segment a place", dict(cu_seqlens=p.cu[[0, 1, 2, 2, 4]])),
+        ("cache.max_seqlen must be at least the longest segment, 8, got 7", dict(max_seqlen=7)),
+        (r"cache.sources must be in \[0, 20\), got 8 to 20", dict(sources=every + 8)),
+        (r"cache.places must be in \[0, 13\), got -1 to 11", dict(places=every - 1)),
+        (r"cache.rows must be in \[0, 20\), got 8 to 20", dict(rows=every + 8)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**wrong)
+
+
 def test_kernels_take_what_they_can() -> None:
     bf16, here = torch.bfloat16, torch.device("cuda")
     fits, others = (bf16, 64, 2, 8), [
@@ -596,6 +625,11 @@ def test_errors_name_the_argument() -> None:
     refused(ValueError, "cu_seqlens must be one-dimensional int32 on cpu, got torch.int64", cu_seqlens=p.cu.long())
     refused(ValueError, "n must be one row with cu_seqlens, got 2 rows", n=p.n.expand(2, 13, 24), update=None)
     refused(ValueError, "max_seqlen must be .* got 0", max_seqlen=0)
+    refused(ValueError, "max_seqlen must be at least the longest segment, 8, got 7", max_seqlen=7)
+    refused(
+        ValueError, "cu_seqlens must go from 0 to the number of tokens, 13, got 0 to 12", cu_seqlens=p.cu - p.cu // 13
+    )
+    refused(ValueError, "cu_seqlens must ascend, got 4 after 5", cu_seqlens=p.cu[[0, 3, 2, 4]])
     tiles = torch.zeros(tiles_shape(p.cu, 13, torch.float32, 16, 2), dtype=torch.int32)
     refused(TypeError, "tiles must be int32, got torch.int64", tiles=tiles.long())
     refused(ValueError, r"tiles must be \(\d, \d, 4\) on cpu, .*, got \(\d, \d, 3\)", tiles=tiles[..., 1:])

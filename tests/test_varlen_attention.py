@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import library
 
 from pgolf.kernels import _launch
+from pgolf.kernels import gated_attention as sublayer
 from pgolf.kernels import varlen_attention as family
 from pgolf.kernels._launch import INTERPRETED
 from pgolf.kernels.varlen_attention import varlen_attention, varlen_attention_reference
@@ -191,10 +192,11 @@ def test_low_level(dtype) -> None:
 @pytest.mark.parametrize(
     "lengths", [[], [0], [5, 0, 3, 70, 0], [64, 1, 64, 33], [0] * 140 + [40, 7] + [1] * 140], ids=len
 )
-def test_tiles(lengths: list[int], group: int) -> None:
-    """Of every size: each segment's, those of the longest segments first, then zeros; some tokens are in no segment."""
+def test_tiles(monkeypatch, lengths: list[int], group: int) -> None:
+    """Of every size: each segment's, those of the longest segments first, what is in none, then zeros."""
     tokens, cu_seqlens = sum(lengths) + 50 * bool(lengths), boundaries(lengths, DEVICE)
     arguments = tokens, torch.bfloat16, 64, group
+    monkeypatch.setattr(family, "readable", lambda *_: False)
     got = family.attention_tiles(cu_seqlens, *arguments)
     sizes = family._tile_sizes(*arguments[1:], cu_seqlens.device)
     assert got.shape == family.tiles_shape(cu_seqlens, *arguments) and got.size(0) == len(sizes)
@@ -203,9 +205,79 @@ def test_tiles(lengths: list[int], group: int) -> None:
     q, k = (torch.empty(tokens, heads, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (group, 1))
     for size in sizes:
         want = [[start, length, first, s] for start, length, s in segments for first in range(0, length, size)]
+        want += [[tokens - 50, -50, first, 0] for first in range(0, 50 * bool(lengths), size)]
         tiles = family._of_size(got, size, q, k)
-        assert tiles.size(0) == tokens // size + len(lengths)
+        assert tiles.size(0) == tokens // size + len(lengths) + 2
         assert tiles.tolist() == want + [[0] * 4] * (tiles.size(0) - len(want))
+
+
+WRONG = [[0, 5, 9], [3, 5, 12], [0, 5, 14], [0, 7, 5, 12], [-3, 5, 9, 2**31 - 1], [12, 12], [9, 0]]  # of 12 tokens
+
+
+def wrong_segments(bounds: list[int], device) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    """Boundaries in several tiles' tokens; what they count as, where nobody reads them; the tokens that are inside."""
+    unit = 20 if torch.device(device).type == "cuda" else 4
+    cu_seqlens = torch.tensor([min(unit * bound, 2**31 - 1) for bound in bounds], dtype=torch.int32, device=device)
+    right = np.clip([unit * bound for bound in bounds], 0, 12 * unit)
+    right = right if (np.diff(right) >= 0).all() else right[:2] * 0
+    tokens = torch.arange(12 * unit, device=device)
+    return cu_seqlens, right.tolist(), (tokens >= int(right[0])) & (tokens < int(right[-1]))
+
+
+def guarded(device, *shape: int, value: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A tensor of a value, and what lies before and behind it in memory, of 7."""
+    whole = torch.full((shape[0] + 128, *shape[1:]), 7.0, device=device)
+    whole[64:-64] = value
+    return whole[64:-64], [whole[:64], whole[-64:]]
+
+
+@pytest.mark.parametrize("bounds", WRONG, ids=str)
+def test_segments_that_are_wrong_where_nobody_reads_them(monkeypatch, device, bounds: list[int]) -> None:
+    """Tokens in no segment get zeros, forward and backward, and nothing around the tensors is read or written."""
+    monkeypatch.setattr(family, "readable", lambda *_: False)
+    cu_seqlens, right, inside = wrong_segments(bounds, device)
+    tokens = len(inside)
+    leaves = [guarded(device, tokens, heads, 16, value=math.nan)[0] for heads in (2, 1, 1, 2)]
+    *leaves, do = (leaf.normal_() for leaf in leaves)
+    got = gradients(lambda *x: varlen_attention(*x, cu_seqlens, tokens), leaves, do)
+    right = torch.tensor(right, device=device)
+    formula = lambda *x: torch.where(inside[:, None, None], by_segments(*x, right), 0)  # noqa: E731
+    for a, b in zip(got, gradients(formula, [x.double() for x in leaves], do.double()), strict=True):
+        assert (a - b).abs().max() < 1e-5 and not a[~inside].any()
+    torch._dynamo.reset()
+    whole = torch.compile(lambda *x: varlen_attention(*x, cu_seqlens, tokens), fullgraph=True, backend="aot_eager")
+    for a, b in zip(got, gradients(whole, leaves, do), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    if device.type == "cuda" or INTERPRETED:
+        cut = tiles_for(*leaves[:2], cu_seqlens)
+        o, lse = family._forward(*leaves, cut, 0.25)
+        into, guards = zip(*(guarded(device, tokens, heads, 16, value=math.nan) for heads in (2, 1, 1)), strict=True)
+        family._backward(do, *leaves, o, lse, cut, 0.25, *into)
+        assert all(torch.equal(a, b) for a, b in zip((o, *into), got, strict=True))
+        assert all((guard == 7).all() for pair in guards for guard in pair)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bounds, first_queries", [(WRONG[1], False), (WRONG[3], False), (WRONG[4], True)], ids=str)
+def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
+    monkeypatch, device, bounds: list[int], first_queries: bool
+) -> None:
+    """As if what is outside were segments of their own, whose y and gradients are zero."""
+    monkeypatch.setattr(family, "readable", lambda *_: False)
+    monkeypatch.setattr(sublayer, "readable", lambda *_: False)
+    cu_seqlens, right, inside = wrong_segments(bounds, device)
+    p = Problem("plain", device, bounds=[0, *right, len(inside)], tokens=len(inside)).to(torch.float32)
+    p.dy[:, ~inside] = 0
+    expected = p.results(p.call())
+    expected["y"][:, ~inside] = 0
+    p.cu = cu_seqlens
+    if first_queries:  # the last of them far outside
+        p.options["first_queries"] = torch.tensor([-9] * (len(bounds) - 2) + [2**31 - 1], dtype=torch.int32).to(device)
+        got = p.results(p.call())
+        assert all(x.isfinite().all() for x in got.values()) and not got["dn"][:, ~inside].any()
+        return
+    got = p.results(p.call())
+    assert close(got, expected, 1e-5) and not got["dn"][:, ~inside].any()
 
 
 @needs_kernels
@@ -487,6 +559,16 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "cu_seqlens must be int32, got torch.int64", dict(cu_seqlens=cu_seqlens.long())),
         (ValueError, "v must be on q's device cpu, got meta", dict(v=v.to("meta"))),
         (ValueError, "max_seqlen must be at least the longest segment, got 0", dict(max_seqlen=0)),
+        (ValueError, "max_seqlen must be at least the longest segment, 5, got 4", dict(max_seqlen=4)),
+        *(
+            (ValueError, f"cu_seqlens must {match}", dict(cu_seqlens=torch.tensor(bounds, dtype=torch.int32)))
+            for bounds, match in (
+                ([0, 5, 8], "go from 0 to the number of tokens, 9, got 0 to 8"),
+                ([3, 5, 9], "go from 0 to the number of tokens, 9, got 3 to 9"),
+                ([0, 5, 11], "go from 0 to the number of tokens, 9, got 0 to 11"),
+                ([0, 7, 5, 9], "ascend, got 5 after 7 at index 2"),
+            )
+        ),
         (ValueError, "scale must be positive, got -1.0", dict(scale=-1)),
     ]
     for error, match, wrong in cases:
