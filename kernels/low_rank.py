@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import _traced, carrying, jit, launch_parameters, multiprocessors, operator, select, tl
+from ._launch import _traced, carrying, jit, launch_parameters, multiprocessors, operator, readable, select, tl
 
 Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -57,10 +57,11 @@ def low_rank_reference(
     if offsets is None:
         rows = x.reshape(groups, -1, x.size(-1))
     else:
-        flat, bounds = x.reshape(-1, x.size(-1)), offsets.long()
+        flat = x.reshape(-1, x.size(-1))
+        bounds = offsets.long().clamp(0, flat.size(0))
         tokens = torch.arange(flat.size(0), device=x.device)
         starts, ends = bounds[:-1], bounds[1:]
-        longest = flat.size(0) if _traced((x, offsets)) else int((ends - starts).max())
+        longest = flat.size(0) if _traced((x, offsets)) else max(int((ends - starts).max()), 0)
         places = starts[:, None] + torch.arange(longest, device=x.device)
         valid = (places < ends[:, None])[:, :, None]
         rows = torch.where(valid, flat[places.clamp(max=max(flat.size(0) - 1, 0))], 0) if longest else flat[places]
@@ -491,7 +492,7 @@ def _check(
         raise TypeError(f"offsets must be int32, got {offsets.dtype}")
     if offsets.shape != (A.size(0) + 1,):
         raise ValueError(f"offsets must be [{A.size(0) + 1}], groups + 1, got shape {tuple(offsets.shape)}")
-    if offsets.device.type == "cpu" and not _traced((x, offsets)):
+    if readable(offsets, x):
         bounds = [0, *offsets.tolist(), x.size(-2)]
         if any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
             raise ValueError(f"offsets must ascend from 0 or more to x's {x.size(-2)} rows or less, got {bounds[1:-1]}")

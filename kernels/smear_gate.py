@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import RMS_EPS, jit, launch_parameters, operator, select, tl
+from ._launch import RMS_EPS, jit, launch_parameters, operator, readable, select, tl
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -54,8 +54,10 @@ def embed_smear_norm_reference(
     deterministic: bool = True, starts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch; the contract of `embed_smear_norm`, whose arguments it shares."""
-    x = smear_gate_reference(F.embedding(input_ids, table), input_ids, weight, lam, bos_id, starts)
-    return F.rms_norm(x, (x.size(-1),), eps=eps)
+    last = max(len(table) - 1, 0)
+    x = F.embedding(input_ids.clamp(0, last), table)
+    x = F.rms_norm(smear_gate_reference(x, input_ids, weight, lam, bos_id, starts), x.shape[-1:], eps=eps)
+    return torch.where(((input_ids < 0) | (input_ids > last))[..., None], float("nan"), x)
 
 
 @jit
@@ -262,7 +264,7 @@ def _table_gradient_kernel(
         y = current + gate * previous
         scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
         dy -= (scale * scale * tl.sum(dy * y) / D) * y
-        s += scale * tl.sum(dy * previous)
+        s += tl.where(gated, scale * tl.sum(dy * previous), 0)
         total += scale * dy
         gate = _pick(next_gates, chosen)
         z = following + gate * current
@@ -583,14 +585,13 @@ def embed_smear_norm(
     it with atomics, faster and in no fixed order.
 
     Returns [B, T, D] in the table's dtype. Raises ValueError for a wrong shape or device and for ids outside [0, V),
-    TypeError for a wrong dtype. On a GPU reading the ids would wait for it: there a token with an id outside the table
-    becomes a row of NaN, and what it adds to the gradients means nothing.
+    TypeError for a wrong dtype. On a GPU reading the ids would wait for it: there and in compiled code a token with an
+    id outside the table becomes a row of NaN, and what it adds to the gradients means nothing.
     """
     if table.ndim != 2 or (table.size(0) == 0 and input_ids.numel()):
         raise ValueError(f"table must be [V, D] with V >= 1, got shape {tuple(table.shape)}")
     _check(input_ids, weight, lam, starts, "table", table)
-    readable = input_ids.device.type == "cpu" and type(input_ids) is Tensor and not torch.compiler.is_compiling()
-    if readable and input_ids.numel():
+    if input_ids.numel() and readable(input_ids):
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= table.size(0):
             raise ValueError(f"input_ids must be in [0, {table.size(0)}), got {low if low < 0 else high}")

@@ -254,6 +254,7 @@ def test_nothing_that_is_not_finite_passes_a_boundary(device, boundary: str, wil
         assert torch.allclose(*(tensors[1].flatten(0, -2)[behind] for tensors in (got, expected)), atol=1e-5)
         got = gradients(call, [good, weight, lam], later)
         assert torch.allclose(*(tensors[1].flatten(0, -2)[before] for tensors in (got, expected)), atol=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got[2:], expected[2:], strict=True))
 
 
 @needs_kernels
@@ -355,6 +356,17 @@ def test_an_id_outside_the_table_makes_its_row_nan(wild: int) -> None:
     assert out[1, 2].isnan().all() and out.isnan().sum() == 10
     for deterministic in (True, False):
         family._embed_smear_norm_backward_triton(out.nan_to_num(), ids, table, *rest, deterministic)
+
+
+@pytest.mark.parametrize("wild", [-1, 30, 2**40])
+def test_an_id_outside_the_table_where_nobody_reads_it(device, wild: int) -> None:
+    _, ids, weight, lam = inputs(device, "none", torch.float32)
+    ids[1, 2] = wild
+    table = torch.randn(30, 10, device=device)
+    expected = embed_smear_norm_reference(ids, table, weight, lam)
+    assert expected[1, 2].isnan().all() and expected.isnan().sum() == 10
+    got = compiled_for(lambda *leaves: embed_smear_norm(ids, *leaves))(table, weight, lam)
+    assert torch.allclose(got, expected, atol=1e-5, equal_nan=True)
 
 
 @needs_kernels
