@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import operator, select
+from ._launch import operator, readable, select
 
 try:
     from . import _dequant_kernels as kernels
@@ -40,6 +40,7 @@ BITS = (4, 6, 7, 8)
 # is a word; two rows of 6 bits are three, with five codes each and two bits of the 16th code at REST.
 NIBBLES, SIXES, REST = (12, 16, 20, 24, 28, 0, 4, 8), (11, 17, 23, 31, 5), 29
 MAX_RANK = 8
+LARGEST_SCALE = 2.0**100  # products with codes, whose fields are read as up to 2^13, stay numbers of float32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -96,16 +97,17 @@ def pack(
     Args:
         codes: int8 in [-2^(bits-1), 2^(bits-1)) or uint8 in [0, 2^bits), [rows, columns].
         bits: 4, 6, 7 or 8; 8 takes the codes as they are, without a copy where they are contiguous.
-        scale: float16, bfloat16 or float32, below 2^100, [rows] or [rows, groups]: a group is ``columns / groups``
-            columns, a multiple of 16 unless there is one.
+        scale: float16, bfloat16 or float32, of a magnitude below 2^100, [rows] or [rows, groups]: a group is
+            ``columns / groups`` columns, a multiple of 16 unless there is one.
         zero: dtype and shape of scale; None is zero.
         low_rank: factors of rank 1 to 8, quantised, or floats (A [rows, rank], B [rank, columns]) of one dtype; they
             are stored as float32 values.
 
-    Raises ValueError or TypeError naming the argument that is wrong.
+    Raises ValueError or TypeError naming the argument that is wrong, also where one of these numbers is not finite.
     """
     _require(bits in BITS, "bits", bits, "4, 6, 7 or 8")
     q = _as_matrix(codes, scale, zero, low_rank)
+    _check_values(q)
     if codes.numel() and bits < 8:
         low, high = (int(end) for end in codes.aminmax())
         least = -(1 << bits - 1) if q.signed else 0
@@ -261,7 +263,8 @@ def dequantize(
 
     Args:
         q: a matrix from `pack`; or int8 or uint8 codes [rows, columns], which are their own packing.
-        scale, low_rank: with plain codes only; as `pack` takes them.
+        scale, low_rank: with plain codes only; as `pack` takes them, whose errors of values are raised on a CPU only:
+            on a GPU a scale of 2^100 or more may give infinity or NaN.
         out: [rows, columns], float16, bfloat16, float32 or float64, with any strides, written in place of a new tensor.
         dtype: dtype of a new tensor; float32 unless given. With ``out`` it must be left out or be out's dtype.
 
@@ -275,6 +278,8 @@ def dequantize(
     else:
         _require(scale is not None, "scale", None, "given with plain codes", TypeError)
         q = _as_matrix(q, scale, None, low_rank, "q")
+        if readable(scale):
+            _check_values(q)
     if out is None:
         _require(dtype in (None, *FLOATS), "dtype", dtype, "float16, bfloat16, float32 or float64", TypeError)
         out = torch.empty(q.rows, q.columns, dtype=dtype or torch.float32, device=q.planes.device)
@@ -347,6 +352,14 @@ def _as_matrix(codes, scale, zero, low_rank, name: str = "codes") -> QuantizedMa
     q = QuantizedMatrix(codes.contiguous(), 8, signed, *codes.shape, scale, zero, low_rank, whole)
     _check_matrix(q, "")
     return q
+
+
+def _check_values(q: QuantizedMatrix) -> None:
+    for name, values in {"scale": q.scale, "zero": q.zero, **dict(enumerate(q.low_rank or ()))}.items():
+        if values is not None and values.is_floating_point() and values.numel():
+            largest = float(values.abs().max())  # NaN where there is one
+            name = f"low_rank[{name}]" if isinstance(name, int) else name
+            _require(largest < LARGEST_SCALE, name, f"a magnitude of {largest:g}", "finite and below 2^100")
 
 
 def _check_matrix(q: QuantizedMatrix, prefix: str) -> None:
