@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BLOCK_COLUMNS = 128  # columns GPTQ rounds before it corrects the rest in one product
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the Hessian's mean diagonal; the first that gives a Cholesky factor counts
 GRID_SHARES = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of the 2-bit scale that reaches the largest element: tried in turn
+LARGEST_CLIPPED = 0.1  # share of a row's norm that clipping may take away without a warning
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number: a row of zeros must not divide by zero
 
 CODES, SCALE = ".q", ".scale"
@@ -155,7 +156,9 @@ def exact_float32_products() -> Iterator[None]:
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor, clip_sigmas: float, clip_range: int) -> tuple[Tensor, Tensor]:
+def gptq(
+    weight: Tensor, hessian: Tensor, clip_sigmas: float, clip_range: int, name: str = "weight"
+) -> tuple[Tensor, Tensor]:
     """Round a matrix to integer codes so that its products with the calibration inputs change least.
 
     Columns are rounded in the order of falling Hessian diagonal; the error of each is made good by the columns after
@@ -166,16 +169,18 @@ def gptq(weight: Tensor, hessian: Tensor, clip_sigmas: float, clip_range: int) -
         hessian: float [columns, columns], symmetric, on the same device; its scale does not matter.
         clip_sigmas: a row's codes reach this many of its standard deviations.
         clip_range: largest code R; codes lie in [-R, R].
+        name: what warnings call the weight.
 
     Returns codes int8 [rows, columns] and scales float16 [rows], clip_sigmas · std / R of the given rows.
     Raises QuantizeError for a wrong shape, a number that is not finite or a Hessian that no damping makes invertible;
-    warns when it took more damping than usual.
+    warns when it took more damping than usual, and when clipping takes much of a row away, as of a lone outlier.
     """
     _check_gptq(weight, hessian, clip_range)
     weight = weight.float()
     scales = _row_scales(weight, clip_sigmas, clip_range)
+    _warn_of_clipping(name, weight, scales.float() * clip_range)
     with exact_float32_products():
-        factor, order, dead = _inverse_factor(hessian)
+        factor, order, dead = _inverse_factor(hessian, name)
         work = weight.T[order]  # a column's weights lie side by side
         work[dead] = 0
         codes = _round_columns(work, factor, scales.float(), clip_range)
@@ -208,7 +213,21 @@ def _row_scales(weight: Tensor, clip_sigmas: float, clip_range: int) -> Tensor:
     return scales
 
 
-def _inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _warn_of_clipping(name: str, weight: Tensor, reach: Tensor) -> None:
+    lost = (weight.abs() - reach[:, None]).clamp_min(0)
+    shares = (lost.norm(dim=1) / weight.norm(dim=1).clamp_min(SMALLEST_SCALE)).tolist()
+    rows = [row for row, share in enumerate(shares) if share > LARGEST_CLIPPED]
+    if rows:
+        worst = max(rows, key=shares.__getitem__)
+        others = f", and {len(rows) - 1} more rows are alike" if len(rows) > 1 else ""
+        warnings.warn(
+            f"{name}: clipping takes {shares[worst]:.0%} of row {worst}'s norm away, whose outlier of "
+            f"{weight[worst].abs().max():.3g} codes reach only up to {reach[worst]:.3g}{others}: raise its clip_sigmas",
+            stacklevel=3,
+        )
+
+
+def _inverse_factor(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """U, upper triangular with UᵀU = H⁻¹, in the order of falling diagonal; that order; its columns without input."""
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
@@ -224,7 +243,8 @@ def _inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
             if damping != DAMPINGS[0]:
-                warnings.warn(f"the Hessian needed damping {damping:g} instead of {DAMPINGS[0]:g}", stacklevel=3)
+                message = f"the Hessian needed damping {damping:g} instead of {DAMPINGS[0]:g}"
+                warnings.warn(f"{name}: {message}", stacklevel=3)
             return factor, order, dead[order]
     raise QuantizeError(
         f"the Hessian is not positive definite even with damping {DAMPINGS[-1]:g} of its mean diagonal {mean:.3g}: "
@@ -441,7 +461,7 @@ def quantize_model(
         weight = tensors[name].to(device, torch.float32)
         try:
             hessian = _hessian_for(name, weight, hessians, config)
-            codes, scales = gptq(weight, hessian, rule.clip_sigmas, largest_code(rule.bits))
+            codes, scales = gptq(weight, hessian, rule.clip_sigmas, largest_code(rule.bits), name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         stored[name + CODES], stored[name + SCALE] = codes.cpu(), scales.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -121,11 +122,22 @@ def test_a_row_of_zeros_gets_codes_zero():
     assert not codes[3].any() and (scales > 0).all()
 
 
+def test_a_lone_outlier_that_clipping_cuts_is_reported():
+    weight = 0.02 * torch.randn(6, 512)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an ordinary matrix has none
+        gptq(weight, torch.eye(512), 12.0, 31)
+    weight[2], weight[4] = 0, 0
+    weight[2, 7], weight[4, 9] = 5.0, -1.0
+    with pytest.warns(UserWarning, match=r"mlp: clipping takes 4\d% of row [24]'s norm away.* and 1 more rows"):
+        gptq(weight, torch.eye(512), 12.0, 31, "mlp")
+
+
 def test_more_damping_is_tried_and_reported_before_giving_up():
     weight = torch.randn(8, 32)
     indefinite = torch.eye(32)
     indefinite[0, 1] = indefinite[1, 0] = 1.05  # eigenvalue -0.05: damping 0.01 is not enough, 0.1 is
-    with pytest.warns(UserWarning, match=r"damping 0\.1 instead of 0\.01"):
+    with pytest.warns(UserWarning, match=r"weight: the Hessian needed damping 0\.1 instead of 0\.01"):
         codes, _ = gptq(weight, indefinite, 12.0, 31)
     assert codes.any()
     with pytest.raises(ValueError, match="not positive definite"):
