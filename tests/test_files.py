@@ -121,6 +121,14 @@ def test_one_wrong_bit_names_its_tensor(name: str, value: torch.Tensor) -> None:
         read(bytes(data))
 
 
+def test_a_part_marked_as_a_folder_is_read() -> None:
+    """torch.load's own reader returns for such a part memory that it has not written."""
+    data = bytearray(saved())
+    place = data.index(b"archive/data/0", data.index(b"PK\x01\x02"))  # in the archive's directory
+    data[place - 46 + 38] |= 0x10
+    assert torch.equal(read(bytes(data))["model"]["first"], torch.arange(6.0))
+
+
 def test_archives_that_torch_does_not_write() -> None:
     deflated = io.BytesIO()
     with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as archive:
