@@ -20,11 +20,12 @@ CHECK_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.spli
 # One thread a process: the tests' tensors are small, and some tests start several processes.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help demo test fuzz lint clean
+.PHONY: help demo test fuzz kills lint clean
 help:
 	@echo "make demo    install into $(VENV), then the whole pipeline on a small model (about 4 minutes on 2 cores)"
 	@echo "make test    install, then the whole test suite"
-	@echo "make fuzz    install, then COUNT damaged artifacts and a tenth of that of every other file (about 15 minutes)"
+	@echo "make fuzz    install, then COUNT damaged artifacts and a tenth of that of every other file (about 7 minutes)"
+	@echo "make kills   install, then runs that are killed at every write and at moments, and go on (about 20 minutes)"
 	@echo "make lint    install, then ruff check and ruff format --check"
 	@echo "make clean   remove $(VENV), caches and build products; runs/ and data/ stay"
 	@echo "Variables: COUNT=$(COUNT)  PYTHON=$(PYTHON)  TORCH=$(TORCH)  TORCH_INDEX=$(TORCH_INDEX)  TRITON=$(TRITON)  RUN_DIR=$(RUN_DIR)"
@@ -38,6 +39,9 @@ test: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz --count $(COUNT)
+
+kills: $(VENV)/.installed
+	$(TEST_ENV) $(BIN)/python -m tests.kills
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

@@ -21,7 +21,7 @@ import torch
 
 from pgolf.bpb import ByteTable
 from pgolf.corpus import embedded_documents, read_documents
-from pgolf.files import write_aside
+from pgolf.files import remove_leftovers, write_aside
 from pgolf.manifest import manifest_path, read_manifest, sha256_of
 from pgolf.shards import ShardError, dataset_dir, dataset_name, tokenizer_path, write_shard
 from pgolf.tokenizer import BOS_ID, load_tokenizer, train_tokenizer
@@ -49,6 +49,7 @@ def record_dataset(data_dir: str | os.PathLike, entry: dict[str, Any]) -> None:
     manifest = read_manifest(data_dir)
     others = [other for other in manifest["datasets"] if other["name"] != entry["name"]]
     manifest["datasets"] = sorted([*others, entry], key=lambda dataset: dataset["name"])
+    remove_leftovers(manifest_path(data_dir))
     write_aside(manifest_path(data_dir), json.dumps(manifest, indent=1) + "\n")
 
 
@@ -110,6 +111,7 @@ def build_dataset(
     entry = _manifest_entry(vocab_size, tokenizer, val, train)
     model = tokenizer_path(out_dir, vocab_size)
     model.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(model)
     if not (model.exists() and model.samefile(tokenizer)):
         write_aside(model, Path(tokenizer).read_bytes())
     record_dataset(out_dir, entry)  # first: a folder of shards without its record could not be built again

@@ -10,7 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from pgolf.bpb import SPACE, load_sentencepiece
-from pgolf.files import FileError, write_aside
+from pgolf.files import FileError, remove_leftovers, write_aside
 
 BOS_ID = 1  # begins every document
 # The settings that the published tokenizers were trained with.
@@ -60,6 +60,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str |
     path = Path(model_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), path, vocab_size)
+    remove_leftovers(path)
     write_aside(path, model.getvalue())
 
 
