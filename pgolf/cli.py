@@ -182,20 +182,25 @@ def _config_from(arguments: argparse.Namespace, start: RunConfig) -> RunConfig:
 
 def _stage(arguments: argparse.Namespace) -> int:
     from pgolf import run
-    from pgolf.runtime import describe_environment, start_world, stop_world
+    from pgolf.export import UNPACKED_FROM
+    from pgolf.runtime import describe_environment, seed_everything, start_world, stop_world
 
-    name = arguments.stage
+    name, is_main = arguments.stage, os.environ.get("RANK", "0") == "0"
     started = arguments.run_dir is not None and RunFolder(arguments.run_dir).config_file.exists()
     if started and not arguments.fresh:
-        config = _config_of(arguments, RunFolder(arguments.run_dir))
-    elif arguments.resume and not (arguments.preset and arguments.run_dir):
+        before = RunFolder(arguments.run_dir)
+        config = _config_of(arguments, before) if is_main else _config_from(arguments, before.config())
+    # An exported program has settings of its own.
+    elif is_main and arguments.resume and not (arguments.run_dir and (arguments.preset or UNPACKED_FROM.is_file())):
         where = arguments.run_dir or "a --run-dir that you name"
         raise RunFolderError(f"--resume finds no run in {where}; with a --preset it starts one there")
-    elif name in STARTING:
+    elif name in STARTING or not is_main:
         config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
     else:
         raise RunFolderError(f"{arguments.run_dir} holds no run (no config.json); start one with `pgolf run`")
     world = start_world(config)
+    config, started = world.share((config, started))  # other hosts may not see the folder
+    seed_everything(config.seed)
     folder = RunFolder(arguments.run_dir or Path("runs") / world.share(_run_name(config)))
     # A report only reads, also what a run that goes on has written so far.
     with folder.locked() if world.is_main and name != "report" else nullcontext():

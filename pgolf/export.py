@@ -22,6 +22,8 @@ from pgolf.files import write_aside
 
 # Settings of one machine or one run folder, which the program does not take along.
 LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "cuda_graphs", "kernels")
+# What an exported program was unpacked from, as `pgolf.unpack` leaves it; the package itself has none.
+UNPACKED_FROM = Path(pgolf.__file__).parents[1] / "program"
 
 
 def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> int:
@@ -36,9 +38,8 @@ def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> 
 
     Raises `pgolf.minify.ExportError` naming a source file that cannot be exported.
     """
-    unpacked_from = Path(pgolf.__file__).parents[1] / "program"  # as `pgolf.unpack` leaves it
-    if unpacked_from.is_file():
-        body = unpacked_from.read_bytes()
+    if UNPACKED_FROM.is_file():
+        body = UNPACKED_FROM.read_bytes()
     else:
         from pgolf.squeeze import packed_package  # here, as the exported program goes without it
 

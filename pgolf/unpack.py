@@ -167,12 +167,15 @@ def decode(packed: bytes, length: int, known: bytes = b"") -> bytes:
 def unpack() -> Path:
     """Write the program's sources into a folder of their own, where they are not there yet, and return it.
 
-    Triton and tracebacks read sources from files, and worker processes import from the same folder.
+    Triton and tracebacks read sources from files, and worker processes import from the same folder. As it comes first
+    where Python looks for modules, nobody else may write there, and nothing else may lie there.
     """
     root = Path(tempfile.gettempdir(), f"pgolf-{os.getuid()}-{DIGEST}")
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.lstat().st_uid != os.getuid():
-        sys.exit(f"{root} belongs to another user: delete it, or set TMPDIR to a folder of your own")
+    with suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    found = root.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o170077 != 0o040000:  # a folder, and nobody else's
+        sys.exit(f"{root} is no folder of yours alone: delete it, or set TMPDIR to a folder of your own")
     lock = os.open(root, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)  # one process unpacks; those that start with it wait
     body, kept = read_program()[1], root / "sources"
@@ -184,11 +187,16 @@ def unpack() -> Path:
         if hashlib.sha256(text).hexdigest()[:16] != DIGEST:
             sys.exit("this program's file is damaged: its sources do not unpack; take another copy of it")
     parts = text.split(b"\0")
+    ours = {root}
     for name, content in (("sources", text), ("program", body), *zip(parts[::2], parts[1::2], strict=True)):
         target = root / os.fsdecode(name)
+        ours |= {target, *target.parents}
         if not target.is_file() or target.read_bytes() != content:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
+    for path in root.rglob("*"):
+        if path not in ours and "__pycache__" not in (path.name, path.parent.name):
+            sys.exit(f"{path} is not of this program: delete {root}")
     os.close(lock)
     return root
 

@@ -85,6 +85,14 @@ def test_commands_of_the_whole_package_only_say_so(program: Path, tmp_path: Path
     assert shown.strip().endswith(f"this program was exported without pgolf.{module}; install the package pgolf for it")
 
 
+def test_one_command_starts_and_goes_on_with_the_settings_in_it(program: Path, tmp_path: Path) -> None:
+    command = [program, "--resume", "--set", "device=cpu", "--set", "data_dir=nothing", "--run-dir"]
+    for _ in range(2):
+        assert "there is no tokenizer" in run(program, *command, "run", folder=tmp_path, fails=True).stderr
+    started = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (started["preset_name"], started["seed"]) == ("record", 1337)
+
+
 def test_it_has_the_sources_and_nothing_else(root: Path) -> None:
     sources = package_sources()
     files = {str(file.relative_to(root)): file for file in root.rglob("*") if file.is_file() and file.suffix != ".pyc"}

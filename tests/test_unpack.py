@@ -177,7 +177,34 @@ def test_a_damaged_file_is_told(small: Path, in_process, tmp_path: Path, place: 
 
 def test_a_folder_of_another_user_is_refused(small: Path, in_process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4242)
-    with pytest.raises(SystemExit, match="belongs to another user"):
+    with pytest.raises(SystemExit, match="is no folder of yours alone"):
+        in_process(small)
+
+
+@pytest.mark.parametrize("place", ["file", "link", "open to others"])
+def test_a_folder_that_is_not_ours_alone_is_refused(small: Path, in_process, tmp_path: Path, place: str) -> None:
+    in_process(small)
+    (root,) = tmp_path.glob("pgolf-*")
+    if place == "open to others":
+        root.chmod(0o720)
+    else:
+        root.rename(tmp_path / "moved")
+        root.write_text("") if place == "file" else root.symlink_to(tmp_path / "moved")
+    with pytest.raises(SystemExit, match="is no folder of yours alone: delete it, or set TMPDIR"):
+        in_process(small)
+
+
+@pytest.mark.parametrize("name", ["json.py", "torch/__init__.py", "pgolf/json.py", "pgolf/kernels/x.so"])
+def test_foreign_modules_are_refused(small: Path, in_process, tmp_path: Path, name: str) -> None:
+    """They would come before the standard library's."""
+    in_process(small)
+    (root,) = tmp_path.glob("pgolf-*")
+    (root / "pgolf" / "__pycache__").mkdir(exist_ok=True)
+    (root / "pgolf" / "__pycache__" / "cli.cpython-311.pyc").write_bytes(b"")
+    in_process(small)
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text("")
+    with pytest.raises(SystemExit, match=f"{name.split('/__')[0]} is not of this program: delete "):
         in_process(small)
 
 
