@@ -156,7 +156,7 @@ def score_tokens(run_dir: Path, file: Path) -> None:
 
     config = RunFolder(run_dir).config()
     world = start_world(config)
-    model = build_model(config, world, load_artifact(config, RunFolder(run_dir), world.device))
+    model = build_model(config, world, load_artifact(config, RunFolder(run_dir), world))
     tokens, table = validation_data(config)
     busy = 0.0
 

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = config.replace(**({"data_dir": arguments.data_dir} if arguments.data_dir else {}))
     world = start_world(config)
     torch.set_float32_matmul_precision("highest")  # a run allows TF32
-    weights = load_artifact(config, folder, world.device)
+    weights = load_artifact(config, folder, world)
     tokens, table = validation_data(config)
     target = arguments.results
     if target is None and world.device.type == "cuda":

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None, config: RunConfig | None = None) -> dict
     world = start_world(config)
     ceilings = measure_ceilings(world.device, arguments.quick)
     gc.collect()
-    model = build_model(config, world, folder and load_artifact(config, folder, world.device))
+    model = build_model(config, world, folder and load_artifact(config, folder, world))
     if not folder:
         fill_randomly(model)
     text = read_text(arguments.data_dir, config.vocab_size) if arguments.data_dir else None

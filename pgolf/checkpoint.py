@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from pgolf.tensors import check_tensors, not_finite, read_tensors
 
 FORMAT = "pgolf training checkpoint 1"
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-_MAY_DIFFER = {"run_id", "artifact_dir", "data_dir", "train_log_every", "checkpoint_minutes", "device"}
+_MAY_DIFFER = {
+    "run_id", "artifact_dir", "data_dir", "train_log_every", "checkpoint_minutes", "device", "dist_timeout_seconds"
+}  # fmt: skip
 
 
 class CheckpointError(FileError):
@@ -77,11 +80,11 @@ def save_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: 
 
 
 def load_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: World) -> None:
-    """Put a checkpoint's contents into ``state``; any number of ranks may read what any number wrote.
+    """Put a checkpoint that rank 0 reads into ``state``; any number of ranks may take what any number wrote.
 
     Raises CheckpointError for a file that is no checkpoint, or one of other settings (named).
     """
-    payload = load_tensors(path)
+    payload = world.on_main(partial(load_tensors, path))
     if payload.get("format") != FORMAT or not isinstance(payload.get("config"), dict):
         raise CheckpointError(f"{path} is no training checkpoint of this version; delete it and train anew")
     now = dataclasses.asdict(config)
@@ -118,16 +121,13 @@ def save_tensors(path: Path, payload: dict[str, Any] | None, world: World) -> No
 
     Raises, on every rank, DivergedError for numbers that are not finite and FileError for a disk that is full.
     """
-    problem: Exception | None = None
-    if payload is not None:
-        try:
-            if name := not_finite(payload):
-                raise diverged(f"{name} has numbers that are not finite after step {payload['step']}")
-            write_aside(path, lambda file: torch.save(payload, file))
-        except (DivergedError, FileError) as error:
-            problem = error
-    if problem := world.share(problem):
-        raise problem
+
+    def save() -> None:
+        if name := not_finite(payload):
+            raise diverged(f"{name} has numbers that are not finite after step {payload['step']}")
+        write_aside(path, lambda file: torch.save(payload, file))
+
+    world.on_main(save)
 
 
 def load_tensors(path: Path) -> dict:

@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if not _is_a_message(error) or os.environ.get("PGOLF_TRACEBACK"):
             raise
+        if _raised_in(error).startswith("torch.distributed"):
+            error = f"another process has ended, or does not answer: {error}"
         if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("pgolf."):
             error = f"this program was exported without {error.name}; install the package pgolf for it"
         _complain(str(error) or "there is not enough memory")
@@ -100,8 +102,14 @@ def _is_a_message(error: Exception) -> bool:
     machine = (OSError, ImportError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
     if type(error).__module__.startswith("pgolf") or isinstance(error, machine):
         return True
+    module = _raised_in(error)
+    return module.startswith("torch.distributed") or isinstance(error, ValueError) and module.startswith("pgolf")
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module that raised an error."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and frame.f_globals.get("__name__", "").startswith("pgolf")
+    return frame.f_globals.get("__name__", "")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -64,6 +64,9 @@ class RunConfig:
     seed: int = _field(1337, "seed of python, numpy and torch", low=0, high=2**63 - 1)
     artifact_dir: str = _field("", "where the artifact is written; empty: the run's folder")
     device: str = _field("auto", "auto takes CUDA when there is one", choices=("auto", "cpu", "cuda"))
+    dist_timeout_seconds: float = _field(
+        120.0, "of several processes, seconds without a sign of life of one after which the others end", low=1.0
+    )
     compute_dtype: str = _field(
         "auto", "dtype of activations; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
     )

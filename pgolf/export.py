@@ -21,7 +21,7 @@ from pgolf.config import RunConfig
 from pgolf.files import write_aside
 
 # Settings of one machine or one run folder, which the program does not take along.
-LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "cuda_graphs", "kernels")
+LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "cuda_graphs", "kernels", "dist_timeout_seconds")
 # What an exported program was unpacked from, as `pgolf.unpack` leaves it; the package itself has none.
 UNPACKED_FROM = Path(pgolf.__file__).parents[1] / "program"
 

@@ -105,16 +105,20 @@ def _stated(entry: dict[str, Any], tokenizer: str, train_shards: int) -> dict[st
     return stated | counts
 
 
-def check_unchanged(data_dir: str | os.PathLike, vocab_size: int, files: Mapping[str, Any]) -> None:
+def check_unchanged(
+    data_dir: str | os.PathLike, vocab_size: int, files: Mapping[str, Any], copied: bool = False
+) -> None:
     """Raise ShardError unless the data are the ``files`` of `check_dataset`: none more, none less, none changed.
 
-    Validation shards and the tokenizer are hashed. A training shard is where its size or time of change is another.
+    Validation shards and the tokenizer are hashed. A training shard is where its size or time of change is another;
+    of data ``copied`` from where they were checked, the size tells.
     """
     found = data_files(data_dir, vocab_size)
     for name in sorted(found.keys() | files.keys()):
         path, known = found.get(name), files.get(name)
         if path and isinstance(known, dict) and path.exists():
-            same = (path.stat().st_size, path.stat().st_mtime_ns) == (known.get("bytes"), known.get("mtime_ns"))
+            stat = path.stat()
+            same = stat.st_size == known.get("bytes") and (copied or stat.st_mtime_ns == known.get("mtime_ns"))
             if (same and "train" in name) or sha256_of(path) == known.get("sha256"):
                 continue
         raise ShardError(f"{name} is not as it was when this run's data were checked: check anew with `pgolf data`")

@@ -70,7 +70,7 @@ def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: boo
     """Calibrate, quantise on rank 0, write the artifact and the program, and hold them against the cap."""
     begun = time.perf_counter()
     reset_peak_memory(world.device)
-    weights = load_weights(folder.need(folder.ema, "train"), config)
+    weights = world.on_main(lambda: load_weights(folder.need(folder.ema, "train"), config))
     hessians = calibrate(config, world, weights)
     results: dict[str, Any] = {"hessian_seconds": time.perf_counter() - begun}
     if world.is_main:
@@ -130,8 +130,8 @@ def run_eval(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
     begun = time.perf_counter()
     reset_peak_memory(world.device)
     tokens, table = validation_data(config)
-    before = load_weights(folder.need(folder.ema, "train"), config)
-    quantized = load_artifact(config, folder, world.device)
+    before = world.on_main(lambda: load_weights(folder.need(folder.ema, "train"), config))
+    quantized = load_artifact(config, folder, world)
     results: dict[str, Any] = {}
     for name, weights in (("before", before), ("quantized", quantized)):
         started = time.perf_counter()
@@ -165,7 +165,7 @@ def run_ttt(config: RunConfig, folder: RunFolder, world: World, resume: bool) ->
     begun = time.perf_counter()
     reset_peak_memory(world.device)
     tokens, table = validation_data(config)
-    model = _model_with(config, world, load_artifact(config, folder, world.device))
+    model = _model_with(config, world, load_artifact(config, folder, world))
     scored = test_time_training(
         model,
         config,
@@ -201,13 +201,13 @@ def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool)
     world.barrier()
 
 
-def load_artifact(config: RunConfig, folder: RunFolder, device: torch.device) -> dict[str, torch.Tensor]:
-    """The artifact's weights by state-dict name, dequantised on ``device``."""
+def load_artifact(config: RunConfig, folder: RunFolder, world: World) -> dict[str, torch.Tensor]:
+    """The artifact's weights by state-dict name: rank 0 reads them, and every rank dequantises them on its device."""
     with torch.device("meta"):
         weights = GPT(config).state_dict()
     # Not empty_like: of a meta tensor it loads sympy, which takes seconds.
-    template = {name: torch.empty(like.shape, dtype=like.dtype, device=device) for name, like in weights.items()}
-    quantized = artifact.load(folder.need(folder.artifact(config), "quantize"))
+    template = {name: torch.empty(like.shape, dtype=like.dtype, device=world.device) for name, like in weights.items()}
+    quantized = world.on_main(lambda: artifact.load(folder.need(folder.artifact(config), "quantize")))
     return rebank(dequantize_model(quantized, unbank(template, config.num_layers)), template)
 
 
@@ -232,7 +232,7 @@ READING = ("train", "quantize", "eval", "ttt")  # stages that read data
 def run_stages(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:
     """All stages in order. With ``resume``, those whose results are in the summary are skipped."""
     for name, stage in STAGES.items():
-        if world.share(resume and name in folder.summary() and name != "report"):
+        if resume and name in world.on_main(folder.summary) and name != "report":
             world.log(f"[{name}] done before")
             continue
         run_stage(name, stage, config, folder, world, resume)
@@ -244,18 +244,18 @@ def run_stage(name: str, stage: Callable, config: RunConfig, folder: RunFolder, 
     Those that read data do the stage ``data`` first where it was not done, and else make sure that they have not
     changed since.
     """
-    if name in READING and world.share(not folder.checked_files()):
+    if name in READING and not world.on_main(folder.checked_files):
         run_stage("data", run_data, config, folder, world, False)
     world.log(f"[{name}]")
     begun = time.perf_counter()
     with on_terminate(partial(_stop, name)):  # training has its own while it steps
-        if name in READING and world.is_main:
-            check_unchanged(config.data_dir, config.vocab_size, folder.checked_files())
-        world.barrier()
+        if name in READING:
+            files = world.on_main(folder.checked_files)
+            world.on_each_host(lambda: check_unchanged(config.data_dir, config.vocab_size, files, not world.is_main))
         stage(config, folder, world, resume)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    peak = folder.summary().get(name, {}).get("peak_memory_bytes")
+    peak = folder.summary().get(name, {}).get("peak_memory_bytes") if world.is_main else None
     memory = f", peak memory {format_bytes(peak)}" if peak else ""
     world.log(f"[{name}] {format_duration(time.perf_counter() - begun)}{memory}")
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from pgolf import __version__
 from pgolf.config import ConfigError, RunConfig
 
+PULSE_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
 
 
@@ -55,6 +57,39 @@ def on_terminate(action: Callable[[signal.Signals], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Pulse:
+    """A thread in which a run's processes hear from each other every few seconds, whatever they are doing.
+
+    When one of them does not answer for ``timeout`` seconds, as it was stopped or its host is gone, the others end.
+    Waiting for a process that works may take as long as it will.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timedelta(seconds=timeout)
+        self.group = dist.new_group(backend="gloo", timeout=self.timeout)
+        self.finished = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Stop; every process must call it."""
+        self.finished.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        done = torch.zeros(())
+        try:
+            while not done:
+                self.finished.wait(PULSE_SECONDS)
+                done = torch.tensor(float(self.finished.is_set()))
+                dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
+                dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.group)
+        except RuntimeError as error:
+            self.finished.wait(PULSE_SECONDS)  # where a process has ended, the main thread may know more
+            print(f"pgolf: another process does not answer: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run. ``control`` is a CPU group for numbers that must not wait for the device."""
@@ -63,6 +98,8 @@ class World:
     size: int
     device: torch.device
     control: Any = None
+    local_rank: int = 0  # among the processes of this host
+    pulse: Pulse | None = None
 
     @property
     def is_main(self) -> bool:
@@ -97,6 +134,34 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Return rank 0's result of ``action`` on every rank, or raise there what it raises.
+
+        What ranks read from a run's folder comes to them this way: other hosts may not see the folder.
+        """
+        result, problem = None, None
+        try:
+            result = action() if self.is_main else None
+        except Exception as error:
+            problem = error
+        result, problem = self.share((result, problem))
+        if problem is not None:
+            raise problem
+        return result
+
+    def on_each_host(self, action: Callable[[], object]) -> None:
+        """Call ``action`` in one process of each host. Raises on every rank what it raises on any."""
+        problem, found = None, [None] * self.size
+        try:
+            if self.local_rank == 0:
+                action()
+        except Exception as error:
+            found[0] = problem = error
+        if self.size > 1:
+            dist.all_gather_object(found, problem, group=self.control)
+        for problem in filter(None, found):
+            raise problem
+
     def barrier(self) -> None:
         """Wait for all ranks, on the CPU group."""
         if self.size > 1:
@@ -113,10 +178,9 @@ def start_world(config: RunConfig) -> World:
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     size = _from_torchrun("WORLD_SIZE", 1, 1, 1 << 20)
     rank = _from_torchrun("RANK", 0, 0, size - 1)
-    device = torch.device("cpu")
-    if on_cuda:
-        device = torch.device("cuda", _from_torchrun("LOCAL_RANK", 0, 0, torch.cuda.device_count() - 1))
-    control = None
+    local_rank = _from_torchrun("LOCAL_RANK", 0, 0, torch.cuda.device_count() - 1 if on_cuda else size - 1)
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    control = pulse = None
     if on_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -127,8 +191,9 @@ def start_world(config: RunConfig) -> World:
             except (ValueError, RuntimeError) as error:  # also of its own kinds
                 raise ConfigError(f"WORLD_SIZE is {size}, but the processes do not find each other: {error}") from error
         control = dist.new_group(backend="gloo")
+        pulse = Pulse(config.dist_timeout_seconds)
     seed_everything(config.seed)
-    return World(rank, size, device, control)
+    return World(rank, size, device, control, local_rank, pulse)
 
 
 def _from_torchrun(name: str, absent: int, low: int, high: int) -> int:
@@ -143,6 +208,8 @@ def stop_world(world: World) -> None:
     """Leave the process group."""
     if world.size > 1 and dist.is_initialized():
         world.barrier()
+        if world.pulse:
+            world.pulse.stop()
         dist.destroy_process_group()
 
 

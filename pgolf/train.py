@@ -69,7 +69,7 @@ def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = Fal
     validation = validation_data(config)
     state = start(config, world)
     trainer = _Trainer(config, folder, world, state, validation)
-    if resume and folder.checkpoint.exists():
+    if world.share(resume and folder.checkpoint.exists()):
         load_checkpoint(folder.checkpoint, state, config, world)
         world.log(f"going on from step {state.step}")
     if world.is_main:

@@ -407,7 +407,7 @@ class TestVariants:
         config = RunConfig.preset("demo").replace(data_dir=str(tmp_path))
         tokens = torch.tensor([1, 5, 6, 1, 7, 8, 9])
         monkeypatch.setattr(ttt_variants.RunFolder, "config", lambda self: config)
-        monkeypatch.setattr(ttt_variants, "load_artifact", lambda config, folder, device: {})
+        monkeypatch.setattr(ttt_variants, "load_artifact", lambda config, folder, world: {})
         table = ByteTable([1] * 10, [False] * 10, [False] * 10)
         monkeypatch.setattr(ttt_variants, "validation_data", lambda config: (tokens, table))
 

@@ -70,8 +70,9 @@ config, folder = RunConfig.preset("demo").replace(embed_fp32_master=False, devic
 tensors = unbank(GPT(config).state_dict(), config.num_layers)
 hessians = {hessian_group(name): torch.eye(t.size(1)) for name, t in tensors.items() if t.ndim == 2}
 artifact.save(folder.artifact(config), quantize_model(tensors, hessians, config, torch.device("cpu")), "lzma")
-given = load_artifact(config, folder, torch.device("cpu"))
-model = build_model(config, start_world(config), {name: value.float() for name, value in given.items()})
+world = start_world(config)
+given = load_artifact(config, folder, world)
+model = build_model(config, world, {name: value.float() for name, value in given.items()})
 assert all(map(torch.equal, model.state_dict().values(), given.values()))
 assert {name: value.dtype for name, value in model.state_dict().items()} == {n: v.dtype for n, v in given.items()}
 assert not {p.data_ptr() for p in model.parameters()} & {value.data_ptr() for value in given.values()}

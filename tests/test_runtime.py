@@ -1,0 +1,101 @@
+"""The processes of a run: what one raises all raise, and none waits for one that is no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.config import RunConfig
+from pgolf.files import FileError
+from pgolf.runtime import World, start_world, stop_world
+from tests.processes import run_processes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def refuse(what: str) -> None:
+    raise FileError(f"{what} is damaged")
+
+
+def _outcomes(rank: int, size: int) -> list:
+    world = start_world(RunConfig(device="cpu"))
+    asked: list[int] = []
+    found = [world.on_main(lambda: asked.append(rank) or {"a": torch.arange(3)})["a"].tolist(), asked]
+    for call in (
+        lambda: world.on_main(lambda: refuse(f"ema.pt of rank {rank}")),
+        lambda: world.on_each_host(lambda: refuse(f"shard of rank {rank}")),
+    ):
+        try:
+            call()
+        except FileError as error:
+            found.append(str(error))
+    host = World(rank, size, world.device, world.control, local_rank=1 - rank)  # the second rank's
+    try:
+        host.on_each_host(lambda: refuse(f"shard of rank {rank}"))
+    except FileError as error:
+        found.append(str(error))
+    world.pulse.stop()
+    return found
+
+
+def test_what_rank_0_reads_or_raises_all_have(tmp_path: Path) -> None:
+    errors = ["ema.pt of rank 0 is damaged", "shard of rank 0 is damaged", "shard of rank 1 is damaged"]
+    assert run_processes(_outcomes, 2, tmp_path) == [[[0, 1, 2], [rank][rank:], *errors] for rank in (0, 1)]
+
+
+def test_one_process_needs_no_group() -> None:
+    world = World(0, 1, torch.device("cpu"))
+    assert world.on_main(lambda: 5) == 5
+    for call in (world.on_main, world.on_each_host):
+        with pytest.raises(FileError, match="x is damaged"):
+            call(lambda: refuse("x"))
+    stop_world(world)
+
+
+WAITS = """
+import os, signal, sys
+from pgolf import runtime
+from pgolf.config import RunConfig
+runtime.PULSE_SECONDS = 0.1
+world = runtime.start_world(RunConfig(device="cpu", dist_timeout_seconds=1))
+if sys.argv[1] == "finish":
+    runtime.stop_world(world)
+elif world.is_main:
+    world.barrier()
+else:
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.parametrize("what", ["finish", "stop"])
+def test_a_process_that_does_not_answer_ends_the_others(what: str) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, what],
+            cwd=ROOT,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    try:
+        shown = first.communicate(timeout=120)[1]
+        if what == "stop":
+            assert first.returncode == 2 and "pgolf: another process does not answer: " in shown
+            assert "Traceback" not in shown
+        else:
+            assert (first.returncode, second.wait(timeout=120)) == (0, 0), shown
+    finally:
+        second.send_signal(signal.SIGKILL)
+        second.communicate()
