@@ -410,7 +410,7 @@ def test_errors_of_cached_tokens() -> None:
         ("cache.cu_seqlens must be int32", dict(cu_seqlens=p.cu[1:])),
         ("cache.cu_seqlens must go from 0 to the number of tokens, 13, got 0 to 26", dict(cu_seqlens=p.cu * 2)),
         ("cache.cu_seqlens must ascend", dict(cu_seqlens=p.cu[[0, 3, 2, 1, 4]])),
-        ("cache.cu_seqlens must give every segment a place", dict(cu_seqlens=p.cu[[0, 1, 2, 2, 4]])),
+        ("cache.cu_seqlens must give every segment a place", dict(cu_seqlens=p.cu[[0, 1, 2, 2, 4]], max_seqlen=13)),
         ("cache.max_seqlen must be at least the longest segment, 8, got 7", dict(max_seqlen=7)),
         (r"cache.sources must be in \[0, 20\), got 8 to 20", dict(sources=every + 8)),
         (r"cache.places must be in \[0, 13\), got -1 to 11", dict(places=every - 1)),

@@ -243,7 +243,7 @@ def test_segments_that_are_wrong_where_nobody_reads_them(monkeypatch, device, bo
     right = torch.tensor(right, device=device)
     formula = lambda *x: torch.where(inside[:, None, None], by_segments(*x, right), 0)  # noqa: E731
     for a, b in zip(got, gradients(formula, [x.double() for x in leaves], do.double()), strict=True):
-        assert (a - b).abs().max() < 1e-5 and not a[~inside].any()
+        assert (a - b).abs().max() < 5e-5 and not a[~inside].any()
     torch._dynamo.reset()
     whole = torch.compile(lambda *x: varlen_attention(*x, cu_seqlens, tokens), fullgraph=True, backend="aot_eager")
     for a, b in zip(got, gradients(whole, leaves, do), strict=True):
