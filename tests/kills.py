@@ -145,7 +145,7 @@ class Kills:
     def __init__(self, root: Path, seed: int = 0) -> None:
         self.root, self.seed, self.kills, self.runs = root, seed, 0, 0
         documents = [document[:500] for document in embedded_documents()[:50]]
-        sources = dict(list(squeeze.package_sources().items())[:1])
+        sources = {"pgolf/__init__.py": ""}
         dataset.embedded_documents, squeeze.package_sources = lambda: documents, lambda: sources
         report_plots.draw_plots = lambda *_: {}
         squeeze.packed_package()  # kept for the processes that are forked
