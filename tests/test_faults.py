@@ -75,6 +75,31 @@ def test_one_nan_in_a_gradient_stops_the_run_and_the_last_checkpoint_stays(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_nan_stops_a_run_of_graphs_on_cuda(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is a step behind; the checkpoint that was written before the NaN was known is of the step before it."""
+    sizes = dict(model_dim=64, rope_dims=8, warmup_steps=1, iterations=12, ema_decay=0.9)
+    config = config.replace(device="cuda", cuda_graphs="on", checkpoint_minutes=1e-9, **sizes)
+    poisoned = []
+
+    def poison(self, *arguments, step=pgolf.train._Trainer._scheduled_step):
+        if self.state.step == 4:
+            poisoned.append(self.gradient)
+            with torch.no_grad():
+                self.state.model.skip_weights[0, 5] = float("nan")
+        step(self, *arguments)
+
+    monkeypatch.setattr(pgolf.train._Trainer, "_scheduled_step", poison)
+    with pytest.raises(DivergedError, match="step 5 has the loss nan and the gradient norm nan"):
+        trained(config, tmp_path, world=start_world(config))
+    folder = RunFolder(tmp_path)
+    assert [entry["step"] for entry in strict_lines(tmp_path)] == [1, 2, 3, 4]
+    assert load_tensors(folder.checkpoint)["step"] == 4 and not folder.ema.exists()
+    assert len(poisoned) == 1
+
+
 def test_going_on_from_that_checkpoint_gives_the_same_bytes(
     uninterrupted, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -263,6 +263,8 @@ def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
     monkeypatch, device, bounds: list[int], first_queries: bool
 ) -> None:
     """As if what is outside were segments of their own, whose y and gradients are zero."""
+    if device.type == "cpu" and not INTERPRETED:
+        pytest.skip("the reference of PyTorch's attention takes right segments only")
     monkeypatch.setattr(family, "readable", lambda *_: False)
     monkeypatch.setattr(sublayer, "readable", lambda *_: False)
     cu_seqlens, right, inside = wrong_segments(bounds, device)
