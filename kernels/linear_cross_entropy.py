@@ -1,15 +1,17 @@
-"""Cross-entropy of a softcapped linear head, without logits in fp32: loss and gradients from the hidden states.
+"""Cross-entropy of a softcapped linear head: loss and gradients from the hidden states.
 
     z = h tableᵀ + update,   logits = cap tanh(z / cap),   loss_t = log Σ_v exp(logits_tv) - logits_t,target
 
 in nats; `linear_cross_entropy` returns the mean or the sum over tokens, or every token's. ``update`` is what adapters
 of the head add to z; without it the term is left out.
 
-The products are cuBLAS's, and z is in the dtype of h; an update is added to the rounded product and rounded again. One
-kernel reads a row of z once and holds it in registers: with r = 1 / (1 + exp(2 z / cap)) a logit is cap - 2 cap r,
-never above cap, so that the softmax needs no maximum (for a cap up to 40: Σ exp(logits - cap) cannot vanish), and
-1 - tanh² is 4 (r - r²). Above 40, where r's rounding times 2 cap would show, r is r - 1/2 = -tanh / 2, near 0 by a
-series. It writes the loss, and over z its gradient
+The products are cuBLAS's. For a mean or a sum, z is in the dtype of h; an update is added to the rounded product and
+rounded again. Every token's loss is a score, and its z is fp32: errors of logits raise a loss by half of their
+variance, which is some 2e-4 nats in bfloat16. One kernel reads a row of z once and holds it in registers: with r = 1 /
+(1 + exp(2 z / cap)) a logit is cap - 2 cap r, never above cap, so that the softmax needs no maximum (for a cap up to
+40: Σ exp(logits - cap) cannot vanish), and 1 - tanh² is 4 (r - r²). Above 40, where r's rounding times 2 cap would
+show, r is r - 1/2 = -tanh / 2, near 0 by a series. It writes the loss, and its gradient over z or, where z is a
+score's, in the dtype of h,
 
     dz = (softmax - onehot) (1 - tanh²),   dh = dz table,   dtable = dzᵀ h.
 
@@ -52,8 +54,11 @@ def linear_cross_entropy_reference(
     update: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch; the contract of `linear_cross_entropy`, whose arguments it shares (all tokens are one chunk)."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    if reduction == "none":
+        h, table = h.to(wide), table.to(wide)
     z = F.linear(h, table) if update is None else F.linear(h, table) + update
-    z = z.to(torch.promote_types(z.dtype, torch.float32)).reshape(-1, table.size(0))
+    z = z.to(wide).reshape(-1, table.size(0))
     logits = softcap * torch.tanh(z / softcap)
     flat = targets.flatten().long()
     unknown = (flat < 0) | (flat >= table.size(0))
@@ -86,10 +91,13 @@ def _slope(r, CENTRED: tl.constexpr):
 
 @jit
 def _softcap_cross_entropy_kernel(
-    z, targets, losses, stride, cap, scale, slope, V: tl.constexpr, BLOCK: tl.constexpr, SHIFTED: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    z, gradient, targets, losses, stride, gradient_stride, cap, scale, slope, V: tl.constexpr, BLOCK: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Losses of rows of z, which with GRADIENT become dz. scale and slope are 2 / cap and -2 cap, times log2(e)."""
+    """Losses of rows of z, and dz into ``gradient``, which may be z.
+
+    ``scale`` and ``slope`` are 2 / cap and -2 cap, times log2(e).
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
     columns = tl.arange(0, BLOCK)
@@ -120,34 +128,35 @@ def _softcap_cross_entropy_kernel(
         total = tl.sum(sums)
     loss = tl.log(total) + 2 * cap * (r_target - least)
     tl.store(losses + row, tl.where(known, loss, float("nan")))
-    if GRADIENT:
+    if gradient is not None:
+        gradient += row * gradient_stride
         share = tl.where(known, 4 / total, 0)
         if V <= BLOCK:
             dz = weight * _slope(r, SHIFTED) * share
-            tl.store(z + columns, dz.to(z.dtype.element_ty), mask=inside)
+            tl.store(gradient + columns, dz.to(gradient.dtype.element_ty), mask=inside)
         else:
             for start in range(0, V, BLOCK):
                 inside = (start + columns < V) | (V % BLOCK == 0)
                 r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale, SHIFTED)
                 dz = tl.exp2((r - least) * slope) * _slope(r, SHIFTED) * share
-                tl.store(z + start + columns, dz.to(z.dtype.element_ty), mask=inside)
+                tl.store(gradient + start + columns, dz.to(gradient.dtype.element_ty), mask=inside)
         # The target's element once more: a comparison in every element costs as much as the exponentials.
         dz = (tl.exp2((r_target - least) * slope) / total - 1) * 4 * _slope(r_target, SHIFTED)
         tl.debug_barrier()
-        tl.store(z + target, dz.to(z.dtype.element_ty), mask=known)
+        tl.store(gradient + target, dz.to(gradient.dtype.element_ty), mask=known)
 
 
-def _launch(z, targets, losses, softcap: float, vocabulary: int, gradient: bool) -> None:
-    """Losses of the rows of z [T, >= V], and the gradient in its place."""
-    case = "blocks" if vocabulary > ROW_ELEMENTS else "gradient" if gradient else "loss"
+def _launch(z, targets, losses, softcap: float, vocabulary: int, gradient: Tensor | None) -> None:
+    """Losses of the rows of z [T, >= V], and dz into ``gradient`` [T, >= V], which may be z; None: no gradient."""
+    case = "blocks" if vocabulary > ROW_ELEMENTS else "loss" if gradient is None else "gradient"
     tuned = launch_parameters("linear_cross_entropy", case, z.device)
     block = tuned["block"] if case == "blocks" else 1 << (vocabulary - 1).bit_length()
     warps = min(32, max(1, block // tuned["columns_per_warp"]))
     with torch.cuda.device_of(z):  # Triton launches on the current device
         _softcap_cross_entropy_kernel[(z.size(0),)](
-            z, targets, losses, z.stride(0), softcap, 2 * math.log2(math.e) / softcap,
-            -2 * math.log2(math.e) * softcap, V=vocabulary, BLOCK=block, SHIFTED=softcap > LARGEST_FIXED_CAP,
-            GRADIENT=gradient, num_warps=warps,
+            z, gradient, targets, losses, z.stride(0), 0 if gradient is None else gradient.stride(0), softcap,
+            2 * math.log2(math.e) / softcap, -2 * math.log2(math.e) * softcap, V=vocabulary, BLOCK=block,
+            SHIFTED=softcap > LARGEST_FIXED_CAP, num_warps=warps,
         )  # fmt: skip
 
 
@@ -164,10 +173,13 @@ def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=dtype))
 
 
-def _logits(h: Tensor, table: Tensor, update: Tensor | None, memory: Tensor) -> Tensor:
-    """h tableᵀ + update in the first rows of ``memory``, whose own rows are longer where that aligns them."""
-    z = memory[: h.size(0)]
-    torch.mm(h, table.t(), out=z[:, : table.size(0)])
+def _logits(h: Tensor, table: Tensor, update: Tensor | None, memory: Tensor | None) -> Tensor:
+    """h tableᵀ + update in the first rows of ``memory``, whose own rows are longer where that aligns them; or fp32."""
+    if memory is None:
+        z = _wide_product(h, table.t())
+    else:
+        z = memory[: h.size(0)]
+        torch.mm(h, table.t(), out=z[:, : table.size(0)])
     if update is not None:
         z[:, : table.size(0)] += update
     return z
@@ -194,6 +206,10 @@ def _shapes(h, table, chunk: int, reduction: str, need_h: bool, need_table: bool
     return loss, h.shape if need_h else (0,), table.shape if need_table else (0,)
 
 
+def _rows_at_a_time(vocabulary: int, element_bytes: int) -> int:
+    return max(1, CHUNK_BYTES // (vocabulary * element_bytes))
+
+
 def _row_length(vocabulary: int) -> int:
     return -(-vocabulary // 64) * 64 if vocabulary % 8 else vocabulary
 
@@ -206,15 +222,20 @@ def _forward(
     count, vocabulary, divisor = h.size(0), table.size(0), _divisor(reduction, h.size(0))
     losses = h.new_empty(count, dtype=torch.float32)
     _, first, second = _shapes(h, table, chunk, reduction, need_h, need_table, need_update)
-    whole, wanted = chunk >= count, need_h or need_table or need_update
+    whole, wanted, scores = chunk >= count, need_h or need_table or need_update, reduction == "none"
     first = h.new_empty(first)
     second = torch.zeros(second, dtype=torch.float32, device=h.device)
-    memory = first if whole and wanted else h.new_empty(min(chunk, count), _row_length(vocabulary))
-    memory[:, vocabulary:].zero_()  # results that are never written would differ from call to call
-    for start in range(0, count, chunk):
-        part = slice(start, start + chunk)
-        z = _logits(h[part], table, None if update is None else update[part], memory)
-        _launch(z, targets[part], losses[part], softcap, vocabulary, wanted)
+    memory = first if whole and wanted else None
+    if not scores and memory is None:
+        memory = h.new_empty(min(chunk, count), _row_length(vocabulary))
+    if memory is not None:
+        memory[:, vocabulary:].zero_()  # results that are never written would differ from call to call
+    rows = min(chunk, _rows_at_a_time(vocabulary, 4)) if scores else chunk
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        z = _logits(h[part], table, None if update is None else update[part], None if scores else memory)
+        gradient = None if not wanted else first[part] if scores else z
+        _launch(z, targets[part], losses[part], softcap, vocabulary, gradient)
         if wanted and not whole:
             if need_h:
                 _dz_times(z, table, divisor, first[part])
@@ -310,7 +331,7 @@ def _linear_cross_entropy_triton(h, table, targets, softcap, reduction, chunk_to
     if any(needed) and (not several or (chunk_tokens is None and count * row <= ONE_CHUNK_BYTES)):
         chunk_tokens = max(count, 1)
     elif chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // row)
+        chunk_tokens = _rows_at_a_time(table.size(0), 4 if reduction == "none" else h.element_size())
     loss, *_ = _forward_op(flat, table, targets.reshape(-1), changes, softcap, chunk_tokens, reduction, *needed)
     return loss.view(targets.shape) if reduction == "none" else loss
 
@@ -331,11 +352,11 @@ def linear_cross_entropy(
     """Mean over tokens of the cross-entropy in nats of the logits softcap * tanh((h tableᵀ + update) / softcap).
 
     Differentiable once in h, table and update, which are bfloat16, float16, float32 or float64 all. Kernels compute in
-    fp32 from logits z in h's dtype; float64 is left to the reference. ``softcap`` is from 1e-6 to 1e30; above 40
-    kernels compute a few sums more for each logit. ``reduction="sum"`` gives the sum over tokens,
-    ``"none"`` every token's loss. ``update`` [..., V] is added to h tableᵀ. ``chunk_tokens``: tokens whose logits are
-    in memory at a time; by default all where a gradient is wanted and they take at most 2 GiB, else what takes 512
-    MiB. With ``"none"`` or an update, one chunk has all tokens where a gradient is wanted.
+    fp32, from logits z in h's dtype, with ``"none"`` in fp32; float64 is left to the reference. ``softcap`` is from
+    1e-6 to 1e30; above 40 kernels compute a few sums more for each logit. ``reduction="sum"`` gives the sum over
+    tokens, ``"none"`` every token's loss. ``update`` [..., V] is added to h tableᵀ. ``chunk_tokens``: tokens whose
+    logits are in memory at a time; by default all where a gradient is wanted and they take at most 2 GiB, else what
+    takes 512 MiB. With ``"none"`` or an update, one chunk has all tokens where a gradient is wanted.
 
     Returns float32 (float64 for float64), a scalar or with ``reduction="none"`` the targets' shape. Raises ValueError
     for a wrong shape, device, softcap, reduction or chunk and for targets outside [0, V), TypeError for a wrong dtype.

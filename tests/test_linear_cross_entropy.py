@@ -113,6 +113,33 @@ def test_precision_with_an_update(device, softcap: float, vocabulary: int, dtype
         assert torch.allclose(losses, plain, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("way", ["graded", "scored"])
+def test_every_token_s_loss_is_of_logits_in_float32(device, way: str) -> None:
+    """Rounded to bfloat16 they would be off by a sixteenth."""
+    h, table, targets = inputs(device, (200,), 64, 512, torch.bfloat16, size=1.0)
+    h.requires_grad_(way == "graded")
+    losses = linear_cross_entropy(h, table, targets, 30.0, "none").detach()
+    exact = linear_cross_entropy_reference(h.detach().double(), table.double(), targets, 30.0, "none")
+    assert (losses - exact).abs().max() < 1e-4
+    rounded = linear_cross_entropy_reference(h.detach(), table, targets, 30.0, "mean")
+    assert (rounded - exact.mean()).abs() > (losses.mean() - exact.mean()).abs()
+
+
+@needs_kernels
+def test_scores_in_pieces(monkeypatch) -> None:
+    """A score's logits are in memory a piece at a time, also where a gradient is wanted."""
+    h, table, targets = inputs(DEVICE, (20,), 16, 64, torch.bfloat16)
+    weights = torch.rand(20, device=DEVICE)
+    call = lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0, "none")  # noqa: E731
+    whole = results(call, h, table, weights)
+    monkeypatch.setattr(family, "CHUNK_BYTES", 6 * 64 * 4)
+    pieces, launch = [], family._launch
+    monkeypatch.setattr(family, "_launch", lambda z, *rest: (pieces.append((len(z), z.dtype)), launch(z, *rest)))
+    parts = results(call, h, table, weights)
+    assert pieces == [(n, torch.float32) for n in (6, 6, 6, 2)]
+    assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-5) for a, b in zip(whole, parts, strict=True))
+
+
 def test_tokens_without_weight_have_no_gradient(device) -> None:
     h, table, targets = inputs(device, (6,))
     weights = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 2.0], device=device)
@@ -275,7 +302,7 @@ def test_a_target_outside_the_table(device, wild: int, way: str) -> None:
 def test_padding_of_rows_is_left_alone() -> None:
     z, targets = torch.randn(3, 64, device=DEVICE), torch.zeros(3, device=DEVICE, dtype=torch.int64)
     before, losses = z.clone(), torch.empty(3, device=DEVICE)
-    family._launch(z, targets, losses, 30.0, 41, True)
+    family._launch(z, targets, losses, 30.0, 41, z)
     assert torch.equal(z[:, 41:], before[:, 41:]) and not torch.equal(z[:, :41], before[:, :41])
 
 
@@ -290,7 +317,7 @@ def test_offsets_beyond_32_bits() -> None:
     z, losses = memory.as_strided((2, 32), (stride, 1)), torch.empty(2, device=DEVICE)
     z.copy_(torch.randn(2, 32))
     targets, logits = torch.tensor([3, 5], device=DEVICE), 30 * torch.tanh(z.double() / 30)
-    family._launch(z, targets, losses, 30.0, 32, True)
+    family._launch(z, targets, losses, 30.0, 32, z)
     assert torch.allclose(losses, torch.nn.functional.cross_entropy(logits, targets, reduction="none").float())
     dz = (logits.softmax(-1) - torch.eye(32, device=DEVICE)[targets]) * (1 - (logits / 30) ** 2)
     assert torch.allclose(z.double(), dz, atol=1e-3)
