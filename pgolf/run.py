@@ -22,6 +22,7 @@ from pgolf.config import RunConfig
 from pgolf.export import export_program
 from pgolf.files import FileError, remove_leftovers, write_aside
 from pgolf.folder import RunFolder
+from pgolf.kernels._launch import compiling_ahead, set_backend
 from pgolf.loader import calibration_batches
 from pgolf.manifest import check_dataset, check_unchanged
 from pgolf.model import GPT, rebank, unbank
@@ -203,11 +204,15 @@ def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool)
 
 def load_artifact(config: RunConfig, folder: RunFolder, world: World) -> dict[str, torch.Tensor]:
     """The artifact's weights by state-dict name: rank 0 reads them, and every rank dequantises them on its device."""
+    set_backend(config.kernels)
     with torch.device("meta"):
         weights = GPT(config).state_dict()
     # Not empty_like: of a meta tensor it loads sympy, which takes seconds.
     template = {name: torch.empty(like.shape, dtype=like.dtype, device=world.device) for name, like in weights.items()}
     quantized = world.on_main(lambda: artifact.load(folder.need(folder.artifact(config), "quantize")))
+    if world.device.type == "cuda":
+        with compiling_ahead():
+            dequantize_model(quantized, unbank(template, config.num_layers))
     return rebank(dequantize_model(quantized, unbank(template, config.num_layers)), template)
 
 
