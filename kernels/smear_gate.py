@@ -264,7 +264,7 @@ def _table_gradient_kernel(
         y = current + gate * previous
         scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
         dy -= (scale * scale * tl.sum(dy * y) / D) * y
-        s += tl.where(gated, scale * tl.sum(dy * previous), 0)
+        s += scale * tl.sum(tl.where(gated, dy * previous, 0))
         total += scale * dy
         gate = _pick(next_gates, chosen)
         z = following + gate * current
