@@ -24,7 +24,7 @@ TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 help:
 	@echo "make demo    install into $(VENV), then the whole pipeline on a small model (about 4 minutes on 2 cores)"
 	@echo "make test    install, then the whole test suite"
-	@echo "make fuzz    install, then COUNT damaged artifacts and a tenth of that of every other file (about 7 minutes)"
+	@echo "make fuzz    install, then COUNT damaged artifacts and a tenth of that of every other file (8 to 17 minutes on 2 cores)"
 	@echo "make kills   install, then runs that are killed at every write and at moments, and go on (about 20 minutes)"
 	@echo "make lint    install, then ruff check and ruff format --check"
 	@echo "make clean   remove $(VENV), caches and build products; runs/ and data/ stay"

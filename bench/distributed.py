@@ -243,7 +243,7 @@ def kill_one(proof: Proof, stage: str, options: list[str | Path]) -> dict[str, A
                     raise PartFailed(f"{stage} ended before a process could be killed: {_last_line(output)}")
                 time.sleep(0.1)
             time.sleep(SECONDS_UNDER_WAY)
-            chosen = _process_of_rank(process.pid, proof.processes - 1)
+            chosen = process_of_rank(process.pid, proof.processes - 1)
             if chosen is None:
                 raise PartSkipped(f"{stage} ended before a process could be killed")
             os.kill(chosen, signal.SIGKILL)
@@ -270,8 +270,8 @@ def _last_line(output: Any) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def _process_of_rank(launcher: int, rank: int) -> int | None:
-    """The process that torchrun, itself a process, started for a rank; None where it has ended."""
+def process_of_rank(launcher: int, rank: int) -> int | None:
+    """Return the process that torchrun, itself a process, started for a rank; None where it has ended."""
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])

@@ -155,6 +155,8 @@ class RunFolder:
                     entries.append(entry)
             except (ValueError, KeyError, TypeError) as error:
                 if number < len(lines) or line.endswith(b"\n"):
-                    raise RunFolderError(f"{self.metrics}, line {number}, is damaged: {line[:80]!r}") from error
+                    raise RunFolderError(
+                        f"{self.metrics}, line {number}, is damaged: {line[:80]!r}; mend or delete it"
+                    ) from error
         write_aside(self.metrics, "".join(json.dumps(entry) + "\n" for entry in entries))
         return entries

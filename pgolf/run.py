@@ -211,7 +211,7 @@ def load_artifact(config: RunConfig, folder: RunFolder, world: World) -> dict[st
     template = {name: torch.empty(like.shape, dtype=like.dtype, device=world.device) for name, like in weights.items()}
     quantized = world.on_main(lambda: artifact.load(folder.need(folder.artifact(config), "quantize")))
     if world.device.type == "cuda":
-        with compiling_ahead():
+        with compiling_ahead():  # one kernel after the other they would take seconds
             dequantize_model(quantized, unbank(template, config.num_layers))
     return rebank(dequantize_model(quantized, unbank(template, config.num_layers)), template)
 

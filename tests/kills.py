@@ -125,7 +125,7 @@ def results(folder: Path) -> dict[str, Any]:
         elif path.name == "report.html":  # shows times
             found[name] = True
         elif path.name == "train_state.pt":  # has the seconds of the clock
-            found[name] = {key: value for key, value in torch.load(path)["loader"].items()}
+            found[name] = {key: value for key, value in torch.load(path, weights_only=True)["loader"].items()}
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

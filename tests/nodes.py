@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.distributed import process_of_rank
 from pgolf.corpus import embedded_documents
 from pgolf.dataset import build_dataset
 from pgolf.folder import RunFolder
@@ -87,20 +88,6 @@ def equal(root: Path, data: Path) -> bool:
     return same and far["loss"] < 1e-4
 
 
-def _workers(launcher: int) -> dict[int, int]:
-    """Process ids of a torchrun's processes by their rank."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                variables = (entry / "environ").read_bytes().split(b"\0") if parent == launcher else []
-            except OSError:
-                continue
-            found |= {int(text[5:]): int(entry.name) for text in variables if text.startswith(b"RANK=")}
-    return found
-
-
 def lose(root: Path, data: Path, number: signal.Signals, rank: int, stage: str) -> bool:
     """Send a signal to one of two processes in a stage; whether all end, with a message."""
     folder = root / f"{number.name}-{rank}-{stage}"
@@ -109,7 +96,7 @@ def lose(root: Path, data: Path, number: signal.Signals, rank: int, stage: str) 
     while launcher.poll() is None and f"[{stage}]" not in log.read_text():
         time.sleep(0.02)
     time.sleep(1.0 if stage == "train" else 0)
-    workers = _workers(launcher.pid)
+    workers = [process_of_rank(launcher.pid, of) for of in range(2)]
     os.kill(workers[rank], number)
     begun = time.monotonic()
     other = Path("/proc") / str(workers[1 - rank])
