@@ -9,7 +9,8 @@ The parts run one after another, each in processes of its own, one a GPU:
 - ``scores``: that run's artifact scored with test-time training on one GPU and on all: token losses, and how evenly
   the work is dealt.
 - ``nodes``: the steps of ``steps`` on two nodes of torchrun, each with half of the GPUs.
-- ``stopped``: a process killed in each stage: seconds until the others end, and what they say.
+- ``stopped``: a process killed, and one halted (SIGSTOP), in each stage: seconds until the others end, and what they
+  say.
 
 ``bench/results/<chip>_x<GPUs>_distributed.json`` is written whenever a part begins or ends (see `bench.prove`).
 """
@@ -47,7 +48,9 @@ SCORE_TOLERANCE = 1e-4  # nats, the mean over targets: kernels' sums change from
 RECORD = RunConfig.preset("record")
 STOPPED_STAGES = ("train", "quantize", "eval", "ttt")
 SECONDS_UNDER_WAY = 1.0  # of a stage, until a process is killed
-SECONDS_UNTIL_ENDED = 60.0
+SECONDS_UNTIL_ENDED = 90.0  # torchrun gives a halted process 30 s to end
+SIGNALS = {"killed": signal.SIGKILL, "halted": signal.SIGSTOP}
+SECONDS_OF_SILENCE = 10  # `dist_timeout_seconds`: a halted process is noticed only by it
 
 
 def prove_steps(proof: Proof, figures: dict[str, Any]) -> None:
@@ -209,27 +212,31 @@ def prove_nodes(proof: Proof, figures: dict[str, Any]) -> None:
 
 
 def prove_stopped(proof: Proof, figures: dict[str, Any]) -> None:
-    """Kill one process in every stage, and measure how long the others go on."""
+    """Kill or halt one process in every stage, and measure how long the others go on."""
     whole, folder = _whole_run(proof), RunFolder(proof.run_dir / "stopped")
     for stage in STOPPED_STAGES:
-        shutil.rmtree(folder.path, ignore_errors=True)
-        options: list[str | Path] = [stage, "--run-dir", folder.path]
-        if stage == "train":
-            options = _training(proof, folder.path, iterations=1000)
-        else:
-            folder.path.mkdir()
-            for path in (whole.config_file, whole.summary_file, whole.ema, whole.artifact(whole.config())):
-                shutil.copy(path, folder.path)
-        try:
-            figures[stage] = kill_one(proof, stage, options)
-        except PartSkipped as reason:  # a small model's evaluation takes no second
-            figures[stage] = {"skipped": str(reason)}
-        if figures[stage].get("seconds", 0.0) is None:
-            raise PartFailed(f"{stage}: the others still ran {SECONDS_UNTIL_ENDED:g} s after")
+        figures[stage] = {}
+        for name, number in SIGNALS.items():
+            shutil.rmtree(folder.path, ignore_errors=True)
+            options: list[str | Path] = [stage, "--run-dir", folder.path]
+            options += ["--set", f"dist_timeout_seconds={SECONDS_OF_SILENCE}"]
+            if stage == "train":
+                options = _training(proof, folder.path, iterations=1000, dist_timeout_seconds=SECONDS_OF_SILENCE)
+            else:
+                folder.path.mkdir()
+                for path in (whole.config_file, whole.summary_file, whole.ema, whole.artifact(whole.config())):
+                    shutil.copy(path, folder.path)
+            try:
+                found = figures[stage][name] = stop_one(proof, stage, options, number)
+            except PartSkipped as reason:  # a small model's evaluation takes no second
+                figures[stage][name] = {"skipped": str(reason)}
+                continue
+            if found["seconds"] is None:
+                raise PartFailed(f"{stage}: the others still ran {SECONDS_UNTIL_ENDED:g} s after one was {name}")
 
 
-def kill_one(proof: Proof, stage: str, options: list[str | Path]) -> dict[str, Any]:
-    """Start a stage, kill the last rank where it is under way, and return the seconds until all have ended."""
+def stop_one(proof: Proof, stage: str, options: list[str | Path], number: int) -> dict[str, Any]:
+    """Start a stage, send the last rank a signal where it is under way, and return the seconds until all ended."""
     command = [sys.executable, *prove.launched(proof.processes, "pgolf"), *map(str, options)]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -240,18 +247,18 @@ def kill_one(proof: Proof, stage: str, options: list[str | Path]) -> dict[str, A
             wanted = "tokens/s" if stage == "train" else f"[{stage}]"
             while not _said(output, wanted):
                 if process.poll() is not None or proof.deadline < time.monotonic():
-                    raise PartFailed(f"{stage} ended before a process could be killed: {_last_line(output)}")
+                    raise PartFailed(f"{stage} ended before a process could be stopped: {_last_line(output)}")
                 time.sleep(0.1)
             time.sleep(SECONDS_UNDER_WAY)
             chosen = process_of_rank(process.pid, proof.processes - 1)
             if chosen is None:
-                raise PartSkipped(f"{stage} ended before a process could be killed")
-            os.kill(chosen, signal.SIGKILL)
-            killed = time.monotonic()
+                raise PartSkipped(f"{stage} ended before a process could be stopped")
+            os.kill(chosen, number)
+            stopped = time.monotonic()
             seconds: float | None = None
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_UNTIL_ENDED)
-                seconds = time.monotonic() - killed
+                seconds = time.monotonic() - stopped
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -442,7 +442,7 @@ class TestDistributed:
         monkeypatch.setattr(prove, "launched", lambda processes, module: [str(script)])
         monkeypatch.setattr(distributed, "SECONDS_UNTIL_ENDED", 60.0 if ends else 0.5)
         monkeypatch.setattr(distributed, "SECONDS_UNDER_WAY", 0.1)
-        found = distributed.kill_one(proof, "eval", ["eval"])
+        found = distributed.stop_one(proof, "eval", ["eval"], signal.SIGKILL)
         assert (found["seconds"] is not None) == ends
         if ends:
             assert found["status"] == 1 and found["last_line"] == "rank 3 was killed"
