@@ -247,7 +247,7 @@ def stop_one(proof: Proof, stage: str, options: list[str | Path], number: int) -
             wanted = "tokens/s" if stage == "train" else f"[{stage}]"
             while not _said(output, wanted):
                 if process.poll() is not None or proof.deadline < time.monotonic():
-                    raise PartFailed(f"{stage} ended before a process could be stopped: {_last_line(output)}")
+                    raise PartFailed(f"{stage} ended before a process could be stopped: {_message(output)}")
                 time.sleep(0.1)
             time.sleep(SECONDS_UNDER_WAY)
             chosen = process_of_rank(process.pid, proof.processes - 1)
@@ -263,7 +263,7 @@ def stop_one(proof: Proof, stage: str, options: list[str | Path], number: int) -
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return {"seconds": seconds, "status": process.returncode, "last_line": _last_line(output)}
+        return {"seconds": seconds, "status": process.returncode, "message": _message(output)}
 
 
 def _said(output: Any, text: str) -> bool:
@@ -271,10 +271,12 @@ def _said(output: Any, text: str) -> bool:
     return text in output.read()
 
 
-def _last_line(output: Any) -> str:
+def _message(output: Any) -> str:
+    """pgolf's own last message, else the last line, which may be torchrun's."""
     output.seek(0)
     lines = [line.strip() for line in output.read().replace("\r", "\n").splitlines() if line.strip(" -=")]
-    return lines[-1][:300] if lines else ""
+    own = [line for line in lines if line.startswith("pgolf: ")]
+    return (own or lines or [""])[-1][:300]
 
 
 def process_of_rank(launcher: int, rank: int) -> int | None:

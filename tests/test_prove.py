@@ -436,7 +436,7 @@ class TestDistributed:
             f"start = [sys.executable, '-c', {wait!r}]\n"
             "ranks = [subprocess.Popen(start, env={**os.environ, 'RANK': str(rank)}) for rank in range(4)]\n"
             f"ranks[{3 if ends else 0}].wait()\n"
-            "print('rank 3 was killed')\n"
+            "print('pgolf: rank 3 was killed')\nprint('torchrun says more')\n"
             "sys.exit(1)\n"
         )
         monkeypatch.setattr(prove, "launched", lambda processes, module: [str(script)])
@@ -445,7 +445,7 @@ class TestDistributed:
         found = distributed.stop_one(proof, "eval", ["eval"], signal.SIGKILL)
         assert (found["seconds"] is not None) == ends
         if ends:
-            assert found["status"] == 1 and found["last_line"] == "rank 3 was killed"
+            assert found["status"] == 1 and found["message"] == "pgolf: rank 3 was killed"
 
     @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="would measure")
     def test_one_gpu_is_too_few(self, capsys: pytest.CaptureFixture) -> None:
