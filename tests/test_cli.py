@@ -81,6 +81,11 @@ def test_a_run_leaves_everything(finished: RunFolder) -> None:
     assert all(summary[stage]["seconds"] > 0 for stage in ("data", "train", "quantize", "eval", "ttt"))
 
 
+def scores(summary: dict[str, dict]) -> dict[str, float]:
+    scored = {name: summary["eval"][name]["bits_per_byte"] for name in ("before", "quantized", "sliding")}
+    return {**scored, "ttt": summary["ttt"]["bits_per_byte"]}
+
+
 def test_every_score_is_that_of_the_weights_it_is_named_after(finished: RunFolder) -> None:
     """Of the averaged weights, of what the artifact holds, by windows, and with test-time training: all with the loop.
 
@@ -104,8 +109,7 @@ def test_every_score_is_that_of_the_weights_it_is_named_after(finished: RunFolde
         "sliding": evaluate_sliding(model(kept), config, tokens, table)[1],
         "ttt": test_time_training(model(kept), config, tokens, table).bits_per_byte,
     }
-    scored = {**{name: summary["eval"][name]["bits_per_byte"] for name in ("before", "quantized", "sliding")},
-              "ttt": summary["ttt"]["bits_per_byte"]}  # fmt: skip
+    scored = scores(summary)
     assert scored == pytest.approx(found, abs=1e-9)
     assert all(after - before > 1e-7 for before, after in pairwise(sorted(scored.values()))), "two are one"
     without_loop = model(averaged)

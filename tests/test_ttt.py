@@ -16,7 +16,7 @@ import torch
 from pgolf import ttt
 from pgolf.bpb import ByteTable
 from pgolf.config import ConfigError, RunConfig
-from pgolf.evaluate import evaluate_packed, evaluate_sliding
+from pgolf.evaluate import evaluate_packed, evaluate_sliding, find_documents
 from pgolf.model import GPT
 from pgolf.ttt import TTTResult, engine, inputs, scoring
 from pgolf.ttt.adapters import ADAM_EPS, AdapterBank
@@ -125,6 +125,17 @@ def test_every_target_is_scored_once() -> None:
     assert result.bytes == int(table.count(tokens[:-1], tokens[1:]).sum())
     assert sum(row["tokens"] for row in result.by_length) == result.tokens
     assert sum(row["documents"] for row in result.by_length) == 22
+    starts, lengths = find_documents(tokens)
+    byte_counts = table.count(tokens[:-1], tokens[1:])
+    for row in result.by_length:
+        mine = [slice(start, start + length - 1) for start, length in zip(starts, lengths, strict=True)
+                if row["low"] <= length - 1 < row["high"]]  # fmt: skip
+        nats = sum(float(result.token_nats[part].double().sum()) for part in mine)
+        count = sum(int(byte_counts[part].sum()) for part in mine)
+        assert (
+            row["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-9)
+            and len(mine) == row["documents"]
+        )
     assert all(row["low"] * row["documents"] <= row["tokens"] < row["high"] * row["documents"]
                for row in result.by_length)  # fmt: skip
     assert [phase["documents_trained"] for phase in result.phases] == [3, 6, 0]
