@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf import artifact, run
+from pgolf import artifact, run, ttt
 from pgolf.cli import main
 from pgolf.corpus import embedded_documents
 from pgolf.evaluate import evaluate_packed, evaluate_sliding
@@ -24,7 +24,6 @@ from pgolf.folder import RunFolder
 from pgolf.model import GPT, rebank, unbank
 from pgolf.quantize import dequantize_model
 from pgolf.train import load_weights, validation_data
-from pgolf.ttt import test_time_training
 
 TINY = dict(
     vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4, gate_attn_width=8, smear_gate_width=4,
@@ -107,7 +106,7 @@ def test_every_score_is_that_of_the_weights_it_is_named_after(finished: RunFolde
         "before": evaluate_packed(model(averaged), config, tokens, table)[1],
         "quantized": evaluate_packed(model(kept), config, tokens, table)[1],
         "sliding": evaluate_sliding(model(kept), config, tokens, table)[1],
-        "ttt": test_time_training(model(kept), config, tokens, table).bits_per_byte,
+        "ttt": ttt.test_time_training(model(kept), config, tokens, table).bits_per_byte,
     }
     scored = scores(summary)
     assert scored == pytest.approx(found, abs=1e-9)

@@ -20,7 +20,7 @@ from pgolf.evaluate import evaluate_packed, evaluate_sliding, find_documents
 from pgolf.model import GPT
 from pgolf.ttt import TTTResult, engine, inputs, scoring
 from pgolf.ttt.adapters import ADAM_EPS, AdapterBank
-from pgolf.ttt.base import rows_loss
+from pgolf.ttt.base import rows_loss, train_base
 from pgolf.ttt.inputs import CachedChunks, Chunk
 from pgolf.ttt.ledger import ScoredLedger
 from pgolf.ttt.plan import (
@@ -369,6 +369,29 @@ def test_rows_in_one_stream_are_rows_alone(respect: bool) -> None:
         together = rows_loss(model, config, text, rows)
         alone = [rows_loss(model, config, text, [row]) for row in rows]
     assert together == pytest.approx(sum(map(float, alone)), rel=1e-5)
+
+
+def test_the_base_takes_sgd_steps_on_the_mean_loss() -> None:
+    """Without clipping, which would hide a wrong scale: v = 0.9 v + g, p = p - rate v, g of the mean over a chunk."""
+    config = SMALL.replace(global_ttt_respect_doc_boundaries=False, smear_gate_bos_mask=False, global_ttt_grad_clip=0.0,
+                           global_ttt_lr=1e-3, global_ttt_chunk_tokens=96)  # fmt: skip
+    text = stream()[0]
+    steps = sgd_schedule(text.numel(), config, world_size=1)[:3]
+    assert [step.rows[0] for step in steps] == [[(low, low + 48), (low + 48, low + 96)] for low in (0, 96, 192)]
+    trained, expected = small_model(config), small_model(config)
+    assert len(list(train_base(trained, config, text, steps, 0, 1))) == 3
+    velocities = [torch.zeros_like(parameter) for parameter in expected.parameters()]
+    for low, step in zip((0, 96, 192), steps, strict=True):
+        inputs, targets = (text[low + s : low + 96 + s].view(2, 48) for s in (0, 1))
+        gradients = torch.autograd.grad(expected.token_losses(inputs, targets).mean(), [*expected.parameters()])
+        with torch.no_grad():
+            for parameter, velocity, gradient in zip(expected.parameters(), velocities, gradients, strict=True):
+                velocity.mul_(0.9).add_(gradient)
+                parameter.sub_(step.rate * velocity)
+    start = dict(small_model(config).named_parameters())
+    for (name, value), other in zip(trained.named_parameters(), expected.parameters(), strict=True):
+        moved = (other - start[name]).norm()
+        assert (value - other).norm() <= 1e-3 * moved + 1e-7, name  # float32, of weights that move by 1e-3 and less
 
 
 def test_chosen_batches_only() -> None:
