@@ -2,8 +2,10 @@
 
 A file is a JSON object. Its ``meta`` says which benchmark measured (``python -m bench.<bench>``), on which chip, with
 which versions, of which commit, when and by which command; what else it holds is the benchmark's. Entries that a file
-keeps from an earlier call (cases of a kernel, parts of a proof) have that call's ``meta`` as their own. A figure that
-older tools did not record is null, and ``not_recorded`` names it.
+keeps from an earlier call (cases of a kernel, parts of a proof) have that call's ``meta`` as their own.
+
+In files of older tools, what was not recorded is null and named in ``not_recorded``; ``converted_from`` is the file
+before, ``versions_of`` what its versions are of, and ``shared_gpu`` says that times mean nothing.
 """
 
 from __future__ import annotations

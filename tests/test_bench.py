@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-from bench import dequant, harness, newton_schulz, plots, reference_runs, results_files, timing, ttt_variants, tune
+from bench import (
+    dequant,
+    harness,
+    newton_schulz,
+    plots,
+    reference_runs,
+    results_files,
+    score_errors,
+    timing,
+    ttt_variants,
+    tune,
+)
 from bench.__main__ import BENCHES
 from bench.train_step import PROVIDERS, main
 from pgolf.bpb import ByteTable
@@ -432,3 +443,26 @@ class TestVariants:
         with pytest.raises(RuntimeError):
             ttt_variants.main([*options, "--variant", "other: ttt_chunk_size=7"])
         assert len(json.loads(file.read_text())["rows"]) == 2
+
+
+def test_score_errors_are_against_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.preset("demo").replace(data_dir=str(tmp_path))
+    nats = {
+        "float32": [1.0, 2.0, float("nan")],
+        "auto": [1.0, 2.5, float("nan")],
+        "reference": [1.5, 2.5, float("nan")],
+    }
+    monkeypatch.setattr(score_errors.RunFolder, "config", lambda self: config)
+    monkeypatch.setattr(score_errors, "load_artifact", lambda config, folder, world: {})
+    monkeypatch.setattr(score_errors, "validation_data", lambda config: (torch.arange(4), None))
+
+    def losses(config: RunConfig, *_: object) -> tuple[float, torch.Tensor]:
+        found = nats["float32" if config.compute_dtype == "float32" else config.kernels]
+        return found[0], torch.tensor(found, dtype=torch.float64)
+
+    monkeypatch.setattr(score_errors, "losses", losses)
+    file = tmp_path / "results.json"
+    found = score_errors.main(["--run-dir", str(tmp_path), "--results", str(file)])
+    assert results_files.read(file) == found and found["meta"]["bench"] == "score_errors"
+    errors = {row["way"]: (row["evaluation"]["error"], row["test_time_training"]["error"]) for row in found["rows"]}
+    assert errors == {"float32": (0.0, 0.0), "kernels": (0.0, 0.25), "references": (0.5, 0.5)}
