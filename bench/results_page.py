@@ -102,17 +102,13 @@ def _headlines(results: Results) -> Iterator[list[str]]:
     if mix := lookup(parts, "test_time_training.figures.mix"):
         figure = f"{mix['tokens_per_s']:,.0f} tokens/s"
         yield row("Test-time training, FineWeb's mix of lengths", figure, parts["test_time_training"]["meta"])
-    if run := newest(results, "reference_runs", "run_five_minutes"):
-        paths = "train.bits_per_byte", "eval.quantized.bits_per_byte", "ttt.bits_per_byte"
-        figure = both((lookup(run["summary"], path) for path in paths), ".4f")
-        what = "bpb after five minutes: last weights / average, quantised / and trained at test time"
-        yield row(what, figure, run["meta"])
     several = max(of_bench(results, "distributed").values(), key=lambda found: found["meta"]["date"], default=None)
     if several and lookup(part := parts_of(several).get("run"), "figures.bits_per_byte.ttt"):
         paths = "last_weights", "quantized", "ttt"
         figure = both((part["figures"]["bits_per_byte"][path] for path in paths), ".4f")
         seconds, count = part["figures"]["clock_seconds"], several["meta"]["processes"]
-        yield row(f"the same after {seconds:.0f} s on {count} GPUs", figure, part["meta"])
+        what = f"bpb after {seconds:.0f} s on {count} GPUs: last weights / average, quantised / trained at test time"
+        yield row(what, figure, part["meta"])
 
 
 def insert(readme: str, text: str) -> str:
