@@ -12,7 +12,7 @@ The parts run one after another, each in processes of its own, one a GPU:
 - ``stopped``: a process killed, and one halted (SIGSTOP), in each stage: seconds until the others end, and what they
   say.
 
-``bench/results/<chip>_x<GPUs>_distributed.json`` is written whenever a part begins or ends (see `bench.prove`).
+``bench/results/<chip>/x<GPUs>_distributed.json`` is written whenever a part begins or ends (see `bench.prove`).
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ def prove_profile(proof: Proof, figures: dict[str, Any]) -> None:
     """Profile a step with a micro-batch for each GPU, on all GPUs."""
     tokens = RECORD.micro_batch_tokens * proof.processes
     found = prove.measured(
-        proof, "bench.train_step", "--json", "--provider", "pgolf", "--repeats", "6", "--set",
+        proof, "bench.train_step", "--provider", "pgolf", "--repeats", "6", "--set",
         f"train_batch_tokens={tokens}", processes=proof.processes,
     )  # fmt: skip
     for row in found["rows"]:
-        kept = {name: value for name, value in row.items() if name not in ("bench", "case", "provider", "kernels")}
+        kept = {name: value for name, value in row.items() if name not in ("case", "provider", "kernels")}
         collectives = {name: value for name, value in row.get("kernels", {}).items() if "nccl" in name.lower()}
         figures[row["case"]] = kept | {"collectives": collectives}
     prove.require(found, set(figures) >= {"before_loop", "after_loop"})
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0 where all parts are ok, 1 where one is not, 2 without several GPUs."""
     parser = argparse.ArgumentParser("python -m bench.distributed", description=__doc__.splitlines()[0])
     parser.add_argument("--token-losses", type=Path, metavar="FILE", help="score --run-dir: what the part scores calls")
-    arguments = prove.parse_options(parser, PARTS, "distributed", argv)
+    arguments = prove.parse_options(parser, PARTS, "x<GPUs>_distributed", "distributed", argv)
     if arguments.token_losses:
         score_tokens(arguments.run_dir, arguments.token_losses)
         return 0
@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     if count < 2:
         print(f"bench.distributed: torch finds {count} GPUs here, and this is about several", file=sys.stderr)
         return 2
-    return prove.prove_parts(arguments, PARTS, f"x{count}_distributed", count)
+    return prove.prove_parts(arguments, PARTS, "distributed", "distributed", count)
 
 
 if __name__ == "__main__":

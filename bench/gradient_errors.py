@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from bench.compiled_model import compiled_blocks
+from bench.results_files import add_options, describe, results_path, write
+from bench.timing import chip_name
 from pgolf.config import RunConfig
 from pgolf.folder import RunFolder
 from pgolf.loader import Batch
@@ -84,12 +86,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict[str, tuple[f
     parser = argparse.ArgumentParser("python -m bench.gradient_errors", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="a run that has been trained")
     parser.add_argument("--batches", type=int, default=3, help="micro-batches (default: 3)")
+    add_options(parser, "gradient_errors.json")
     arguments = parser.parse_args(argv)
     folder = RunFolder(arguments.run_dir)
     config = folder.config()
     weights = load_weights(folder.need(folder.ema, "train"))
     world = start_world(config)
     torch.set_float32_matmul_precision("highest")  # a run allows TF32
+    meta = describe("gradient_errors", world.device, arguments.commit)
+    target = arguments.results or results_path(chip_name(world.device), "gradient_errors")
     loader = start(config, world).loader
     batches = [loader.next_batch() for _ in range(arguments.batches)]
     loader.close()
@@ -109,6 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict[str, tuple[f
         ]
         headers = "gradients of", *(f"error of {way}" for way in ways), *(f"along, of {way}" for way in ways)
         print(f"{state}\n{format_table(rows, headers)}\n")
+        write(target, meta, batches=arguments.batches, **results)
     return results
 
 

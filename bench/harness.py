@@ -1,4 +1,4 @@
-"""Runs the cases of the kernel benchmarks: correctness first, then the time, a table, and one JSON file for each chip.
+"""Runs the cases of the kernel benchmarks: correctness first, then the time, a table, and a results file.
 
 A case is one problem on random data that several providers solve: `pgolf` is ours (`pgolf_…` a variant), `eager` plain
 PyTorch, `compile` torch.compile of it, `compile_graph` that in a CUDA graph; and public packages that are installed.
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.report import RESULTS, Row, describe, table, write_json
+from bench.results_files import add_options, describe, read_entries, results_path, write
 from bench.timing import capture, chip_name, default_device, measure_ceilings, time_calls
 from pgolf.kernels._launch import set_backend
+from pgolf.progress import format_table
 
 OURS, REFERENCE = "pgolf", "eager"
 OURS_TOLERANCE, TOLERANCE = 1.5, 4.0  # a result's error against float64 may be so many times the reference's,
@@ -47,6 +48,20 @@ class Case:
         """Time at the chip's ceilings."""
         copy = self.moved_bytes / ceilings["copy_gb_per_s"] / 1e3
         return max(copy, self.operations / ceilings["matmul_tflop_per_s"] / 1e6)
+
+
+@dataclass
+class Row:
+    """One provider's result. ratio: its time over ours; in our row the best opponent's, replayed or not, over ours."""
+
+    provider: str
+    median_us: float
+    p20_us: float
+    p80_us: float
+    graph_us: float | None
+    ceiling_share: float
+    ratio: float | None
+    error: float
 
 
 Builder = Callable[[torch.device, bool], Case]  # (device, quick) -> Case, smaller if quick or on a CPU
@@ -134,7 +149,7 @@ def measure(
     reference_errors = check(REFERENCE, case.providers[REFERENCE](), exact)
 
     def add(provider: str, timing: Sequence[float], graph: float | None, error: float) -> None:
-        rows.append(Row(bench, name, provider, *timing, graph, floor / timing[0], None, error))
+        rows.append(Row(provider, *timing, graph, floor / timing[0], None, error))
 
     for provider, build in case.providers.items():
         if providers and provider not in providers:
@@ -205,6 +220,35 @@ def _say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
+    """Format the rows of one case, the fastest first; TFLOP/s where it computes, otherwise GB/s."""
+    computes = operations > 0
+    headers = ("provider", "µs", "p20", "p80", "graph µs", "TFLOP/s" if computes else "GB/s", "of ceiling", "ratio",
+               "error")  # fmt: skip
+    work = operations / 1e6 if computes else moved_bytes / 1e3
+    lines = [
+        (
+            row.provider,
+            f"{row.median_us:.1f}",
+            f"{row.p20_us:.1f}",
+            f"{row.p80_us:.1f}",
+            "" if row.graph_us is None else f"{row.graph_us:.1f}",
+            f"{work / row.median_us:,.4g}",
+            f"{row.ceiling_share:.1%}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            f"{row.error:.1e}",
+        )
+        for row in sorted(rows, key=lambda row: row.median_us)
+    ]
+    return format_table(lines, headers)
+
+
+def write_case(path: Path, meta: Mapping[str, Any], case: str, rows: Sequence[Row], cases: Container[str]) -> None:
+    """Write the rows of a case; a file of earlier calls keeps its other cases, except what has left ``cases``."""
+    kept = {name: entry for name, entry in read_entries(path, meta, "cases").items() if name in cases}
+    write(path, meta, cases=kept | {case: {"rows": [*map(asdict, rows)]}})
+
+
 def main(benches: Mapping[str, Mapping[str, Builder]], description: str, argv: Sequence[str] | None = None) -> int:
     """Command line of one or several benchmarks; returns 1 where ours failed or was wrong, else 0."""
     parser = argparse.ArgumentParser(description=description)
@@ -212,27 +256,26 @@ def main(benches: Mapping[str, Mapping[str, Builder]], description: str, argv: S
     parser.add_argument("--case", action="append", default=[], choices=cases, dest="cases", metavar="NAME")
     parser.add_argument("--provider", action="append", default=[], dest="providers", metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="small problems and few calls: a smoke test")
-    parser.add_argument("--json", type=Path, help="results file (default on CUDA: bench/results/<chip>.json)")
-    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
+    add_options(parser, "", "; a folder, with a file for each family")
     arguments = parser.parse_args(argv)
     device, quick = default_device(), arguments.quick
     if device.type == "cuda":
         set_backend("triton")  # `auto` may take a reference
     ceilings = measure_ceilings(device, quick)
-    meta = {**describe(device, arguments.commit), "ceilings": ceilings}
-    print(f"{meta['chip']}: " + ", ".join(f"{name} {value:,.4g}" for name, value in ceilings.items()))
-    target = arguments.json
-    if target is None and device.type == "cuda" and not quick and not arguments.providers:
-        target = RESULTS / f"{chip_name(device)}.json"
+    print(f"{chip_name(device)}: " + ", ".join(f"{name} {value:,.4g}" for name, value in ceilings.items()))
     right = True
     for bench, builders in benches.items():
+        meta = {**describe(bench, device, arguments.commit), "ceilings": ceilings}
+        target = None if quick or arguments.providers else results_path(chip_name(device), bench)
+        if arguments.results:
+            target = arguments.results / f"{bench}.json"
         for name in (name for name in builders if not arguments.cases or name in arguments.cases):
             rows, fine = _run(bench, name, builders[name], ceilings, device, arguments.providers, quick)
             right = right and fine
             if target is not None:
-                write_json(target, meta, rows, bench, name, builders)
-    if target is not None:
-        print(f"\n{target}")
+                write_case(target, meta, name, rows, builders)
+        if target is not None:
+            print(f"\n{target}")
     return 0 if right else 1
 
 

@@ -1,19 +1,19 @@
-"""Bar plots of the kernel benchmarks for the README: ``python -m bench.plots bench/results/h100.json``.
+"""Bar plots of the kernel benchmarks for the README: ``python -m bench.plots bench/results/h100/newton_schulz.json``.
 
-One PNG for each benchmark: a panel a case, a bar a provider with its median, a tick where a CUDA graph brings it, and a
-line at the time that the chip's measured ceilings allow.
+One PNG for each results file: a panel a case, a bar a provider with its median, a tick where a CUDA graph brings it,
+and a line at the time that the chip's measured ceilings allow.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.harness import OURS
+from bench.results_files import read
 
 COLOURS = {True: "#1b7837", False: "#9e9e9e"}  # ours, others
 LABELS = {
@@ -32,20 +32,18 @@ MAIN_CASES = {
 ORDER = [case for cases in MAIN_CASES.values() for case in cases]
 
 
-def plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw the rows of one benchmark into ``path``."""
+def plot(panels: Mapping[str, Sequence[Mapping[str, Any]]], title: str, path: Path) -> None:
+    """Draw the rows of a benchmark's cases into ``path``."""
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    cases.sort(key=lambda case: ORDER.index(case) if case in ORDER else len(ORDER))
-    panels = {case: sorted((r for r in rows if r["case"] == case), key=lambda r: -r["median_us"]) for case in cases}
+    cases = sorted(panels, key=lambda case: ORDER.index(case) if case in ORDER else len(ORDER))
     columns = min(2, len(cases))
     lines = [cases[i : i + columns] for i in range(0, len(cases), columns)]
     heights = [max(len(panels[case]) for case in line) * 0.32 + 0.9 for line in lines]
     figure = Figure(figsize=(6 * columns, sum(heights) + 0.4), layout="constrained")
     axes = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights).ravel()
     for axis, case in zip(axes, cases, strict=False):
-        _panel(axis, case, panels[case])
+        _panel(axis, case, sorted(panels[case], key=lambda row: -row["median_us"]))
     for axis in axes[len(cases) :]:
         axis.set_visible(False)
     figure.suptitle(title, fontsize=11)
@@ -69,21 +67,22 @@ def _panel(axis: Any, case: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: one PNG for each benchmark in a results file, beside it or in ``--out``."""
+    """Run the command line: one PNG for each results file, beside it or in ``--out``."""
     parser = argparse.ArgumentParser("python -m bench.plots", description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, help="folder (default: the results file's)")
     parser.add_argument("--all", action="store_true", help="all cases, not the main ones alone")
     arguments = parser.parse_args(argv)
-    results = json.loads(arguments.results.read_text(encoding="utf-8"))
-    out = arguments.out or arguments.results.parent
-    out.mkdir(parents=True, exist_ok=True)
-    for bench in dict.fromkeys(row["bench"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["bench"] == bench]
-        main_rows = [row for row in rows if row["case"] in MAIN_CASES.get(bench, ())]
-        path = out / f"{arguments.results.stem}_{bench}.png"
-        title = f"{bench} on one {results['meta']['chip']}: median, in a CUDA graph (tick), at the ceilings (dashed)"
-        plot(rows if arguments.all or not main_rows else main_rows, title, path)
+    for file in arguments.results:
+        results = read(file)
+        bench, chip = results["meta"]["bench"], results["meta"]["chip"]
+        panels = {case: entry["rows"] for case, entry in results["cases"].items()}
+        main_ones = {case: panels[case] for case in MAIN_CASES.get(bench, ()) if case in panels}
+        out = arguments.out or file.parent
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{bench}.png"
+        title = f"{bench} on one {chip}: median, in a CUDA graph (tick), at the ceilings (dashed)"
+        plot(panels if arguments.all or not main_ones else main_ones, title, path)
         print(path)
     return 0
 

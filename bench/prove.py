@@ -8,7 +8,7 @@ The parts run one after another, each in processes of its own:
 - ``train_step``: the speed of a training step (`bench.train_step`).
 - ``test_time_training``: its speed by document length (`bench.test_time_training`).
 
-``bench/results/<chip>_proof.json`` is written whenever a part begins or ends. It says of which trees it is a proof, and
+``bench/results/<chip>/proof.json`` is written whenever a part begins or ends. It says of which trees it is a proof, and
 a later call adds its parts to a proof of the same trees. ``--check`` says whether the newest proof is of this tree.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import re
@@ -34,12 +33,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.results_files import RESULTS, add_options, describe, read, read_entries, results_path, write
 from pgolf.config import ALIASES, FIELDS
 from pgolf.export import export_program
-from pgolf.folder import RunFolder, write_aside
+from pgolf.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
 TREES = ("kernels", "pgolf")
 COMMAND = "python -m bench.prove --data-dir DIR"
 SECONDS = 540.0
@@ -105,16 +104,17 @@ def tree_hashes(root: Path = ROOT) -> dict[str, str]:
 def check_line(results: Path = RESULTS, root: Path = ROOT) -> str:
     """Say in one line whether the newest proof in ``results`` is of the tree in ``root``."""
     proofs = []
-    for path in sorted(results.glob("*_proof.json")):
-        with suppress(ValueError, KeyError, TypeError, OSError):  # what cannot be read proves nothing
-            proof = json.loads(path.read_text(encoding="utf-8"))
-            proofs.append((proof["header"]["date"], path.name, proof["header"], proof["parts"]))
+    for path in sorted(results.glob("*/proof.json")):
+        with suppress(ValueError, KeyError, TypeError):  # what cannot be read proves nothing
+            proof = read(path)
+            name = f"{path.parent.name}/{path.name}"
+            proofs.append((proof["meta"]["date"] or "", name, proof["meta"], proof["parts"]))
     if not proofs:
         return f"no proof yet: {COMMAND} on a machine with a GPU"
-    date, name, header, parts = max(proofs, key=lambda proof: proof[:2])
-    commit = (header.get("commit") or "unknown")[:7] + ("+" if header.get("dirty") else "")
+    date, name, meta, parts = max(proofs, key=lambda proof: proof[:2])
+    commit = (meta.get("commit") or "unknown")[:7] + ("+" if meta.get("dirty") else "")
     about = f"proof {name} of {date[:10]}, commit {commit}"
-    here, proved = tree_hashes(root), header.get("trees", {})
+    here, proved = tree_hashes(root), meta.get("trees", {})
     if other := [tree for tree in TREES if proved.get(tree) != here[tree]]:
         differ = " and ".join(f"{tree}/ ({str(proved.get(tree))[:7]}, here {here[tree][:7]})" for tree in other)
         return f"{about}: is of another {differ}, prove this one: {COMMAND}"
@@ -128,7 +128,7 @@ class Proof:
     """A proof under way: what its parts need, and the file that holds what they found."""
 
     file: Path
-    header: dict[str, Any]
+    meta: dict[str, Any]
     run_dir: Path
     data_dir: Path | None = None
     settings: Sequence[str] = ()
@@ -144,16 +144,16 @@ class Proof:
 
     def continue_earlier(self) -> None:
         """Take over the parts of the file, if it is a proof of the same trees, chip and versions."""
-        with suppress(ValueError, KeyError, TypeError, OSError):
-            earlier = json.loads(self.file.read_text(encoding="utf-8"))
-            if all(earlier["header"][key] == self.header[key] for key in ("trees", "chip", "versions")):
-                self.parts = dict(earlier["parts"])
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            earlier = read(self.file)["meta"]
+            if all(earlier[key] == self.meta[key] for key in ("trees", "chip", "versions")):
+                self.parts = read_entries(self.file, self.meta, "parts")
                 return
         self.log.unlink(missing_ok=True)
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        write_aside(self.file, json.dumps({"header": self.header, "parts": self.parts}, indent=1) + "\n")
+        write(self.file, self.meta, parts=self.parts)
 
     def prove(self, name: str) -> bool:
         """Do one part; True if its answer is yes. Without time left, an earlier call's answer stays in the file."""
@@ -267,7 +267,7 @@ def prove_tests(proof: Proof, figures: dict[str, Any]) -> None:
     """Run every test with "cuda" in its name, and all of the modules that choose the GPU themselves."""
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-k", " or ".join(["cuda", *gpu_test_modules()])]
     if importlib.util.find_spec("xdist"):
-        at_once = min(os.cpu_count() or 1, TESTS_AT_ONCE * proof.header.get("gpus", 1))
+        at_once = min(os.cpu_count() or 1, TESTS_AT_ONCE * proof.meta.get("gpus", 1))
         command += ["-n", str(at_once), "--dist", "worksteal"]
     try:
         output = proof.call(*command, OMP_NUM_THREADS="1")
@@ -366,8 +366,8 @@ def prove_program(proof: Proof, figures: dict[str, Any]) -> None:
 
 def prove_train_step(proof: Proof, figures: dict[str, Any]) -> None:
     """Measure a training step of the record in both loop states."""
-    found = measured(proof, "bench.train_step", "--json", "--provider", "pgolf", "--repeats", "4")
-    left_out = ("kernels", "bench", "case", "provider")
+    found = measured(proof, "bench.train_step", "--provider", "pgolf", "--repeats", "4")
+    left_out = ("kernels", "case", "provider")
     for row in found["rows"]:
         figures[row["case"]] = {name: value for name, value in row.items() if name not in left_out}
     require(found, set(figures) >= {"before_loop", "after_loop"})
@@ -378,21 +378,21 @@ def prove_test_time_training(proof: Proof, figures: dict[str, Any]) -> None:
     folder, options = RunFolder(proof.run_dir), []
     if folder.config_file.is_file() and folder.artifact(folder.config()).is_file():
         options = ["--run-dir", folder.path]
-    found = measured(proof, "bench.test_time_training", "--results", *options)
+    found = measured(proof, "bench.test_time_training", *options)
     figures.update(mix=found.get("mix"), rows=found["rows"], meta=found.get("meta", {}))
     figures["meta"] = {name: figures["meta"].get(name) for name in ("ceilings", "weights", "tokens")}
     require(found, found.get("mix") is not None)
 
 
-def measured(proof: Proof, module: str, option: str, *options: str | Path, processes: int = 1) -> dict[str, Any]:
+def measured(proof: Proof, module: str, *options: str | Path, processes: int = 1) -> dict[str, Any]:
     """Run a benchmark and read what it wrote, also where it failed: then with the failure."""
     with tempfile.TemporaryDirectory() as name:
         file, failure = Path(name, "results.json"), None
         try:
-            proof.call(*launched(processes, module), option, file, *options)
+            proof.call(*launched(processes, module), "--results", file, *options)
         except PartFailed as reason:
             failure = reason
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": []}
+        found = read(file) if file.is_file() else {"rows": []}
         return {**found, "failure": failure}
 
 
@@ -414,23 +414,22 @@ PARTS: dict[str, Part] = {
 }
 
 
-def describe_machine(commit: str = "") -> tuple[str, dict[str, Any]] | None:
-    """Return the chip's short name and the proof's header; None without a GPU."""
+def describe_machine(bench: str, commit: str = "", processes: int = 1) -> tuple[str, dict[str, Any]] | None:
+    """Return the chip's short name and the proof's ``meta``; None without a GPU."""
     import torch  # here, so that --check does not wait for it
 
     if not torch.cuda.is_available():
         return None
-    from bench.report import describe
     from bench.timing import chip_name, default_device
 
-    header = describe(default_device(), commit)
-    dirty = None if commit else header["commit"].endswith("+")
-    header |= {"commit": header["commit"].rstrip("+"), "dirty": dirty, "trees": tree_hashes()}
-    return chip_name(default_device()), header | {"gpus": torch.cuda.device_count()}
+    meta = describe(bench, default_device(), commit, processes)
+    dirty = None if commit else meta["commit"].endswith("+")
+    meta |= {"commit": meta["commit"].rstrip("+"), "dirty": dirty, "trees": tree_hashes()}
+    return chip_name(default_device()), meta | {"gpus": torch.cuda.device_count()}
 
 
 def parse_options(
-    parser: argparse.ArgumentParser, parts: Mapping[str, Part], run_dir: str, argv: list[str] | None
+    parser: argparse.ArgumentParser, parts: Mapping[str, Part], results: str, run_dir: str, argv: list[str] | None
 ) -> argparse.Namespace:
     """Add the options of a proof that has these parts, and parse the command line."""
 
@@ -448,24 +447,25 @@ def parse_options(
     parser.add_argument("--parts", type=names, default=list(parts), help=f"default: {','.join(parts)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts (default: {SECONDS:g})")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="of the run")
-    parser.add_argument("--results", type=Path, help="default: in bench/results, by chip; the log lies beside it")
-    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
+    add_options(parser, f"{results}.json", "; the log lies beside it")
     return parser.parse_args(argv)
 
 
-def prove_parts(arguments: argparse.Namespace, parts: Mapping[str, Part], kind: str, processes: int = 1) -> int:
-    """Prove the chosen parts into ``<chip>_<kind>.json``.
+def prove_parts(
+    arguments: argparse.Namespace, parts: Mapping[str, Part], bench: str, results: str, processes: int = 1
+) -> int:
+    """Prove the chosen parts of ``bench`` into the chip's file ``results``.
 
     Returns 0 where all are ok, 1 where one is not, 2 without a GPU.
     """
-    machine = describe_machine(arguments.commit)
+    machine = describe_machine(bench, arguments.commit, processes)
     if machine is None:
-        print(f"bench.{kind}: torch finds no GPU here, and this is about GPUs", file=sys.stderr)
+        print(f"bench.{bench}: torch finds no GPU here, and this is about GPUs", file=sys.stderr)
         return 2
-    chip, header = machine
+    chip, meta = machine
     proof = Proof(
-        (arguments.results or RESULTS / f"{chip}_{kind}.json").resolve(),
-        header | {"processes": processes},
+        (arguments.results or results_path(chip, results, processes)).resolve(),
+        meta,
         arguments.run_dir.resolve(),
         arguments.data_dir and arguments.data_dir.resolve(),
         arguments.settings,
@@ -484,13 +484,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0 where all parts are ok, 1 where one is not, 2 for what cannot be proved here."""
     parser = argparse.ArgumentParser("python -m bench.prove", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether the newest proof is of this tree")
-    arguments = parse_options(parser, PARTS, "proof", argv)
+    arguments = parse_options(parser, PARTS, "proof", "proof", argv)
     if arguments.check:
         print(check_line())
         return 0
     if "run" in arguments.parts and arguments.data_dir is None:
         parser.error("the part run needs --data-dir")
-    return prove_parts(arguments, PARTS, "proof")
+    return prove_parts(arguments, PARTS, "prove", "proof")
 
 
 if __name__ == "__main__":

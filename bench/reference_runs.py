@@ -1,8 +1,8 @@
-"""The runs behind the README's tables, by name: ``python -m bench.reference_runs record_160 --data-dir data``.
+"""The runs of ``docs/results.md``, by name: ``python -m bench.reference_runs record_160 --data-dir data``.
 
-Each is a series of `pgolf` commands in a folder of its own. Afterwards summaries, losses and environment of all runs
-in ``--out`` go into ``bench/results/<chip>_runs.json`` and a table of the losses is printed. Several processes:
-``--nproc-per-node 2``.
+Each is a series of `pgolf` commands in a folder of its own. Afterwards every run in ``--out`` has a results file with
+its summary and losses, ``bench/results/<chip>/run_<name>.json``, and a table of the losses is printed. Several
+processes: ``--nproc-per-node 2``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.results_files import provenance, results_path, write
+from bench.timing import short_name
 from pgolf.folder import RunFolder
 from pgolf.progress import format_table
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TABLE_STEPS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 80, 100, 120, 140, 160, 200, 250, 300, 400, 500)
 FOR_160_STEPS = dict(iterations=160, max_wallclock_seconds=0, warmup_steps=0, ema_decay=0.95, train_log_every=10)
 # With kernels, and twice without them: the two differ by the noise of atomics alone. An eighth of the record's batch.
@@ -89,10 +92,9 @@ def commands(name: str, out: Path, data_dir: str, processes: int, settings: list
     return lines
 
 
-def collect(out: Path) -> dict[str, Any]:
-    """Environment, summaries and losses by step of all runs in ``out``."""
-    runs: dict[str, Any] = {}
-    environment: dict[str, Any] = {}
+def collect(out: Path) -> dict[str, dict[str, Any]]:
+    """Read every run in ``out``, by name: what made it and when, its summary, and the losses of steps 1, 2, …"""
+    runs: dict[str, dict[str, Any]] = {}
     for path in sorted(out.iterdir()):
         folder = RunFolder(path)
         if not folder.config_file.exists():
@@ -100,19 +102,34 @@ def collect(out: Path) -> dict[str, Any]:
         environment = json.loads(folder.environment.read_text())
         entries = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
         losses = {entry["step"]: round(entry["loss"], 5) for entry in entries if entry["kind"] == "train"}
-        summary = folder.summary()
-        runs[path.name] = {"processes": summary["run"]["world_size"], "summary": summary, "loss_by_step": losses}
-    meta = {key: environment.get(key) for key in ("chip", "versions", "git_commit", "platform")}
-    return {"meta": meta, "runs": runs}
+        ended = datetime.fromtimestamp(folder.summary_file.stat().st_mtime, UTC)
+        runs[path.name] = {
+            "meta": provenance("reference_runs", environment, environment.get("command", "").split(" "), ended),
+            "name": path.name,
+            "summary": folder.summary(),
+            "losses": [losses.get(step) for step in range(1, max(losses, default=0) + 1)],
+        }
+    return runs
 
 
-def loss_table(results: dict[str, Any]) -> str:
-    """Losses of all runs side by side."""
-    runs = results["runs"]
-    steps = [step for step in TABLE_STEPS if any(step in run["loss_by_step"] for run in runs.values())]
-    rows = [(step, *(f"{r['loss_by_step'][step]:.4f}" if step in r["loss_by_step"] else "" for r in runs.values()))
-            for step in steps]  # fmt: skip
+def loss_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format the losses of all runs side by side; an empty cell where a run has none of that step."""
+    steps = [step for step in TABLE_STEPS if any(loss_at(run, step) for run in runs.values())]
+    rows = [(step, *(loss_at(run, step) for run in runs.values())) for step in steps]
     return format_table(rows, ("step", *runs))
+
+
+def loss_at(run: Mapping[str, Any], step: int) -> str:
+    """Format a run's loss at a step, counted from 1; empty where it has none."""
+    losses = run["losses"]
+    return f"{losses[step - 1]:.4f}" if step <= len(losses) and losses[step - 1] is not None else ""
+
+
+def default_path(run: Mapping[str, Any]) -> Path | None:
+    """Return where a run's results go by default; None for a CPU."""
+    meta = run["meta"]
+    chip = short_name(meta["chip"]) if "cuda" in meta["versions"] else "cpu"
+    return results_path(chip, f"run_{run['name']}", meta["processes"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,18 +140,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/reference"))
     parser.add_argument("--nproc-per-node", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
-    parser.add_argument("--json", type=Path, help="where the results go (default: bench/results/<chip>_runs.json)")
+    parser.add_argument("--results", type=Path, help="folder (default on CUDA: bench/results/<chip>)")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     status = 0
     for name in arguments.names:
         for line in commands(name, arguments.out, arguments.data_dir, arguments.nproc_per_node, arguments.settings):
             status = status or subprocess.run(line).returncode
-    results = collect(arguments.out)
-    chip = str(results["meta"]["chip"]).lower().replace("nvidia ", "").replace(" ", "_")
-    target = arguments.json or RESULTS / f"{chip}_runs.json"
-    target.write_text(json.dumps(results, indent=1))
-    print(f"{loss_table(results)}\n\n{target}")
+    runs = collect(arguments.out)
+    for name, run in runs.items():
+        write(arguments.results / f"run_{name}.json" if arguments.results else default_path(run), **run)
+    print(loss_table(runs))
     return status
 
 

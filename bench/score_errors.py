@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.report import RESULTS, describe
+from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name
 from pgolf import ttt
 from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
 from pgolf.evaluate import evaluate_packed
-from pgolf.folder import RunFolder, write_aside
+from pgolf.folder import RunFolder
 from pgolf.progress import format_table, progress
 from pgolf.run import load_artifact
 from pgolf.runtime import World, start_world
@@ -53,8 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--run-dir", type=Path, required=True, help="a run with an artifact")
     parser.add_argument("--data-dir", help="folder with datasets/ and tokenizers/ (default: the run's)")
     parser.add_argument("--batches", default="1,4,7", help="of test-time training (default: 1,4,7)")
-    parser.add_argument("--results", type=Path, help="default on CUDA: bench/results/<chip>_score_errors.json")
-    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
+    add_options(parser, "score_errors.json")
     arguments = parser.parse_args(argv)
     folder = RunFolder(arguments.run_dir)
     config = folder.config().replace(ttt_eval_batches=arguments.batches, phased_ttt_enabled=False)
@@ -63,11 +61,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_float32_matmul_precision("highest")  # a run allows TF32
     weights = load_artifact(config, folder, world)
     tokens, table = validation_data(config)
-    target = arguments.results
-    if target is None and world.device.type == "cuda":
-        target = RESULTS / f"{chip_name(world.device)}_score_errors.json"
+    target = arguments.results or results_path(chip_name(world.device), "score_errors")
     results: dict[str, Any] = {
-        "meta": describe(world.device, arguments.commit),
+        "meta": describe("score_errors", world.device, arguments.commit),
         "batches": arguments.batches,
         "rows": [],
     }
@@ -88,8 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 "rms_error": float(error.square().mean().sqrt()),
             },
         })  # fmt: skip
-        if target is not None:
-            write_aside(target, json.dumps(results, indent=1) + "\n")
+        write(target, **results)
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()

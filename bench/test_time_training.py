@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.report import RESULTS, describe
+from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name, measure_ceilings
 from pgolf import ttt
 from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
-from pgolf.folder import RunFolder, write_aside
+from pgolf.folder import RunFolder
 from pgolf.model import BOS_ID, GPT
 from pgolf.progress import format_bytes, format_table
 from pgolf.run import load_artifact
@@ -157,8 +157,7 @@ def main(argv: list[str] | None = None, config: RunConfig | None = None) -> dict
     parser.add_argument("--lengths", help=f"tokens of the documents (default: {','.join(map(str, LENGTHS))})")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
     parser.add_argument("--quick", action="store_true", help="a few short documents: a smoke test")
-    parser.add_argument("--results", type=Path, help="default on CUDA: bench/results/<chip>_test_time_training.json")
-    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
+    add_options(parser, "test_time_training.json")
     arguments = parser.parse_args(argv)
     folder = RunFolder(arguments.run_dir) if arguments.run_dir else None
     config = config or (folder.config() if folder else RunConfig.preset("record"))
@@ -177,9 +176,9 @@ def main(argv: list[str] | None = None, config: RunConfig | None = None) -> dict
     text = read_text(arguments.data_dir, config.vocab_size) if arguments.data_dir else None
 
     target = arguments.results
-    if target is None and world.device.type == "cuda" and not arguments.quick:
-        target = RESULTS / f"{chip_name(world.device)}_test_time_training.json"
-    meta = {**describe(world.device, arguments.commit), "ceilings": ceilings}
+    if target is None and not arguments.quick:
+        target = results_path(chip_name(world.device), "test_time_training")
+    meta = {**describe("test_time_training", world.device, arguments.commit), "ceilings": ceilings}
     meta |= {"weights": "artifact" if folder else "random", "tokens": "random" if text is None else "validation"}
     results: dict[str, Any] = {"meta": meta, "mix": None, "rows": []}
 
@@ -189,8 +188,7 @@ def main(argv: list[str] | None = None, config: RunConfig | None = None) -> dict
         if len(results["rows"]) == len(lengths):
             per_token = {row["length"]: 1 / row["tokens_per_s"] for row in results["rows"]}
             results["mix"] = predict(per_token, fineweb_lengths())
-        if target is not None:
-            write_aside(target, json.dumps(results, indent=1) + "\n")
+        write(target, **results)
 
     time_lengths(model, config, lengths, ceilings["matmul_tflop_per_s"], report, text)
     print(f"\n{meta['chip']}, {ceilings['matmul_tflop_per_s']:,.4g} TFLOP/s in products\n{_table(results)}")

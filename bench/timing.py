@@ -75,10 +75,13 @@ def default_device() -> torch.device:
 
 
 def chip_name(device: torch.device) -> str:
-    """The chip's short name, as in ``kernels/tuned``: ``h100`` for an NVIDIA H100 80GB HBM3; ``cpu`` for a CPU."""
-    if device.type != "cuda":
-        return "cpu"
-    words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(device).lower())
+    """Return the chip's short name, as in ``kernels/tuned``; ``cpu`` for a CPU."""
+    return short_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
+
+
+def short_name(chip: str) -> str:
+    """Shorten a GPU's name: ``h100`` of NVIDIA H100 80GB HBM3."""
+    words = re.split(r"[^a-z0-9]+", chip.lower())
     models = [word for word in words if re.fullmatch(r"[a-z]+\d+[a-z]*", word)]
     numbers = [word for word in words if re.fullmatch(r"\d+[a-z]*", word)]
     return (models or numbers or words)[0]

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.compiled_model import compiled_blocks
-from bench.timing import measure_ceilings
+from bench.results_files import add_options, describe, results_path, write
+from bench.timing import chip_name, measure_ceilings
 from pgolf.config import PRESETS, RunConfig
 from pgolf.gradient import MeanGradient
 from pgolf.graphs import uses_graphs
@@ -33,7 +32,7 @@ from pgolf.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer
 from pgolf.progress import format_bytes, format_table
-from pgolf.runtime import World, describe_environment, peak_memory_bytes, reset_peak_memory, start_world, stop_world
+from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory, start_world, stop_world
 from pgolf.train import build_model
 
 PROVIDERS = {
@@ -173,17 +172,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
     parser.add_argument("--provider", action="append", choices=PROVIDERS, default=[], dest="providers")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    add_options(parser, "train_step.json", ", of all providers by the preset record as it is")
     arguments = parser.parse_args(argv)
     settings = dict(pair.split("=", 1) for pair in arguments.settings)
     config = RunConfig.preset(arguments.preset).replace(**settings)
     world = start_world(config)
     ceilings = measure_ceilings(world.device, quick=world.device.type != "cuda")
     batch = random_batch(config, world.device)
-    meta = describe_environment(world)
-    meta |= {"git_commit": arguments.commit or meta["git_commit"], "ceilings": ceilings}
-    del meta["command"]  # it holds paths of the machine
+    meta = {**describe("train_step", world.device, arguments.commit, world.size), "ceilings": ceilings}
+    target = arguments.results
+    if target is None and config == RunConfig.preset("record") and not arguments.providers:
+        target = results_path(chip_name(world.device), "train_step", world.size)
     least = {case: floors(config, batch, case == "after_loop", ceilings) for case in ("before_loop", "after_loop")}
     rows: list[dict[str, Any]] = []
     results = {"meta": meta, "preset": arguments.preset, "floors_milliseconds": least, "rows": rows}
@@ -196,10 +195,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model.looping_active = looping
             with compiled_blocks() if compiled else nullcontext():
                 figures = time_step(model, own, world, batch, arguments.repeats)
-            rows.append({"bench": "train_step", "case": case, "provider": provider, **figures})
+            rows.append({"case": case, "provider": provider, **figures})
             model.zero_grad(set_to_none=True)
-            if arguments.json and world.is_main:  # whatever happens to the others
-                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            if world.is_main:  # whatever happens to the others
+                write(target, **results)
         del model
         gc.collect()
     world.log(f"{meta['chip']}, torch {torch.__version__}\n{_table(rows)}\n\n{_family_table(rows, least)}")

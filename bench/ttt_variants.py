@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.report import RESULTS, describe
+from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name
 from pgolf import ttt
 from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
 from pgolf.evaluate import find_documents
-from pgolf.folder import RunFolder, write_aside
+from pgolf.folder import RunFolder
 from pgolf.progress import format_bytes, format_table, progress
 from pgolf.run import load_artifact
 from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory, start_world
@@ -110,8 +109,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metavar="NAME[: SETTING=VALUE; ...]",
         help=f"one of the table or another, instead of all; the first is always '{BASE}'; repeatable",
     )
-    parser.add_argument("--results", type=Path, help="default on CUDA: bench/results/<chip>_ttt_variants.json")
-    parser.add_argument("--commit", default="", help="for the results, where this is not its checkout")
+    add_options(parser, "ttt_variants.json")
     arguments = parser.parse_args(argv)
     folder = RunFolder(arguments.run_dir)
     config = folder.config().replace(**({"data_dir": arguments.data_dir} if arguments.data_dir else {}))
@@ -121,11 +119,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tokens, table = validation_data(config)
     starts, lengths = find_documents(tokens)
     byte_counts = np.add.reduceat(table.count(tokens[:-1].long(), tokens[1:].long()).numpy(), starts)
-    target = arguments.results
-    if target is None and world.device.type == "cuda":
-        target = RESULTS / f"{chip_name(world.device)}_ttt_variants.json"
+    target = arguments.results or results_path(chip_name(world.device), "ttt_variants")
     meta = {
-        **describe(world.device, arguments.commit),
+        **describe("ttt_variants", world.device, arguments.commit),
         "documents": len(starts),
         "train": folder.summary().get("train"),
     }
@@ -138,8 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results["rows"].append({"variant": name, "settings": settings, **row,
                                 "difference": difference, "standard_error": error})  # fmt: skip
         print(f"{name}: {row['bits_per_byte']:.5f} bits per byte, {row['seconds']:.1f} s", flush=True)
-        if target is not None:
-            write_aside(target, json.dumps(results, indent=1) + "\n")
+        write(target, **results)
     print(f"\n{meta['chip']}, {len(starts)} documents\n{variants_table(results)}")
     return results
 

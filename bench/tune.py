@@ -20,7 +20,7 @@ import torch
 
 from bench.__main__ import FAMILIES as MODULES
 from bench.harness import OURS, REFERENCE, Case, Tuning, as_tensors, check, limits, one_line, require
-from bench.report import describe
+from bench.results_files import describe, write
 from bench.timing import capture, chip_name, default_device, time_calls
 from pgolf.kernels import _launch
 from pgolf.progress import format_table
@@ -145,7 +145,7 @@ def write_table(folder: Path, chip: str, meta: Mapping[str, object], results: Se
     for result in results:
         if result.after_us < float("inf"):
             table["cases"][result.family][result.entry] = result.parameters
-    path.write_text(json.dumps({"meta": {**meta}, "cases": table["cases"]}, indent=1) + "\n", encoding="utf-8")
+    write(path, meta, cases=table["cases"])
     return path
 
 
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("launch parameters are tuned on a CUDA GPU, and there is none", file=sys.stderr)
         return 2
     _launch.set_backend("triton")  # `auto` may take a reference
-    meta = describe(device)
+    meta = describe("tune", device)
     results = []
     for family in arguments.families or FAMILIES:
         for entry, tuning in FAMILIES[family].items():

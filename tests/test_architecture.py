@@ -155,8 +155,3 @@ def test_every_setting_is_read() -> None:
             used |= config_reads(method, "self")
     unread = sorted(set(FIELDS) - used)
     assert not unread, f"no code reads the settings {', '.join(unread)}"
-
-
-def test_readme_shows_every_file() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in LIBRARY if path.stem != "__init__" and path.name not in text] == []

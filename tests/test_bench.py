@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-from bench import dequant, harness, newton_schulz, plots, reference_runs, report, timing, ttt_variants, tune
+from bench import (
+    dequant,
+    harness,
+    newton_schulz,
+    plots,
+    reference_runs,
+    results_files,
+    score_errors,
+    timing,
+    ttt_variants,
+    tune,
+)
 from bench.__main__ import BENCHES
 from bench.train_step import PROVIDERS, main
 from pgolf.bpb import ByteTable
@@ -33,7 +44,7 @@ def test_train_step_reports_both_loop_states(tmp_path: Path) -> None:
     batch = "smear_gate_width=4 micro_batch_tokens=256 train_batch_tokens=512 train_seq_len=64"
     settings = [part for pair in f"{sizes} {batch}".split() for part in ("--set", pair)]
     file = tmp_path / "step.json"
-    results = main(["--preset", "demo", *settings, "--repeats", "1", "--json", str(file)])
+    results = main(["--preset", "demo", *settings, "--repeats", "1", "--results", str(file)])
     assert json.loads(file.read_text()) == json.loads(json.dumps(results))
     names = [(row["case"], row["provider"]) for row in results["rows"]]
     assert names == [(case, provider) for provider in PROVIDERS for case in ("before_loop", "after_loop")]
@@ -53,14 +64,20 @@ def test_reference_runs_are_presets_with_settings_that_exist(tmp_path: Path) -> 
 def test_reference_runs_are_collected(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name, loss in (("a", 9.0), ("b", 8.5)):
         folder = RunFolder(tmp_path / "runs" / name)
-        folder.create(RunConfig(), {"chip": "NVIDIA X1", "versions": {}})
+        command = f"/opt/pgolf/__main__.py run --run-dir /secret/{name} --set data_dir=/secret/d"
+        about = {"chip": "NVIDIA X1", "versions": {"cuda": "13.0"}, "git_commit": "abc", "command": command}
+        folder.create(RunConfig(), about | {"devices": 2})
         folder.record("run", {"world_size": 2})
-        folder.log_metrics([{"kind": "train", "step": 1, "loss": loss}, {"kind": "val", "step": 1, "loss": 3.0}])
-    target = tmp_path / "runs.json"
-    assert reference_runs.main(["--out", str(tmp_path / "runs"), "--json", str(target)]) == 0
-    runs = json.loads(target.read_text())["runs"]
-    assert runs["a"]["loss_by_step"] == {"1": 9.0} and runs["b"]["processes"] == 2
+        losses = [{"kind": "train", "step": step, "loss": loss + 1 - step} for step in (1, 3)]
+        folder.log_metrics([*losses, {"kind": "val", "step": 1, "loss": 3.0}])
+    assert reference_runs.main(["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "x1")]) == 0
+    runs = [results_files.read(tmp_path / "x1" / f"run_{name}.json") for name in "ab"]
+    assert runs[0]["losses"] == [9.0, None, 7.0] and runs[1]["summary"]["run"] == {"world_size": 2}
+    meta = runs[0]["meta"]
+    assert (meta["bench"], meta["commit"], meta["processes"]) == ("reference_runs", "abc", 2)
+    assert meta["command"] == "torchrun --nproc_per_node=2 -m pgolf run --run-dir a --set data_dir=d"
     assert "1  9.0000  8.5000" in capsys.readouterr().out
+    assert reference_runs.default_path(runs[1]) == results_files.RESULTS / "x1" / "x2_run_b.json"
 
 
 class TestHarness:
@@ -134,20 +151,21 @@ class TestHarness:
         assert not right and len(rows) == 1 and "wrong, an error of inf" in capsys.readouterr().err
         assert not torch.are_deterministic_algorithms_enabled()
 
-    def test_results_of_other_cases_and_benches_stay(self, tmp_path: Path) -> None:
-        file = tmp_path / "chip.json"
+    def test_results_of_other_cases_stay_with_their_call(self, tmp_path: Path) -> None:
+        file, first, second = tmp_path / "x1" / "a.json", {"chip": "C", "date": 1}, {"chip": "C", "date": 2}
 
-        def row(bench: str, case: str, median: float) -> report.Row:
-            return report.Row(bench, case, "pgolf", median, 1.0, 3.0, None, 0.5, None, 1e-3)
+        def write(meta: dict, case: str, median: float, cases: Sequence[str]) -> None:
+            harness.write_case(file, meta, case, [harness.Row("pgolf", median, 1, 3, None, 0.5, None, 1e-3)], cases)
 
-        for bench, case, median in (("a", "x", 1.0), ("a", "gone", 1.0), ("b", "x", 1.0), ("a", "x", 2.0)):
-            cases = ("x", "gone") if median == 1 else ("x",)
-            report.write_json(file, {"chip": "C", "median": median}, [row(bench, case, median)], bench, case, cases)
-        written = json.loads(file.read_text())
-        assert written["meta"] == {"chip": "C", "median": 2.0}
-        assert [(r["bench"], r["case"], r["median_us"]) for r in written["rows"]] == [("b", "x", 1.0), ("a", "x", 2.0)]
-        names = "bench case provider median_us p20_us p80_us graph_us ceiling_share ratio error"
-        assert all(list(r) == names.split() for r in written["rows"])
+        for case in ("x", "gone", "stays"):
+            write(first, case, 1.0, ("x", "gone", "stays"))
+        assert not any("meta" in entry for entry in results_files.read(file)["cases"].values())
+        for date, median in ((2, 2.0), (3, 3.0)):
+            write(second | {"date": date}, "x", median, ("x", "stays"))
+        written = results_files.read(file)
+        assert written["meta"] == {"chip": "C", "date": 3}
+        cases = {name: (entry.get("meta"), entry["rows"][0]["median_us"]) for name, entry in written["cases"].items()}
+        assert cases == {"x": (None, 3.0), "stays": (first, 1.0)}
 
     @pytest.mark.parametrize(
         ("full", "short"),
@@ -175,16 +193,14 @@ class TestKernelBenchmarks:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="would run in full size")
     def test_all_run_and_report(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        file = tmp_path / "cpu.json"
         cases = ["banks_eighth", "record_model", "packed6_g64_lqer", "prologue_forward_backward", "8x130x70", "130x70"]
         cases += ["adamw_one_moment"]
         arguments = [part for case in cases for part in ("--case", case)]
-        assert harness.main(BENCHES, "", [*arguments, "--json", str(file)]) == 0
-        written = json.loads(file.read_text())
-        assert set(written["meta"]) == {"chip", "versions", "commit", "date", "ceilings"}
-        assert {row["case"] for row in written["rows"]} == set(cases)
-        for case in cases:
-            rows = [row for row in written["rows"] if row["case"] == case]
+        assert harness.main(BENCHES, "", [*arguments, "--results", str(tmp_path)]) == 0
+        written = [results_files.read(path) for path in tmp_path.iterdir()]
+        assert {"chip", "versions", "commit", "date", "command", "ceilings"} < set(written[0]["meta"])
+        assert {name for found in written for name in found["cases"]} == set(cases)
+        for rows in (entry["rows"] for found in written for entry in found["cases"].values()):
             assert {"eager", "compile", "pgolf"} <= {row["provider"] for row in rows}
             assert all(row["median_us"] > 0 and 0 <= row["error"] < 1 for row in rows)
         assert "packed6_g64_lqer\nprovider" in capsys.readouterr().out
@@ -255,16 +271,17 @@ class TestKernelBenchmarks:
     def test_plots(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         pytest.importorskip("matplotlib")
         rows = [
-            asdict(report.Row(bench, case, provider, median, 1.0, 1.0, graph, 0.1, 1.0, 1e-3))
-            for bench, case in (("dequant", "record_model"), ("dequant", "130x70"), ("other", "case"))
+            asdict(harness.Row(provider, median, 1.0, 1.0, graph, 0.1, 1.0, 1e-3))
             for provider, median, graph in (("pgolf", 1.0, 0.5), ("eager", 10.0, None), ("compile", 300.0, 2.0))
         ]
-        file = tmp_path / "h100.json"
-        file.write_text(json.dumps({"meta": {"chip": "NVIDIA H100"}, "rows": rows}))
+        for bench, cases in (("dequant", ("record_model", "130x70")), ("other", ("case",))):
+            meta = {"bench": bench, "chip": "NVIDIA H100"}
+            results_files.write(tmp_path / f"{bench}.json", meta, cases={case: {"rows": rows} for case in cases})
+        files = [str(path) for path in tmp_path.iterdir()]
         for flags in ([], ["--all", "--out", str(tmp_path / "all")]):
-            assert plots.main([str(file), *flags]) == 0
+            assert plots.main([*files, *flags]) == 0
         images = [path for path in tmp_path.rglob("*.png")]
-        assert {path.name for path in images} == {"h100_dequant.png", "h100_other.png"} and len(images) == 4
+        assert {path.name for path in images} == {"dequant.png", "other.png"} and len(images) == 4
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in images)
 
 
@@ -426,3 +443,26 @@ class TestVariants:
         with pytest.raises(RuntimeError):
             ttt_variants.main([*options, "--variant", "other: ttt_chunk_size=7"])
         assert len(json.loads(file.read_text())["rows"]) == 2
+
+
+def test_score_errors_are_against_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.preset("demo").replace(data_dir=str(tmp_path))
+    nats = {
+        "float32": [1.0, 2.0, float("nan")],
+        "auto": [1.0, 2.5, float("nan")],
+        "reference": [1.5, 2.5, float("nan")],
+    }
+    monkeypatch.setattr(score_errors.RunFolder, "config", lambda self: config)
+    monkeypatch.setattr(score_errors, "load_artifact", lambda config, folder, world: {})
+    monkeypatch.setattr(score_errors, "validation_data", lambda config: (torch.arange(4), None))
+
+    def losses(config: RunConfig, *_: object) -> tuple[float, torch.Tensor]:
+        found = nats["float32" if config.compute_dtype == "float32" else config.kernels]
+        return found[0], torch.tensor(found, dtype=torch.float64)
+
+    monkeypatch.setattr(score_errors, "losses", losses)
+    file = tmp_path / "results.json"
+    found = score_errors.main(["--run-dir", str(tmp_path), "--results", str(file)])
+    assert results_files.read(file) == found and found["meta"]["bench"] == "score_errors"
+    errors = {row["way"]: (row["evaluation"]["error"], row["test_time_training"]["error"]) for row in found["rows"]}
+    assert errors == {"float32": (0.0, 0.0), "kernels": (0.0, 0.25), "references": (0.5, 0.5)}

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench import distributed, prove
+from bench import distributed, prove, results_files
 from bench import test_time_training as ttt_bench
 from pgolf.config import RunConfig
 from pgolf.folder import RunFolder
 from pgolf.shards import dataset_dir, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = {"date": "2026-11-29T10:00:00+00:00", "commit": "abc1234def", "dirty": False, "chip": "X1", "versions": {}}
+META = {"date": "2026-11-29T10:00:00+00:00", "commit": "abc1234def", "dirty": False, "chip": "X1", "versions": {}}
 SUMMARY = {
     "data": {"seconds": 1.0},
     "train": {"seconds": 50.0, "steps": 77, "bits_per_byte": 1.85, "peak_memory_bytes": 20},
@@ -59,7 +59,7 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def proof(tmp_path: Path, results: Path) -> prove.Proof:
-    return prove.Proof(results / "x1_proof.json", {**HEADER, "trees": {"kernels": "1"}}, tmp_path / "run", tmp_path)
+    return prove.Proof(results / "x1" / "proof.json", {**META, "trees": {"kernels": "1"}}, tmp_path / "run", tmp_path)
 
 
 def git(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -93,22 +93,23 @@ class TestTrees:
     def test_check_says_whose_the_newest_proof_is(self, tree: Path, results: Path) -> None:
         assert prove.check_line(results, tree).startswith("no proof yet: python -m bench.prove --data-dir DIR")
         parts = {name: {"status": "ok"} for name in prove.PARTS}
-        header = {**HEADER, "trees": prove.tree_hashes(tree)}
-        (results / "h200_proof.json").write_text(json.dumps({"header": header, "parts": parts}))
-        older = {**header, "date": "2026-11-28", "trees": {}}
-        (results / "h300_proof.json").write_text(json.dumps({"header": older, "parts": {}}))
-        (results / "h100_proof.json").write_text("{")
-        about = "proof h200_proof.json of 2026-11-29, commit abc1234: "
+        meta = {**META, "trees": prove.tree_hashes(tree)}
+        results_files.write(results / "h200" / "proof.json", meta, parts=parts)
+        results_files.write(results / "h300" / "proof.json", {**meta, "date": "2026-11-28", "trees": {}}, parts={})
+        results_files.write(results / "h400" / "proof.json", {**meta, "date": None}, parts={})
+        (results / "h100").mkdir()
+        (results / "h100" / "proof.json").write_text("{")
+        about = "proof h200/proof.json of 2026-11-29, commit abc1234: "
         assert prove.check_line(results, tree) == about + "this tree"
 
         del parts["train_step"]
         parts["run"]["status"] = "failed"
-        (results / "h200_proof.json").write_text(json.dumps({"header": header, "parts": parts}))
+        results_files.write(results / "h200" / "proof.json", meta, parts=parts)
         assert prove.check_line(results, tree) == about + "this tree, but run failed, train_step not run"
 
         (tree / "kernels" / "a.py").write_text("changed")
         line = prove.check_line(results, tree)
-        assert line.startswith(f"{about}is of another kernels/ ({header['trees']['kernels'][:7]}, here ")
+        assert line.startswith(f"{about}is of another kernels/ ({meta['trees']['kernels'][:7]}, here ")
         assert line.endswith("prove this one: python -m bench.prove --data-dir DIR") and "pgolf/" not in line
 
     def test_check_needs_no_torch_and_never_fails(self) -> None:
@@ -161,7 +162,7 @@ class TestParts:
             "train_step": OSError("y"),
         }
         monkeypatch.setattr(prove, "PARTS", {name: part(name, error) for name, error in errors.items()})
-        monkeypatch.setattr(prove, "describe_machine", lambda commit: ("x1", {**HEADER, "trees": {}}))
+        monkeypatch.setattr(prove, "describe_machine", lambda *_: ("x1", {**META, "trees": {}}))
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         options = ["--results", str(file), "--data-dir", "data", "--parts"]
         assert prove.main([*options, "train_step,run,program,tests"]) == 1
@@ -170,9 +171,14 @@ class TestParts:
         assert [parts[name]["message"] for name in errors] == ["", "no", "x", "OSError: y"]
         assert parts["run"]["figures"] == {"speed": 3}, "what a part found before it failed is kept"
 
+        again = {**META, "trees": {}, "date": "2026-11-30", "commit": "later"}
+        monkeypatch.setattr(prove, "describe_machine", lambda *_: ("x1", again))
         assert prove.main([*options, "tests"]) == 0, "only what was chosen counts"
-        assert json.loads(file.read_text())["parts"].keys() == errors.keys(), "the same trees: parts add up"
-        monkeypatch.setattr(prove, "describe_machine", lambda commit: ("x1", {**HEADER, "trees": {"kernels": "2"}}))
+        found = json.loads(file.read_text())
+        assert found["parts"].keys() == errors.keys(), "the same trees: parts add up"
+        assert found["meta"] == again and "meta" not in found["parts"]["tests"]
+        assert found["parts"]["run"]["meta"]["commit"] == META["commit"], "a part of an earlier call says of which"
+        monkeypatch.setattr(prove, "describe_machine", lambda *_: ("x1", {**META, "trees": {"kernels": "2"}}))
         assert prove.main([*options, "tests"]) == 0
         assert json.loads(file.read_text())["parts"].keys() == {"tests"}, "another tree: a new proof"
 
@@ -337,7 +343,7 @@ class TestEachPart:
 
         def write(command: list[str], fail: bool = False) -> None:
             file = next(word for word in command if word.endswith(".json"))
-            Path(file).write_text(json.dumps({"rows": rows, "mix": None if fail else {"tokens_per_s": 1.0}}))
+            results_files.write(Path(file), {}, rows=rows, mix=None if fail else {"tokens_per_s": 1.0})
             if fail:
                 raise prove.CallFailed("exit status 1", "", 1)
 
@@ -355,7 +361,7 @@ class TestDistributed:
     @pytest.fixture
     def proof(self, tmp_path: Path, results: Path) -> prove.Proof:
         return prove.Proof(
-            results / "x1_x4_distributed.json", {}, tmp_path / "run", tmp_path, processes=4, table=distributed.PARTS
+            results / "x1" / "x4_distributed.json", {}, tmp_path / "run", tmp_path, processes=4, table=distributed.PARTS
         )
 
     def pretend(self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, act: Any) -> list[tuple[list[str], dict]]:

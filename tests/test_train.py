@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pgolf.train
-from bench import gradient_errors, moved_weights
+from bench import gradient_errors, moved_weights, results_files
 from pgolf.checkpoint import CheckpointError, load_tensors
 from pgolf.config import RunConfig
 from pgolf.corpus import embedded_documents
@@ -210,7 +210,11 @@ def test_moved_weights(config: RunConfig, tmp_path: Path) -> None:
 def test_gradient_errors(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """In bfloat16 gradients are near the float32 model's, and every bank has its line in both loop states."""
     trained(config.replace(iterations=1, compute_dtype="bfloat16", ema_decay=0.0), tmp_path)
-    results = gradient_errors.main([str(tmp_path), "--batches", "2"])
+    file = tmp_path / "errors.json"
+    results = gradient_errors.main([str(tmp_path), "--batches", "2", "--results", str(file)])
+    written = results_files.read(file)
+    assert written["after_loop"]["kernels"]["kv_bank"] == list(results["after_loop"]["kernels"]["kv_bank"])
+    assert written["meta"]["bench"] == "gradient_errors" and written["batches"] == 2
     for ways in results.values():
         assert ways["kernels"] == ways["references"]  # on a CPU
         for group in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "tok_emb"):

@@ -1,0 +1,41 @@
+"""The documents: what they link to is there, and what they show runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(path: Path) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not re.match(r"https?://", link) and not (path.parent / link).exists()] == []
+
+
+def test_the_kernels_examples_run() -> None:
+    exec(compile(python_blocks(ROOT / "docs" / "kernels.md"), "docs/kernels.md", "exec"), {})
+
+
+def test_the_readme_s_imports_are_there() -> None:
+    lines = [line for line in python_blocks(ROOT / "README.md").splitlines() if line.startswith("from ")]
+    assert len(lines) > 10
+    exec("\n".join(lines), {})
+
+
+def test_every_family_is_described() -> None:
+    families = {path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")}
+    titles = re.findall(r"^## (\w+)$", (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(titles) == families
