@@ -29,6 +29,7 @@ from pgolf.artifact import (
     load,
     save,
 )
+from pgolf.kernels.dequant import MAX_RANK
 from pgolf.quantize import QuantizedModel, dequantize_model
 
 PUBLIC = Path(__file__).parent / "golden" / "pr1874_tiny.int6.ptz"
@@ -183,6 +184,14 @@ def test_every_kind_of_tensor_is_accepted(tmp_path):
         ({"a.scale": torch.ones(5).half()}, {}, r"do not fit together: a.q \[4, 6\], a.scale \[5\]"),
         ({"a.lqA_a": torch.full((4, 2), 2, dtype=torch.int8)}, {}, "a.lqA_a is no matrix of codes from -2 to 1"),
         ({"a.lqA_a": torch.ones(4, 3, dtype=torch.int8)}, {}, "shapes do not fit together: .* a.lqA_a"),
+        (
+            {
+                "a.lqA_a": torch.ones(4, MAX_RANK + 1, dtype=torch.int8),
+                "a.lqB_a": torch.ones(MAX_RANK + 1, 6, dtype=torch.int8),
+            },
+            {},
+            "shapes do not fit together: .* a.lqA_a",
+        ),
         ({"a.lqBs_a": torch.ones(0).half()}, {}, "shapes do not fit together: .* a.lqA_a"),
         ({"a.lqBs_a": torch.ones(5).half()}, {}, "shapes do not fit together: .* a.lqA_a"),
         ({"c": torch.ones(1).half()}, {}, "does not list c"),

@@ -138,6 +138,14 @@ def test_ranks_share_all_rows(targets: int, world_size: int) -> None:
     assert [position for start, stop in spans for position in range(start, stop)] == list(range(targets))
 
 
+def test_sums_are_exact_beyond_float32() -> None:
+    """Of 22 million bytes, which float32 rounds to even numbers: loss and bits per byte differ by the exact count."""
+    tokens, boundary = documents([700]), torch.arange(VOCABULARY) < 4
+    table = ByteTable(torch.full((VOCABULARY,), 32_001), boundary & False, boundary)
+    loss, bits = evaluate_packed(random_model(), CONFIG, tokens, table)
+    assert loss / bits == pytest.approx(math.log(2) * 32_001, rel=1e-12)
+
+
 def test_public_truncation_drops_what_the_public_code_drops() -> None:
     # its full validation split: 19,795 windows of 2048, 83 of which it drops on 8 ranks
     config = RunConfig.preset("public_1874")

@@ -10,10 +10,14 @@ import torch
 
 from pgolf.config import RunConfig
 from pgolf.model import GPT, PassUpdates, Updates, attention_core, rebank, unbank
+from pgolf.quantize import hessian_group
 
 SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())
 TINY = RunConfig.preset("record").replace(**SCALARS["config"])
 CASES = [(mask, loop) for mask in (0, 1) for loop in (0, 1)]
+# Of float32 sums in another order: measured 1e-6 on losses of 10, 7e-6 on logits up to 13. An option, the mask or the
+# loop moves the loss by 1e-2 and more.
+ROUNDING = 2e-5
 
 
 def tiny_model(golden, mask: int = 1, loop: int = 1, **fields) -> GPT:
@@ -36,12 +40,41 @@ def test_logits_and_losses_are_golden(golden, mask: int, loop: int) -> None:
     inputs, targets, cu_seqlens = stream(golden)
     logits = model.forward_logits(inputs, cu_seqlens, 48)[0]
     expected = torch.from_numpy(golden("model")[f"logits/mask{mask}_loop{loop}"])
-    assert (logits - expected).abs().max() < 1e-4
-    assert model(inputs, targets, cu_seqlens, 48).item() == pytest.approx(
-        SCALARS[f"loss/mask{mask}_loop{loop}"], abs=1e-4
-    )
-    plain = model(inputs, targets).item()
-    assert plain == pytest.approx(SCALARS[f"loss_nocu/mask{mask}_loop{loop}"], abs=1e-4)
+    assert (logits - expected).abs().max() < 5 * ROUNDING
+    loss, plain = model(inputs, targets, cu_seqlens, 48).item(), model(inputs, targets).item()
+    assert loss == pytest.approx(SCALARS[f"loss/mask{mask}_loop{loop}"], abs=ROUNDING)
+    assert plain == pytest.approx(SCALARS[f"loss_nocu/mask{mask}_loop{loop}"], abs=ROUNDING)
+
+
+OPTIONS = {
+    "tie_embeddings": dict(tie_embeddings=False),
+    "skip_gates_enabled": dict(skip_gates_enabled=False),
+    "smear_gate": dict(smear_gate=False),
+    "gate_attn_out": dict(gate_attn_out=False),
+    "xsa_last_n": dict(xsa_last_n=4),
+    "ln_scale": dict(ln_scale=False),
+    "num_loops": dict(num_loops=0),
+    "parallel_start_layer": dict(parallel_start_layer=9),
+    "parallel_final_lane_attn": dict(parallel_final_lane="attn"),
+    "parallel_final_lane_mlp": dict(parallel_final_lane="mlp"),
+    "rope_yarn": dict(rope_yarn=True, rope_train_seq_len=16),
+    "logit_softcap": dict(logit_softcap=5.0),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_losses_with_an_option_are_golden(golden, name: str) -> None:
+    config = TINY.replace(smear_gate_bos_mask=False, **OPTIONS[name])
+    weights = {k.removeprefix("param/"): torch.from_numpy(v) for k, v in golden("model").items() if "param/" in k}
+    weights["lm_head.weight"] = weights["tok_emb.weight"].flip(0)
+    model = GPT(config)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    model.load_state_dict({key: weights[key][: shape[0]] for key, shape in shapes.items()})
+    model.looping_active = config.num_loops > 0
+    inputs, targets, cu_seqlens = stream(golden)
+    loss = model(inputs, targets, cu_seqlens, 48).item()
+    assert loss == pytest.approx(SCALARS[f"loss_option/{name}"], abs=ROUNDING)
+    assert abs(loss - SCALARS["loss/mask0_loop1"]) > 100 * ROUNDING
 
 
 def test_gradients_are_golden(golden) -> None:
@@ -51,7 +84,7 @@ def test_gradients_are_golden(golden) -> None:
     for name, parameter in model.named_parameters():
         expected = torch.from_numpy(golden("model")[f"grad_mask1_loop1/{name}"])
         error = (parameter.grad - expected).norm() / expected.norm().clamp_min(1e-12)
-        assert error < 1e-3, f"{name}: {error}"
+        assert error < 1e-4, f"{name}: {error}"  # measured: 3e-6; float32 sums in another order
 
 
 def test_record_model_has_the_published_parameters() -> None:
@@ -67,6 +100,29 @@ def test_initial_weights_are_rounded_to_bfloat16_and_predict_nothing() -> None:
         assert torch.equal(parameter, parameter.bfloat16().float()), name
     ids = torch.randint(4, 320, (1, 64))
     assert model(ids, ids.roll(1)).item() == pytest.approx(torch.tensor(320.0).log().item(), abs=0.01)
+
+
+def test_initial_weights_are_drawn_as_the_public_model_s() -> None:
+    """By their distribution: bfloat16 rounds to 2**-9, and so do products of orthogonal rows."""
+    state = dict(GPT(TINY).named_parameters())
+    n, d = TINY.num_layers, TINY.model_dim
+    for bank in (state["qo_bank"][:n], state["kv_bank"][:n], state["kv_bank"][n:], state["mlp_up_bank"]):
+        for matrix in bank:
+            small = matrix if matrix.size(0) <= d else matrix.T
+            assert (small @ small.T - torch.eye(len(small))).abs().max() < 2**-7
+        assert not torch.equal(bank[0], bank[1])
+    embedding = state["tok_emb.weight"]  # the relative error of a standard deviation is 1 / sqrt(2 * 20,480) = 0.5%
+    assert embedding.std().item() == pytest.approx(0.005, rel=0.025) and embedding.mean().abs() < 2e-4
+    constants = {"attn_scale": 1, "mlp_scale": 1, "q_gain": 5.25, "skip_weights": 1, "parallel_post_lambdas": 1}
+    constants |= {"parallel_resid_lambdas": torch.tensor(1.1).bfloat16().item(), "mlp_down_bank": 0, "skip_gates": 0}
+    constants |= {"attn_gate_proj.weight": 0, "smear_gate.weight": 0, "smear_lambda": 0}
+    seen = set()
+    for name, value in state.items():
+        for ending in (ending for ending in constants if name.endswith(ending)):
+            seen.add(ending)
+            assert (value == constants[ending]).all(), name
+    assert seen == set(constants) and not state["qo_bank"][n:].any()
+    assert all((block.resid_mix == torch.tensor([[1.0], [0.0]])).all() for block in GPT(TINY).blocks)
 
 
 def test_public_embedding_is_bfloat16() -> None:
@@ -128,6 +184,30 @@ def test_observe_sees_every_quantised_product(golden) -> None:
     kinds = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
     expected = {f"blocks.{i}.{kind}": 3 if i in (3, 4, 5) else 1 for i in range(11) for kind in kinds}
     assert seen == {**expected, "tok_emb": 1}
+
+
+def test_observed_inputs_span_the_gradients(golden) -> None:
+    """A gradient of W in y = W x is a sum of outer products with x: its rows lie in the span of what was observed.
+
+    Of as few tokens that these do not span everything: 3 passes of 12 tokens in at least 64 dimensions.
+    """
+    model, inputs = tiny_model(golden), stream(golden)[0][:, :12]
+    seen: dict[str, list[torch.Tensor]] = {}
+    with torch.no_grad():
+        model.hidden(inputs, observe=lambda name, x: seen.setdefault(name, []).append(x[0]))
+    model(inputs, inputs.roll(-1)).backward()
+    gradients = unbank({name: parameter.grad for name, parameter in model.named_parameters()}, 11)
+    unread = torch.ones(320, dtype=torch.bool)
+    unread[inputs] = False
+    gradients["tok_emb.weight"] = gradients["tok_emb.weight"][unread]  # of the head alone
+    for name, gradient in gradients.items():
+        group = hessian_group(name)
+        if group not in seen:
+            continue
+        basis = torch.linalg.qr(torch.cat(seen[group]).double().T)[0]
+        outside = gradient.double() - gradient.double() @ basis @ basis.T
+        assert outside.norm() < 1e-4 * gradient.norm(), name  # float32; with other inputs it is 0.5 and more
+    assert {hessian_group(name) for name in gradients} >= seen.keys() and len(seen) == 4 * 11 + 1
 
 
 def test_updates_that_are_zero_change_nothing(golden) -> None:
@@ -234,11 +314,21 @@ def test_attention_backends() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_bfloat16_model_on_the_gpu_is_near_golden(golden) -> None:
-    model = tiny_model(golden).cuda()
+@pytest.mark.parametrize(("mask", "loop"), CASES)
+def test_bfloat16_model_on_the_gpu_is_near_golden(golden, mask: int, loop: int) -> None:
+    """Near enough to tell the four cases apart.
+
+    The references in bfloat16 on a CPU are off by 0.0031 to 0.0063 in the loss, which the mask moves by 0.023 to 0.027
+    and the loop by 0.015 to 0.019; and by 0.025 in a logit on average, which differs by 0.19 or more from any other
+    case's.
+    """
+    expected = SCALARS[f"loss/mask{mask}_loop{loop}"]
+    model = tiny_model(golden, mask, loop).cuda()
     inputs, targets, cu_seqlens = (x.cuda() for x in stream(golden))
     assert model.compute_dtype == torch.bfloat16
-    loss = model(inputs, targets, cu_seqlens, 48)
-    assert loss.item() == pytest.approx(SCALARS["loss/mask1_loop1"], abs=0.05)
-    exact = tiny_model(golden, compute_dtype="float32", attention_backend="sdpa").cuda()
-    assert exact(inputs, targets, cu_seqlens, 48).item() == pytest.approx(SCALARS["loss/mask1_loop1"], abs=1e-3)
+    assert model(inputs, targets, cu_seqlens, 48).item() == pytest.approx(expected, abs=0.01)
+    with torch.no_grad():
+        logits = model.forward_logits(inputs, cu_seqlens, 48)[0].float().cpu()
+    assert (logits - torch.from_numpy(golden("model")[f"logits/mask{mask}_loop{loop}"])).abs().mean() < 0.05
+    exact = tiny_model(golden, mask, loop, compute_dtype="float32", attention_backend="sdpa").cuda()
+    assert exact(inputs, targets, cu_seqlens, 48).item() == pytest.approx(expected, abs=1e-3)

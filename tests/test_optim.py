@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pgolf.config import RunConfig
-from pgolf.kernels.newton_schulz import newton_schulz
+from pgolf.kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, newton_schulz
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer, Muon
 from tests.processes import run_processes
@@ -62,6 +62,45 @@ def test_groups_hold_every_parameter_once() -> None:
         assert sorted(members) == sorted(id(p) for p in model.parameters())
         rates = [group["base_lr"] for group in groups]
         assert rates == ([0.03, 0.02, 0.026] if tied else [0.6, 0.02, 0.03, 0.026])
+
+
+@pytest.mark.parametrize("fields", [{}, dict(tie_embeddings=False, muon_row_normalize=False, polar_express_ns=False)])
+def test_two_steps_of_a_model_follow_the_formulas(fields: dict) -> None:
+    """Every group's rate, weight decay and constants, the rate's scale and Muon's momentum of each step.
+
+    In float64 where AdamW is elementwise. Gradients reach down to where its eps counts.
+    """
+    model, optimizer = model_and_optimizer(grad_clip_norm=0.0, **fields)
+    config = model.config
+    coefficients = POLAR_EXPRESS if config.polar_express_ns else (QUINTIC,)
+    expected = {name: value.detach().double() for name, value in model.named_parameters()}
+    state = {name: [torch.zeros_like(value) for _ in range(2)] for name, value in expected.items()}
+    embed_lr = config.tied_embed_lr if config.tie_embeddings else config.embed_lr
+    rates = {"tok_emb.weight": (embed_lr, config.embed_wd), "lm_head.weight": (config.tied_embed_lr, config.embed_wd)}
+    for step, (scale, momentum) in enumerate(((1.0, 0.8), (0.25, 0.9)), 1):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) * 10 ** -torch.randint(9, parameter.shape).float()
+        gradients = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+        optimizer.step(scale, momentum)
+        for name, g in gradients.items():
+            p, (first, second) = expected[name], state[name]
+            if name.endswith("_bank"):
+                first.mul_(momentum).add_(g)
+                u = (g + momentum * first).float()
+                options = dict(row_normalize=config.muon_row_normalize, dtype=torch.float32)
+                direction = newton_schulz(u, config.muon_backend_steps, coefficients, **options).double()
+                p *= 1 - scale * config.matrix_lr * config.muon_wd
+                p -= scale * config.matrix_lr * max(1, p.size(-2) / p.size(-1)) ** 0.5 * direction
+                continue
+            lr, decay = rates.get(name, (config.scalar_lr, config.adam_wd))
+            first.lerp_(g, 1 - 0.9), second.lerp_(g.square(), 1 - 0.95)
+            mean, spread = first / (1 - 0.9**step), (second / (1 - 0.95**step)).sqrt()
+            p *= 1 - scale * lr * decay
+            p -= scale * lr * mean / (spread + 1e-8)
+    for name, parameter in model.named_parameters():
+        # float32: a step of the largest rate, 0.6, and weights up to 5 are rounded to 3e-7; decays alone move 4e-6.
+        tolerance = 1e-4 if name.endswith("_bank") else 1e-6  # the iteration triples a float32 rounding five times
+        assert (parameter - expected[name]).abs().max() < tolerance, name
 
 
 def test_clipping_scales_the_reduced_gradient() -> None:

@@ -219,6 +219,17 @@ def test_fitted_factors_keep_more_of_the_outputs(shape: tuple[int, int], group: 
     assert all(torch.equal(x, y) for x, y in zip(fitted, fit_low_rank(residual, hessian, 4, group), strict=True))
 
 
+@pytest.mark.parametrize("group", [64, None])
+def test_the_second_factor_is_fitted_to_the_rounded_first(group: int | None):
+    """By least squares, then rounded: half a step from the optimum, and a little for the scale's float16."""
+    residual, hessian = torch.randn(96, 64), correlated_hessian(64)
+    fitted = fit_low_rank(residual, hessian, 4, group)
+    first = fitted.qA.double() * fitted.sA.double().reshape(-1, 1)
+    best = torch.linalg.lstsq(first, residual.double()).solution
+    steps = fitted.sB.double().repeat_interleave(group or 64).view(4, 64)
+    assert ((best - fitted.qB * steps).abs() <= 0.51 * steps).all()
+
+
 def test_fitting_copes_with_less_rank_than_asked():
     for residual in (torch.zeros(40, 64), torch.randn(40, 1) @ torch.randn(1, 64)):
         fitted = fit_low_rank(residual, torch.eye(64), 4, 64)

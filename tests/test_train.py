@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import pgolf.train
 from bench import gradient_errors, moved_weights, results_files
 from pgolf.checkpoint import CheckpointError, load_tensors
 from pgolf.config import RunConfig
 from pgolf.corpus import embedded_documents
 from pgolf.dataset import build_dataset
 from pgolf.folder import RunFolder
+from pgolf.loader import Batch, DocumentPackingLoader
 from pgolf.model import GPT
+from pgolf.optim import ModelOptimizer
 from pgolf.progress import TrainingProgress
 from pgolf.runtime import World, describe_environment, seed_everything, start_world
 from pgolf.shards import tokenizer_path
@@ -38,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return RunConfig.preset("demo").replace(
         data_dir=str(folder), device="cpu", vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4,
         gate_attn_width=8, smear_gate_width=4, train_batch_tokens=1024, micro_batch_tokens=256, train_seq_len=64,
-        eval_seq_len=64, val_batch_tokens=4096, max_wallclock_seconds=0, iterations=6, ema_decay=0.5,
+        eval_seq_len=64, val_batch_tokens=4096, max_wallclock_seconds=0, iterations=6, ema_decay=0.75,
     )  # fmt: skip
 
 
@@ -77,6 +80,43 @@ def test_training_learns_and_records(uninterrupted, config: RunConfig) -> None:
     summary = RunFolder(path).summary()["train"]
     assert summary["steps"] == 6 and summary["tokens_per_second_after_loop"] > 0
     assert summary["bits_per_byte"] > 0 and weights["qo_bank"].dtype == torch.float32
+
+
+def test_steps_follow_the_schedule_and_the_average_follows_the_weights(
+    uninterrupted, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each step the rate, Muon's momentum, the loop and every micro-batch; then `ema.pt`, from the weights alone."""
+    steps, batches, averages = [], [], {}
+    step, next_batch = ModelOptimizer.step, DocumentPackingLoader.next_batch
+
+    def recorded(self: ModelOptimizer, lr_scale: float, momentum: float, *rest) -> torch.Tensor:
+        (model,) = models
+        steps.append((lr_scale, momentum, model.looping_active, len(batches)))
+        if not averages:
+            averages.update({name: value.detach().double() for name, value in model.named_parameters()})
+        norm = step(self, lr_scale, momentum, *rest)
+        for name, value in model.named_parameters():
+            averages[name].mul_(0.75).add_(value.detach().double(), alpha=0.25)
+        return norm
+
+    def counted(self: DocumentPackingLoader) -> Batch:
+        batches.append(next_batch(self))
+        return batches[-1]
+
+    models = []
+    build = pgolf.train.build_model
+    monkeypatch.setattr(pgolf.train, "build_model", lambda *args: models.append(build(*args)) or models[-1])
+    monkeypatch.setattr(ModelOptimizer, "step", recorded)
+    monkeypatch.setattr(DocumentPackingLoader, "next_batch", counted)
+    weights = trained(config, tmp_path)
+    # Fractions 0, 1/6 ... 5/6: the rate falls from 1/4 on, the loop starts at 0.35, momentum rises over 100 steps.
+    assert [lr for lr, *_ in steps] == pytest.approx([1, 1, 8 / 9, 2 / 3, 4 / 9, 2 / 9], rel=1e-6)
+    assert [each[1] for each in steps] == pytest.approx([0.92 + 0.05 * n / 100 for n in range(6)], rel=1e-9)
+    assert [each[2:] for each in steps] == [(n >= 3, 4 * (n + 1)) for n in range(6)]
+    assert len({tuple(batch.input_ids.flatten().tolist()) for batch in batches}) == 24
+    for name, value in weights.items():
+        assert (value - averages[name]).abs().max() < 1e-6, name  # float32: weights up to 5, six roundings
+    assert_same(weights, uninterrupted[1])
 
 
 def test_same_seed_same_bytes(uninterrupted, config: RunConfig, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import pairwise
@@ -15,14 +16,22 @@ import torch
 from pgolf import ttt
 from pgolf.bpb import ByteTable
 from pgolf.config import ConfigError, RunConfig
-from pgolf.evaluate import evaluate_packed, evaluate_sliding
+from pgolf.evaluate import evaluate_packed, evaluate_sliding, find_documents
 from pgolf.model import GPT
 from pgolf.ttt import TTTResult, engine, inputs, scoring
 from pgolf.ttt.adapters import ADAM_EPS, AdapterBank
-from pgolf.ttt.base import rows_loss
+from pgolf.ttt.base import rows_loss, train_base
 from pgolf.ttt.inputs import CachedChunks, Chunk
 from pgolf.ttt.ledger import ScoredLedger
-from pgolf.ttt.plan import batch_windows, chunk_sizes, chunk_windows, deal, lanes_of_phase, plan_phases
+from pgolf.ttt.plan import (
+    batch_windows,
+    chunk_sizes,
+    chunk_windows,
+    deal,
+    lanes_of_phase,
+    plan_phases,
+    sgd_schedule,
+)
 from pgolf.ttt.scoring import stream_lengths
 from tests.processes import run_processes
 
@@ -83,16 +92,27 @@ def score(config: RunConfig = SMALL, documents: int | None = 13, **arguments) ->
     return ttt.test_time_training(small_model(config), config, tokens, table, **arguments)
 
 
-@pytest.mark.parametrize("mask", [0, 1])
-@pytest.mark.parametrize(("kind", "tolerance"), [("lora_only", 1e-4), ("phased", 5e-4)])
-def test_losses_are_golden(kind: str, tolerance: float, mask: int) -> None:
+@pytest.mark.parametrize(("kind", "mask"), [("lora_only", 0), ("phased", 0), ("phased", 1)])
+def test_losses_are_golden(kind: str, mask: int) -> None:
+    """Ours differ by 2e-7; rounding the weights at 1e-7 moves the public script's own number by up to 4e-5.
+
+    Of the settings the least that one moves the loss is 6e-4 (ttt_beta2 0.99 for 0.999), and the mask 6e-3, by the base
+    alone: a row of `lora_only` holds one document, so that its only BOS has no token before it.
+    """
     config = TINY.replace(phased_ttt_drop_next_bos=False, smear_gate_bos_mask=bool(mask), ttt_lanes=1)
     if kind == "lora_only":
         config = config.replace(phased_ttt_prefix_docs=0)
     scored = ttt.test_time_training(golden_model(config), config, *stream(), adapter_init=adapter_init)
     expected = SCALARS[f"ttt/{kind}_mask{mask}"]
-    assert scored.loss == pytest.approx(expected["val_loss"], abs=tolerance)
-    assert scored.bits_per_byte == pytest.approx(expected["val_bpb"], abs=tolerance)
+    assert scored.loss == pytest.approx(expected["val_loss"], abs=1e-4)
+    assert scored.bits_per_byte == pytest.approx(expected["val_bpb"], abs=1e-4)
+
+
+def test_the_mask_changes_nothing_in_rows_of_one_document() -> None:
+    assert SCALARS["ttt/lora_only_mask0"] == SCALARS["ttt/lora_only_mask1"]
+    alone = SMALL.replace(phased_ttt_enabled=False)
+    assert torch.equal(score(alone).token_nats, score(alone.replace(smear_gate_bos_mask=False)).token_nats)
+    assert not torch.equal(score().token_nats, score(SMALL.replace(smear_gate_bos_mask=False)).token_nats)
 
 
 def test_every_target_is_scored_once() -> None:
@@ -105,6 +125,17 @@ def test_every_target_is_scored_once() -> None:
     assert result.bytes == int(table.count(tokens[:-1], tokens[1:]).sum())
     assert sum(row["tokens"] for row in result.by_length) == result.tokens
     assert sum(row["documents"] for row in result.by_length) == 22
+    starts, lengths = find_documents(tokens)
+    byte_counts = table.count(tokens[:-1], tokens[1:])
+    for row in result.by_length:
+        mine = [slice(start, start + length - 1) for start, length in zip(starts, lengths, strict=True)
+                if row["low"] <= length - 1 < row["high"]]  # fmt: skip
+        nats = sum(float(result.token_nats[part].double().sum()) for part in mine)
+        count = sum(int(byte_counts[part].sum()) for part in mine)
+        assert (
+            row["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-9)
+            and len(mine) == row["documents"]
+        )
     assert all(row["low"] * row["documents"] <= row["tokens"] < row["high"] * row["documents"]
                for row in result.by_length)  # fmt: skip
     assert [phase["documents_trained"] for phase in result.phases] == [3, 6, 0]
@@ -152,8 +183,10 @@ def test_losses_depend_on_what_was_scored_before_only(kind: str, kv_cache: bool)
         assert not torch.equal(before[starts[last] : starts[last + 1] - 1], after[starts[last] : starts[last + 1] - 1])
 
 
-def test_first_chunks_come_before_any_update() -> None:
-    config = SMALL.replace(phased_ttt_enabled=False, ttt_warm_start_a=False)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_first_chunks_come_before_any_update(repeats: int) -> None:
+    """Also where a chunk is learned from twice: its losses are those of before."""
+    config = SMALL.replace(phased_ttt_enabled=False, ttt_warm_start_a=False, ttt_grad_steps=repeats)
     still, moving = score(config.replace(ttt_lora_lr=0.0)).token_nats, score(config).token_nats
     starts = torch.nonzero(stream(13)[0] == 1).flatten().tolist()
     for start in starts:
@@ -274,8 +307,8 @@ def test_same_inputs_same_bytes() -> None:
 
 
 @pytest.fixture(scope="module")
-def unchanged_loss() -> float:
-    return score().loss
+def unchanged() -> torch.Tensor:
+    return score().token_nats
 
 
 @pytest.mark.parametrize(
@@ -301,13 +334,15 @@ def unchanged_loss() -> float:
         {"global_ttt_warmup_chunks": 1, "global_ttt_warmup_start_lr": 0.005},
         {"global_ttt_epochs": 2},
         {"global_ttt_grad_clip": 0.0},
-        {"global_ttt_momentum": 0.0, "global_ttt_batch_seqs": 1},
+        {"global_ttt_momentum": 0.0},
+        {"global_ttt_batch_seqs": 1},
     ],
     ids=lambda fields: "-".join(fields),
 )
-def test_settings_count(fields: dict, unchanged_loss: float) -> None:
-    changed = score(SMALL.replace(**fields)).loss
-    assert np.isfinite(changed) and abs(changed - unchanged_loss) > 1e-7
+def test_settings_count(fields: dict, unchanged: torch.Tensor) -> None:
+    """The least that a setting moves the loss of any token is 0.15; weights rounded in float32 move one by 1e-4."""
+    changed = score(SMALL.replace(**fields)).token_nats
+    assert changed.isfinite().all() and (changed - unchanged).abs().max() > 0.03
 
 
 @pytest.mark.parametrize("drop", [True, False])
@@ -334,6 +369,29 @@ def test_rows_in_one_stream_are_rows_alone(respect: bool) -> None:
         together = rows_loss(model, config, text, rows)
         alone = [rows_loss(model, config, text, [row]) for row in rows]
     assert together == pytest.approx(sum(map(float, alone)), rel=1e-5)
+
+
+def test_the_base_takes_sgd_steps_on_the_mean_loss() -> None:
+    """Without clipping, which would hide a wrong scale: v = 0.9 v + g, p = p - rate v, g of the mean over a chunk."""
+    config = SMALL.replace(global_ttt_respect_doc_boundaries=False, smear_gate_bos_mask=False, global_ttt_grad_clip=0.0,
+                           global_ttt_lr=1e-3, global_ttt_chunk_tokens=96)  # fmt: skip
+    text = stream()[0]
+    steps = sgd_schedule(text.numel(), config, world_size=1)[:3]
+    assert [step.rows[0] for step in steps] == [[(low, low + 48), (low + 48, low + 96)] for low in (0, 96, 192)]
+    trained, expected = small_model(config), small_model(config)
+    assert len(list(train_base(trained, config, text, steps, 0, 1))) == 3
+    velocities = [torch.zeros_like(parameter) for parameter in expected.parameters()]
+    for low, step in zip((0, 96, 192), steps, strict=True):
+        inputs, targets = (text[low + s : low + 96 + s].view(2, 48) for s in (0, 1))
+        gradients = torch.autograd.grad(expected.token_losses(inputs, targets).mean(), [*expected.parameters()])
+        with torch.no_grad():
+            for parameter, velocity, gradient in zip(expected.parameters(), velocities, gradients, strict=True):
+                velocity.mul_(0.9).add_(gradient)
+                parameter.sub_(step.rate * velocity)
+    start = dict(small_model(config).named_parameters())
+    for (name, value), other in zip(trained.named_parameters(), expected.parameters(), strict=True):
+        moved = (other - start[name]).norm()
+        assert (value - other).norm() <= 1e-3 * moved + 1e-7, name  # float32, of weights that move by 1e-3 and less
 
 
 def test_chosen_batches_only() -> None:
@@ -422,6 +480,32 @@ def test_training_documents_by_choice(choice: str, expected: list[list[int]]) ->
     phases = plan_phases(np.array([30, 10, 60, 20, 50, 40, 5]), config)
     assert [[b.documents.tolist() for b in phase.batches] for phase in phases] == [[[2], [5, 4]], [[3, 0]], [[6, 1]]]
     assert [phase.trained.tolist() for phase in phases] == [*expected, []]
+
+
+def test_the_base_s_learning_rate_and_rows_follow_the_public_rule() -> None:
+    """Of six chunks the last is left out; rates fall by half a cosine that would reach 0 there, after a warm-up."""
+    config = TINY.replace(
+        global_ttt_chunk_tokens=96 * 8,
+        eval_seq_len=48,
+        global_ttt_batch_seqs=2,
+        global_ttt_lr=0.01,
+        global_ttt_epochs=1,
+    )
+    steps = sgd_schedule(96 * 8 * 5 + 2, config, world_size=2)
+    cosine = [0.005 * (1 + math.cos(math.pi * chunk / 5)) for chunk in range(5)]
+    assert [step.rate for step in steps[::4]] == pytest.approx(cosine, rel=1e-12)
+    for number, step in enumerate(steps):  # a chunk's 16 sequences in rows of 2, of which a rank takes one a step
+        chunk, turn = divmod(number, 4)
+        lows = [chunk * 768 + 96 * (turn + 4 * rank) for rank in range(2)]
+        assert step.rows == [[(low, low + 96)] for low in lows] and step.rate == steps[4 * chunk].rate
+    assert len(steps) == 5 * 4 and not sgd_schedule(96 * 8 + 1, config, world_size=2)
+    assert len(sgd_schedule(96 * 8 + 2, config, world_size=2)) == 4
+    warm = sgd_schedule(
+        96 * 8 * 5 + 2, config.replace(global_ttt_warmup_chunks=3, global_ttt_warmup_start_lr=0.002), world_size=2
+    )
+    assert [step.rate for step in warm[::4]] == pytest.approx([0.002, 0.006, 0.01, 0.01, 0.005], rel=1e-12)
+    twice = sgd_schedule(96 * 8 * 5 + 2, config.replace(global_ttt_epochs=2), world_size=2)
+    assert twice[:8] == [*steps[:4], *steps[:4]]
 
 
 @pytest.mark.parametrize("chunks", [12, np.array([12, 5, 12, 7, 3])], ids=["one size", "sizes"])
