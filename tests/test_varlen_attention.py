@@ -126,7 +126,8 @@ def test_any_segments(lengths: list[int], scale: float | None) -> None:
 
 
 def test_segments_far_more_than_tokens(device) -> None:
-    lengths = [0] * 140 + [7, 0, 20] + [0] * 130
+    many = 140 if device.type == "cuda" else 35
+    lengths = [0] * many + [7, 0, 20] + [0] * many
     assert_as_precise(*inputs(device, lengths, 2, 1, 16))
 
 
@@ -187,13 +188,16 @@ def test_low_level(dtype) -> None:
     assert (fused[:, [32, 49, 69]] == 7).all() and not fused[:, 66:69].any()
 
 
+MANY = [0] * 140 + [40, 7] + [1] * 140  # segments, more than are sorted at a time
+
+
 @needs_kernels
 @pytest.mark.parametrize("group", [1, 4, 12])
-@pytest.mark.parametrize(
-    "lengths", [[], [0], [5, 0, 3, 70, 0], [64, 1, 64, 33], [0] * 140 + [40, 7] + [1] * 140], ids=len
-)
+@pytest.mark.parametrize("lengths", [[], [0], [5, 0, 3, 70, 0], [64, 1, 64, 33], MANY], ids=len)
 def test_tiles(monkeypatch, lengths: list[int], group: int) -> None:
     """Of every size: each segment's, those of the longest segments first, what is in none, then zeros."""
+    if lengths is MANY and group > 1 and DEVICE == "cpu":
+        pytest.skip("takes the interpreter half a minute, and sorting knows nothing of groups")
     tokens, cu_seqlens = sum(lengths) + 50 * bool(lengths), boundaries(lengths, DEVICE)
     arguments = tokens, torch.bfloat16, 64, group
     monkeypatch.setattr(family, "readable", lambda *_: False)
