@@ -43,8 +43,8 @@ STEPS_SETTINGS = dict(
     iterations=STEPS, max_wallclock_seconds=0, warmup_steps=1, train_log_every=1, val_doc_fraction=0.1
 )
 # Sums of gradients are taken in another order and rounded to bfloat16 in between, and training amplifies it.
-LOSS_TOLERANCE = 0.02  # nats, of the first 20 steps
-SCORE_TOLERANCE = 1e-4  # nats, the mean over targets: kernels' sums change from call to call
+LOSS_TOLERANCE = 0.008  # nats, of the first 20 steps; measured 0.0026 on two H200s
+SCORE_TOLERANCE = 5e-5  # nats, the mean over targets; measured 1.5e-5: kernels' sums change from call to call
 RECORD = RunConfig.preset("record")
 STOPPED_STAGES = ("train", "quantize", "eval", "ttt")
 SECONDS_UNDER_WAY = 1.0  # of a stage, until a process is killed

@@ -11,6 +11,7 @@ import torch
 from pgolf.config import RunConfig
 from pgolf.model import GPT, PassUpdates, Updates, attention_core, rebank, unbank
 from pgolf.quantize import hessian_group
+from tests.golden.make import OPTIONS
 
 SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())
 TINY = RunConfig.preset("record").replace(**SCALARS["config"])
@@ -46,25 +47,13 @@ def test_logits_and_losses_are_golden(golden, mask: int, loop: int) -> None:
     assert plain == pytest.approx(SCALARS[f"loss_nocu/mask{mask}_loop{loop}"], abs=ROUNDING)
 
 
-OPTIONS = {
-    "tie_embeddings": dict(tie_embeddings=False),
-    "skip_gates_enabled": dict(skip_gates_enabled=False),
-    "smear_gate": dict(smear_gate=False),
-    "gate_attn_out": dict(gate_attn_out=False),
-    "xsa_last_n": dict(xsa_last_n=4),
-    "ln_scale": dict(ln_scale=False),
-    "num_loops": dict(num_loops=0),
-    "parallel_start_layer": dict(parallel_start_layer=9),
-    "parallel_final_lane_attn": dict(parallel_final_lane="attn"),
-    "parallel_final_lane_mlp": dict(parallel_final_lane="mlp"),
-    "rope_yarn": dict(rope_yarn=True, rope_train_seq_len=16),
-    "logit_softcap": dict(logit_softcap=5.0),
-}
+OURS = {"smear_gate_enabled": "smear_gate", "train_seq_len": "rope_train_seq_len"}  # else the script's names
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_losses_with_an_option_are_golden(golden, name: str) -> None:
-    config = TINY.replace(smear_gate_bos_mask=False, **OPTIONS[name])
+    changes = {OURS.get(field, field): value for field, value in OPTIONS[name].items()}
+    config = TINY.replace(smear_gate_bos_mask=False, **changes)
     weights = {k.removeprefix("param/"): torch.from_numpy(v) for k, v in golden("model").items() if "param/" in k}
     weights["lm_head.weight"] = weights["tok_emb.weight"].flip(0)
     model = GPT(config)
