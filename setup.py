@@ -1,12 +1,9 @@
-"""Metadata and the mapping that ships the folder kernels/ as the package pgolf.kernels.
-
-kernels/ has no __init__.py on purpose: as a top-level package it would shadow another project's `kernels`.
-"""
+"""Metadata. The package pgolf.kernels is the folder kernels/, to which the symbolic link pgolf/kernels points."""
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 EXTRAS = {
@@ -39,8 +36,8 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["pgolf", "pgolf.kernels", "pgolf.ttt"],
-    package_dir={"pgolf": "pgolf", "pgolf.kernels": "kernels"},
+    packages=find_packages(include=["pgolf", "pgolf.*"]),
+    package_dir={"": "."},  # so that an editable install is a plain path, which editors and type checkers follow
     package_data={"pgolf": ["py.typed"], "pgolf.kernels": ["tuned/*.json"]},
     entry_points={"console_scripts": ["pgolf = pgolf.cli:main"]},
     python_requires=">=3.11",

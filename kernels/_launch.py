@@ -37,12 +37,6 @@ class _Constant(object if tl is None else tl.constexpr):
 
 constexpr = int if tl is None else _Constant  # of integers that kernels read from their module
 
-if not __name__.startswith("pgolf."):
-    raise ImportError(
-        f"import pgolf.kernels.<op>, not {__name__.partition('.')[0]}.<op>: a second copy of a kernel module would "
-        "register its operators twice"
-    )
-
 RMS_EPS = torch.finfo(torch.float32).eps  # of every RMSNorm, as torch has it for float32
 BACKENDS = ("auto", "reference", "triton")
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret

@@ -19,7 +19,9 @@ MODULES = [
     for path in sorted((ROOT / "pgolf").rglob("*.py"))
     if path.stem[0] != "_"
 ]
-KERNELS = [f"pgolf.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py"))]
+KERNELS = [
+    f"pgolf.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py")) if path.stem != "__init__"
+]
 IMPORT_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:
@@ -51,7 +53,7 @@ def importable(names: list[str]) -> list[str]:
 
 def test_every_module_imports_from_the_root() -> None:
     file, kernels = python("-c", IMPORT_ALL, *importable(MODULES + KERNELS), cwd=ROOT).splitlines()
-    assert Path(file) == ROOT / "pgolf" / "__init__.py" and Path(kernels) == ROOT / "kernels"
+    assert Path(file) == ROOT / "pgolf" / "__init__.py" and Path(kernels).resolve() == ROOT / "kernels"
 
 
 def test_an_artifact_becomes_a_model_without_drawing_or_compiling(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ assert not {"torch._dynamo", "sympy"} & set(sys.modules), "which takes seconds"
 
 def test_every_module_imports_from_elsewhere(tmp_path: Path) -> None:
     file, kernels = python("-c", IMPORT_ALL, *importable(MODULES + KERNELS), cwd=tmp_path, path=ROOT).splitlines()
-    assert Path(file).parent == ROOT / "pgolf" and Path(kernels) == ROOT / "kernels"
+    assert Path(file).parent == ROOT / "pgolf" and Path(kernels).resolve() == ROOT / "kernels"
 
 
 def test_spawned_processes_find_kernels(tmp_path: Path) -> None:
@@ -99,29 +101,10 @@ def test_spawned_processes_find_kernels(tmp_path: Path) -> None:
     assert python(str(script), cwd=tmp_path, path=ROOT) == "auto"
 
 
-def test_the_folder_is_no_package_named_kernels(tmp_path: Path) -> None:
-    """Another project owns that name, and a regular package further down the path must win over our folder."""
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'another project'\n")
-    assert python("-c", "import kernels; print(kernels.owner)", cwd=ROOT, path=tmp_path) == "another project"
-
-
-SECOND_COPIES = """
-import importlib, sys
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        continue
-    print(name)
-"""
-
-
-def test_second_copies_of_kernel_modules_are_refused() -> None:
-    """From the root, ``import kernels.x`` would register the operators of ``pgolf.kernels.x`` twice."""
-    operators = [name.removeprefix("pgolf.") for name in KERNELS if "._" not in name]
-    assert python("-c", SECOND_COPIES, *operators, cwd=ROOT) == ""
+def test_a_second_copy_of_the_kernels_is_refused() -> None:
+    """From the root, ``import kernels`` would register the operators of ``pgolf.kernels`` twice."""
+    script = "try:\n    import kernels\nexcept ImportError as error:\n    print(error)"
+    assert "import pgolf.kernels" in python("-c", script, cwd=ROOT)
 
 
 def test_wheel_carries_kernels(tmp_path: Path) -> None:
@@ -131,7 +114,7 @@ def test_wheel_carries_kernels(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "LICENSE", "pgolf", "kernels"):  # a copy: the build leaves things behind
-        subprocess.run(["cp", "-R", str(ROOT / name), str(source)], check=True)
+        subprocess.run(["cp", "-RP", str(ROOT / name), str(source)], check=True)
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
     wheel = source / python("-c", build, cwd=source).splitlines()[-1]
     with zipfile.ZipFile(wheel) as archive:
