@@ -26,9 +26,19 @@ from bench import (
 from bench.harness import main
 
 FAMILIES = (
-    newton_schulz, dequant, smear_gate, residual, layer_weights, varlen_attention, gated_attention, residual_mlp,
-    linear_cross_entropy, low_rank, muon_update, adapter_update,
-)  # fmt: skip
+    newton_schulz,
+    dequant,
+    smear_gate,
+    residual,
+    layer_weights,
+    varlen_attention,
+    gated_attention,
+    residual_mlp,
+    linear_cross_entropy,
+    low_rank,
+    muon_update,
+    adapter_update,
+)
 BENCHES = {family.__name__.removeprefix("bench."): family.CASES for family in FAMILIES}
 
 if __name__ == "__main__":

@@ -51,9 +51,20 @@ def build(name: str, momentum: float, device: torch.device, quick: bool) -> Case
     def ours(function: Callable, tensors: list[Tensor | None]) -> list[Tensor]:
         master, copy, m, v = tensors
         function(
-            master, gradient, copy, learning, step, first_moment=m, second_moment=v, optimizer=name, lr=LR,
-            beta1=momentum, beta2=BETA2, eps=EPS, weight_decay=WEIGHT_DECAY,
-        )  # fmt: skip
+            master,
+            gradient,
+            copy,
+            learning,
+            step,
+            first_moment=m,
+            second_moment=v,
+            optimizer=name,
+            lr=LR,
+            beta1=momentum,
+            beta2=BETA2,
+            eps=EPS,
+            weight_decay=WEIGHT_DECAY,
+        )
         return results(tensors)
 
     def torchs(tensors: list[Tensor | None], zeros: list[Tensor], steps: list[Tensor], **how: bool) -> list[Tensor]:

@@ -165,8 +165,10 @@ def _pgolf(matrices: Sequence[Quantized]) -> Function:
     banks: dict[torch.Size, list[Quantized]] = {}
     for q in matrices:
         banks.setdefault(q.codes.shape, []).append(q)
-    stored = {shape: matrices[0].scale.new_full((len(members), *shape), float("nan"), dtype=torch.bfloat16)
-              for shape, members in banks.items()}  # fmt: skip
+    stored = {
+        shape: matrices[0].scale.new_full((len(members), *shape), float("nan"), dtype=torch.bfloat16)
+        for shape, members in banks.items()
+    }
     places = {shape: iter(bank) for shape, bank in stored.items()}
     outs = [next(places[q.codes.shape]) for q in matrices]
     plan = family.DequantizePlan([packed(q) for q in matrices], outs)

@@ -104,9 +104,16 @@ def prove_profile(proof: Proof, figures: dict[str, Any]) -> None:
     """Profile a step with a micro-batch for each GPU, on all GPUs."""
     tokens = RECORD.micro_batch_tokens * proof.processes
     found = prove.measured(
-        proof, "bench.train_step", "--provider", "pgolf", "--repeats", "6", "--set",
-        f"train_batch_tokens={tokens}", processes=proof.processes,
-    )  # fmt: skip
+        proof,
+        "bench.train_step",
+        "--provider",
+        "pgolf",
+        "--repeats",
+        "6",
+        "--set",
+        f"train_batch_tokens={tokens}",
+        processes=proof.processes,
+    )
     for row in found["rows"]:
         kept = {name: value for name, value in row.items() if name not in ("case", "provider", "kernels")}
         collectives = {name: value for name, value in row.get("kernels", {}).items() if "nccl" in name.lower()}
@@ -195,8 +202,17 @@ def prove_nodes(proof: Proof, figures: dict[str, Any]) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     each, folder = proof.processes // 2, proof.run_dir / "nodes"
-    launch = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={each}", "--rdzv_backend=c10d",
-              f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=nodes", "-m", "pgolf"]  # fmt: skip
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        f"--nproc_per_node={each}",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{port}",
+        "--rdzv_id=nodes",
+        "-m",
+        "pgolf",
+    ]
     shutil.rmtree(folder, ignore_errors=True)
     with ThreadPoolExecutor(2) as pool:
         devices = [",".join(map(str, range(first, first + each))) for first in (0, each)]
@@ -240,9 +256,14 @@ def stop_one(proof: Proof, stage: str, options: list[str | Path], number: int) -
     command = [sys.executable, *prove.launched(proof.processes, "pgolf"), *map(str, options)]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, cwd=prove.ROOT, env=prove.clean_environment(), stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=prove.ROOT,
+            env=prove.clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             wanted = "tokens/s" if stage == "train" else f"[{stage}]"
             while not _said(output, wanted):

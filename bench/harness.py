@@ -137,9 +137,15 @@ def one_line(reason: Exception) -> str:
 
 
 def measure(
-    bench: str, name: str, case: Case, ceilings: Mapping[str, float], device: torch.device, *,
-    providers: Sequence[str] = (), quick: bool = False,
-) -> tuple[list[Row], bool]:  # fmt: skip
+    bench: str,
+    name: str,
+    case: Case,
+    ceilings: Mapping[str, float],
+    device: torch.device,
+    *,
+    providers: Sequence[str] = (),
+    quick: bool = False,
+) -> tuple[list[Row], bool]:
     """Check and time a case's providers, all or those named; the second result says whether ours was right."""
     torch.compiler.reset()
     exact = as_tensors(case.exact())
@@ -223,8 +229,17 @@ def _say_once(text: str) -> None:
 def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
     """Format the rows of one case, the fastest first; TFLOP/s where it computes, otherwise GB/s."""
     computes = operations > 0
-    headers = ("provider", "µs", "p20", "p80", "graph µs", "TFLOP/s" if computes else "GB/s", "of ceiling", "ratio",
-               "error")  # fmt: skip
+    headers = (
+        "provider",
+        "µs",
+        "p20",
+        "p80",
+        "graph µs",
+        "TFLOP/s" if computes else "GB/s",
+        "of ceiling",
+        "ratio",
+        "error",
+    )
     work = operations / 1e6 if computes else moved_bytes / 1e3
     lines = [
         (
@@ -280,9 +295,14 @@ def main(benches: Mapping[str, Mapping[str, Builder]], description: str, argv: S
 
 
 def _run(
-    bench: str, name: str, build: Builder, ceilings: Mapping[str, float], device: torch.device,
-    providers: Sequence[str], quick: bool,
-) -> tuple[list[Row], bool]:  # fmt: skip
+    bench: str,
+    name: str,
+    build: Builder,
+    ceilings: Mapping[str, float],
+    device: torch.device,
+    providers: Sequence[str],
+    quick: bool,
+) -> tuple[list[Row], bool]:
     torch.manual_seed(0)
     try:
         case = build(device, quick)

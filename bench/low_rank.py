@@ -31,9 +31,17 @@ def _lengths(rows: int, groups: int, equal: bool) -> list[int]:
 
 
 def build(
-    rows: int, rank: int, parts: Sequence[int], width: int, backward: bool, equal: bool, device: torch.device,
-    quick: bool, dtype: torch.dtype = torch.bfloat16, onto: bool = False,
-) -> Case:  # fmt: skip
+    rows: int,
+    rank: int,
+    parts: Sequence[int],
+    width: int,
+    backward: bool,
+    equal: bool,
+    device: torch.device,
+    quick: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    onto: bool = False,
+) -> Case:
     """Forward or, with ``backward``, also the gradients of x, A and B; ``onto`` a residual without gradient."""
     groups, d = GROUPS, WIDTH
     if quick or device.type != "cuda":

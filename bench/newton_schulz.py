@@ -102,10 +102,16 @@ def build(shapes: Sequence[Shape], device: torch.device, quick: bool) -> Case:
 
 CASES: dict[str, Builder] = {name: partial(build, shapes) for name, shapes in BANKS.items()}
 _CHOICES = dict(
-    tile=(64, 128), columns=(64, 128, 256), depth=(32, 64, 128), warps=(4, 8), num_stages=(2, 3, 4, 5, 6),
-    programs=(1, 2, 3, 4), maxnreg=(80, 128, 160, 255), norm_rows=(4, 8, 16, 32),
+    tile=(64, 128),
+    columns=(64, 128, 256),
+    depth=(32, 64, 128),
+    warps=(4, 8),
+    num_stages=(2, 3, 4, 5, 6),
+    programs=(1, 2, 3, 4),
+    maxnreg=(80, 128, 160, 255),
+    norm_rows=(4, 8, 16, 32),
     stagger=(0, 20, 40, 80),
-)  # fmt: skip
+)
 TUNING = {
     "large": Tuning(CASES["banks_full"], _CHOICES),
     "small": Tuning(CASES["banks_eighth"], _CHOICES),

@@ -118,8 +118,11 @@ def check_line(results: Path = RESULTS, root: Path = ROOT) -> str:
     if other := [tree for tree in TREES if proved.get(tree) != here[tree]]:
         differ = " and ".join(f"{tree}/ ({str(proved.get(tree))[:7]}, here {here[tree][:7]})" for tree in other)
         return f"{about}: is of another {differ}, prove this one: {COMMAND}"
-    open_parts = [f"{part} {parts[part]['status'] if part in parts else 'not run'}"
-                  for part in PARTS if parts.get(part, {}).get("status") != "ok"]  # fmt: skip
+    open_parts = [
+        f"{part} {parts[part]['status'] if part in parts else 'not run'}"
+        for part in PARTS
+        if parts.get(part, {}).get("status") != "ok"
+    ]
     return f"{about}: this tree" + (f", but {', '.join(open_parts)}" if open_parts else "")
 
 
@@ -198,9 +201,14 @@ class Proof:
             log.flush()
             start = log.seek(0, os.SEEK_END)
             process = subprocess.Popen(
-                words, cwd=cwd, env=clean_environment() | environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                words,
+                cwd=cwd,
+                env=clean_environment() | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             late = False
             try:
                 process.wait(max(self.deadline - time.monotonic(), 0.1))

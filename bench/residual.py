@@ -40,35 +40,50 @@ def _layer(op: Op, scale: Tensor, x, x0, mix, attention, out, hidden, down):
 
 # Leaves by name: activations and parameters.
 SHAPES = {
-    "x": (1, TOKENS, WIDTH), "hidden": (1, TOKENS, HIDDEN), "mix": (2, WIDTH), "vector": (WIDTH,),
-    "out": (WIDTH, WIDTH), "down": (WIDTH, HIDDEN), "post": (2, 2), "resid": (2,),
-}  # fmt: skip
+    "x": (1, TOKENS, WIDTH),
+    "hidden": (1, TOKENS, HIDDEN),
+    "mix": (2, WIDTH),
+    "vector": (WIDTH,),
+    "out": (WIDTH, WIDTH),
+    "down": (WIDTH, HIDDEN),
+    "post": (2, 2),
+    "resid": (2,),
+}
 # By name: the function, its leaves, and how many [T, d] it reads and writes forward and backward.
 OPS: dict[str, tuple[Callable, tuple[str, ...], int, int]] = {
     "mix_norm": (lambda *arguments: _mix(*arguments)[:2], ("x", "x", "mix"), 4, 6),
     "mix_norm_carry": (_mix, ("x", "x", "mix"), 4, 8),
     "join_mix_norm_carry": (
         lambda *arguments: [part for part in _mix(*arguments) if part is not None],
-        ("x", "x", "mix", "x", "vector", "vector"), 5, 9,
+        ("x", "x", "mix", "x", "vector", "vector"),
+        5,
+        9,
     ),
     "join": (lambda op, scale, *leaves: op("join_skip")(*leaves), ("x", "x", "vector", "vector"), 3, 5),
     "norm": (lambda op, scale, x: op("scaled_rms_norm")(x, scale), ("x",), 2, 3),
     "enter_lanes_carry": (
         lambda op, scale, *leaves: op("enter_lanes_norm")(*leaves[:3], scale, **_join(leaves[3:])),
-        ("x", "x", "mix", "x", "vector", "vector"), 6, 11,
+        ("x", "x", "mix", "x", "vector", "vector"),
+        6,
+        11,
     ),
     "norm_of_mean": (lambda op, scale, x, y: op("scaled_rms_norm")(x, None, y), ("x", "x"), 3, 3),
     "lanes": (lambda op, scale, *leaves: op("mix_lanes")(*leaves), ("x", "x", "x", "x", "post", "resid"), 6, 10),
     "lanes_norm_carry": (
         lambda op, scale, *leaves: op("mix_lanes_norm")(*leaves[:8], scale, **_join(leaves[8:])),
-        ("x", "x", "x", "x", "post", "resid", "x", "mix", "x", "vector", "vector"), 10, 17,
+        ("x", "x", "x", "x", "post", "resid", "x", "mix", "x", "vector", "vector"),
+        10,
+        17,
     ),
     "lanes_final": (
-        lambda op, scale, *leaves: op("mix_lanes_final")(*leaves), ("x", "x", "x", "x", "post", "resid"), 5, 9
+        lambda op, scale, *leaves: op("mix_lanes_final")(*leaves),
+        ("x", "x", "x", "x", "post", "resid"),
+        5,
+        9,
     ),
     "linear": (lambda op, scale, *leaves: op("residual_linear")(None, *leaves), ("x", "out"), 2, 4),
     "layer": (_layer, ("x", "x", "mix", "x", "out", "hidden", "down"), 15, 26),
-}  # fmt: skip
+}
 
 
 def with_backward(function: Callable, leaves: list[Tensor], douts: list[Tensor]) -> tuple[Tensor, ...]:
@@ -131,15 +146,21 @@ _CHOICES = dict(
     chunk=(1, 2, 4, 8, 16, 32, 64), programs=(4, 6, 8, 12, 16), columns_per_warp=(128, 256, 512), stages=(1, 2, 3, 4, 5)
 )
 _ENTRIES = {
-    "mix_forward": "mix_norm_forward", "join_mix_forward": "join_mix_norm_carry_forward",
+    "mix_forward": "mix_norm_forward",
+    "join_mix_forward": "join_mix_norm_carry_forward",
     "join_forward": "join_forward",
-    "mix_backward": "mix_norm_carry_forward_backward", "join_mix_backward": "join_mix_norm_carry_forward_backward",
-    "join_backward": "join_forward_backward", "norm_forward": "norm_forward",
-    "norm_backward": "norm_forward_backward", "lanes_forward": "lanes_forward",
-    "lanes_backward": "lanes_forward_backward", "lanes_norm_forward": "lanes_norm_carry_forward",
-    "lanes_norm_backward": "lanes_norm_carry_forward_backward", "lanes_mean_forward": "lanes_final_forward",
+    "mix_backward": "mix_norm_carry_forward_backward",
+    "join_mix_backward": "join_mix_norm_carry_forward_backward",
+    "join_backward": "join_forward_backward",
+    "norm_forward": "norm_forward",
+    "norm_backward": "norm_forward_backward",
+    "lanes_forward": "lanes_forward",
+    "lanes_backward": "lanes_forward_backward",
+    "lanes_norm_forward": "lanes_norm_carry_forward",
+    "lanes_norm_backward": "lanes_norm_carry_forward_backward",
+    "lanes_mean_forward": "lanes_final_forward",
     "lanes_mean_backward": "lanes_final_forward_backward",
-}  # fmt: skip
+}
 TUNING = {entry: Tuning(CASES[case], _CHOICES) for entry, case in _ENTRIES.items()}
 
 if __name__ == "__main__":

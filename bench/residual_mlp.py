@@ -101,9 +101,19 @@ CASES: dict[str, Builder] = {
 # (two programs of 128 columns and 4 warps, or one of 256 and 8), so that one change at a time does not find it. With
 # `ping_pong`, the stages of the kernel for Hopper, only `copies` matters besides.
 _CHOICES = dict(
-    block_m=(64, 128), block_n=(128, 256), block_k=(32, 64), subtiles=(1, 2, 4), stages=(2, 3, 4), warps=(4, 8),
-    programs=(1, 2, 3), descriptors=(0, 1), flatten=(0, 1), early=(0, 1), ping_pong=(0, 4, 5, 6), copies=(0, 1),
-)  # fmt: skip
+    block_m=(64, 128),
+    block_n=(128, 256),
+    block_k=(32, 64),
+    subtiles=(1, 2, 4),
+    stages=(2, 3, 4),
+    warps=(4, 8),
+    programs=(1, 2, 3),
+    descriptors=(0, 1),
+    flatten=(0, 1),
+    early=(0, 1),
+    ping_pong=(0, 4, 5, 6),
+    copies=(0, 1),
+)
 TUNING = {
     "up": Tuning(CASES["up"], {**_CHOICES, "early": ()}),
     "gradient": Tuning(CASES["gradient"], _CHOICES),

@@ -87,8 +87,10 @@ def _headlines(results: Results) -> Iterator[list[str]]:
         speeds = both((steps[case]["tokens_per_s"] for case in CASES), COUNT)
         yield row("Training step, before / after the loop", f"{speeds} tokens/s", parts["train_step"]["meta"])
     if step := newest(results, "train_step", "train_step"):
-        ours, theirs = ([lookup(by_provider(step["rows"]), f"{provider}.{case}.tokens_per_s") for case in CASES]
-                        for provider in ("pgolf", "reference"))  # fmt: skip
+        ours, theirs = (
+            [lookup(by_provider(step["rows"]), f"{provider}.{case}.tokens_per_s") for case in CASES]
+            for provider in ("pgolf", "reference")
+        )
         if all((*ours, *theirs)):
             ratios = both((a / b for a, b in zip(ours, theirs, strict=True)), ".2f")
             figure = f"{both(ours, COUNT)} tokens/s, {ratios} × as fast as torch.compile with FlashAttention-2"

@@ -42,8 +42,10 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def tabulate(rows: Iterable[Mapping[str, Any]], *columns: Column) -> str:
     """Format a Markdown table of nested rows; ``a.b`` is the path of row["a"]["b"], and what is absent a dash."""
-    return table([header for header, _, _ in columns],
-                 [[cell(lookup(row, path), form) for _, path, form in columns] for row in rows])  # fmt: skip
+    return table(
+        [header for header, _, _ in columns],
+        [[cell(lookup(row, path), form) for _, path, form in columns] for row in rows],
+    )
 
 
 def lookup(row: Any, path: str) -> Any:
@@ -81,14 +83,24 @@ def of_bench(results: Results, bench: str) -> dict[str, Mapping[str, Any]]:
 def parts_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Read the parts of a proof, each with the ``meta`` of its own call; only those that are ok have all figures."""
     parts = {name: {"meta": found["meta"], **part} for name, part in found["parts"].items()}
-    return {name: part if part["status"] == "ok" or name == "tests" else part | {"figures": {}}
-            for name, part in parts.items()}  # fmt: skip
+    return {
+        name: part if part["status"] == "ok" or name == "tests" else part | {"figures": {}}
+        for name, part in parts.items()
+    }
 
 
 def answers(parts: Mapping[str, Mapping[str, Any]]) -> str:
     """Format a proof's parts and their answers."""
-    rows = [[name, ": ".join(filter(None, (part["status"], part["message"]))), cell(part["seconds"], COUNT),
-             part["date"][:10], commit(part["meta"])] for name, part in parts.items()]  # fmt: skip
+    rows = [
+        [
+            name,
+            ": ".join(filter(None, (part["status"], part["message"]))),
+            cell(part["seconds"], COUNT),
+            part["date"][:10],
+            commit(part["meta"]),
+        ]
+        for name, part in parts.items()
+    ]
     return table(["part", "answer", "seconds", "date", "commit"], rows)
 
 
@@ -177,8 +189,10 @@ is ours over that line's, in tokens a second of the same call. With several GPUs
         if len({row["provider"] for row in measured}) < 2 or not found["floors_milliseconds"]:
             continue
         yield f"Milliseconds of a micro-batch, and what the chip's measured rates allow ({found['file']}):\n"
-        by_case = {case: {row["provider"]: row["milliseconds_by_family"] for row in measured if row["case"] == case}
-                   for case in CASES}  # fmt: skip
+        by_case = {
+            case: {row["provider"]: row["milliseconds_by_family"] for row in measured if row["case"] == case}
+            for case in CASES
+        }
         yield tabulate(
             [
                 {"case": CASES[case], "family": family, "floor": found["floors_milliseconds"][case].get(family)}
@@ -290,10 +304,16 @@ are those of all GPUs, and left out where other programs shared the GPU.
 the runs of the mean loss of some steps, and of the bpb of the last weights.
 """
         windows = [
-            [f"steps {first} to {last}", *(spread(run["losses"][first - 1 : last] for run in group)
-                                           for group in moved.values())] for first, last in MEANS_OF_STEPS]  # fmt: skip
-        bits = [spread([bits] for run in group if (bits := lookup(run, "summary.train.bits_per_byte")))
-                for group in moved.values()]  # fmt: skip
+            [
+                f"steps {first} to {last}",
+                *(spread(run["losses"][first - 1 : last] for run in group) for group in moved.values()),
+            ]
+            for first, last in MEANS_OF_STEPS
+        ]
+        bits = [
+            spread([bits] for run in group if (bits := lookup(run, "summary.train.bits_per_byte")))
+            for group in moved.values()
+        ]
         headers = [f"{name}, {len(group)} runs" for name, group in moved.items()]
         yield table(["", *headers], [*windows, ["bpb", *bits]])
 

@@ -73,17 +73,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if name == "float32":
             exact_mean, exact = mean, nats
         error = (nats - exact)[~exact.isnan()]
-        results["rows"].append({
-            "way": name,
-            "seconds": time.perf_counter() - begun,
-            "evaluation": {"loss": mean, "error": mean - exact_mean},
-            "test_time_training": {
-                "targets": error.numel(),
-                "loss": float(nats[~nats.isnan()].mean()),
-                "error": float(error.mean()),
-                "rms_error": float(error.square().mean().sqrt()),
-            },
-        })  # fmt: skip
+        results["rows"].append(
+            {
+                "way": name,
+                "seconds": time.perf_counter() - begun,
+                "evaluation": {"loss": mean, "error": mean - exact_mean},
+                "test_time_training": {
+                    "targets": error.numel(),
+                    "loss": float(nats[~nats.isnan()].mean()),
+                    "error": float(error.mean()),
+                    "rms_error": float(error.square().mean().sqrt()),
+                },
+            }
+        )
         write(target, **results)
         gc.collect()
         if world.device.type == "cuda":
@@ -100,8 +102,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
         for row in results["rows"]
     ]
-    print(f"nats of a target, {tokens.numel() - 1:,} targets, of test-time training "
-          f"{results['rows'][0]['test_time_training']['targets']:,}\n{format_table(lines, headers)}")  # fmt: skip
+    print(
+        f"nats of a target, {tokens.numel() - 1:,} targets, of test-time training "
+        f"{results['rows'][0]['test_time_training']['targets']:,}\n{format_table(lines, headers)}"
+    )
     return results
 
 

@@ -89,8 +89,13 @@ def build(prologue: bool, backward: bool, tokens: int, width: int, device: torch
     return Case(providers, exact, forward_bytes + backward * backward_bytes)
 
 
-SHAPES = {"_65536x768": (65_536, 768), "_65536x1024": (65_536, 1024), "_65536x384": (65_536, 384),
-          "_40000x1280": (40_000, 1280), "_4099x70": (4099, 70)}  # fmt: skip
+SHAPES = {
+    "_65536x768": (65_536, 768),
+    "_65536x1024": (65_536, 1024),
+    "_65536x384": (65_536, 384),
+    "_40000x1280": (40_000, 1280),
+    "_4099x70": (4099, 70),
+}
 CASES: dict[str, Builder] = {
     f"{'prologue_' * prologue}forward{'_backward' * backward}{name}": partial(build, prologue, backward, tokens, width)
     for name, (tokens, width) in {"": (98_304, 512), **SHAPES}.items()
@@ -99,9 +104,13 @@ CASES: dict[str, Builder] = {
     if backward or not name
 }
 _CHOICES = dict(
-    chunk=(4, 8, 16, 24, 32, 48, 64, 128), columns_per_warp=(64, 128, 256, 512, 1024), block=(64, 128, 256, 512),
-    stages=(1, 2, 3, 4, 5, 6), rows=(4, 8, 16, 32, 64), join_warps=(1, 2, 4, 8),
-)  # fmt: skip
+    chunk=(4, 8, 16, 24, 32, 48, 64, 128),
+    columns_per_warp=(64, 128, 256, 512, 1024),
+    block=(64, 128, 256, 512),
+    stages=(1, 2, 3, 4, 5, 6),
+    rows=(4, 8, 16, 32, 64),
+    join_warps=(1, 2, 4, 8),
+)
 TUNING = {
     **{entry: Tuning(CASES[entry], _CHOICES) for entry in ("forward", "prologue_forward")},
     "backward": Tuning(CASES["forward_backward"], _CHOICES),

@@ -240,10 +240,15 @@ def _family_table(rows: list[dict[str, Any]], least: Mapping[str, Mapping[str, f
     measured = [row for row in rows if "milliseconds_by_family" in row]
     families = dict.fromkeys(name for row in measured for name in row["milliseconds_by_family"])
     lines = [
-        (case, family, *(f"{row['milliseconds_by_family'][family]:.2f}" for row in measured if row["case"] == case),
-         f"{least[case][family]:.2f}" if family in least[case] else "")
-        for case in least for family in families
-    ]  # fmt: skip
+        (
+            case,
+            family,
+            *(f"{row['milliseconds_by_family'][family]:.2f}" for row in measured if row["case"] == case),
+            f"{least[case][family]:.2f}" if family in least[case] else "",
+        )
+        for case in least
+        for family in families
+    ]
     providers = list(dict.fromkeys(row["provider"] for row in measured))
     return format_table(lines, ("case", "ms of a micro-batch", *providers, "floor")) if lines else ""
 

@@ -131,8 +131,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         row, nats = score(config.replace(**settings), weights, world, tokens, table)
         base = nats if base is None else base
         difference, error = paired_difference(nats, base, byte_counts)
-        results["rows"].append({"variant": name, "settings": settings, **row,
-                                "difference": difference, "standard_error": error})  # fmt: skip
+        results["rows"].append(
+            {"variant": name, "settings": settings, **row, "difference": difference, "standard_error": error}
+        )
         print(f"{name}: {row['bits_per_byte']:.5f} bits per byte, {row['seconds']:.1f} s", flush=True)
         write(target, **results)
     print(f"\n{meta['chip']}, {len(starts)} documents\n{variants_table(results)}")

@@ -127,7 +127,7 @@ CASES: dict[str, Builder] = {
 }
 _CHOICES = dict(
     rows=(32, 64, 128, 256), heads=(1, 2), keys=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4), maxnreg=(128, 168, 255)
-)  # fmt: skip
+)
 _PLAIN, _HELD = dict(plain=(0, 1)), dict(held=(0, 1))
 TUNING = {
     f"{entry}{name}": Tuning(CASES[f"{case}{name}"], _CHOICES | switch)
@@ -136,7 +136,7 @@ TUNING = {
         ("forward", "forward", _PLAIN),
         ("queries", "forward_backward", {}),
         ("keys", "forward_backward", _HELD),
-    )  # fmt: skip
+    )
 } | {"float32": Tuning(partial(build, True, 16_384, 512, 8, 4, 64, dtype=torch.float32), _CHOICES | _PLAIN)}
 
 

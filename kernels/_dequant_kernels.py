@@ -126,9 +126,17 @@ def _row_of_bytes(words, one, ALIGNED: tl.constexpr, ROW: tl.constexpr):
 
 @jit
 def _row(
-    words, scales, zeros, rows_A, columns_B, offset, one,
-    FORMATS: tl.constexpr, NUMBER: tl.constexpr, ROW: tl.constexpr,
-):  # fmt: skip
+    words,
+    scales,
+    zeros,
+    rows_A,
+    columns_B,
+    offset,
+    one,
+    FORMATS: tl.constexpr,
+    NUMBER: tl.constexpr,
+    ROW: tl.constexpr,
+):
     """Weights of a unit's row, float32 [UNITS, 8]."""
     BITS: tl.constexpr = FORMATS[NUMBER][0]
     ZERO: tl.constexpr = FORMATS[NUMBER][2]
@@ -165,10 +173,28 @@ def _row(
 
 @jit
 def _dequantize_tile(
-    planes, scale, zero, A, B, out, rows, columns, groups, stride, offset,
-    across_factor, across_shift, group_factor, group_shift, tile, one,
-    FORMATS: tl.constexpr, NUMBER: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    planes,
+    scale,
+    zero,
+    A,
+    B,
+    out,
+    rows,
+    columns,
+    groups,
+    stride,
+    offset,
+    across_factor,
+    across_shift,
+    group_factor,
+    group_shift,
+    tile,
+    one,
+    FORMATS: tl.constexpr,
+    NUMBER: tl.constexpr,
+    UNITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Tile ``tile``: UNITS units one after the other along the columns, then down.
 
     offset: the least code, negated. across_…, group_…: reciprocals of the units in a row and in a group's row. ROWS:
@@ -232,21 +258,64 @@ def _dequantize_tile(
 
 # Sizes of which no value is worth a compilation of its own.
 PLAIN = (
-    "rows", "columns", "groups", "stride", "offset", "across_factor", "across_shift", "group_factor", "group_shift",
-)  # fmt: skip
+    "rows",
+    "columns",
+    "groups",
+    "stride",
+    "offset",
+    "across_factor",
+    "across_shift",
+    "group_factor",
+    "group_shift",
+)
 
 
 @jit(do_not_specialize=PLAIN)
 def _dequantize_one(
-    planes, scale, zero, A, B, out, rows, columns, groups, stride, offset,
-    across_factor, across_shift, group_factor, group_shift, one,
-    FORMATS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    planes,
+    scale,
+    zero,
+    A,
+    B,
+    out,
+    rows,
+    columns,
+    groups,
+    stride,
+    offset,
+    across_factor,
+    across_shift,
+    group_factor,
+    group_shift,
+    one,
+    FORMATS: tl.constexpr,
+    UNITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """One matrix."""
     _dequantize_tile(
-        planes, scale, zero, A, B, out, rows, columns, groups, stride, offset,
-        across_factor, across_shift, group_factor, group_shift, tl.program_id(0), one, FORMATS, 0, UNITS, ROWS,
-    )  # fmt: skip
+        planes,
+        scale,
+        zero,
+        A,
+        B,
+        out,
+        rows,
+        columns,
+        groups,
+        stride,
+        offset,
+        across_factor,
+        across_shift,
+        group_factor,
+        group_shift,
+        tl.program_id(0),
+        one,
+        FORMATS,
+        0,
+        UNITS,
+        ROWS,
+    )
 
 
 @jit
@@ -257,9 +326,19 @@ def _multiple(distance, OF: tl.constexpr, FORMATS: tl.constexpr, NUMBER: tl.cons
 
 @jit
 def _dequantize_many(
-    planes, scale, zero, A, B, out, table, tiles, one,
-    FORMATS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    planes,
+    scale,
+    zero,
+    A,
+    B,
+    out,
+    table,
+    tiles,
+    one,
+    FORMATS: tl.constexpr,
+    UNITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Many matrices. table: int64 [matrices, 16], distances in elements from the tensors given (bytes for planes),
     sizes in the order of `_dequantize_tile` and the number of the format; tiles: int32 [programs, 2], the matrix and
     its tile."""
@@ -274,13 +353,28 @@ def _dequantize_many(
     for number in tl.static_range(len(FORMATS)):
         if kind == number:
             _dequantize_tile(
-                planes.to(tl.pointer_type(tl.uint8)) + _multiple(planes_at, 16, FORMATS, number), scale + scale_at,
+                planes.to(tl.pointer_type(tl.uint8)) + _multiple(planes_at, 16, FORMATS, number),
+                scale + scale_at,
                 zero + tl.load(row + 2) if FORMATS[number][2] else None,
                 A + _multiple(tl.load(row + 3), 4, FORMATS, number) if FORMATS[number][4] else None,
                 B + _multiple(tl.load(row + 4), 4, FORMATS, number) if FORMATS[number][4] else None,
-                out + _multiple(out_at, 8, FORMATS, number), rows, columns, groups, stride, offset,
-                across_factor, across_shift, group_factor, group_shift, tile, one, FORMATS, number, UNITS, ROWS,
-            )  # fmt: skip
+                out + _multiple(out_at, 8, FORMATS, number),
+                rows,
+                columns,
+                groups,
+                stride,
+                offset,
+                across_factor,
+                across_shift,
+                group_factor,
+                group_shift,
+                tile,
+                one,
+                FORMATS,
+                number,
+                UNITS,
+                ROWS,
+            )
 
 
 # A matrix as the kernels take it. tensors: planes, scale, zero, A, B, out, some of them None; sizes: rows, columns,
@@ -313,9 +407,11 @@ def _constants(case: str, items: Sequence[Item]) -> dict[str, int]:
     rank, aligned = max(item.format[4] for item in items), all(item.format[5] for item in items)
     measured = launch_parameters("dequant", f"{case}_low_rank" if rank else case, items[0].tensors[0].device)
     return dict(
-        UNITS=(32 if aligned else 16) * measured["warps"], ROWS=measured.get("rows", 8), num_warps=measured["warps"],
+        UNITS=(32 if aligned else 16) * measured["warps"],
+        ROWS=measured.get("rows", 8),
+        num_warps=measured["warps"],
         enable_fp_fusion=False,
-    )  # fmt: skip
+    )
 
 
 def launch_one(item: Item) -> None:

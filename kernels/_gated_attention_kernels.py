@@ -17,9 +17,23 @@ Tensor = torch.Tensor
 
 @jit
 def _prologue_kernel(
-    projected, inverse_rms, gain, cos, sin, unit, T, period, EPS: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
-    HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    projected,
+    inverse_rms,
+    gain,
+    cos,
+    sin,
+    unit,
+    T,
+    period,
+    EPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """A few tokens' query and key heads, in place; 64-bit offsets of rows."""
     rows = tl.arange(0, TOKENS * PADDED)
     tokens, heads = tl.program_id(0) * TOKENS + rows // PADDED, rows % PADDED
@@ -51,7 +65,7 @@ def _prologue_kernel(
 
 def prologue(
     projected: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float, unit: float
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Make unit q^ and k^ of the q and k in projected [T, N], whose rows are contiguous, where they lie.
 
     Returns their 1 / rms, float32 [H + K, T].
@@ -64,18 +78,42 @@ def prologue(
     warps = max(1, min(tuned["warps"], tuned["tokens"] * padded * D // 256))
     with torch.cuda.device_of(projected):  # Triton launches on the current device
         _prologue_kernel[(-(-T // tuned["tokens"]),)](
-            projected, inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous(), unit, T,
-            None if period == T else period, EPS=eps, STRIDE=projected.stride(0), H=H, HEADS=heads, PADDED=padded,
-            D=D, HALF=half, TOKENS=tuned["tokens"], num_warps=warps,
-        )  # fmt: skip
+            projected,
+            inverse_rms,
+            q_gain.contiguous(),
+            cos.contiguous(),
+            sin.contiguous(),
+            unit,
+            T,
+            None if period == T else period,
+            EPS=eps,
+            STRIDE=projected.stride(0),
+            H=H,
+            HEADS=heads,
+            PADDED=padded,
+            D=D,
+            HALF=half,
+            TOKENS=tuned["tokens"],
+            num_warps=warps,
+        )
     return inverse_rms
 
 
 @jit
 def _gate_logits_kernel(
-    n, weight, logits, T, n_t, weight_t, logits_t, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED_DEPTH: tl.constexpr, PADDED_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    n,
+    weight,
+    logits,
+    T,
+    n_t,
+    weight_t,
+    logits_t,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PADDED_DEPTH: tl.constexpr,
+    PADDED_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """A few tokens' logits; 64-bit offsets of rows."""
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside, tokens = (tokens < T)[:, None], tokens.to(tl.int64)[:, None]
@@ -102,16 +140,37 @@ def gate_logits(n: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if T:
         with torch.cuda.device_of(n):  # Triton launches on the current device
             _gate_logits_kernel[(-(-T // tuned["rows"]),)](
-                n, weight, out, T, n.stride(0), weight.stride(0), out.stride(0), depth, columns, *padded, tuned["rows"],
+                n,
+                weight,
+                out,
+                T,
+                n.stride(0),
+                weight.stride(0),
+                out.stride(0),
+                depth,
+                columns,
+                *padded,
+                tuned["rows"],
                 num_warps=tuned["warps"],
-            )  # fmt: skip
+            )
     return out
 
 
 def project(
-    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, H: int, K: int, D: int, eps: float,
-    unit: float, gate_width: int | None, gated: bool, update: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Tensor,
+    H: int,
+    K: int,
+    D: int,
+    eps: float,
+    unit: float,
+    gate_width: int | None,
+    gated: bool,
+    update: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """n [T, d] weightᵀ [T, N] with unit q^ and k^ for q and k, and 1 / rms of these, float32 [H + K, T].
 
     update [T, (H + 2 K) D] is added to the columns of q, k and v first.

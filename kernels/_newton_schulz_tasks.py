@@ -19,11 +19,33 @@ from ._launch import constexpr, launch_parameters, multiprocessors
 from ._polar_express import Coefficients
 
 ALIGN, TASK = constexpr(16), constexpr(32)
-(KIND, MATRIX, NEEDED, A, B, DEPTH, LD_A, LD_B, C, C_MIRROR, LD_C, ADDEND, CONSTANT, LINEAR, QUADRATIC, BANK, IN_BANK,
- ROW, COLUMN, ROWS, COLUMNS, NORMS) = map(constexpr, range(22))  # fmt: skip
+(
+    KIND,
+    MATRIX,
+    NEEDED,
+    A,
+    B,
+    DEPTH,
+    LD_A,
+    LD_B,
+    C,
+    C_MIRROR,
+    LD_C,
+    ADDEND,
+    CONSTANT,
+    LINEAR,
+    QUADRATIC,
+    BANK,
+    IN_BANK,
+    ROW,
+    COLUMN,
+    ROWS,
+    COLUMNS,
+    NORMS,
+) = map(constexpr, range(22))
 (UPDATE, MIRROR, DIAGONAL, LAST, TALL, POLYNOMIAL, GRAM, ROW_NORMS, NORMALIZE) = (
     constexpr(1 << bit) for bit in range(9)
-)  # fmt: skip
+)
 
 
 def segments(steps: int) -> list[range]:
@@ -125,9 +147,9 @@ class _Bank(NamedTuple):
 
     def _records(self, matrix: np.ndarray, kind: int | np.ndarray, fields: dict[int, np.ndarray | int]) -> np.ndarray:
         """Records with what tasks of all kinds have, of matrices counted from the bank's first."""
-        return _tasks({
-            KIND: kind | self.tall, MATRIX: self.first_matrix + matrix, BANK: self.index, IN_BANK: matrix, **fields
-        })  # fmt: skip
+        return _tasks(
+            {KIND: kind | self.tall, MATRIX: self.first_matrix + matrix, BANK: self.index, IN_BANK: matrix, **fields}
+        )
 
     def _of_the_source(self, matrix: np.ndarray) -> dict[int, np.ndarray | int]:
         rows, columns = self.shape
@@ -141,10 +163,17 @@ class _Bank(NamedTuple):
         M, N = self.padded
         height, width = (N, M) if self.tall else (M, N)
         matrix, row, column = _points(range(self.count), range(0, height, block), range(0, width, block))
-        return self._records(matrix, int(NORMALIZE), {
-            ROW: row, COLUMN: column, A: (self.start + matrix * self.size) // int(ALIGN), LD_A: N // int(ALIGN),
-            **self._of_the_source(matrix),
-        })  # fmt: skip
+        return self._records(
+            matrix,
+            int(NORMALIZE),
+            {
+                ROW: row,
+                COLUMN: column,
+                A: (self.start + matrix * self.size) // int(ALIGN),
+                LD_A: N // int(ALIGN),
+                **self._of_the_source(matrix),
+            },
+        )
 
     def product_tasks(self, product: _Product, whole: bool, parameters: dict[str, int]) -> np.ndarray:
         """Tiles of one product of every matrix, of one triangle if it is symmetric and not wanted ``whole``."""
@@ -162,16 +191,29 @@ class _Bank(NamedTuple):
         a, b, c = (start + self.buffer(name) for name in (product.a, product.b, product.c))
         place = row * ld_c + column
         blocks = {
-            A: a + row * ld_a, B: b + (column if update else column * ld_b), LD_A: ld_a, LD_B: ld_b, LD_C: ld_c,
-            C: c + place, C_MIRROR: c + column * ld_c + row, ADDEND: a + place,
-        }  # fmt: skip
+            A: a + row * ld_a,
+            B: b + (column if update else column * ld_b),
+            LD_A: ld_a,
+            LD_B: ld_b,
+            LD_C: ld_c,
+            C: c + place,
+            C_MIRROR: c + column * ld_c + row,
+            ADDEND: a + place,
+        }
         factors = dict(zip((CONSTANT, LINEAR, QUADRATIC), product.polynomial, strict=True))
-        return self._records(matrix, kind, {
-            DEPTH: (N if gram else M) // parameters["depth"], ROW: row, COLUMN: column, ROWS: min(self.shape),
-            COLUMNS: max(self.shape),
-            **{field: values // int(ALIGN) for field, values in blocks.items()},
-            **{field: np.float32(value).view(np.int32) for field, value in factors.items()},
-        })  # fmt: skip
+        return self._records(
+            matrix,
+            kind,
+            {
+                DEPTH: (N if gram else M) // parameters["depth"],
+                ROW: row,
+                COLUMN: column,
+                ROWS: min(self.shape),
+                COLUMNS: max(self.shape),
+                **{field: values // int(ALIGN) for field, values in blocks.items()},
+                **{field: np.float32(value).view(np.int32) for field, value in factors.items()},
+            },
+        )
 
     def levels(self, coefficients: Coefficients, algorithm: str, parameters: dict[str, int]) -> Iterator[np.ndarray]:
         """The tasks of all levels, one table each."""

@@ -9,8 +9,15 @@ from ._launch import jit, tl
 
 @jit(do_not_specialize=["count"])
 def _partial_sums_kernel(
-    parts, out, count, part_stride, stride, WIDTH: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    parts,
+    out,
+    count,
+    part_stride,
+    stride,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (columns < WIDTH)[None, :]
     total = tl.zeros((PARTS, COLUMNS), parts.dtype.element_ty)

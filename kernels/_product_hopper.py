@@ -103,8 +103,17 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @jit
 def _produce(
-    a, b, left, right, full, empty, M, ACROSS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    left,
+    right,
+    full,
+    empty,
+    M,
+    ACROSS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     start, tiles = _share(M, ACROSS)
     stage, phase = 0, 0
     for tile in range(start, start + tiles):
@@ -155,8 +164,16 @@ def _angles(table, row, column, M, period, NORMALISED: gl.constexpr, OTHER: gl.c
 
 @jit
 def _normalise(
-    x, c, s, gain, inverse_rms, row, column, M, HEADS: gl.constexpr,
-):  # fmt: skip
+    x,
+    c,
+    s,
+    gain,
+    inverse_rms,
+    row,
+    column,
+    M,
+    HEADS: gl.constexpr,
+):
     """UNIT gain R(x / rms(x)) of the two heads of a tile, R(x / rms(x)) of keys, x of values.
 
     Stores 1 / rms(x).
@@ -193,9 +210,22 @@ def _step(product, left, right, full, k, stage, phase):
 
 @jit
 def _consume(
-    WHICH: gl.constexpr, aux, out, left, right, full, empty, turn, M, N: gl.constexpr, STRIDE: gl.constexpr,
-    DEPTH: gl.constexpr, STAGES: gl.constexpr, EPILOGUE: gl.constexpr, HEADS: gl.constexpr,
-):  # fmt: skip
+    WHICH: gl.constexpr,
+    aux,
+    out,
+    left,
+    right,
+    full,
+    empty,
+    turn,
+    M,
+    N: gl.constexpr,
+    STRIDE: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+    HEADS: gl.constexpr,
+):
     """``aux`` is a matrix, or for `NORMALISE` all that it needs, and HEADS its constants."""
     ACROSS: gl.constexpr = N // 128
     start, tiles = _share(M, ACROSS)
@@ -241,9 +271,20 @@ def _consume(
 
 @jit
 def _ping_pong_kernel(
-    a, b, aux, out, M, N: gl.constexpr, STRIDE: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,
-    EPILOGUE: gl.constexpr, HEADS: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    aux,
+    out,
+    M,
+    N: gl.constexpr,
+    STRIDE: gl.constexpr,
+    K: gl.constexpr,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+    HEADS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    FEW_REGISTERS: gl.constexpr,
+):
     DEPTH: gl.constexpr = K // 64
     left = gl.allocate_shared_memory(a.dtype, [DEPTH] + a.block_type.shape, a.layout)
     right = gl.allocate_shared_memory(a.dtype, [STAGES] + b.block_type.shape, b.layout)
@@ -288,9 +329,15 @@ def fits(a: torch.Tensor, b: torch.Tensor, stages: int) -> bool:
 
 
 def ping_pong(
-    epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | tuple, out: torch.Tensor, stages: int,
-    copies: bool, heads: tuple[int, int, float, float] = (0, 0, 0.0, 0.0),
-) -> None:  # fmt: skip
+    epilogue: int,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    aux: torch.Tensor | tuple,
+    out: torch.Tensor,
+    stages: int,
+    copies: bool,
+    heads: tuple[int, int, float, float] = (0, 0, 0.0, 0.0),
+) -> None:
     """out = ``epilogue`` of a bᵀ and, where it reads a matrix, aux; rows contiguous, of 16-bit numbers.
 
     Launches on the current device. ``copies``: b's rows are put in order by a copy of it instead of by the loads, as
@@ -312,14 +359,26 @@ def ping_pong(
     )
     programs = min(multiprocessors(a.device), -(-M // BLOCK) * (N // BLOCK))
     _ping_pong_kernel[(programs,)](
-        left, right, aux, out, M, N=N, STRIDE=out.stride(0), K=K, STAGES=stages, EPILOGUE=epilogue, HEADS=heads,
-        REGISTERS=REGISTERS, FEW_REGISTERS=FEW_REGISTERS, num_warps=4,
-    )  # fmt: skip
+        left,
+        right,
+        aux,
+        out,
+        M,
+        N=N,
+        STRIDE=out.stride(0),
+        K=K,
+        STAGES=stages,
+        EPILOGUE=epilogue,
+        HEADS=heads,
+        REGISTERS=REGISTERS,
+        FEW_REGISTERS=FEW_REGISTERS,
+        num_warps=4,
+    )
 
 
 def projects(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, out: torch.Tensor, H: int, K: int, D: int, stages: int
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether `project` runs here and is made for these shapes, weight [(H + 2 K) D, d]."""
     made = D == HEAD and cos.size(1) == PAIRS and not (H + K) % 2 and x.element_size() == 2
     aligned = all(t.stride(1) == 1 and not t.stride(0) % 8 and not t.data_ptr() % 16 for t in (x, weight, out))
@@ -327,9 +386,18 @@ def projects(
 
 
 def project(
-    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_gain: torch.Tensor,
-    update: torch.Tensor | None, out: torch.Tensor, inverse_rms: torch.Tensor, eps: float, unit: float, stages: int,
-) -> None:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_gain: torch.Tensor,
+    update: torch.Tensor | None,
+    out: torch.Tensor,
+    inverse_rms: torch.Tensor,
+    eps: float,
+    unit: float,
+    stages: int,
+) -> None:
     """The columns of out [T, N] that are unit q^, k^ and v: x weightᵀ with heads of 64 columns normalised and rotated.
 
     update [T, (H + 2 K) 64] is added to the product before that.

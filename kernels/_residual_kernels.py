@@ -73,9 +73,19 @@ def _norm_gradient(dy, normed, inverse, D: tl.constexpr):
 
 @jit
 def _store_sums(
-    partials, first, second, dweight, dgate, sigma, columns, inside, D: tl.constexpr, MIX: tl.constexpr,
-    JOIN: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
+    partials,
+    first,
+    second,
+    dweight,
+    dgate,
+    sigma,
+    columns,
+    inside,
+    D: tl.constexpr,
+    MIX: tl.constexpr,
+    JOIN: tl.constexpr,
+    GATED: tl.constexpr,
+):
     """This program's parts of the gradients of mix, weight and gate; returns where the next may lie."""
     if MIX:
         tl.store(partials + columns, first, mask=inside)
@@ -94,9 +104,26 @@ def _store_sums(
 
 @jit(do_not_specialize=("rows", "chunk"))
 def _residual_kernel(
-    x, x0, mix, skip, weight, gate, scale, joined, u, n, n1, rstd, rows, chunk, EPS: tl.constexpr, D: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x,
+    x0,
+    mix,
+    skip,
+    weight,
+    gate,
+    scale,
+    joined,
+    u,
+    n,
+    n1,
+    rstd,
+    rows,
+    chunk,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """joined = join(x, skip); u = mix[0] joined + mix[1] x0, without mix their mean; n = scale u rstd(u), n1 = scale x
     rstd(x)."""
     columns, inside = _columns(D, BLOCK)
@@ -127,10 +154,35 @@ def _residual_kernel(
 
 @jit(do_not_specialize=("rows", "chunk"))
 def _residual_backward_kernel(
-    djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale, rstd, dx, dx0, dskip, partials,
-    rows, chunk, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-    HALF: tl.constexpr, X0_IS_X: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    djoined,
+    du,
+    dn,
+    dn1,
+    dx_next,
+    dx0_next,
+    x,
+    x0,
+    mix,
+    skip,
+    weight,
+    gate,
+    scale,
+    rstd,
+    dx,
+    dx0,
+    dskip,
+    partials,
+    rows,
+    chunk,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+    HALF: tl.constexpr,
+    X0_IS_X: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Of `_residual_kernel`. With rstd, x is n. dx_next is added to dx, and dx0_next to dx0.
 
     With ``X0_IS_X`` the gradient of x0 is added to that of x, and so is that of a skip which has no place of its own.
@@ -196,24 +248,59 @@ def _residual_backward_kernel(
     if partials is not None:
         partials += tl.program_id(0).to(tl.int64) * WIDTH
         _store_sums(
-            partials, first_sum, second_sum, weight_sum, gate_sum, sigma, columns, inside, D, mix is not None,
-            skip is not None, gate is not None,
-        )  # fmt: skip
+            partials,
+            first_sum,
+            second_sum,
+            weight_sum,
+            gate_sum,
+            sigma,
+            columns,
+            inside,
+            D,
+            mix is not None,
+            skip is not None,
+            gate is not None,
+        )
 
 
 @jit
 def _lane_scalars(post, resid, ACC: tl.constexpr):
     return (
-        tl.load(resid).to(ACC), tl.load(resid + 1).to(ACC), tl.load(post).to(ACC), tl.load(post + 1).to(ACC),
-        tl.load(post + 2).to(ACC), tl.load(post + 3).to(ACC),
-    )  # fmt: skip
+        tl.load(resid).to(ACC),
+        tl.load(resid + 1).to(ACC),
+        tl.load(post).to(ACC),
+        tl.load(post + 1).to(ACC),
+        tl.load(post + 2).to(ACC),
+        tl.load(post + 3).to(ACC),
+    )
 
 
 @jit(do_not_specialize=("rows", "chunk"))
 def _lanes_kernel(
-    x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale, out0, out1, n0, n1, rows, chunk,
-    EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x0,
+    lane0,
+    lane1,
+    attention,
+    mlp,
+    post,
+    resid,
+    mix,
+    skip,
+    weight,
+    gate,
+    scale,
+    out0,
+    out1,
+    n0,
+    n1,
+    rows,
+    chunk,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Both lanes after a layer; without out0 n0 is the norm of their mean, with mix n0 and n1 are the next layer's."""
     columns, inside = _columns(D, BLOCK)
     r0, r1, a0, a1, m0, m1 = _lane_scalars(post, resid, ACC)
@@ -249,10 +336,39 @@ def _thread_sum(values, BLOCK: tl.constexpr):
 
 @jit(do_not_specialize=("rows", "chunk"))
 def _lanes_backward_kernel(
-    dx0_next, dout0, dout1, dn0, dn1, x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale,
-    dx0, dlane0, dlane1, dattention, dmlp, dskip, partials, rows, chunk, EPS: tl.constexpr, D: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    dx0_next,
+    dout0,
+    dout1,
+    dn0,
+    dn1,
+    x0,
+    lane0,
+    lane1,
+    attention,
+    mlp,
+    post,
+    resid,
+    mix,
+    skip,
+    weight,
+    gate,
+    scale,
+    dx0,
+    dlane0,
+    dlane1,
+    dattention,
+    dmlp,
+    dskip,
+    partials,
+    rows,
+    chunk,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     columns, inside = _columns(D, BLOCK)
     zeros = tl.zeros((BLOCK,), ACC)
     r0, r1, a0, a1, m0, m1 = _lane_scalars(post, resid, ACC)
@@ -317,9 +433,19 @@ def _lanes_backward_kernel(
     if partials is not None:
         partials += tl.program_id(0).to(tl.int64) * WIDTH
         scalars = _store_sums(
-            partials, first_sum, second_sum, weight_sum, gate_sum, sigma, columns, inside, D, mix is not None,
-            skip is not None, gate is not None,
-        )  # fmt: skip
+            partials,
+            first_sum,
+            second_sum,
+            weight_sum,
+            gate_sum,
+            sigma,
+            columns,
+            inside,
+            D,
+            mix is not None,
+            skip is not None,
+            gate is not None,
+        )
         tl.store(scalars, tl.sum(r0_sum))
         tl.store(scalars + 1, tl.sum(r1_sum))
         tl.store(scalars + 2, tl.sum(a0_sum))
@@ -346,9 +472,12 @@ def _plan(case: str, x: Tensor) -> tuple[tuple[int], tuple[int, int], dict]:
     if "programs" in tuned:  # those that leave sums: so many on each multiprocessor
         chunk = max(chunk, -(-rows // (tuned["programs"] * multiprocessors(x.device))))
     settings = dict(
-        D=width, BLOCK=block, STAGES=tuned["stages"], num_warps=min(32, max(1, block // tuned["columns_per_warp"])),
+        D=width,
+        BLOCK=block,
+        STAGES=tuned["stages"],
+        num_warps=min(32, max(1, block // tuned["columns_per_warp"])),
         **_accumulates(x),
-    )  # fmt: skip
+    )
     return (-(-rows // chunk),), (rows, chunk), settings
 
 
@@ -374,9 +503,16 @@ def _added(partials: Tensor | None, x: Tensor) -> Tensor:
 
 
 def mix_forward(
-    x: Tensor, x0: Tensor | None, mix: Tensor | None, skip: Tensor | None, weight: Tensor | None,
-    gate: Tensor | None, scale: Tensor | None, eps: float, *keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    x0: Tensor | None,
+    mix: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    *keep: bool,
+) -> tuple[Tensor, ...]:
     """(joined, u, n, n1), of which those not kept are empty."""
     outputs = [_like(x, kept) for kept in keep]
     if x.numel():
@@ -393,11 +529,26 @@ def mix_sums(x: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | 
 
 
 def mix_backward(
-    djoined: Tensor | None, du: Tensor | None, dn: Tensor | None, dn1: Tensor | None, dx_next: Tensor | None,
-    dx0_next: Tensor | None, x: Tensor, x0: Tensor | None, mix: Tensor | None, skip: Tensor | None,
-    weight: Tensor | None, gate: Tensor | None, scale: Tensor | None, eps: float, x0_is_x: bool = False,
-    skip_is_x: bool = False, need_x: bool = True, need_x0: bool = True, need_parameters: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    djoined: Tensor | None,
+    du: Tensor | None,
+    dn: Tensor | None,
+    dn1: Tensor | None,
+    dx_next: Tensor | None,
+    dx0_next: Tensor | None,
+    x: Tensor,
+    x0: Tensor | None,
+    mix: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    x0_is_x: bool = False,
+    skip_is_x: bool = False,
+    need_x: bool = True,
+    need_x0: bool = True,
+    need_parameters: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, x0 and skip, and the flat sums, those of mix, weight and gate where there are any.
 
     That of a tensor which is x is empty and part of x's. What is not needed is empty, too.
@@ -412,9 +563,17 @@ def mix_backward(
     inputs = _contiguous(djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale)
     with torch.cuda.device_of(x):
         _residual_backward_kernel[grid](
-            *inputs, None, *map(_pointer, outputs), partials, *extent, EPS=eps, HALF=False, X0_IS_X=x0_is_x,
-            WIDTH=width, **settings,
-        )  # fmt: skip
+            *inputs,
+            None,
+            *map(_pointer, outputs),
+            partials,
+            *extent,
+            EPS=eps,
+            HALF=False,
+            X0_IS_X=x0_is_x,
+            WIDTH=width,
+            **settings,
+        )
     return *outputs, _added(partials, x)
 
 
@@ -441,9 +600,31 @@ def norm_backward(
         dx_next, dn, n, rstd = _contiguous(dx_next, dn, n, rstd)
         with torch.cuda.device_of(n):
             _residual_backward_kernel[grid](
-                None, dx_next, dn, None, None, None, n, None, None, None, None, None, scale, rstd, dx, None, None, None,
-                *extent, EPS=0.0, HALF=mean, X0_IS_X=False, WIDTH=0, **settings,
-            )  # fmt: skip
+                None,
+                dx_next,
+                dn,
+                None,
+                None,
+                None,
+                n,
+                None,
+                None,
+                None,
+                None,
+                None,
+                scale,
+                rstd,
+                dx,
+                None,
+                None,
+                None,
+                *extent,
+                EPS=0.0,
+                HALF=mean,
+                X0_IS_X=False,
+                WIDTH=0,
+                **settings,
+            )
     return dx
 
 
@@ -452,10 +633,21 @@ def _lanes_case(mix: Tensor | None, mean: bool, direction: str) -> str:
 
 
 def lanes_forward(
-    x0: Tensor | None, lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor,
-    mix: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None, scale: Tensor | None,
-    eps: float, mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x0: Tensor | None,
+    lane0: Tensor,
+    lane1: Tensor,
+    attention: Tensor,
+    mlp: Tensor,
+    post: Tensor,
+    resid: Tensor,
+    mix: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(lane 0, lane 1, n0, n1); n0 and n1 are empty without mix; with ``mean`` n0 alone is kept."""
     norm = mix is not None
     outputs = [_like(lane0, wanted) for wanted in (not mean, not mean, norm or mean, norm)]
@@ -468,11 +660,27 @@ def lanes_forward(
 
 
 def lanes_backward(
-    dx0_next: Tensor | None, dout0: Tensor | None, dout1: Tensor | None, dn0: Tensor | None, dn1: Tensor | None,
-    x0: Tensor | None, lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor,
-    mix: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None, scale: Tensor | None,
-    eps: float, need_x0: bool = True, need_parameters: bool = True,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dx0_next: Tensor | None,
+    dout0: Tensor | None,
+    dout1: Tensor | None,
+    dn0: Tensor | None,
+    dn1: Tensor | None,
+    x0: Tensor | None,
+    lane0: Tensor,
+    lane1: Tensor,
+    attention: Tensor,
+    mlp: Tensor,
+    post: Tensor,
+    resid: Tensor,
+    mix: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    need_x0: bool = True,
+    need_parameters: bool = True,
+) -> tuple[Tensor, ...]:
     """Gradients of x0, lane0, lane1, attention, mlp, skip; then, flat, of mix, weight, gate, resid and post.
 
     Without dout0, of the norm of the lanes' mean. What is not needed is empty.

@@ -23,9 +23,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _linear(
-    residual: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, norm: bool,
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    norm: bool,
     inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(v, n, rstd); n and rstd are empty without the norm."""
     rows = x.reshape(-1, x.size(-1))
     if residual is None:
@@ -240,12 +245,13 @@ _linear_op = operator(
     "-> (Tensor, Tensor, Tensor)",
     _linear,
     lambda residual, x, weight, scale, eps, norm: (
-        v := x.new_empty(*x.shape[:-1], weight.size(0)), v.new_empty(v.shape if norm else 0),
+        v := x.new_empty(*x.shape[:-1], weight.size(0)),
+        v.new_empty(v.shape if norm else 0),
         _sums(x, *(x.shape[:-1] if norm else (0,))),
     ),
     setup_context=_save_linear,
     backward=_linear_gradients,
-)  # fmt: skip
+)
 
 
 _linear_inplace = overwriting(_linear, _save_linear, _linear_gradients)

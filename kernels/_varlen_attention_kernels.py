@@ -125,7 +125,7 @@ def _base_2(s, scale):
 @jit
 def _through_prologue(
     g, factor, made, inverse, gain, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr
-):  # fmt: skip
+):
     """Gradient of rows x by that of ``made`` = gain R(x inverse), factor g, and factor <g, made> / gain.
 
     inverse is 1 / rms(x). Both dimensions of a pair are in one thread, of a product's result and of 8 pairs.
@@ -153,9 +153,16 @@ def _through_prologue(
 
 @jit
 def _clear_padding(
-    padding, padding_t, at_first, first, length, head, QUERIES: tl.constexpr, PADDING: tl.constexpr,
+    padding,
+    padding_t,
+    at_first,
+    first,
+    length,
+    head,
+    QUERIES: tl.constexpr,
+    PADDING: tl.constexpr,
     PADDED: tl.constexpr,
-):  # fmt: skip
+):
     """Zeros into the padding of a tile's tokens, by the program of the first heads."""
     if PADDING > 0:
         tokens, columns = tl.arange(0, QUERIES)[:, None], tl.arange(0, PADDED)[None, :]
@@ -166,9 +173,28 @@ def _clear_padding(
 
 @jit
 def _attend(
-    q, k, v, all_k, all_v, queries, start, first, length, head, k_t, k_h, v_t, v_h, scale, D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, MAXIMUM: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    all_k,
+    all_v,
+    queries,
+    start,
+    first,
+    length,
+    head,
+    k_t,
+    k_h,
+    v_t,
+    v_h,
+    scale,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+):
     """Sums of p v and of p = exp2(score - top) over a tile's keys, and top: the running maximum, else 0."""
     ROWS: tl.constexpr = q.shape[0]
     keys = tl.arange(0, KEYS)
@@ -197,10 +223,36 @@ def _attend(
 
 @jit
 def _attention_kernel(
-    q, k, v, all_k, all_v, o, lse, along, logits, tiles, first_queries, q_t, q_h, k_t, k_h, v_t, v_h, logits_t, T,
-    scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    all_k,
+    all_v,
+    o,
+    lse,
+    along,
+    logits,
+    tiles,
+    first_queries,
+    q_t,
+    q_h,
+    k_t,
+    k_h,
+    v_t,
+    v_h,
+    logits_t,
+    T,
+    scale,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
     """With PLAIN exponentials are of the scores themselves: no maximum, nothing to scale back in the loop.
 
     Where sums then tell that some were too large or all too small, the tile is computed again. With ``first_queries``
@@ -233,17 +285,55 @@ def _attention_kernel(
     if all_k is not None:  # whose barriers' bytes would cost a program an SM, with q in shared memory
         q = _held(q, D, PRECISION)
     acc, total, top = _attend(
-        q, k, v, all_k, all_v, queries, start, first, length, head // GROUP, k_t, k_h, v_t, v_h, scale, D, QUERIES,
-        KEYS, STAGES, PRECISION, not PLAIN,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        all_k,
+        all_v,
+        queries,
+        start,
+        first,
+        length,
+        head // GROUP,
+        k_t,
+        k_h,
+        v_t,
+        v_h,
+        scale,
+        D,
+        QUERIES,
+        KEYS,
+        STAGES,
+        PRECISION,
+        not PLAIN,
+    )
     if PLAIN:
         # Then nothing has overflowed, and what float32 cannot tell from zero is less than 2^-80 of the row's sum.
         sound = (total > 2.0**-40) & (total < 2.0**100) & (tl.sum(tl.abs(acc), 1) < 2.0**126)
         if tl.min(sound.to(tl.int32)) == 0:
             acc, total, top = _attend(
-                q, k, v, None, None, queries, start, first, length, head // GROUP, k_t, k_h, v_t, v_h, scale, D,
-                QUERIES, 32, 1, PRECISION, True,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                None,
+                None,
+                queries,
+                start,
+                first,
+                length,
+                head // GROUP,
+                k_t,
+                k_h,
+                v_t,
+                v_h,
+                scale,
+                D,
+                QUERIES,
+                32,
+                1,
+                PRECISION,
+                True,
+            )
     # A first token has one p, which was rounded for its product.
     acc *= (1 / tl.where(queries == 0, total.to(v.dtype.element_ty).to(tl.float32), total))[:, None]
     at_rows = start + first + head * T + rows // QUERIES * T + rows % QUERIES
@@ -265,12 +355,62 @@ def _attention_kernel(
 
 @jit
 def _attention_queries_kernel(
-    do, q, k, v, all_k, all_v, o, lse, along, logits, pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin,
-    partials, padding, tiles, first_queries, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dv_t, dv_h,
-    logits_t, dlogits_t, padding_t, T, period, scale, factor, unit, H: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, PADDING: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    do,
+    q,
+    k,
+    v,
+    all_k,
+    all_v,
+    o,
+    lse,
+    along,
+    logits,
+    pairs,
+    dq,
+    core_do,
+    dlogits,
+    dv,
+    inverse_rms,
+    gain,
+    cos,
+    sin,
+    partials,
+    padding,
+    tiles,
+    first_queries,
+    do_t,
+    do_h,
+    q_t,
+    q_h,
+    k_t,
+    k_h,
+    v_t,
+    v_h,
+    dq_t,
+    dq_h,
+    dv_t,
+    dv_h,
+    logits_t,
+    dlogits_t,
+    padding_t,
+    T,
+    period,
+    scale,
+    factor,
+    unit,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    PADDING: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dq of a tile of queries, and the pairs of their lse and delta = <do, o>.
 
     With ``core_do`` do and o are the gradient and the result y = g (o - <o, u> u) of `_forward`'s epilogue. Then also
@@ -386,11 +526,47 @@ def _attention_queries_kernel(
 
 @jit
 def _attention_keys_kernel(
-    do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, tiles, first_queries, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h,
-    dk_t, dk_h, dv_t, dv_h, T, period, scale, factor, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
-    HALF: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
+    do,
+    q,
+    k,
+    v,
+    pairs,
+    dk,
+    dv,
+    inverse_rms,
+    cos,
+    sin,
+    tiles,
+    first_queries,
+    do_t,
+    do_h,
+    q_t,
+    q_h,
+    k_t,
+    k_h,
+    v_t,
+    v_h,
+    dk_t,
+    dk_h,
+    dv_t,
+    dv_h,
+    T,
+    period,
+    scale,
+    factor,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HELD: tl.constexpr,
+):
     """dk and dv of a tile of keys, dv with ADD on top of what is there, with ``first_queries`` in rows of queries only.
 
     Of tokens in no segment both are zeros. Scores are transposed, so that their gradients are left operands, from

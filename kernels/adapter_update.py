@@ -32,11 +32,22 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 def adapter_update_reference_(
-    master: Tensor, gradient: Tensor, copy: Tensor, learning: Tensor, step: Tensor, *,
-    first_moment: Tensor | None = None, second_moment: Tensor | None = None, row_scale: Tensor | None = None,
-    optimizer: str = "adamw", lr: float, beta1: float = 0.0, beta2: float = 0.999, eps: float = 1e-10,
+    master: Tensor,
+    gradient: Tensor,
+    copy: Tensor,
+    learning: Tensor,
+    step: Tensor,
+    *,
+    first_moment: Tensor | None = None,
+    second_moment: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    optimizer: str = "adamw",
+    lr: float,
+    beta1: float = 0.0,
+    beta2: float = 0.999,
+    eps: float = 1e-10,
     weight_decay: float = 0.0,
-) -> None:  # fmt: skip
+) -> None:
     """Plain PyTorch; the contract of `adapter_update_`, whose arguments it shares."""
     scale = 1.0 if row_scale is None else row_scale[:, None]
     g, count = gradient.float() * scale, step.double()
@@ -66,10 +77,35 @@ def _one_minus_power(step, log_beta):
 
 @jit
 def _adapter_update_kernel(
-    master, gradient, copy, first, second, row_scale, learning, step, master_stride, gradient_stride, copy_stride,
-    first_stride, second_stride, blocks, vectors, lr, beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, decay,
-    ADAMW: tl.constexpr, ROW: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    master,
+    gradient,
+    copy,
+    first,
+    second,
+    row_scale,
+    learning,
+    step,
+    master_stride,
+    gradient_stride,
+    copy_stride,
+    first_stride,
+    second_stride,
+    blocks,
+    vectors,
+    lr,
+    beta1,
+    rest1,
+    log_beta1,
+    beta2,
+    rest2,
+    log_beta2,
+    eps,
+    decay,
+    ADAMW: tl.constexpr,
+    ROW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """BLOCK vectors of a group. A row has ROW vectors; rest is 1 - β; decay is 1 - lr wd for AdamW, wd for SGD."""
     program = tl.program_id(0)
     group = (program // blocks).to(tl.int64)
@@ -126,10 +162,21 @@ def _contiguous_groups(tensor: Tensor) -> bool:
 
 
 def _adapter_update_triton(
-    master: Tensor, gradient: Tensor, copy: Tensor, learning: Tensor, step: Tensor, first: list[Tensor],
-    second: list[Tensor], row_scale: Tensor | None, adamw: bool, lr: float, beta1: float, beta2: float, eps: float,
+    master: Tensor,
+    gradient: Tensor,
+    copy: Tensor,
+    learning: Tensor,
+    step: Tensor,
+    first: list[Tensor],
+    second: list[Tensor],
+    row_scale: Tensor | None,
+    adamw: bool,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
     weight_decay: float,
-) -> None:  # fmt: skip
+) -> None:
     """first and second have one tensor or none."""
     groups, rows, columns = master.shape
     if not master.numel():
@@ -145,11 +192,28 @@ def _adapter_update_triton(
     strides = (0 if tensor is None else tensor.stride(0) if groups > 1 else rows * columns for tensor in operands)
     with torch.cuda.device_of(master):  # Triton launches on the current device
         _adapter_update_kernel[(blocks * groups,)](
-            *operands, None if row_scale is None else row_scale.contiguous(), learning.contiguous().view(torch.uint8),
-            step, *strides, blocks, vectors, lr, beta1, 1 - beta1, _log(beta1), beta2, 1 - beta2, _log(beta2), eps,
-            1 - lr * weight_decay if adamw else weight_decay, ADAMW=adamw, ROW=columns // vector, VECTOR=vector,
-            BLOCK=block, num_warps=tuned["warps"],
-        )  # fmt: skip
+            *operands,
+            None if row_scale is None else row_scale.contiguous(),
+            learning.contiguous().view(torch.uint8),
+            step,
+            *strides,
+            blocks,
+            vectors,
+            lr,
+            beta1,
+            1 - beta1,
+            _log(beta1),
+            beta2,
+            1 - beta2,
+            _log(beta2),
+            eps,
+            1 - lr * weight_decay if adamw else weight_decay,
+            ADAMW=adamw,
+            ROW=columns // vector,
+            VECTOR=vector,
+            BLOCK=block,
+            num_warps=tuned["warps"],
+        )
 
 
 _adapter_update_op = operator(
@@ -163,9 +227,22 @@ _adapter_update_op = operator(
 
 
 def _adapter_update_kernels(
-    master, gradient, copy, learning, step, *, first_moment, second_moment, row_scale, optimizer, lr, beta1, beta2,
-    eps, weight_decay,
-) -> None:  # fmt: skip
+    master,
+    gradient,
+    copy,
+    learning,
+    step,
+    *,
+    first_moment,
+    second_moment,
+    row_scale,
+    optimizer,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+) -> None:
     first, second = ([] if moment is None else [moment] for moment in (first_moment, second_moment))
     rates = (float(number) for number in (lr, beta1, beta2, eps, weight_decay))
     adamw = optimizer == "adamw"
@@ -218,11 +295,22 @@ def _check(stacks: dict[str, Tensor | None], learning: Tensor, step: Tensor, row
 
 @torch.no_grad()
 def adapter_update_(
-    master: Tensor, gradient: Tensor, copy: Tensor, learning: Tensor, step: Tensor, *,
-    first_moment: Tensor | None = None, second_moment: Tensor | None = None, row_scale: Tensor | None = None,
-    optimizer: str = "adamw", lr: float, beta1: float = 0.0, beta2: float = 0.999, eps: float = 1e-10,
+    master: Tensor,
+    gradient: Tensor,
+    copy: Tensor,
+    learning: Tensor,
+    step: Tensor,
+    *,
+    first_moment: Tensor | None = None,
+    second_moment: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    optimizer: str = "adamw",
+    lr: float,
+    beta1: float = 0.0,
+    beta2: float = 0.999,
+    eps: float = 1e-10,
     weight_decay: float = 0.0,
-) -> None:  # fmt: skip
+) -> None:
     """Update a stack of adapters and its copy in place; see the module's docstring for the formulas.
 
     Args:
@@ -245,6 +333,18 @@ def adapter_update_(
     stacks = dict(master=master, gradient=gradient, copy=copy, first_moment=first_moment, second_moment=second_moment)
     _check(stacks, learning, step, row_scale)
     select("adapter_update_", _ADAPTER_UPDATE, master)(
-        master, gradient, copy, learning, step, first_moment=first_moment, second_moment=second_moment,
-        row_scale=row_scale, optimizer=optimizer, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
-    )  # fmt: skip
+        master,
+        gradient,
+        copy,
+        learning,
+        step,
+        first_moment=first_moment,
+        second_moment=second_moment,
+        row_scale=row_scale,
+        optimizer=optimizer,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )

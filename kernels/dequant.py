@@ -89,9 +89,12 @@ class QuantizedMatrix(NamedTuple):
 
 
 def pack(
-    codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None = None,
+    codes: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor | None = None,
     low_rank: LowRankFactors | tuple[Tensor, Tensor] | None = None,
-) -> QuantizedMatrix:  # fmt: skip
+) -> QuantizedMatrix:
     """Pack codes into planes, and a correction's into words. Not for a hot path: it looks at the values.
 
     Args:
@@ -250,15 +253,21 @@ def _dequantize_out(planes, bits, signed, rows, columns, scale, zero, factors, w
 
 _write = operator(
     "dequantize_out(Tensor planes, int bits, bool signed, int rows, int columns, Tensor scale, Tensor? zero, "
-    "Tensor[] factors, bool whole, Tensor(a!) out) -> ()", _dequantize_out, lambda *_: None, mutates=("out",),
-)  # fmt: skip
+    "Tensor[] factors, bool whole, Tensor(a!) out) -> ()",
+    _dequantize_out,
+    lambda *_: None,
+    mutates=("out",),
+)
 
 
 def dequantize(
-    q: QuantizedMatrix | Tensor, scale: Tensor | None = None,
+    q: QuantizedMatrix | Tensor,
+    scale: Tensor | None = None,
     low_rank: LowRankFactors | tuple[Tensor, Tensor] | None = None,
-    *, out: Tensor | None = None, dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Weights from a packed matrix or from plain codes: (q - zero) · scale, plus the low-rank correction if any.
 
     Args:
@@ -429,6 +438,13 @@ def _check_out(name: str, out: Tensor, q: QuantizedMatrix) -> None:
 
 
 __all__ = [
-    "DequantizePlan", "LowRankFactors", "PackedFactors", "QuantizedMatrix", "dequantize", "dequantize_all",
-    "dequantize_reference", "pack", "unpack",
-]  # fmt: skip
+    "DequantizePlan",
+    "LowRankFactors",
+    "PackedFactors",
+    "QuantizedMatrix",
+    "dequantize",
+    "dequantize_all",
+    "dequantize_reference",
+    "pack",
+    "unpack",
+]

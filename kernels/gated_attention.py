@@ -90,9 +90,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, cu_keys: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_keys: Tensor | None = None,
     max_keys: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Causal attention of q [T, H, D] on k, v [T, K, D] in segments by PyTorch's FlashAttention.
 
     With ``cu_keys`` and ``max_keys`` a segment has more keys than queries, which are its last tokens.
@@ -140,10 +145,24 @@ class KVCache(NamedTuple):
 
 
 def cached_gated_attention(
-    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    cache: KVCache, num_heads: int, num_kv_heads: int, *, head_dim: int, exclude_own_value: bool, gated: bool,
-    update: Tensor | None = None, eps: float = RMS_EPS, core: str = "auto",
-) -> Tensor:  # fmt: skip
+    n: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cache: KVCache,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    head_dim: int,
+    exclude_own_value: bool,
+    gated: bool,
+    update: Tensor | None = None,
+    eps: float = RMS_EPS,
+    core: str = "auto",
+) -> Tensor:
     """`gated_attention` of tokens n [1, T, d] that follow on those in ``cache``, into which it then writes them.
 
     A segment's T tokens see its cached ones and, causally, each other. No gradient reaches what is cached. For few
@@ -186,11 +205,26 @@ def _following(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Ten
 
 
 def gated_attention_reference(
-    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, cu_seqlens: Tensor | None, max_seqlen: int,
-    num_heads: int, num_kv_heads: int, *, exclude_own_value: bool, gated: bool, head_dim: int | None = None,
-    gate_width: int | None = None, update: Tensor | None = None, eps: float = RMS_EPS, core: str = "auto",
-    tiles: Tensor | None = None, first_queries: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    n: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    exclude_own_value: bool,
+    gated: bool,
+    head_dim: int | None = None,
+    gate_width: int | None = None,
+    update: Tensor | None = None,
+    eps: float = RMS_EPS,
+    core: str = "auto",
+    tiles: Tensor | None = None,
+    first_queries: Tensor | None = None,
+) -> Tensor:
     """Plain PyTorch; the contract of `gated_attention`, whose arguments it shares; ``sdpa`` keeps it from flash."""
     H, K = num_heads, num_kv_heads
     D = _head_dim(weight, H, K, gated) if head_dim is None else head_dim
@@ -234,8 +268,10 @@ def resolve_core(
         raise ValueError(f"attention has the cores auto, {', '.join(CORES)}, and {name!r} is none of them")
     flash = flash_takes(device, dtype, head_dim)
     if name == "flash" and not flash:
-        raise ValueError(f"flash attention needs CUDA, half precision and heads of a multiple of 8 up to 256, and this "
-                         f"is {device}, {dtype}, {head_dim}; use auto or sdpa")  # fmt: skip
+        raise ValueError(
+            f"flash attention needs CUDA, half precision and heads of a multiple of 8 up to 256, and this "
+            f"is {device}, {dtype}, {head_dim}; use auto or sdpa"
+        )
     if name in ("flash", "sdpa"):
         return name
     fits = _kernels_take(dtype, head_dim, group, half)
@@ -251,10 +287,22 @@ def _columns(x: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
 
 
 def _gated_attention_triton(
-    n: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, tiles: Tensor, update: Tensor | None,
-    first_queries: Tensor | None, num_heads: int, num_kv_heads: int, head_dim: int, exclude_own_value: bool,
-    gated: bool, gate_width: int | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Tensor,
+    tiles: Tensor,
+    update: Tensor | None,
+    first_queries: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    exclude_own_value: bool,
+    gated: bool,
+    gate_width: int | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, and what the backward needs besides: projected, 1 / rms [H + K, B T], <o, u> and lse [H, B T]."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
     rows, tokens, d = n.shape
@@ -267,17 +315,37 @@ def _gated_attention_triton(
     q, k, v, logits = _columns(projected, *sizes)
     along = inverse_rms.new_empty(H * exclude_own_value, rows * tokens)
     y, lse = varlen_attention._forward(
-        q, k, v, tiles, D**-0.5, along=along if exclude_own_value else None, logits=logits if gated else None,
-        base_2=True, first_queries=first_queries,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        tiles,
+        D**-0.5,
+        along=along if exclude_own_value else None,
+        logits=logits if gated else None,
+        base_2=True,
+        first_queries=first_queries,
+    )
     return y.view(rows, tokens, H * D), projected, inverse_rms, along, lse
 
 
 def _gated_attention_backward_triton(
-    dy: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, tiles: Tensor, y: Tensor, projected: Tensor,
-    inverse_rms: Tensor, along: Tensor, lse: Tensor, first_queries: Tensor | None, num_heads: int, num_kv_heads: int,
-    head_dim: int, exclude_own_value: bool, gated: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Tensor,
+    tiles: Tensor,
+    y: Tensor,
+    projected: Tensor,
+    inverse_rms: Tensor,
+    along: Tensor,
+    lse: Tensor,
+    first_queries: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    exclude_own_value: bool,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
     """Gradients of projected = n weightᵀ [B T, N] and of q_gain."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
     dprojected = torch.empty_like(projected)
@@ -288,11 +356,22 @@ def _gated_attention_backward_triton(
     *into, dlogits = _columns(dprojected, *sizes)
     options = dict(logits=logits, dlogits=dlogits) if gated else {}
     varlen_attention._backward(
-        dy.reshape(-1, H, D), q, k, v, y.view(-1, H, D), lse, tiles, D**-0.5, *into,
-        along=along if exclude_own_value else None, dgain=dgain,
+        dy.reshape(-1, H, D),
+        q,
+        k,
+        v,
+        y.view(-1, H, D),
+        lse,
+        tiles,
+        D**-0.5,
+        *into,
+        along=along if exclude_own_value else None,
+        dgain=dgain,
         prologue=Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous()),
-        padding=dprojected[:, (H + 2 * K) * D + H * gated :], first_queries=first_queries, **options,
-    )  # fmt: skip
+        padding=dprojected[:, (H + 2 * K) * D + H * gated :],
+        first_queries=first_queries,
+        **options,
+    )
     return dprojected, dgain.to(q_gain.dtype)
 
 
@@ -346,9 +425,26 @@ _op = operator(
 
 
 def _triton(
-    n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, *, exclude_own_value, gated, head_dim, gate_width,
-    update, eps, core, tiles, first_queries,
-) -> Tensor:  # fmt: skip
+    n,
+    weight,
+    cos,
+    sin,
+    q_gain,
+    cu_seqlens,
+    max_seqlen,
+    H,
+    K,
+    *,
+    exclude_own_value,
+    gated,
+    head_dim,
+    gate_width,
+    update,
+    eps,
+    core,
+    tiles,
+    first_queries,
+) -> Tensor:
     whole, update = (x if x is None or x.ndim == 3 else x[None] for x in (n, update))
     if tiles is None:
         rows, tokens, _ = whole.shape
@@ -356,9 +452,22 @@ def _triton(
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=n.device) * tokens
         tiles = attention_tiles(cu_seqlens, rows * tokens, n.dtype, head_dim, H // K)
     y = _op(
-        whole, weight, cos, sin, q_gain, tiles, update, None if first_queries is None else first_queries.contiguous(),
-        H, K, head_dim, exclude_own_value, gated, gate_width, eps,
-    )[0]  # fmt: skip
+        whole,
+        weight,
+        cos,
+        sin,
+        q_gain,
+        tiles,
+        update,
+        None if first_queries is None else first_queries.contiguous(),
+        H,
+        K,
+        head_dim,
+        exclude_own_value,
+        gated,
+        gate_width,
+        eps,
+    )[0]
     return y if n.ndim == 3 else y[0]
 
 
@@ -396,8 +505,10 @@ def _check_cached(n: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache
     keys, indices = cache.cu_seqlens, (cache.sources, cache.places, cache.rows)
     check_segments(cu_seqlens, n.size(1), max_seqlen)
     if keys.shape != cu_seqlens.shape or keys.dtype != torch.int32:
-        raise ValueError(f"cache.cu_seqlens must be int32 {list(cu_seqlens.shape)} as cu_seqlens, got {keys.dtype} "
-                         f"{list(keys.shape)}")  # fmt: skip
+        raise ValueError(
+            f"cache.cu_seqlens must be int32 {list(cu_seqlens.shape)} as cu_seqlens, got {keys.dtype} "
+            f"{list(keys.shape)}"
+        )
     if not readable(cu_seqlens, keys, *indices):
         return
     held, stream = len(cache.keys), len(cache.sources)
@@ -529,6 +640,22 @@ def gated_attention(
     core = resolve_core(core, n.device, n.dtype, D, H // K, cos.size(1))
     chosen = select("gated_attention", _GATED_ATTENTION, n) if core == "triton" else gated_attention_reference
     return chosen(
-        n, weight, cos, sin, q_gain, cu_seqlens, max_seqlen, H, K, exclude_own_value=exclude_own_value, gated=gated,
-        head_dim=D, gate_width=gate_width, update=update, eps=eps, core=core, tiles=tiles, first_queries=first_queries,
-    )  # fmt: skip
+        n,
+        weight,
+        cos,
+        sin,
+        q_gain,
+        cu_seqlens,
+        max_seqlen,
+        H,
+        K,
+        exclude_own_value=exclude_own_value,
+        gated=gated,
+        head_dim=D,
+        gate_width=gate_width,
+        update=update,
+        eps=eps,
+        core=core,
+        tiles=tiles,
+        first_queries=first_queries,
+    )

@@ -32,9 +32,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def layer_weights_reference(
-    qo_bank: Tensor, kv_bank: Tensor, up_bank: Tensor, down_bank: Tensor, scales: Tensor, gates: Tensor | None,
-    dtype: torch.dtype, order: Sequence[int],
-) -> list[Matrices]:  # fmt: skip
+    qo_bank: Tensor,
+    kv_bank: Tensor,
+    up_bank: Tensor,
+    down_bank: Tensor,
+    scales: Tensor,
+    gates: Tensor | None,
+    dtype: torch.dtype,
+    order: Sequence[int],
+) -> list[Matrices]:
     """Plain PyTorch; the contract of `layer_weights`, whose arguments it shares."""
     q, out = qo_bank.chunk(2)
     inputs = [q, *kv_bank.chunk(2)]
@@ -52,9 +58,17 @@ def layer_weights_reference(
 
 @jit
 def _tile_of_weights(
-    tile, layer, bank, scale, weights, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TAKEN: tl.constexpr, D: tl.constexpr,
+    tile,
+    layer,
+    bank,
+    scale,
+    weights,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAKEN: tl.constexpr,
+    D: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """A tile of the [TAKEN, D] that a matrix [HEIGHT, WIDTH] becomes, or (scale[:, None] matrix)ᵀ."""
     across = tl.cdiv(D, BLOCK)
     rows = (tile // across * BLOCK + tl.arange(0, BLOCK))[:, None]
@@ -78,19 +92,31 @@ def _weights_kernel(
     weights += layer * ROWS * D
     for i in tl.static_range(len(banks)):
         if (tile >= 0) & (tile < PARTS[i][3]):
-            _tile_of_weights(
-                tile, layer, banks[i], scales[i], weights, PARTS[i][0], PARTS[i][1], PARTS[i][2], D, BLOCK
-            )  # fmt: skip
+            _tile_of_weights(tile, layer, banks[i], scales[i], weights, PARTS[i][0], PARTS[i][1], PARTS[i][2], D, BLOCK)
         tile -= PARTS[i][3]
         weights += PARTS[i][2] * D
 
 
 @jit
 def _rows_of_gradient(
-    tile, layer, gradient, addresses, bank, scale, dbank, dscale, LAYERS: tl.constexpr, KIND: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, STRIDE: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    tile,
+    layer,
+    gradient,
+    addresses,
+    bank,
+    scale,
+    dbank,
+    dscale,
+    LAYERS: tl.constexpr,
+    KIND: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Rows of dbank = scale Σ dW and dscale = Σ bank Σ dW; each dW, of LAYERS[KIND][k], is from row FIRST of STRIDE."""
     dtype: tl.constexpr = dbank.dtype.element_ty
     ROWS: tl.constexpr = BLOCK // COLUMNS
@@ -117,9 +143,17 @@ def _rows_of_gradient(
 
 @jit
 def _banks_kernel(
-    gradient, addresses, banks, scales, dbanks, dscales, PARTS: tl.constexpr, LAYERS: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    gradient,
+    addresses,
+    banks,
+    scales,
+    dbanks,
+    dscales,
+    PARTS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """All banks' gradients from matrices at these addresses; ``gradient`` is a null pointer of their dtype.
 
     Of a part PARTS has its programs, which of the four lists is its, and what `_rows_of_gradient` wants to know.
@@ -128,9 +162,24 @@ def _banks_kernel(
     for i in tl.static_range(len(banks)):
         if (tile >= 0) & (tile < PARTS[i][0]):
             _rows_of_gradient(
-                tile, layer, gradient, addresses, banks[i], scales[i], dbanks[i], dscales[i], LAYERS, PARTS[i][1],
-                PARTS[i][2], PARTS[i][3], PARTS[i][4], PARTS[i][5], PARTS[i][6], BLOCK, ALIGNED,
-            )  # fmt: skip
+                tile,
+                layer,
+                gradient,
+                addresses,
+                banks[i],
+                scales[i],
+                dbanks[i],
+                dscales[i],
+                LAYERS,
+                PARTS[i][1],
+                PARTS[i][2],
+                PARTS[i][3],
+                PARTS[i][4],
+                PARTS[i][5],
+                PARTS[i][6],
+                BLOCK,
+                ALIGNED,
+            )
         tile -= PARTS[i][0]
 
 
@@ -207,11 +256,18 @@ def _backward(gradients: Sequence[Tensor | None], order: Sequence[int], *masters
     dbanks, dscales, _ = zip(*dparts, strict=True)
     with torch.cuda.device_of(down):
         _banks_kernel[(sum(part[0] for part in constants), down.size(0))](
-            every[0].new_empty(0), tuple(map(odd_addresses, given)), banks, scales, dbanks, dscales,
-            PARTS=tuple(constants), LAYERS=tuple(map(tuple, layers)), BLOCK=block,
+            every[0].new_empty(0),
+            tuple(map(odd_addresses, given)),
+            banks,
+            scales,
+            dbanks,
+            dscales,
+            PARTS=tuple(constants),
+            LAYERS=tuple(map(tuple, layers)),
+            BLOCK=block,
             ALIGNED=1 if any(tensor.data_ptr() % 16 for tensor in every) else 16 // every[0].element_size(),
             num_warps=tuned["warps"],
-        )  # fmt: skip
+        )
     return outputs
 
 
@@ -285,9 +341,15 @@ _LAYER_WEIGHTS = {"reference": layer_weights_reference, "triton": _layer_weights
 
 
 def layer_weights(
-    qo_bank: Tensor, kv_bank: Tensor, up_bank: Tensor, down_bank: Tensor, scales: Tensor, gates: Tensor | None,
-    dtype: torch.dtype, order: Sequence[int],
-) -> list[Matrices]:  # fmt: skip
+    qo_bank: Tensor,
+    kv_bank: Tensor,
+    up_bank: Tensor,
+    down_bank: Tensor,
+    scales: Tensor,
+    gates: Tensor | None,
+    dtype: torch.dtype,
+    order: Sequence[int],
+) -> list[Matrices]:
     """(inputs, out, up, down) of each pass through a layer; see the module's docstring for the formulas.
 
     Differentiable once in all tensors. Do not write into the results: passes through a layer share memory.
@@ -311,9 +373,13 @@ def layer_weights(
         raise ValueError(f"down_bank must be [n, d, m] with n >= 1, got shape {tuple(down_bank.shape)}")
     n, d, m = down_bank.shape
     for name, tensor, shape in (
-        ("qo_bank", qo_bank, (2 * n, d, d)), ("kv_bank", kv_bank, (2 * n, None, d)), ("up_bank", up_bank, (n, m, d)),
-        ("down_bank", down_bank, (n, d, m)), ("scales", scales, (2 * n, d)), ("gates", gates, (n, None, None)),
-    ):  # fmt: skip
+        ("qo_bank", qo_bank, (2 * n, d, d)),
+        ("kv_bank", kv_bank, (2 * n, None, d)),
+        ("up_bank", up_bank, (n, m, d)),
+        ("down_bank", down_bank, (n, d, m)),
+        ("scales", scales, (2 * n, d)),
+        ("gates", gates, (n, None, None)),
+    ):
         if tensor is None:
             continue
         sizes = (got if size is None else size for size, got in zip(shape, tensor.shape, strict=False))

@@ -91,9 +91,19 @@ def _slope(r, CENTRED: tl.constexpr):
 
 @jit
 def _softcap_cross_entropy_kernel(
-    z, gradient, targets, losses, stride, gradient_stride, cap, scale, slope, V: tl.constexpr, BLOCK: tl.constexpr,
+    z,
+    gradient,
+    targets,
+    losses,
+    stride,
+    gradient_stride,
+    cap,
+    scale,
+    slope,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
-):  # fmt: skip
+):
     """Losses of rows of z, and dz into ``gradient``, which may be z.
 
     ``scale`` and ``slope`` are 2 / cap and -2 cap, times log2(e).
@@ -154,10 +164,20 @@ def _launch(z, targets, losses, softcap: float, vocabulary: int, gradient: Tenso
     warps = min(32, max(1, block // tuned["columns_per_warp"]))
     with torch.cuda.device_of(z):  # Triton launches on the current device
         _softcap_cross_entropy_kernel[(z.size(0),)](
-            z, gradient, targets, losses, z.stride(0), 0 if gradient is None else gradient.stride(0), softcap,
-            2 * math.log2(math.e) / softcap, -2 * math.log2(math.e) * softcap, V=vocabulary, BLOCK=block,
-            SHIFTED=softcap > LARGEST_FIXED_CAP, num_warps=warps,
-        )  # fmt: skip
+            z,
+            gradient,
+            targets,
+            losses,
+            z.stride(0),
+            0 if gradient is None else gradient.stride(0),
+            softcap,
+            2 * math.log2(math.e) / softcap,
+            -2 * math.log2(math.e) * softcap,
+            V=vocabulary,
+            BLOCK=block,
+            SHIFTED=softcap > LARGEST_FIXED_CAP,
+            num_warps=warps,
+        )
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -215,9 +235,17 @@ def _row_length(vocabulary: int) -> int:
 
 
 def _forward(
-    h: Tensor, table: Tensor, targets: Tensor, update: Tensor | None, softcap: float, chunk: int, reduction: str,
-    need_h: bool, need_table: bool, need_update: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    h: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    update: Tensor | None,
+    softcap: float,
+    chunk: int,
+    reduction: str,
+    need_h: bool,
+    need_table: bool,
+    need_update: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     h, table, targets = h.contiguous(), table.contiguous(), targets.contiguous()
     count, vocabulary, divisor = h.size(0), table.size(0), _divisor(reduction, h.size(0))
     losses = h.new_empty(count, dtype=torch.float32)
@@ -246,9 +274,17 @@ def _forward(
 
 
 def _backward(
-    dloss: Tensor, h: Tensor, table: Tensor, first: Tensor, second: Tensor, whole: bool, reduction: str, need_h: bool,
-    need_table: bool, need_update: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dloss: Tensor,
+    h: Tensor,
+    table: Tensor,
+    first: Tensor,
+    second: Tensor,
+    whole: bool,
+    reduction: str,
+    need_h: bool,
+    need_table: bool,
+    need_update: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, table and update, empty where not needed; ``dloss`` is one number, or one a token."""
     h, table, divisor = h.contiguous(), table.contiguous(), _divisor(reduction, h.size(0))
     dh, dtable, dupdate = _empty_gradients(dloss, h, table, first, second, whole, reduction, need_h, False, need_update)
@@ -275,9 +311,7 @@ def _backward(
 
 def _fake_forward(h, table, targets, update, softcap, chunk, reduction, need_h, need_table, need_update):
     loss, first, second = _shapes(h, table, chunk, reduction, need_h, need_table, need_update)
-    return (
-        h.new_empty(loss, dtype=torch.float32), h.new_empty(first), h.new_empty(second, dtype=torch.float32)
-    )  # fmt: skip
+    return (h.new_empty(loss, dtype=torch.float32), h.new_empty(first), h.new_empty(second, dtype=torch.float32))
 
 
 def _empty_gradients(dloss, h, table, first, second, whole, reduction, need_h, need_table, need_update):

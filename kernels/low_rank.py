@@ -49,9 +49,15 @@ class LowRank(NamedTuple):
 
 
 def low_rank_reference(
-    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, residual: Tensor | None, scale: float,
-    parts: Sequence[int], width: int,
-) -> LowRank:  # fmt: skip
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    parts: Sequence[int],
+    width: int,
+) -> LowRank:
     """Compute `low_rank` in plain PyTorch, from groups padded to the longest; when traced, to T rows each."""
     groups, rank = A.size(0), B.size(2)
     if offsets is None:
@@ -127,10 +133,33 @@ def _part(tile, PARTS: tl.constexpr, ALIGNED: tl.constexpr, size):
 
 @jit(do_not_specialize=["T", "G", "each", "blocks", "chunks", "d"])
 def _forward_kernel(
-    x, A, B, offsets, residual, h, y, T, G, each, blocks, chunks, scale, d, D: tl.constexpr, RANK: tl.constexpr,
-    PARTS: tl.constexpr, ALIGNED: tl.constexpr, TOTAL: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    A,
+    B,
+    offsets,
+    residual,
+    h,
+    y,
+    T,
+    G,
+    each,
+    blocks,
+    chunks,
+    scale,
+    d,
+    D: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TOTAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """h and y of a tile of rows, and of a part's ``blocks`` of COLUMNS columns.
 
     ``d`` is D: a loop of a number of rounds that the compiler knows is unrolled, which takes registers.
@@ -187,10 +216,26 @@ def _forward_kernel(
 
 @jit(do_not_specialize=["T", "G", "each", "columns"])
 def _hidden_kernel(
-    dy, B, offsets, dh, T, G, each, columns, dy_stride, scale, RANK: tl.constexpr, PARTS: tl.constexpr,
-    ALIGNED: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dy,
+    B,
+    offsets,
+    dh,
+    T,
+    G,
+    each,
+    columns,
+    dy_stride,
+    scale,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TOTAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dh of a tile of rows, of a part's COLUMNS ranks; ``columns`` is TOTAL, see `_forward_kernel`."""
     COUNT: tl.constexpr = len(PARTS)
     ACROSS: tl.constexpr = COUNT * ((RANK + COLUMNS - 1) // COLUMNS)
@@ -216,9 +261,24 @@ def _hidden_kernel(
 
 @jit(do_not_specialize=["T", "G", "each", "ranks"])
 def _input_kernel(
-    dx_next, dh, A, offsets, dx, T, G, each, ranks, D: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dx_next,
+    dh,
+    A,
+    offsets,
+    dx,
+    T,
+    G,
+    each,
+    ranks,
+    D: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dx of a tile of rows and columns, onto what came back from later readers of x: read EARLY, or behind the product.
 
     RANKS are all parts' together, and so is ``ranks``; see `_forward_kernel`.
@@ -251,10 +311,27 @@ def _input_kernel(
 
 @jit(do_not_specialize=["T", "G", "each"])
 def _weights_kernel(
-    left, right, offsets, out, T, G, each, left_stride, right_stride, factor, PARTS: tl.constexpr,
-    ALIGNED: tl.constexpr, TOTAL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    left,
+    right,
+    offsets,
+    out,
+    T,
+    G,
+    each,
+    left_stride,
+    right_stride,
+    factor,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TOTAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """A tile of out [G, TOTAL, WIDTH]: of part j's columns of left, factor leftᵀ right[:, j WIDTH:][:, :WIDTH]."""
     ACROSS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
@@ -293,9 +370,13 @@ def _settings(case: str, x: Tensor, groups: int, rank: int) -> dict:
         name = "short"
     tuned = launch_parameters("low_rank", name, x.device)
     return dict(
-        ROWS=tuned["rows"], COLUMNS=tuned["columns"], DEPTH=tuned["depth"], STAGES=tuned["stages"],
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tuned["warps"],
-    )  # fmt: skip
+        ROWS=tuned["rows"],
+        COLUMNS=tuned["columns"],
+        DEPTH=tuned["depth"],
+        STAGES=tuned["stages"],
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tuned["warps"],
+    )
 
 
 def _padded(size: int) -> int:
@@ -315,9 +396,16 @@ def _segments(x: Tensor, groups: int, offsets: Tensor | None) -> tuple[Tensor | 
 
 
 def _forward(
-    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, residual: Tensor | None, scale: float,
-    parts: Sequence[int], width: int, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    parts: Sequence[int],
+    width: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """y, and h for the backward, or where it is not to be kept nothing."""
     y, h = _fake_forward(x, A, B, offsets, residual, scale, parts, width, keep)
     residual = residual if residual is None else residual.contiguous()
@@ -332,9 +420,25 @@ def _forward(
     chunks = sum(-(-part // (columns * blocks)) for part in parts)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _forward_kernel[((flat.size(0) // rows + groups + 2) * chunks,)](
-            flat, A, B, offsets, residual, h if keep else None, y, *sizes, blocks, chunks, scale, d, D=d, RANK=rank,
-            WIDTH=width, PADDED=_padded(rank), **_columns(parts), **settings,
-        )  # fmt: skip
+            flat,
+            A,
+            B,
+            offsets,
+            residual,
+            h if keep else None,
+            y,
+            *sizes,
+            blocks,
+            chunks,
+            scale,
+            d,
+            D=d,
+            RANK=rank,
+            WIDTH=width,
+            PADDED=_padded(rank),
+            **_columns(parts),
+            **settings,
+        )
     return y, h
 
 
@@ -351,12 +455,10 @@ def _hidden(dy: Tensor, B: Tensor, offsets: Tensor | None, dh: Tensor, parts: Se
     offsets, sizes = _segments(dh, groups, offsets)
     _hidden_kernel[((dh.size(0) // settings["ROWS"] + groups + 2) * across,)](
         dy, B, offsets, dh, *sizes, sum(parts), dy.stride(0), scale, RANK=rank, **_columns(parts), **settings
-    )  # fmt: skip
+    )
 
 
-def _input(
-    dx_next: Tensor | None, dh: Tensor, A: Tensor, offsets: Tensor | None, dx: Tensor, rank: int
-) -> None:  # fmt: skip
+def _input(dx_next: Tensor | None, dh: Tensor, A: Tensor, offsets: Tensor | None, dx: Tensor, rank: int) -> None:
     """Write dx, onto ``dx_next`` where there is one."""
     groups, ranks, d = A.shape
     settings = _settings("input", dh, groups, rank)
@@ -378,15 +480,35 @@ def _weights(
     tiles = sum(-(-part // settings["ROWS"]) for part in parts) * -(-width // settings["COLUMNS"])
     offsets, sizes = _segments(left, groups, offsets)
     _weights_kernel[(groups * tiles,)](
-        left, right, offsets, out, *sizes, left.stride(0), right.stride(0), factor, WIDTH=width, TILES=tiles,
-        **_columns(parts), **settings,
-    )  # fmt: skip
+        left,
+        right,
+        offsets,
+        out,
+        *sizes,
+        left.stride(0),
+        right.stride(0),
+        factor,
+        WIDTH=width,
+        TILES=tiles,
+        **_columns(parts),
+        **settings,
+    )
 
 
 def _backward(
-    dx_next: Tensor | None, dy: Tensor, x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, h: Tensor,
-    scale: float, parts: Sequence[int], need_x: bool, need_A: bool, need_B: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx_next: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor | None,
+    h: Tensor,
+    scale: float,
+    parts: Sequence[int],
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, onto ``dx_next``, A and B, empty where not needed."""
     dx, dA, dB = _fake_backward(dx_next, dy, x, A, B, offsets, h, scale, parts, need_x, need_A, need_B)
     dy, flat = _rows(dy), x.reshape(-1, x.size(-1)).contiguous()
@@ -445,9 +567,15 @@ _op = carrying(
 
 
 def _low_rank_triton(
-    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None, residual: Tensor | None, scale: float,
-    parts: Sequence[int], width: int,
-) -> LowRank:  # fmt: skip
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    parts: Sequence[int],
+    width: int,
+) -> LowRank:
     keep = torch.is_grad_enabled() and B.requires_grad
     y, _, x = _op(x, A, B, offsets, residual, scale, list(parts), width, keep)
     return LowRank(y, x)
@@ -499,9 +627,16 @@ def _check(
 
 
 def low_rank(
-    x: Tensor, A: Tensor, B: Tensor, offsets: Tensor | None = None, scale: float = 1.0, *,
-    parts: Sequence[int] | None = None, width: int | None = None, residual: Tensor | None = None,
-) -> LowRank:  # fmt: skip
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    parts: Sequence[int] | None = None,
+    width: int | None = None,
+    residual: Tensor | None = None,
+) -> LowRank:
     """Apply each group's adapters to the group's rows; see the module's docstring for the formula.
 
     Kernels sum in fp32 and round h and dh to x's dtype; float32 takes no TF32. Differentiable once in x, A, B and the

@@ -109,8 +109,16 @@ def _at(tensor, addresses, index, place, ALIGNED: tl.constexpr):
 
 @jit
 def _momentum_chunk(
-    gradient, buffer, update, left, momentum, scale, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    gradient,
+    buffer,
+    update,
+    left,
+    momentum,
+    scale,
+    WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     gradients, buffers = (), ()
     for i in tl.static_range(ROUNDS):  # all loads before a store, which the compiler could not move them over
         at = i * WIDTH + tl.arange(0, WIDTH)
@@ -129,9 +137,21 @@ def _momentum_chunk(
 
 @jit
 def _momentum_kernel(
-    gradient, gradients, buffer, buffers, update, updates, sizes, ends, momentum, scale, factor,
-    WIDTH: tl.constexpr, ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    gradient,
+    gradients,
+    buffer,
+    buffers,
+    update,
+    updates,
+    sizes,
+    ends,
+    momentum,
+    scale,
+    factor,
+    WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     # From the last element to the first: what was read last for the norm is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     index, place = _find(program, ends, len(ends))
@@ -157,9 +177,17 @@ def _momentum_kernel(
 
 @jit
 def _apply_chunk(
-    parameter, update, average, left, keep, step, towards, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
+    parameter,
+    update,
+    average,
+    left,
+    keep,
+    step,
+    towards,
+    WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
     MASKED: tl.constexpr,
-):  # fmt: skip
+):
     parameters, updates, averages = (), (), ()
     for i in tl.static_range(ROUNDS):
         at = i * WIDTH + tl.arange(0, WIDTH)
@@ -182,9 +210,21 @@ def _apply_chunk(
 
 @jit
 def _apply_kernel(
-    parameter, parameters, update, updates, average, averages, sizes, ends, keep, steps, towards,
-    WIDTH: tl.constexpr, ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    parameter,
+    parameters,
+    update,
+    updates,
+    average,
+    averages,
+    sizes,
+    ends,
+    keep,
+    steps,
+    towards,
+    WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     program = tl.program_id(0)
     index, place = _find(program, ends, len(ends))
     place *= WIDTH * ROUNDS
@@ -223,9 +263,16 @@ def _squares_of_chunk(tensor, left, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, M
 
 @jit
 def _squares_kernel(
-    tensor, tensors, sizes, ends, partials, LARGE: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
+    tensor,
+    tensors,
+    sizes,
+    ends,
+    partials,
+    LARGE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
     ALIGNED: tl.constexpr,
-):  # fmt: skip
+):
     """The first LARGE tensors may have several programs, the others have one each and are looked up by themselves."""
     program = tl.program_id(0)
     COUNT: tl.constexpr = len(ends)
@@ -318,9 +365,13 @@ def _write_back(tensors: Sequence[Tensor], written: Sequence[Tensor]) -> None:
 
 
 def _momentum_triton(
-    gradients: Sequence[Tensor], buffers: Sequence[Tensor], updates: Sequence[Tensor], momentum: float,
-    scale: Tensor | None, factor: float,
-) -> None:  # fmt: skip
+    gradients: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    momentum: float,
+    scale: Tensor | None,
+    factor: float,
+) -> None:
     """updates are contiguous, or none are wanted."""
     with torch.cuda.device_of(buffers[0]):  # Triton launches on the current device
         for sources, targets, outs in _by_dtypes(gradients, buffers, updates or buffers):
@@ -331,9 +382,13 @@ def _momentum_triton(
 
 
 def _apply_triton(
-    parameters: Sequence[Tensor], updates: Sequence[Tensor], averages: Sequence[Tensor], lr: float,
-    weight_decay: float, decay: float,
-) -> None:  # fmt: skip
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    lr: float,
+    weight_decay: float,
+    decay: float,
+) -> None:
     with torch.cuda.device_of(parameters[0]):
         for targets, sources, means in _by_dtypes(parameters, updates, averages or parameters):
             written, written_means = _contiguous(targets), _contiguous(means) if averages else None
@@ -380,12 +435,18 @@ def _fake_clip(squares: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 _momentum_op = operator(
     "momentum_update(Tensor[] gradients, Tensor(a!)[] buffers, Tensor(b!)[] updates, float momentum, Tensor? scale, "
-    "float factor) -> ()", _momentum_triton, lambda *arguments: None, mutates=("buffers", "updates"),
-)  # fmt: skip
+    "float factor) -> ()",
+    _momentum_triton,
+    lambda *arguments: None,
+    mutates=("buffers", "updates"),
+)
 _apply_op = operator(
     "apply_update(Tensor(a!)[] parameters, Tensor[] updates, Tensor(b!)[] averages, float lr, float weight_decay, "
-    "float decay) -> ()", _apply_triton, lambda *arguments: None, mutates=("parameters", "averages"),
-)  # fmt: skip
+    "float decay) -> ()",
+    _apply_triton,
+    lambda *arguments: None,
+    mutates=("parameters", "averages"),
+)
 _squared_norm_op = operator("squared_norm(Tensor[] tensors) -> Tensor", _squared_norm_triton, _fake_squared_norm)
 _clip_op = operator("clip_factor(Tensor squares, float limit) -> (Tensor, Tensor)", _clip_triton, _fake_clip)
 
@@ -405,8 +466,9 @@ def _apply_kernels(parameters, updates, lr, weight_decay, averages, decay) -> No
 _MOMENTUM = {"reference": momentum_update_reference, "triton": _momentum_kernels}
 _APPLY = {"reference": apply_update_reference, "triton": _apply_kernels}
 _SQUARED_NORM = {
-    "reference": squared_norm_reference, "triton": lambda tensors: _squared_norm_op(list(tensors)),
-}  # fmt: skip
+    "reference": squared_norm_reference,
+    "triton": lambda tensors: _squared_norm_op(list(tensors)),
+}
 _CLIP = {"reference": clip_factor_reference, "triton": lambda squares, limit: _clip_op(squares, float(limit))}
 
 
@@ -531,5 +593,13 @@ def apply_update(
     run(parameters, updates, lr, weight_decay, averages, decay)
 
 
-__all__ = ["apply_update", "apply_update_reference", "clip_factor", "clip_factor_reference", "momentum_update",
-           "momentum_update_reference", "squared_norm", "squared_norm_reference"]  # fmt: skip
+__all__ = [
+    "apply_update",
+    "apply_update_reference",
+    "clip_factor",
+    "clip_factor_reference",
+    "momentum_update",
+    "momentum_update_reference",
+    "squared_norm",
+    "squared_norm_reference",
+]

@@ -42,10 +42,42 @@ from ._launch import constexpr, jit, multiprocessors, odd_addresses, operator, s
 
 # isort: off
 from ._newton_schulz_tasks import (
-    A, ADDEND, ALIGN, B, BANK, C, C_MIRROR, COLUMN, COLUMNS, CONSTANT, DEPTH, DIAGONAL, GRAM, IN_BANK, KIND, LAST,
-    LD_A, LD_B, LD_C, LINEAR, MATRIX, MIRROR, NEEDED, NORMALIZE, NORMS, POLYNOMIAL, QUADRATIC, ROW, ROWS, ROW_NORMS,
-    TALL, TASK, UPDATE, plan, segments
-)  # fmt: skip
+    A,
+    ADDEND,
+    ALIGN,
+    B,
+    BANK,
+    C,
+    C_MIRROR,
+    COLUMN,
+    COLUMNS,
+    CONSTANT,
+    DEPTH,
+    DIAGONAL,
+    GRAM,
+    IN_BANK,
+    KIND,
+    LAST,
+    LD_A,
+    LD_B,
+    LD_C,
+    LINEAR,
+    MATRIX,
+    MIRROR,
+    NEEDED,
+    NORMALIZE,
+    NORMS,
+    POLYNOMIAL,
+    QUADRATIC,
+    ROW,
+    ROWS,
+    ROW_NORMS,
+    TALL,
+    TASK,
+    UPDATE,
+    plan,
+    segments,
+)
 
 # isort: on
 from ._polar_express import POLAR_EXPRESS, QUINTIC, Coefficients, polar_express_coefficients
@@ -87,9 +119,14 @@ def newton_schulz_reference(
 
 
 def _differentiable(
-    G: torch.Tensor, coefficients: Coefficients, algorithm: str, dtype: torch.dtype, norm_scale: float, eps: float,
+    G: torch.Tensor,
+    coefficients: Coefficients,
+    algorithm: str,
+    dtype: torch.dtype,
+    norm_scale: float,
+    eps: float,
     row_normalize: bool,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     storage = torch.float16 if algorithm == "gram" and dtype.itemsize == 2 else dtype
     if row_normalize:
         G = G.to(storage)
@@ -170,7 +207,7 @@ def _row_norms(G, addresses, task, scratch, BLOCK_ROWS: tl.constexpr, ALIGNED: t
 @jit(noinline=True)
 def _normalize(
     G, addresses, task, scratch, X, norm_scale, eps, BLOCK: tl.constexpr, FLOOR: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
+):
     """X = G / ‖G‖_F, rows divided by their norms first if asked, zero-padded and wide; shrink = ‖G‖ / (s ‖G‖ + eps)."""
     all_rows, columns = tl.load(task + ROWS), tl.load(task + COLUMNS)
     columns = tl.multiple_of(columns, 16) if ALIGNED else columns
@@ -247,9 +284,19 @@ def _symmetric_tile(X, task, kind, blocks, shrink, TILE: tl.constexpr, DEPTH_BLO
 
 @jit
 def _update_tile(
-    X, out, addresses, task, kind, blocks, shrink, TILE: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    DEPTH_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    X,
+    out,
+    addresses,
+    task,
+    kind,
+    blocks,
+    shrink,
+    TILE: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """X' = B X; the last one goes to the result, transposed back if the bank is tall."""
     row = tl.arange(0, TILE)
     column = tl.arange(0, TILE_COLUMNS)
@@ -302,10 +349,26 @@ def _operands(tasks, ticket, count):
 
 @jit(do_not_specialize=["count"])
 def _tasks_kernel(
-    G, addresses, out, targets, tasks, count, sync, scratch, X, norm_scale, eps, TILE: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr, DEPTH_BLOCK: tl.constexpr, NORM_ROWS: tl.constexpr, LANES: tl.constexpr,
-    FLOOR: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    G,
+    addresses,
+    out,
+    targets,
+    tasks,
+    count,
+    sync,
+    scratch,
+    X,
+    norm_scale,
+    eps,
+    TILE: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    FLOOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Takes tasks until there are none. ``sync`` is the next ticket and, by matrix, the number of finished tasks.
 
     A program holds the ticket of its next task too. What that waits for is loaded at a task's start, and at its end,
@@ -326,7 +389,7 @@ def _tasks_kernel(
         if kind & UPDATE:
             _update_tile(
                 X, out, targets, task, kind, blocks, scratch + matrix, TILE, TILE_COLUMNS, DEPTH_BLOCK, ALIGNED, MASKED
-            )  # fmt: skip
+            )
         elif kind & ROW_NORMS:
             _row_norms(G, addresses, task, scratch, NORM_ROWS, ALIGNED)
         elif kind & NORMALIZE:
@@ -344,9 +407,15 @@ def _tasks_kernel(
 
 
 def _launch(
-    banks: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], coefficients: Coefficients, algorithm: str,
-    storage: torch.dtype, norm_scale: float, eps: float, row_normalize: bool,
-) -> None:  # fmt: skip
+    banks: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    coefficients: Coefficients,
+    algorithm: str,
+    storage: torch.dtype,
+    norm_scale: float,
+    eps: float,
+    row_normalize: bool,
+) -> None:
     """The kernel on contiguous banks of one dtype, into contiguous outs of one dtype."""
     device = banks[0].device
     work = plan(tuple((prod(G.shape[:-2]), *G.shape[-2:]) for G in banks), algorithm, coefficients, device)
@@ -359,18 +428,41 @@ def _launch(
         scratch = torch.empty(work.rows, dtype=torch.float32, device=device)
         sync = torch.zeros(work.matrices + 1, dtype=torch.int32, device=device)
         _tasks_kernel[(min(tasks, multiprocessors(device) * parameters["programs"]),)](
-            banks[0], sources, outs[0], targets, work.tasks, tasks, sync, scratch, X, norm_scale, eps,
-            TILE=parameters["tile"], TILE_COLUMNS=parameters["columns"], DEPTH_BLOCK=parameters["depth"],
-            NORM_ROWS=parameters["norm_rows"], LANES=32 * parameters["warps"],
-            FLOOR=ROW_NORM_FLOOR if row_normalize else 0.0, ALIGNED=aligned, MASKED=work.masked,
-            num_warps=parameters["warps"], num_stages=parameters["num_stages"], maxnreg=parameters["maxnreg"],
-        )  # fmt: skip
+            banks[0],
+            sources,
+            outs[0],
+            targets,
+            work.tasks,
+            tasks,
+            sync,
+            scratch,
+            X,
+            norm_scale,
+            eps,
+            TILE=parameters["tile"],
+            TILE_COLUMNS=parameters["columns"],
+            DEPTH_BLOCK=parameters["depth"],
+            NORM_ROWS=parameters["norm_rows"],
+            LANES=32 * parameters["warps"],
+            FLOOR=ROW_NORM_FLOOR if row_normalize else 0.0,
+            ALIGNED=aligned,
+            MASKED=work.masked,
+            num_warps=parameters["warps"],
+            num_stages=parameters["num_stages"],
+            maxnreg=parameters["maxnreg"],
+        )
 
 
 def _banks_triton(
-    banks: Sequence[torch.Tensor], out: Sequence[torch.Tensor], coefficients: Coefficients, algorithm: str,
-    dtype: torch.dtype, norm_scale: float, eps: float, row_normalize: bool,
-) -> None:  # fmt: skip
+    banks: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    coefficients: Coefficients,
+    algorithm: str,
+    dtype: torch.dtype,
+    norm_scale: float,
+    eps: float,
+    row_normalize: bool,
+) -> None:
     storage = torch.float16 if algorithm in ("gram", "auto") else dtype
     if storage == torch.float16 and algorithm == "auto" and prod(abs(a) for a, _, _ in coefficients) > FLOAT16_GROWTH:
         algorithm, storage = "symmetric", torch.bfloat16
@@ -390,14 +482,27 @@ def _banks_triton(
 
 
 def _banks_reference(
-    banks: Sequence[torch.Tensor], out: Sequence[torch.Tensor], coefficients: Coefficients, algorithm: str,
-    dtype: torch.dtype, norm_scale: float, eps: float, row_normalize: bool,
-) -> None:  # fmt: skip
+    banks: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    coefficients: Coefficients,
+    algorithm: str,
+    dtype: torch.dtype,
+    norm_scale: float,
+    eps: float,
+    row_normalize: bool,
+) -> None:
     for G, target in zip(banks, out, strict=True):
         newton_schulz_reference(
-            G, len(coefficients), coefficients, algorithm=algorithm, dtype=dtype, norm_scale=norm_scale, eps=eps,
-            row_normalize=row_normalize, out=target,
-        )  # fmt: skip
+            G,
+            len(coefficients),
+            coefficients,
+            algorithm=algorithm,
+            dtype=dtype,
+            norm_scale=norm_scale,
+            eps=eps,
+            row_normalize=row_normalize,
+            out=target,
+        )
 
 
 _IMPLEMENTATIONS = {"reference": _banks_reference, "triton": _banks_triton}
@@ -409,9 +514,15 @@ def _by_step(coefficients: Sequence[float]) -> Coefficients:
 
 
 def _run_into(
-    banks: Sequence[torch.Tensor], out: Sequence[torch.Tensor], coefficients: Sequence[float], algorithm: str,
-    dtype: torch.dtype, norm_scale: float, eps: float, row_normalize: bool,
-) -> None:  # fmt: skip
+    banks: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    coefficients: Sequence[float],
+    algorithm: str,
+    dtype: torch.dtype,
+    norm_scale: float,
+    eps: float,
+    row_normalize: bool,
+) -> None:
     run = select("newton_schulz", _IMPLEMENTATIONS, banks[0]) if dtype.itemsize == 2 else _banks_reference
     run(banks, out, _by_step(coefficients), algorithm, dtype, norm_scale, eps, row_normalize)
 
@@ -444,13 +555,18 @@ def _backward(ctx, gradients: Sequence[torch.Tensor]) -> tuple:
 
 _SETTINGS = "float[] coefficients, str algorithm, ScalarType dtype, float norm_scale, float eps, bool row_normalize"
 _banks_op = operator(
-    f"newton_schulz(Tensor[] banks, {_SETTINGS}) -> Tensor[]", _run, _fake, setup_context=_setup_context,
+    f"newton_schulz(Tensor[] banks, {_SETTINGS}) -> Tensor[]",
+    _run,
+    _fake,
+    setup_context=_setup_context,
     backward=_backward,
-)  # fmt: skip
+)
 _banks_out_op = operator(
-    f"newton_schulz_out(Tensor[] banks, Tensor(a!)[] out, {_SETTINGS}) -> ()", _run_into, lambda *arguments: None,
+    f"newton_schulz_out(Tensor[] banks, Tensor(a!)[] out, {_SETTINGS}) -> ()",
+    _run_into,
+    lambda *arguments: None,
     mutates=("out",),
-)  # fmt: skip
+)
 
 
 def newton_schulz_banks(
@@ -537,11 +653,25 @@ def newton_schulz(
     Raises ValueError or TypeError for a wrong shape, dtype, device, algorithm or number of tuples.
     """
     outs = newton_schulz_banks(
-        [G], steps, coefficients, algorithm=algorithm, dtype=dtype, norm_scale=norm_scale, eps=eps,
-        row_normalize=row_normalize, out=None if out is None else [out],
-    )  # fmt: skip
+        [G],
+        steps,
+        coefficients,
+        algorithm=algorithm,
+        dtype=dtype,
+        norm_scale=norm_scale,
+        eps=eps,
+        row_normalize=row_normalize,
+        out=None if out is None else [out],
+    )
     return outs[0]
 
 
-__all__ = ["ALGORITHMS", "POLAR_EXPRESS", "QUINTIC", "newton_schulz", "newton_schulz_banks", "newton_schulz_reference",
-           "polar_express_coefficients"]  # fmt: skip
+__all__ = [
+    "ALGORITHMS",
+    "POLAR_EXPRESS",
+    "QUINTIC",
+    "newton_schulz",
+    "newton_schulz_banks",
+    "newton_schulz_reference",
+    "polar_express_coefficients",
+]

@@ -66,9 +66,16 @@ def _rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
 
 
 def residual_mix_norm_reference(
-    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
-    weight: Tensor | None = None, gate: Tensor | None = None,
-) -> Mixed:  # fmt: skip
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    eps: float = RMS_EPS,
+    *,
+    skip: Tensor | None = None,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Mixed:
     """Plain PyTorch; the contract of `residual_mix_norm`, whose arguments it shares."""
     joined, mix = x if skip is None else join_skip_reference(x, skip, weight, gate), mix.to(x.dtype)
     u = mix[0] * joined + mix[1] * x0
@@ -89,9 +96,16 @@ def scaled_rms_norm_reference(
 
 
 def enter_lanes_norm_reference(
-    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
-    weight: Tensor | None = None, gate: Tensor | None = None,
-) -> Lanes:  # fmt: skip
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    eps: float = RMS_EPS,
+    *,
+    skip: Tensor | None = None,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Lanes:
     """Plain PyTorch; the contract of `enter_lanes_norm`, whose arguments it shares."""
     lane0 = x if skip is None else join_skip_reference(x, skip, weight, gate)
     n0 = residual_mix_norm_reference(lane0, x0, mix, scale, eps).n
@@ -110,10 +124,21 @@ def mix_lanes_reference(
 
 
 def mix_lanes_norm_reference(
-    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, x0: Tensor,
-    mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None, weight: Tensor | None = None,
+    lane0: Tensor,
+    lane1: Tensor,
+    attention: Tensor,
+    mlp: Tensor,
+    post: Tensor,
+    resid: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    eps: float = RMS_EPS,
+    *,
+    skip: Tensor | None = None,
+    weight: Tensor | None = None,
     gate: Tensor | None = None,
-) -> Lanes:  # fmt: skip
+) -> Lanes:
     """Plain PyTorch; the contract of `mix_lanes_norm`, whose arguments it shares."""
     lane0, lane1 = mix_lanes_reference(lane0, lane1, attention, mlp, post, resid)
     entered = enter_lanes_norm_reference(lane0, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
@@ -159,7 +184,7 @@ _JOIN_SKIP = {
     "triton": lambda x, skip, weight, gate: ops.mix_op(
         x, None, None, skip, weight, gate, None, 0.0, True, False, False, False
     )[0],
-}  # fmt: skip
+}
 _NORM = {
     "reference": scaled_rms_norm_reference,
     "triton": lambda x, scale, other, eps: ops.norm_op(x, other, scale, eps)[0],
@@ -177,10 +202,10 @@ _LANES_NORM = {
 }
 _LANES_FINAL = {
     "reference": mix_lanes_final_reference,
-    "triton": lambda *arguments: ops.lanes_op(
-        None, *arguments[:6], None, None, None, None, None, arguments[6], True
-    )[2],
-}  # fmt: skip
+    "triton": lambda *arguments: ops.lanes_op(None, *arguments[:6], None, None, None, None, None, arguments[6], True)[
+        2
+    ],
+}
 _LINEAR = {
     "reference": residual_linear_reference,
     "triton": lambda *args, inplace: ops.linear(*args, None, 0.0, False, inplace=inplace)[0],
@@ -223,9 +248,16 @@ def _check(activations: dict[str, Tensor | None], parameters: dict[str, tuple[Te
 
 
 def residual_mix_norm(
-    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
-    weight: Tensor | None = None, gate: Tensor | None = None,
-) -> Mixed:  # fmt: skip
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    eps: float = RMS_EPS,
+    *,
+    skip: Tensor | None = None,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Mixed:
     """u = mix[0] x + mix[1] x0 and n = scale rms(u), as `Mixed`; with ``skip``, x is first joined with it.
 
     x, x0 and skip are [..., d], mix [2, d], weight and gate [d] as in `join_skip`. Differentiable once in all of them.
@@ -268,9 +300,16 @@ def scaled_rms_norm(
 
 
 def enter_lanes_norm(
-    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None,
-    weight: Tensor | None = None, gate: Tensor | None = None,
-) -> Lanes:  # fmt: skip
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    eps: float = RMS_EPS,
+    *,
+    skip: Tensor | None = None,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Lanes:
     """Two lanes from one stream, and what the first parallel layer reads of them, in one pass.
 
     Lane 0 is x joined with ``skip``, as by `join_skip`, or x; lane 1 is x; n0 = scale rms(mix[0] lane0 + mix[1] x0) and
@@ -301,10 +340,21 @@ def mix_lanes(
 
 
 def mix_lanes_norm(
-    lane0: Tensor, lane1: Tensor, attention: Tensor, mlp: Tensor, post: Tensor, resid: Tensor, x0: Tensor,
-    mix: Tensor, scale: Tensor, eps: float = RMS_EPS, *, skip: Tensor | None = None, weight: Tensor | None = None,
+    lane0: Tensor,
+    lane1: Tensor,
+    attention: Tensor,
+    mlp: Tensor,
+    post: Tensor,
+    resid: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    eps: float = RMS_EPS,
+    *,
+    skip: Tensor | None = None,
+    weight: Tensor | None = None,
     gate: Tensor | None = None,
-) -> Lanes:  # fmt: skip
+) -> Lanes:
     """`mix_lanes`, and what begins the next parallel layer, in one pass.
 
     Lane 0 is joined with ``skip``, as by `join_skip`; n0 = scale rms(mix[0] lane0 + mix[1] x0), n1 = scale rms(lane1).

@@ -57,9 +57,15 @@ def _place(matrix, row, column, height, width: tl.constexpr, ROWS: tl.constexpr,
 
 @jit
 def _load(
-    matrix, row, column, height, width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    matrix,
+    row,
+    column,
+    height,
+    width: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
+):
     if DESCRIPTORS:
         tile = matrix.load([row, column])
     else:
@@ -70,9 +76,19 @@ def _load(
 
 @jit
 def _store(
-    product, other, out, row, column, M, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+    product,
+    other,
+    out,
+    row,
+    column,
+    M,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """A part of a tile, with what the epilogue makes of it and of another matrix's."""
     result = finish(product, other, EPILOGUE, dtype)
     if DESCRIPTORS:
@@ -89,9 +105,20 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @jit
 def _finish(
-    product, aux, out, row, column, M, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SUBTILES: tl.constexpr, EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+    product,
+    aux,
+    out,
+    row,
+    column,
+    M,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Epilogue of a tile, in ``SUBTILES`` parts one after the other through less shared memory."""
     if SUBTILES > 1:
         HALF: tl.constexpr = COLUMNS // 2
@@ -108,10 +135,24 @@ def _finish(
 
 @jit
 def _product_kernel(
-    a, b, aux, out, M, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SUBTILES: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr, EARLY: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    aux,
+    out,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    EARLY: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """The epilogue of a bᵀ, a [M, K] and b [N, K]; tiles of a row follow each other, so a comes from memory once.
 
     FLATTEN: one loop over tiles and depth, the next tile's operands are on their way during the epilogue. EARLY: aux
@@ -135,9 +176,7 @@ def _product_kernel(
             _store(left, first, out, row, column, M, N, BLOCK_M, HALF, EPILOGUE, DESCRIPTORS, dtype)
             _store(right, second, out, row, column + HALF, M, N, BLOCK_M, HALF, EPILOGUE, DESCRIPTORS, dtype)
         else:
-            _finish(
-                product, aux, out, row, column, M, N, BLOCK_M, BLOCK_N, SUBTILES, EPILOGUE, DESCRIPTORS, dtype
-            )  # fmt: skip
+            _finish(product, aux, out, row, column, M, N, BLOCK_M, BLOCK_N, SUBTILES, EPILOGUE, DESCRIPTORS, dtype)
 
 
 def _regular(*tensors: torch.Tensor | None) -> bool:
@@ -193,10 +232,25 @@ def _product(case: str, epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: to
     programs = min(multiprocessors(a.device) * tuned["programs"], -(-M // m) * -(-N // n))
     with torch.cuda.device_of(a):  # Triton launches on the current device
         _product_kernel[(programs,)](
-            left, right, other, result, M, N=N, K=K, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SUBTILES=parts,
-            STAGES=tuned["stages"], EPILOGUE=epilogue, DESCRIPTORS=descriptors, FLATTEN=bool(tuned["flatten"]),
-            EARLY=early, dtype=getattr(tl, str(a.dtype).removeprefix("torch.")), num_warps=tuned["warps"],
-        )  # fmt: skip
+            left,
+            right,
+            other,
+            result,
+            M,
+            N=N,
+            K=K,
+            BLOCK_M=m,
+            BLOCK_N=n,
+            BLOCK_K=k,
+            SUBTILES=parts,
+            STAGES=tuned["stages"],
+            EPILOGUE=epilogue,
+            DESCRIPTORS=descriptors,
+            FLATTEN=bool(tuned["flatten"]),
+            EARLY=early,
+            dtype=getattr(tl, str(a.dtype).removeprefix("torch.")),
+            num_warps=tuned["warps"],
+        )
     return out
 
 
@@ -206,9 +260,13 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(
-    residual: torch.Tensor | None, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, keep: bool,
+    residual: torch.Tensor | None,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    keep: bool,
     inplace: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The result, and hidden for the backward, or where it is not to be kept nothing."""
     epilogue = MARKED_SQUARE if keep else SQUARE
     hidden = _product("up", epilogue.value, _rows(x), up.contiguous())
@@ -221,9 +279,15 @@ def _forward(
 
 
 def _backward(
-    dout: torch.Tensor, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, hidden: torch.Tensor, need_x: bool,
-    need_up: bool, need_down: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    hidden: torch.Tensor,
+    need_x: bool,
+    need_up: bool,
+    need_down: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, up and down, empty where not needed."""
     dout = _rows(dout)
     dx, dup, ddown = (x.new_empty(0) for _ in range(3))

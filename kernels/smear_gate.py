@@ -50,9 +50,15 @@ def smear_gate_reference(
 
 
 def embed_smear_norm_reference(
-    input_ids: Tensor, table: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None = 1, eps: float = RMS_EPS,
-    deterministic: bool = True, starts: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    bos_id: int | None = 1,
+    eps: float = RMS_EPS,
+    deterministic: bool = True,
+    starts: Tensor | None = None,
+) -> Tensor:
     """Plain PyTorch; the contract of `embed_smear_norm`, whose arguments it shares."""
     last = max(len(table) - 1, 0)
     x = F.embedding(input_ids.clamp(0, last), table)
@@ -89,9 +95,25 @@ def _gated(gated, ids, starts, token, bos_id):
 
 @jit
 def _forward_kernel(
-    x, ids, weight, lam, out, T, chunks, V, bos_id, starts, EPS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EMBED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x,
+    ids,
+    weight,
+    lam,
+    out,
+    T,
+    chunks,
+    V,
+    bos_id,
+    starts,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    EMBED: tl.constexpr,
+    ACC: tl.constexpr,
+):
     base, start, stop = _span(T, chunks, CHUNK)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -116,10 +138,27 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    dout, x, ids, weight, lam, dx, partials, T, chunks, V, bos_id, starts, EPS: tl.constexpr, D: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EMBED: tl.constexpr,
+    dout,
+    x,
+    ids,
+    weight,
+    lam,
+    dx,
+    partials,
+    T,
+    chunks,
+    V,
+    bos_id,
+    starts,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    EMBED: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     base, start, stop = _span(T, chunks, CHUNK)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -165,10 +204,26 @@ def _backward_kernel(
 
 @jit
 def _prepare_kernel(
-    ids, table, weight, keys, codes, sigmas, gradient, N, T, V, bos_id, starts, D: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    ids,
+    table,
+    weight,
+    keys,
+    codes,
+    sigmas,
+    gradient,
+    N,
+    T,
+    V,
+    bos_id,
+    starts,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     """What `_table_gradient_kernel` looks up, and a gradient of zeros for the ids that no token has.
 
     keys are the tokens' ids, forced into the table; codes the same, with ~id for tokens without a gate (a BOS, a start,
@@ -207,10 +262,28 @@ def _pick(values, chosen):
 
 @jit
 def _table_gradient_kernel(
-    dout, table, codes, sigmas, keys, order, weight, lam, gradient, pieces, partials, N, EPS: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, CHUNK: tl.constexpr,
-    LIST: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    dout,
+    table,
+    codes,
+    sigmas,
+    keys,
+    order,
+    weight,
+    lam,
+    gradient,
+    pieces,
+    partials,
+    N,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LIST: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """The table's gradient from one chunk of the tokens sorted by id, summed over runs of equal ids (segments).
 
     Whole segments go into ``gradient``; piece [chunk, 0] ends a segment of earlier chunks or continues it, [chunk, 1]
@@ -298,9 +371,20 @@ def _table_gradient_kernel(
 
 @jit
 def _join_segments_kernel(
-    keys, gradient, pieces, partials, sums, N, D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, SUMMANDS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    keys,
+    gradient,
+    pieces,
+    partials,
+    sums,
+    N,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUMMANDS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """The segment that begins in this chunk and goes on in the next ones, into the table; and sums of partials."""
     chunk, chunks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     if tl.program_id(1) == 0:
@@ -356,10 +440,23 @@ def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool, starts) -
         chunks = -(-tokens // tuned["chunk"])
         with torch.cuda.device_of(source):  # Triton launches on the current device
             _forward_kernel[(rows * chunks,)](
-                source.contiguous(), input_ids.contiguous(), weight.contiguous(), lam, out, tokens, chunks,
-                source.size(0) if embed else 1, bos_id, _bytes(starts), EPS=eps, W=weight.numel(),
-                CHUNK=tuned["chunk"], STAGES=tuned["stages"], EMBED=embed, **settings,
-            )  # fmt: skip
+                source.contiguous(),
+                input_ids.contiguous(),
+                weight.contiguous(),
+                lam,
+                out,
+                tokens,
+                chunks,
+                source.size(0) if embed else 1,
+                bos_id,
+                _bytes(starts),
+                EPS=eps,
+                W=weight.numel(),
+                CHUNK=tuned["chunk"],
+                STAGES=tuned["stages"],
+                EMBED=embed,
+                **settings,
+            )
     return out
 
 
@@ -376,10 +473,25 @@ def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool, st
     partials = source.new_empty(weight.numel() + 1, rows * chunks, dtype=_accumulator(source))
     with torch.cuda.device_of(source):
         _backward_kernel[(rows * chunks,)](
-            dout.contiguous(), source.contiguous(), input_ids.contiguous(), weight.contiguous(), lam, dx, partials,
-            tokens, chunks, source.size(0) if embed else 1, bos_id, _bytes(starts), EPS=eps, W=weight.numel(),
-            CHUNK=tuned["chunk"], STAGES=tuned["stages"], EMBED=embed, **settings,
-        )  # fmt: skip
+            dout.contiguous(),
+            source.contiguous(),
+            input_ids.contiguous(),
+            weight.contiguous(),
+            lam,
+            dx,
+            partials,
+            tokens,
+            chunks,
+            source.size(0) if embed else 1,
+            bos_id,
+            _bytes(starts),
+            EPS=eps,
+            W=weight.numel(),
+            CHUNK=tuned["chunk"],
+            STAGES=tuned["stages"],
+            EMBED=embed,
+            **settings,
+        )
     return dx, partials.sum(1)
 
 
@@ -405,19 +517,59 @@ def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps, starts) ->
     rows, tokens = max(1, 4096 // settings["BLOCK"]), 128
     with torch.cuda.device_of(table):
         _prepare_kernel[(max(-(-vocabulary // rows), -(-count // tokens)),)](
-            input_ids.contiguous(), table, weight, keys, codes, sigmas, gradient, count, input_ids.size(1), vocabulary,
-            bos_id, _bytes(starts), ROWS=rows, TOKENS=tokens, **settings | dict(num_warps=4),
-        )  # fmt: skip
+            input_ids.contiguous(),
+            table,
+            weight,
+            keys,
+            codes,
+            sigmas,
+            gradient,
+            count,
+            input_ids.size(1),
+            vocabulary,
+            bos_id,
+            _bytes(starts),
+            ROWS=rows,
+            TOKENS=tokens,
+            **settings | dict(num_warps=4),
+        )
         keys, order = torch.sort(keys, stable=True)
         _table_gradient_kernel[(chunks,)](
-            dout, table, codes, sigmas, keys, order, weight, lam, gradient, pieces, partials, count, EPS=eps,
-            CHUNK=chunk, LIST=1 << (chunk - 1).bit_length(), STAGES=tuned["stages"], **settings,
-        )  # fmt: skip
+            dout,
+            table,
+            codes,
+            sigmas,
+            keys,
+            order,
+            weight,
+            lam,
+            gradient,
+            pieces,
+            partials,
+            count,
+            EPS=eps,
+            CHUNK=chunk,
+            LIST=1 << (chunk - 1).bit_length(),
+            STAGES=tuned["stages"],
+            **settings,
+        )
         block = min(tuned["block"], settings["BLOCK"])
         _join_segments_kernel[(chunks, -(-width // block))](
-            keys, gradient, pieces, partials, sums, count, D=width, W=gate, BLOCK=block, CHUNK=chunk,
-            ROWS=tuned["rows"], SUMMANDS=1024, ACC=settings["ACC"], num_warps=tuned["join_warps"],
-        )  # fmt: skip
+            keys,
+            gradient,
+            pieces,
+            partials,
+            sums,
+            count,
+            D=width,
+            W=gate,
+            BLOCK=block,
+            CHUNK=chunk,
+            ROWS=tuned["rows"],
+            SUMMANDS=1024,
+            ACC=settings["ACC"],
+            num_warps=tuned["join_warps"],
+        )
     return gradient, sums
 
 
@@ -428,23 +580,41 @@ def _smear_gate_triton(
 
 
 def _smear_gate_backward_triton(
-    dout: Tensor, x: Tensor, input_ids: Tensor, weight: Tensor, lam: Tensor,
-    bos_id: int | None, starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    x: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    bos_id: int | None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     return _backward(dout, x, input_ids, weight, lam, bos_id, 0.0, False, starts)
 
 
 def _embed_smear_norm_triton(
-    input_ids: Tensor, table: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None,
-    eps: float, deterministic: bool, starts: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    bos_id: int | None,
+    eps: float,
+    deterministic: bool,
+    starts: Tensor | None = None,
+) -> Tensor:
     return _forward(table, input_ids, weight, lam, bos_id, eps, True, starts)
 
 
 def _embed_smear_norm_backward_triton(
-    dout: Tensor, input_ids: Tensor, table: Tensor, weight: Tensor, lam: Tensor,
-    bos_id: int | None, eps: float, deterministic: bool, starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    bos_id: int | None,
+    eps: float,
+    deterministic: bool,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     if deterministic and dout.numel():
         return _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps, starts)
     gradient, sums = _backward(dout, table, input_ids, weight, lam, bos_id, eps, True, starts)
@@ -470,9 +640,10 @@ _embed_smear_norm_backward_op = operator(
     "float eps, bool deterministic, Tensor? starts) -> (Tensor, Tensor)",
     _embed_smear_norm_backward_triton,
     lambda dout, input_ids, table, weight, lam, bos_id, eps, deterministic, starts: (
-        table.new_empty(table.shape), _fake_sums(table, weight)
+        table.new_empty(table.shape),
+        _fake_sums(table, weight),
     ),
-)  # fmt: skip
+)
 
 
 def _save(ctx, inputs, output) -> None:

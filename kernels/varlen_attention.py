@@ -100,10 +100,17 @@ def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
     elif case == "keys":
         options["HELD"] = bool(tuned["held"])
     return options | dict(
-        H=heads, GROUP=group, D=width, QUERIES=tuned["rows"] // together, HEADS=together, KEYS=tuned["keys"],
-        STAGES=tuned["stages"], PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tuned["warps"],
+        H=heads,
+        GROUP=group,
+        D=width,
+        QUERIES=tuned["rows"] // together,
+        HEADS=together,
+        KEYS=tuned["keys"],
+        STAGES=tuned["stages"],
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tuned["warps"],
         maxnreg=tuned["maxnreg"] if together == tuned["heads"] else 255,  # of one head there are more tokens to address
-    )  # fmt: skip
+    )
 
 
 def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -218,10 +225,17 @@ def _described(
 
 
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, scale: float, *,
-    along: torch.Tensor | None = None, logits: torch.Tensor | None = None, base_2: bool = False,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    *,
+    along: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+    base_2: bool = False,
     first_queries: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """o and the base 2 logarithm of each row's sum of exponentials, float32 [H, T]; ``base_2``: q is as `Prologue`'s.
 
     With ``along``, contiguous float32 [H, T], o loses its part along u = v / max(|v|, 1e-12) of its own token, <o, u>,
@@ -237,20 +251,46 @@ def _forward(
         with torch.cuda.device_of(q):  # Triton launches on the current device
             tiles = _of_size(tiles, settings["QUERIES"], q, k)
             _attention_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
-                q, k, v, *_described("forward", base_2, q, k, v), o, lse, along, logits, tiles, first_queries,
-                *_strides(q, k, v), *_row_strides(logits), tokens, None if base_2 else scale * math.log2(math.e),
+                q,
+                k,
+                v,
+                *_described("forward", base_2, q, k, v),
+                o,
+                lse,
+                along,
+                logits,
+                tiles,
+                first_queries,
+                *_strides(q, k, v),
+                *_row_strides(logits),
+                tokens,
+                None if base_2 else scale * math.log2(math.e),
                 **settings,
-            )  # fmt: skip
+            )
     return o, lse
 
 
 def _backward(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
-    tiles: torch.Tensor, scale: float, dq: torch.Tensor | None = None, dk: torch.Tensor | None = None,
-    dv: torch.Tensor | None = None, *, along: torch.Tensor | None = None, logits: torch.Tensor | None = None,
-    dlogits: torch.Tensor | None = None, prologue: Prologue | None = None, dgain: torch.Tensor | None = None,
-    padding: torch.Tensor | None = None, first_queries: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    dq: torch.Tensor | None = None,
+    dk: torch.Tensor | None = None,
+    dv: torch.Tensor | None = None,
+    *,
+    along: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+    dlogits: torch.Tensor | None = None,
+    prologue: Prologue | None = None,
+    dgain: torch.Tensor | None = None,
+    padding: torch.Tensor | None = None,
+    first_queries: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, written into those given, whose rows must be contiguous.
 
     lse is `_forward`'s. Where that was given ``along`` or ``logits``, they are given with their values, do is the
@@ -287,18 +327,59 @@ def _backward(
         unit = scale * math.log2(math.e)
         rest = tokens, period, *((None, math.log(2)) if prologue else (unit, scale))
         _attention_queries_kernel[(of_queries.size(0) * heads // by_queries["HEADS"],)](
-            do, q, k, v, *_described("queries", prologue is not None, q, k, v), o.contiguous(), lse, along, logits,
-            pairs, dq, core_do, dlogits, dv, inverse_rms, gain, cos, sin, partials, padding, of_queries, first_queries,
-            *_strides(do, q, k, v, dq, dv), *_row_strides(logits, dlogits, padding), *rest, unit, PADDING=columns,
-            PADDED=1 << max(columns - 1, 0).bit_length(), **constants, **by_queries,
-        )  # fmt: skip
+            do,
+            q,
+            k,
+            v,
+            *_described("queries", prologue is not None, q, k, v),
+            o.contiguous(),
+            lse,
+            along,
+            logits,
+            pairs,
+            dq,
+            core_do,
+            dlogits,
+            dv,
+            inverse_rms,
+            gain,
+            cos,
+            sin,
+            partials,
+            padding,
+            of_queries,
+            first_queries,
+            *_strides(do, q, k, v, dq, dv),
+            *_row_strides(logits, dlogits, padding),
+            *rest,
+            unit,
+            PADDING=columns,
+            PADDED=1 << max(columns - 1, 0).bit_length(),
+            **constants,
+            **by_queries,
+        )
         if prologue:
             partial_sums(partials.t(), dgain)
         do = do if core_do is None else core_do
         _attention_keys_kernel[(of_keys.size(0) * k.size(1),)](
-            do, q, k, v, pairs, dk, dv, inverse_rms, cos, sin, of_keys, first_queries,
-            *_strides(do, q, k, v, dk, dv), *rest, ADD=along is not None, **constants, **by_keys,
-        )  # fmt: skip
+            do,
+            q,
+            k,
+            v,
+            pairs,
+            dk,
+            dv,
+            inverse_rms,
+            cos,
+            sin,
+            of_keys,
+            first_queries,
+            *_strides(do, q, k, v, dk, dv),
+            *rest,
+            ADD=along is not None,
+            **constants,
+            **by_keys,
+        )
     return dq, dk, dv
 
 
@@ -354,9 +435,15 @@ def _fake_forward(q, k, v, tiles, scale):
 
 
 def _backward_triton(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
-    tiles: torch.Tensor, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _backward(do, q, k, v, o, lse, tiles, scale)
 
 

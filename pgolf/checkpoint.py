@@ -23,8 +23,14 @@ from pgolf.tensors import check_tensors, not_finite, read_tensors
 FORMAT = "pgolf training checkpoint 1"
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 _MAY_DIFFER = {
-    "run_id", "artifact_dir", "data_dir", "train_log_every", "checkpoint_minutes", "device", "dist_timeout_seconds"
-}  # fmt: skip
+    "run_id",
+    "artifact_dir",
+    "data_dir",
+    "train_log_every",
+    "checkpoint_minutes",
+    "device",
+    "dist_timeout_seconds",
+}
 
 
 class CheckpointError(FileError):

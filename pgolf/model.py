@@ -118,9 +118,15 @@ def attention(
     if heads.cache is not None:
         return cached_gated_attention(*tokens, heads.cache, heads.count, heads.kv_count, **options, core=heads.core)
     y = gated_attention(
-        *tokens, heads.count, heads.kv_count, **options, gate_width=heads.gate_width, core=heads.core,
-        tiles=heads.tiles, first_queries=heads.first_queries,
-    )  # fmt: skip
+        *tokens,
+        heads.count,
+        heads.kv_count,
+        **options,
+        gate_width=heads.gate_width,
+        core=heads.core,
+        tiles=heads.tiles,
+        first_queries=heads.first_queries,
+    )
     if tap is not None:
         tap("attn.qkv", n)
         tap("attn.proj", y)
@@ -141,9 +147,15 @@ def mlp(residual: Tensor | None, n: Tensor, w: LayerWeights, tap: Observe | None
 
 
 def serial_block(
-    x: Tensor, x0: Tensor, skip: Skip | None, w: LayerWeights, heads: Heads, xsa: bool, updates: PassUpdates,
+    x: Tensor,
+    x0: Tensor,
+    skip: Skip | None,
+    w: LayerWeights,
+    heads: Heads,
+    xsa: bool,
+    updates: PassUpdates,
     tap: Observe | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """u = m0 x + m1 x0;  v = u + attn_scale Attn(c rms(u)) W_outᵀ;  v + mlp_scale MLP(c rms(v)).
 
     x is joined with the skip first. Returns that, then x and x0 for later readers (see `pgolf.kernels.residual`).
@@ -163,9 +175,14 @@ def enter_lanes(x: Tensor, x0: Tensor, skip: Skip | None, w: LayerWeights) -> La
 
 
 def parallel_block(
-    lanes: Lanes, w: LayerWeights, heads: Heads, xsa: bool, updates: PassUpdates, rows: Tensor | None = None,
+    lanes: Lanes,
+    w: LayerWeights,
+    heads: Heads,
+    xsa: bool,
+    updates: PassUpdates,
+    rows: Tensor | None = None,
     tap: Observe | None = None,
-) -> tuple[Lanes, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Lanes, Tensor, Tensor]:
     """a = attn_scale Attn(n0) W_outᵀ and f = mlp_scale MLP(n1), n0 = c rms(m0 lane0 + m1 x0), n1 = c rms(lane1).
 
     Everything behind the attention is computed of ``rows`` only where they are given. Returns the lanes, of these rows,
@@ -337,9 +354,14 @@ class GPT(nn.Module):
         return [LayerWeights(*each, *vectors[i]) for each, i in zip(matrices, order, strict=True)]
 
     def _heads(
-        self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, sequences: Tensor | None,
-        continuation: Continuation | None, dtype: torch.dtype,
-    ) -> Heads:  # fmt: skip
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+        sequences: Tensor | None,
+        continuation: Continuation | None,
+        dtype: torch.dtype,
+    ) -> Heads:
         c = self.config
         tokens = ids.size(1)
         positions = torch.arange(tokens, device=ids.device)

@@ -164,15 +164,20 @@ def _stage_table(summary: Mapping[str, Any]) -> str:
         block = summary.get(key)
         if not block:
             continue
-        parts = [f"{name} {format_duration(block[f'{part}_seconds'])}" for part, name in STAGE_PARTS.items()
-                 if block.get(f"{part}_seconds") is not None]  # fmt: skip
+        parts = [
+            f"{name} {format_duration(block[f'{part}_seconds'])}"
+            for part, name in STAGE_PARTS.items()
+            if block.get(f"{part}_seconds") is not None
+        ]
         seconds, memory = block.get("seconds"), block.get("peak_memory_bytes")
-        rows.append((
-            label,
-            "" if seconds is None else format_duration(seconds),
-            "" if memory is None else format_bytes(memory),
-            ", ".join(parts),
-        ))  # fmt: skip
+        rows.append(
+            (
+                label,
+                "" if seconds is None else format_duration(seconds),
+                "" if memory is None else format_bytes(memory),
+                ", ".join(parts),
+            )
+        )
     return _table(["Stage", "Time", "Peak memory", "Of which"], rows) if rows else ""
 
 

@@ -72,8 +72,9 @@ def _loss(train: Sequence[Row], validation: Sequence[Row]) -> str:
     figure, axes = _axes()
     _curve(axes, train, "loss", ONE, "training")
     if validation:
-        axes.plot([row["step"] for row in validation], [row["loss"] for row in validation], "o", color=TWO,
-                  label="validation")  # fmt: skip
+        axes.plot(
+            [row["step"] for row in validation], [row["loss"] for row in validation], "o", color=TWO, label="validation"
+        )
         axes.legend(frameon=False)
     _mark_looping(axes, train)
     last = train[-1]
@@ -201,8 +202,15 @@ def _mark_looping(axes: Axes, train: Sequence[Row]) -> None:
     if first is None or first == train[0]["step"]:
         return
     axes.axvline(first, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.2)
-    axes.annotate(f"loops on, step {first:,}", (first, 1), (4, -2), xycoords=("data", "axes fraction"),
-                  textcoords="offset points", va="top", color=SOFT)  # fmt: skip
+    axes.annotate(
+        f"loops on, step {first:,}",
+        (first, 1),
+        (4, -2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="top",
+        color=SOFT,
+    )
 
 
 def _short(value: float) -> str:

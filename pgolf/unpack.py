@@ -82,9 +82,15 @@ def predictions(text: bytearray) -> Iterator[int]:
     while True:
         last, pair = (quote + text[-n:] for n in (1, 2))
         contexts = (
-            last, pair, text[-3:], text[-5:], text[-10:], word, b" ".join((first, token, quote)),
+            last,
+            pair,
+            text[-3:],
+            text[-5:],
+            text[-10:],
+            word,
+            b" ".join((first, token, quote)),
             b" ".join((word, token, first, before_brackets[-1])),
-        )  # fmt: skip
+        )
         hashes = [crc32(context) for context in contexts]
         second_weights, node = by_character[character], 1
         while node not in characters:

@@ -94,10 +94,23 @@ class Examples:
         self.data = {path: path.read_bytes() for path in sorted(data.rglob("*")) if path.is_file()}
         self.checked = check_dataset(data, VOCAB)
         self.config = RunConfig.preset("demo").replace(
-            data_dir=str(data), device="cpu", vocab_size=VOCAB, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4,
-            num_layers=2, loop_start=0, loop_end=1, parallel_start_layer=1, gate_attn_width=8, smear_gate_width=4,
-            train_batch_tokens=256, micro_batch_tokens=256, train_seq_len=64,
-        )  # fmt: skip
+            data_dir=str(data),
+            device="cpu",
+            vocab_size=VOCAB,
+            model_dim=16,
+            num_heads=2,
+            num_kv_heads=1,
+            rope_dims=4,
+            num_layers=2,
+            loop_start=0,
+            loop_end=1,
+            parallel_start_layer=1,
+            gate_attn_width=8,
+            smear_gate_width=4,
+            train_batch_tokens=256,
+            micro_batch_tokens=256,
+            train_seq_len=64,
+        )
         self.state = start(self.config, CPU)
         self._train_state()
         self.path = folder / "file"

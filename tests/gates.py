@@ -119,9 +119,13 @@ def _forget_parameters() -> None:
 
 
 def check(
-    kernel: Compiled, *, registers: int = 255, shared: int | None = None, matrix_products: bool = False,
+    kernel: Compiled,
+    *,
+    registers: int = 255,
+    shared: int | None = None,
+    matrix_products: bool = False,
     streams: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Fail with the kernel's name and the figure where it spills or passes a limit.
 
     ``matrix_products``: must use the chip's matrix instruction. ``streams``: global loads and stores of 16 bytes.

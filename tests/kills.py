@@ -37,13 +37,41 @@ from pgolf.cli import main as pgolf_main
 from pgolf.corpus import embedded_documents
 
 SETTINGS = dict(
-    data_dir="data", device="cpu", vocab_size=400, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, num_layers=2,
-    loop_start=0, loop_end=1, parallel_start_layer=1, gate_attn_width=8, smear_gate_width=4, train_batch_tokens=256,
-    micro_batch_tokens=256, train_seq_len=64, eval_seq_len=64, val_batch_tokens=4096, max_wallclock_seconds=0,
-    iterations=6, val_loss_every=3, checkpoint_minutes=1e-9, ema_decay=0.5, gptq_passthrough_numel=200,
-    gptq_calibration_batches=1, gptq_calibration_tokens=256, lqer_asym_group=16, ttt_lora_rank=2, ttt_eval_seq_len=64,
-    ttt_batch_size=4, ttt_chunk_size=64, phased_ttt_prefix_docs=1, phased_ttt_num_phases=1, global_ttt_chunk_tokens=256,
-)  # fmt: skip
+    data_dir="data",
+    device="cpu",
+    vocab_size=400,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=4,
+    num_layers=2,
+    loop_start=0,
+    loop_end=1,
+    parallel_start_layer=1,
+    gate_attn_width=8,
+    smear_gate_width=4,
+    train_batch_tokens=256,
+    micro_batch_tokens=256,
+    train_seq_len=64,
+    eval_seq_len=64,
+    val_batch_tokens=4096,
+    max_wallclock_seconds=0,
+    iterations=6,
+    val_loss_every=3,
+    checkpoint_minutes=1e-9,
+    ema_decay=0.5,
+    gptq_passthrough_numel=200,
+    gptq_calibration_batches=1,
+    gptq_calibration_tokens=256,
+    lqer_asym_group=16,
+    ttt_lora_rank=2,
+    ttt_eval_seq_len=64,
+    ttt_batch_size=4,
+    ttt_chunk_size=64,
+    phased_ttt_prefix_docs=1,
+    phased_ttt_num_phases=1,
+    global_ttt_chunk_tokens=256,
+)
 COMMAND = ["run", "--preset", "demo", "--resume", "--run-dir", "run"]
 COMMAND += [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
 # What differs between two runs: times, speeds, and the memory of a process.

@@ -107,8 +107,11 @@ def lose(root: Path, data: Path, number: signal.Signals, rank: int, stage: str) 
     text = log.read_text()
     messages = [line[:150] for line in re.findall(r"^(?:\[rank\d+\]:)?\s*(pgolf: .*)$", text, re.MULTILINE)]
     traces = text.count("Traceback (most recent call last)")
-    print(f"{number.name} rank {rank} in {stage}: the other ended after {seconds:.1f} s, torchrun ({status}) after "
-          f"{time.monotonic() - begun:.1f} s, {traces} tracebacks, says {messages}", flush=True)  # fmt: skip
+    print(
+        f"{number.name} rank {rank} in {stage}: the other ended after {seconds:.1f} s, torchrun ({status}) after "
+        f"{time.monotonic() - begun:.1f} s, {traces} tracebacks, says {messages}",
+        flush=True,
+    )
     return status != 0 and bool(messages)
 
 

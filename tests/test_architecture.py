@@ -91,10 +91,17 @@ def test_kernels_know_nothing_of_the_driver(path: Path) -> None:
 def test_extras_are_imported_where_they_are_used(path: Path) -> None:
     if path.stem == "report_plots":
         pytest.skip("imported only where matplotlib is installed")
-    guarded = {id(node) for outer in ast.walk(parse(path)) if isinstance(outer, ast.FunctionDef | ast.Try)
-               for node in ast.walk(outer)}  # fmt: skip
-    at_top = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Import | ast.ImportFrom)
-              and id(node) not in guarded]  # fmt: skip
+    guarded = {
+        id(node)
+        for outer in ast.walk(parse(path))
+        if isinstance(outer, ast.FunctionDef | ast.Try)
+        for node in ast.walk(outer)
+    }
+    at_top = [
+        node
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in guarded
+    ]
     names = {name.split(".")[0] for node in at_top for name in imports(path, node)}
     assert not names & EXTRAS
 
@@ -112,8 +119,11 @@ def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 def test_public_functions_are_documented_and_annotated(path: Path) -> None:
     tree = parse(path)
     wanting = [] if ast.get_docstring(tree) else ["module docstring"]
-    wanting += [f"class {node.name}: docstring" for node in tree.body
-                if isinstance(node, ast.ClassDef) and node.name[0] != "_" and not ast.get_docstring(node)]  # fmt: skip
+    wanting += [
+        f"class {node.name}: docstring"
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name[0] != "_" and not ast.get_docstring(node)
+    ]
     for function in public_functions(tree):
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         bare = [item.arg for item in arguments if item.annotation is None and item.arg not in ("self", "cls")]
@@ -145,8 +155,11 @@ def config_reads(tree: ast.AST, owner: str = "config") -> set[str]:
 def test_every_setting_is_read() -> None:
     others = [path for path in LIBRARY if path.name != "config.py"]
     used = set().union(*(config_reads(parse(path)) for path in others))
-    (settings,) = (node for node in parse(ROOT / "pgolf" / "config.py").body
-                   if isinstance(node, ast.ClassDef) and node.name == "RunConfig")  # fmt: skip
+    (settings,) = (
+        node
+        for node in parse(ROOT / "pgolf" / "config.py").body
+        if isinstance(node, ast.ClassDef) and node.name == "RunConfig"
+    )
     for method in (node for node in settings.body if isinstance(node, ast.FunctionDef)):
         if method.name in used:  # a property or method stands for the fields it reads
             used |= config_reads(method, "self")

@@ -26,12 +26,32 @@ from pgolf.quantize import dequantize_model
 from pgolf.train import load_weights, validation_data
 
 TINY = dict(
-    vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4, gate_attn_width=8, smear_gate_width=4,
-    train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64, eval_seq_len=64, val_batch_tokens=8192,
-    max_wallclock_seconds=0, iterations=3, gptq_passthrough_numel=500, gptq_calibration_batches=2,
-    gptq_calibration_tokens=512, lqer_asym_group=16, ttt_lora_rank=4, ttt_eval_seq_len=64, ttt_batch_size=4,
-    phased_ttt_prefix_docs=4, global_ttt_chunk_tokens=512, sliding_window_enabled=1, eval_stride=32,
-)  # fmt: skip
+    vocab_size=400,
+    model_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=4,
+    gate_attn_width=8,
+    smear_gate_width=4,
+    train_batch_tokens=512,
+    micro_batch_tokens=512,
+    train_seq_len=64,
+    eval_seq_len=64,
+    val_batch_tokens=8192,
+    max_wallclock_seconds=0,
+    iterations=3,
+    gptq_passthrough_numel=500,
+    gptq_calibration_batches=2,
+    gptq_calibration_tokens=512,
+    lqer_asym_group=16,
+    ttt_lora_rank=4,
+    ttt_eval_seq_len=64,
+    ttt_batch_size=4,
+    phased_ttt_prefix_docs=4,
+    global_ttt_chunk_tokens=512,
+    sliding_window_enabled=1,
+    eval_stride=32,
+)
 
 
 def settings(data: Path, **changed) -> list[str]:
@@ -69,9 +89,16 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_a_run_leaves_everything(finished: RunFolder) -> None:
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
-        "config.json", "environment.json", "metrics.jsonl", "summary.json", "ema.pt", "model.int6.ptz", "train_gpt.py",
-        "tokenizer.model", "report.html",
-    }  # fmt: skip
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "ema.pt",
+        "model.int6.ptz",
+        "train_gpt.py",
+        "tokenizer.model",
+        "report.html",
+    }
     summary = finished.summary()
     assert list(summary) == ["run", "data", "train", "quantize", "eval", "ttt"]
     assert summary["ttt"]["tokens"] == summary["data"]["val_tokens"] - 1
@@ -217,10 +244,25 @@ def test_a_stage_before_its_time_names_the_one_before(
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["data"], ["data", "fineweb"], ["data", "build"], ["data", "tokenizer"], ["data", "check"], ["train"],
-     ["quantize"], ["eval"], ["ttt"], ["report"], ["config"], ["inspect"], ["env"]],
+    [
+        [],
+        ["run"],
+        ["data"],
+        ["data", "fineweb"],
+        ["data", "build"],
+        ["data", "tokenizer"],
+        ["data", "check"],
+        ["train"],
+        ["quantize"],
+        ["eval"],
+        ["ttt"],
+        ["report"],
+        ["config"],
+        ["inspect"],
+        ["env"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_every_help_reads(command: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

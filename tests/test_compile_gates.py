@@ -78,9 +78,12 @@ def test_smear_gate(capability: int, dtype: torch.dtype) -> None:
         launch_smear_gate(dtype, 512, 1)
     names = [kernel.name for kernel in kernels]
     assert {name: names.count(name) for name in names} == {
-        "_forward_kernel": 2, "_backward_kernel": 2, "_prepare_kernel": 1, "_table_gradient_kernel": 1,
+        "_forward_kernel": 2,
+        "_backward_kernel": 2,
+        "_prepare_kernel": 1,
+        "_table_gradient_kernel": 1,
         "_join_segments_kernel": 1,
-    }  # fmt: skip
+    }
     for kernel in kernels:
         atomic = kernel.count(r"REDG?\.E") > 0
         registers = ATOMIC_REGISTERS if atomic else SMEAR_GATE_REGISTERS[kernel.name]

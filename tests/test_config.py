@@ -50,13 +50,41 @@ ORDINARY_VARIABLES = """
     DEVICE COMPILE KERNELS PGOLF_KERNELS RUNPOD_POD_ID SETUPTOOLS_SCM_PRETEND_VERSION _ PS1
 """
 RECORD_VALUES = dict(
-    seed=1337, iterations=20_000, warmdown_frac=0.75, warmup_steps=20, train_batch_tokens=786_432, train_seq_len=2048,
-    max_wallclock_seconds=600.0, vocab_size=8192, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4,
-    mlp_mult=4.0, qk_gain_init=5.25, gate_attn_width=24, min_lr=0.1, matrix_lr=0.026, scalar_lr=0.02,
-    tied_embed_lr=0.03, muon_momentum=0.97, muon_wd=0.095, beta2=0.95, grad_clip_norm=0.3, ema_decay=0.9965,
-    matrix_bits=6, embed_bits=7, matrix_clip_sigmas=12.85, lqer_asym_group=64, ttt_lora_rank=128, ttt_lora_alpha=144.0,
-    ttt_chunk_size=48, phased_ttt_prefix_docs=2000, global_ttt_chunk_tokens=32_768, gptq_reserve_seconds=4.0,
-)  # fmt: skip
+    seed=1337,
+    iterations=20_000,
+    warmdown_frac=0.75,
+    warmup_steps=20,
+    train_batch_tokens=786_432,
+    train_seq_len=2048,
+    max_wallclock_seconds=600.0,
+    vocab_size=8192,
+    num_layers=11,
+    model_dim=512,
+    num_heads=8,
+    num_kv_heads=4,
+    mlp_mult=4.0,
+    qk_gain_init=5.25,
+    gate_attn_width=24,
+    min_lr=0.1,
+    matrix_lr=0.026,
+    scalar_lr=0.02,
+    tied_embed_lr=0.03,
+    muon_momentum=0.97,
+    muon_wd=0.095,
+    beta2=0.95,
+    grad_clip_norm=0.3,
+    ema_decay=0.9965,
+    matrix_bits=6,
+    embed_bits=7,
+    matrix_clip_sigmas=12.85,
+    lqer_asym_group=64,
+    ttt_lora_rank=128,
+    ttt_lora_alpha=144.0,
+    ttt_chunk_size=48,
+    phased_ttt_prefix_docs=2000,
+    global_ttt_chunk_tokens=32_768,
+    gptq_reserve_seconds=4.0,
+)
 
 
 def test_record_values() -> None:
@@ -115,9 +143,14 @@ def test_ordinary_environment_raises_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("variable", "nearest"),
-    [("TTT_LORA_RANKS", "ttt_lora_rank"), ("LQER_GROUPSIZE", "lqer_group_size"), ("MATRX_LR", "matrix_lr"),
-     ("WARMDOWN_FRACTION", "warmdown_frac"), ("GPTQ_RESERVE_SECS", "gptq_reserve_seconds")],
-)  # fmt: skip
+    [
+        ("TTT_LORA_RANKS", "ttt_lora_rank"),
+        ("LQER_GROUPSIZE", "lqer_group_size"),
+        ("MATRX_LR", "matrix_lr"),
+        ("WARMDOWN_FRACTION", "warmdown_frac"),
+        ("GPTQ_RESERVE_SECS", "gptq_reserve_seconds"),
+    ],
+)
 def test_slips_in_the_environment_are_errors(variable: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=rf"{variable} looks like a setting.*nearest: .*{nearest}.*unset {variable}"):
         RunConfig.from_env({variable: "1"})

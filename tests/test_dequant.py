@@ -240,9 +240,12 @@ FORMATS = {
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
-    bits=st.sampled_from(BITS), signed=st.booleans(), rows=st.integers(0, 20), columns=st.integers(0, 70),
+    bits=st.sampled_from(BITS),
+    signed=st.booleans(),
+    rows=st.integers(0, 20),
+    columns=st.integers(0, 70),
     seed=st.integers(0, 2**30),
-)  # fmt: skip
+)
 def test_codes_survive_packing(bits, signed, rows, columns, seed):
     torch.manual_seed(seed)
     codes = random_codes(bits, signed, rows, columns)

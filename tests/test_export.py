@@ -18,12 +18,33 @@ from pgolf.minify import absent_modules, package_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
-    vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4, gate_attn_width=8, smear_gate_width=4,
-    train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64, eval_seq_len=64, val_batch_tokens=8192,
-    max_wallclock_seconds=0, iterations=3, gptq_passthrough_numel=500, gptq_calibration_batches=2,
-    gptq_calibration_tokens=512, lqer_asym_group=16, ttt_lora_rank=4, ttt_eval_seq_len=64, ttt_batch_size=4,
-    phased_ttt_prefix_docs=4, global_ttt_chunk_tokens=512, sliding_window_enabled=1, eval_stride=32, device="cpu",
-)  # fmt: skip
+    vocab_size=400,
+    model_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=4,
+    gate_attn_width=8,
+    smear_gate_width=4,
+    train_batch_tokens=512,
+    micro_batch_tokens=512,
+    train_seq_len=64,
+    eval_seq_len=64,
+    val_batch_tokens=8192,
+    max_wallclock_seconds=0,
+    iterations=3,
+    gptq_passthrough_numel=500,
+    gptq_calibration_batches=2,
+    gptq_calibration_tokens=512,
+    lqer_asym_group=16,
+    ttt_lora_rank=4,
+    ttt_eval_seq_len=64,
+    ttt_batch_size=4,
+    phased_ttt_prefix_docs=4,
+    global_ttt_chunk_tokens=512,
+    sliding_window_enabled=1,
+    eval_stride=32,
+    device="cpu",
+)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +266,9 @@ def test_a_run_has_the_package_s_results(program: Path, tmp_path: Path) -> None:
     for stage in ("before", "quantized", "sliding"):
         assert package["eval"][stage]["bits_per_byte"] == shipped["eval"][stage]["bits_per_byte"]
     assert package["ttt"]["bits_per_byte"] == shipped["ttt"]["bits_per_byte"]
-    files = [[(tmp_path / name / file).read_bytes() for name in ("package", "program")]
-             for file in ("model.int6.ptz", "train_gpt.py")]  # fmt: skip
+    files = [
+        [(tmp_path / name / file).read_bytes() for name in ("package", "program")]
+        for file in ("model.int6.ptz", "train_gpt.py")
+    ]
     assert all(one == other for one, other in files), "the same weights and the same program"
     assert (tmp_path / "package" / "report.html").is_file() and not (tmp_path / "program" / "report.html").exists()

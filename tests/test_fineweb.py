@@ -135,8 +135,9 @@ def test_the_revision_is_pinned_and_told(hub: Hub, tmp_path: Path) -> None:
     entry = download(tmp_path, f"sp{VOCAB}", train_shards=2)
     assert hub.revisions == {"a" * 40} and entry["revision"] == "a" * 40
     assert [shard["file"] for shard in entry["splits"]["train"]["shards"]] == [
-        "fineweb_train_000000.bin", "fineweb_train_000001.bin",
-    ]  # fmt: skip
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+    ]
     with pytest.raises(DownloadError, match=f"from commit {'a' * 40}, and {'c' * 40} is"):
         download(tmp_path, f"sp{VOCAB}", train_shards=2, revision="c" * 40)
     assert download(tmp_path / "other", f"sp{VOCAB}", 1, revision="c" * 40)["revision"] == "c" * 40

@@ -52,9 +52,21 @@ class Problem:
     """Arguments of one call, in float64 until asked for otherwise, and how to call."""
 
     def __init__(
-        self, shape="plain", device=DEVICE, *, exclude=True, gated=True, bounds=BOUNDS, rows=1, tokens=13, update=False,
-        gate_width=None, direct=False, width=WIDTH, first_queries=None,
-    ):  # fmt: skip
+        self,
+        shape="plain",
+        device=DEVICE,
+        *,
+        exclude=True,
+        gated=True,
+        bounds=BOUNDS,
+        rows=1,
+        tokens=13,
+        update=False,
+        gate_width=None,
+        direct=False,
+        width=WIDTH,
+        first_queries=None,
+    ):
         """``direct``: q, k and v are the update, whose columns a test may set; else ``update`` is added to them."""
         self.width = width
         self.heads, self.keys, self.dim, half, padding = SHAPES[shape] if isinstance(shape, str) else shape
@@ -86,9 +98,19 @@ class Problem:
     def call(self, function=gated_attention, **options):
         """``function`` of (n, weight, gain, update)."""
         return lambda n, weight, gain, update=None: function(
-            n, weight, self.cos.to(n.dtype), self.sin.to(n.dtype), gain, self.cu, self.longest, self.heads, self.keys,
-            update=update, **self.options, **options,
-        )  # fmt: skip
+            n,
+            weight,
+            self.cos.to(n.dtype),
+            self.sin.to(n.dtype),
+            gain,
+            self.cu,
+            self.longest,
+            self.heads,
+            self.keys,
+            update=update,
+            **self.options,
+            **options,
+        )
 
     def inputs(self, **changed) -> list[torch.Tensor]:
         """What `call` takes, the update if there is one."""
@@ -128,8 +150,10 @@ class Problem:
         double = {name: changed.get(name, getattr(self, name)) for name in (*LEAVES, "dy")}
         double = {name: tensor.double() for name, tensor in double.items() if tensor is not None}
         exact = self.results(reference, **double)
-        noisy = [self.results(reference, **{n: x * (1 + NOISE * torch.randn_like(x)) for n, x in double.items()})
-                 for _ in range(4)]  # fmt: skip
+        noisy = [
+            self.results(reference, **{n: x * (1 + NOISE * torch.randn_like(x)) for n, x in double.items()})
+            for _ in range(4)
+        ]
         floor = floor or FLOOR[got["y"].dtype]
         for name, c in exact.items():
             rows = self.width**0.5 if name.startswith("dweight") else 1  # the length of n's
@@ -236,8 +260,9 @@ def test_gates_that_read_a_few_columns(device, dtype) -> None:
         gates = slice((p.heads + 2 * p.keys) * p.dim, None)
 
         def call(n, weight, gain):
-            weight = torch.cat([weight[: gates.start], torch.nn.functional.pad(weight[gates, :GATE_WIDTH],
-                                                                              (0, WIDTH - GATE_WIDTH))])  # fmt: skip
+            weight = torch.cat(
+                [weight[: gates.start], torch.nn.functional.pad(weight[gates, :GATE_WIDTH], (0, WIDTH - GATE_WIDTH))]
+            )
             return function(n, weight, gain)
 
         return call
@@ -381,9 +406,21 @@ def test_cached_tokens_are_those_of_before(exclude: bool, gated: bool) -> None:
 
         def call(n, update, kept, rows=rows, where=where, segments=segments):
             return cached_gated_attention(
-                n, p.weight, p.cos[rows], p.sin[rows], p.gain, segments, 3, KVCache(*kept, *where), p.heads, p.keys,
-                head_dim=p.dim, exclude_own_value=exclude, gated=gated, update=update,
-            )  # fmt: skip
+                n,
+                p.weight,
+                p.cos[rows],
+                p.sin[rows],
+                p.gain,
+                segments,
+                3,
+                KVCache(*kept, *where),
+                p.heads,
+                p.keys,
+                head_dim=p.dim,
+                exclude_own_value=exclude,
+                gated=gated,
+                update=update,
+            )
 
         before = keys.clone(), values.clone()
         assert torch.autograd.gradcheck(lambda n, u: call(n, u, [x.clone() for x in before]), (n, update))  # noqa: B023
@@ -398,9 +435,20 @@ def test_errors_of_cached_tokens() -> None:
 
     def call(n=p.n, cu=p.cu, longest=8, **changes):
         return cached_gated_attention(
-            n, p.weight, p.cos, p.sin, p.gain, cu, longest, cache._replace(**changes), p.heads, p.keys,
-            head_dim=p.dim, exclude_own_value=True, gated=True,
-        )  # fmt: skip
+            n,
+            p.weight,
+            p.cos,
+            p.sin,
+            p.gain,
+            cu,
+            longest,
+            cache._replace(**changes),
+            p.heads,
+            p.keys,
+            head_dim=p.dim,
+            exclude_own_value=True,
+            gated=True,
+        )
 
     assert call().shape == p.dy.shape
     for message, wrong in (
@@ -422,10 +470,18 @@ def test_errors_of_cached_tokens() -> None:
 
 def test_kernels_take_what_they_can() -> None:
     bf16, here = torch.bfloat16, torch.device("cuda")
-    fits, others = (bf16, 64, 2, 8), [
-        (torch.float16, 64, 2, 8), (torch.float64, 64, 2, 8), (bf16, 48, 2, 8), (bf16, 256, 1, 8), (bf16, 64, 3, 8),
-        (bf16, 64, 32, 8), (bf16, 64, 2, 24),
-    ]  # fmt: skip
+    fits, others = (
+        (bf16, 64, 2, 8),
+        [
+            (torch.float16, 64, 2, 8),
+            (torch.float64, 64, 2, 8),
+            (bf16, 48, 2, 8),
+            (bf16, 256, 1, 8),
+            (bf16, 64, 3, 8),
+            (bf16, 64, 32, 8),
+            (bf16, 64, 2, 24),
+        ],
+    )
     for name in ("auto", "triton"):
         with using("triton"):
             assert resolve_core(name, here, *fits) == resolve_core(name, here, torch.float32, 16) == "triton"
@@ -602,9 +658,18 @@ def test_in_a_cuda_graph(packed: bool) -> None:
 def test_errors_name_the_argument() -> None:
     p = Problem("plain", "cpu", update=True).to(torch.float32)
     arguments = dict(
-        n=p.n, weight=p.weight, cos=p.cos, sin=p.sin, q_gain=p.gain, cu_seqlens=p.cu, max_seqlen=8, num_heads=4,
-        num_kv_heads=2, update=p.update, **p.options,
-    )  # fmt: skip
+        n=p.n,
+        weight=p.weight,
+        cos=p.cos,
+        sin=p.sin,
+        q_gain=p.gain,
+        cu_seqlens=p.cu,
+        max_seqlen=8,
+        num_heads=4,
+        num_kv_heads=2,
+        update=p.update,
+        **p.options,
+    )
 
     def refused(error, match: str, **changes) -> None:
         with pytest.raises(error, match=match):

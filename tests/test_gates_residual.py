@@ -56,10 +56,16 @@ FROZEN = [name for name in LAUNCHES if "frozen" in name]
 
 
 FOR_OTHERS = [
-    "join_mix_forward", "join_mix_backward", "enter_lanes_forward", "enter_lanes_backward", "norm_backward",
-    "lanes_norm_join_forward", "lanes_norm_join_backward", "enter_lanes_backward_frozen",
+    "join_mix_forward",
+    "join_mix_backward",
+    "enter_lanes_forward",
+    "enter_lanes_backward",
+    "norm_backward",
+    "lanes_norm_join_forward",
+    "lanes_norm_join_backward",
+    "enter_lanes_backward_frozen",
     "lanes_norm_join_backward_frozen",
-]  # fmt: skip
+]
 
 
 SUMS = ["_partial_sums_kernel"]

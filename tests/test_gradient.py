@@ -15,10 +15,23 @@ from pgolf.model import GPT
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 TINY = RunConfig.preset("record").replace(
-    device=DEVICE, vocab_size=260, num_layers=5, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3,
-    xsa_last_n=3, model_dim=64, num_heads=2, num_kv_heads=1, rope_dims=8, gate_attn_width=8, smear_gate_width=4,
-    mlp_mult=2.0, train_seq_len=24,
-)  # fmt: skip
+    device=DEVICE,
+    vocab_size=260,
+    num_layers=5,
+    loop_start=1,
+    loop_end=2,
+    num_loops=1,
+    parallel_start_layer=3,
+    xsa_last_n=3,
+    model_dim=64,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=8,
+    gate_attn_width=8,
+    smear_gate_width=4,
+    mlp_mult=2.0,
+    train_seq_len=24,
+)
 
 
 def model() -> GPT:

@@ -145,9 +145,12 @@ def test_tokens_without_weight_have_no_gradient(device) -> None:
     weights = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 2.0], device=device)
     update = torch.randn(6, 24, device=device)
     loss, dh, _, dupdate = results(
-        lambda h, table, update: linear_cross_entropy(h, table, targets, 30.0, "none", update=update), h, table,
-        weights, update,
-    )  # fmt: skip
+        lambda h, table, update: linear_cross_entropy(h, table, targets, 30.0, "none", update=update),
+        h,
+        table,
+        weights,
+        update,
+    )
     assert loss.all() and not dh[weights == 0].any() and not dupdate[weights == 0].any()
     assert dh[weights > 0].any(-1).all() and dupdate[weights > 0].any(-1).all()
 
@@ -351,9 +354,13 @@ def test_operators_are_registered_as_they_behave() -> None:
         none = (h, table, targets, added, 30.0, 4, "mean", False, False, False)
         library.opcheck(ops.linear_cross_entropy.default, none)
     for chunk, reduction, added in (
-        (6, "mean", None), (6, "none", None), (4, "mean", None), (4, "sum", None), (6, "sum", update),
+        (6, "mean", None),
+        (6, "none", None),
+        (4, "mean", None),
+        (4, "sum", None),
+        (6, "sum", update),
         (6, "none", update),
-    ):  # fmt: skip
+    ):
         needed = (True, True, added is not None)
         loss, *kept = family._forward(h, table, targets, added, 30.0, chunk, reduction, *needed)
         arguments = (torch.ones_like(loss), h, table, *kept, chunk == 6, reduction, *needed)

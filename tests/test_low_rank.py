@@ -331,9 +331,10 @@ def test_gradcheck(device) -> None:
     assert torch.autograd.gradcheck(lambda *leaves: low_rank(*leaves, parts=(2, 1)).y, [x, *leaves[1:]], fast_mode=True)
     residual = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda *leaves: onto(low_rank)(*leaves, offsets=offsets, parts=(2, 1), width=4).y, [residual, *leaves],
+        lambda *leaves: onto(low_rank)(*leaves, offsets=offsets, parts=(2, 1), width=4).y,
+        [residual, *leaves],
         fast_mode=True,
-    )  # fmt: skip
+    )
 
 
 @needs_kernels

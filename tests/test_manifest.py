@@ -112,8 +112,11 @@ def test_another_tokenizer_of_the_same_size(data: Path) -> None:
 def test_the_published_record(data: Path) -> None:
     """The challenge's own manifest states counts; a download may take only the first training shards."""
     counts, _ = check_dataset(data, VOCAB)
-    stats = {f"{what}_{split}": counts[f"{split}_{long}"] for split in ("val", "train")
-             for what, long in (("files", "shards"), ("tokens", "tokens"), ("docs", "documents"))}  # fmt: skip
+    stats = {
+        f"{what}_{split}": counts[f"{split}_{long}"]
+        for split in ("val", "train")
+        for what, long in (("files", "shards"), ("tokens", "tokens"), ("docs", "documents"))
+    }
 
     def state(**changed: int) -> None:
         change_manifest(data, lambda entry: entry.update(stats={**stats, **changed}))
@@ -121,8 +124,13 @@ def test_the_published_record(data: Path) -> None:
     change_manifest(data, lambda entry: (entry.pop("splits"), entry.pop("tokenizer_sha256")))
     state()
     assert check_dataset(data, VOCAB)[0] == counts
-    for name, words in (("files_val", "val_shards"), ("tokens_val", "val_tokens"), ("docs_val", "val_documents"),
-                        ("tokens_train", "train_tokens"), ("docs_train", "train_documents")):  # fmt: skip
+    for name, words in (
+        ("files_val", "val_shards"),
+        ("tokens_val", "val_tokens"),
+        ("docs_val", "val_documents"),
+        ("tokens_train", "train_tokens"),
+        ("docs_train", "train_documents"),
+    ):
         state(**{name: stats[name] + 1})
         with pytest.raises(ShardError, match=f"{words} is {stats[name]}, and should be {stats[name] + 1}"):
             check_dataset(data, VOCAB)
@@ -184,8 +192,9 @@ def test_the_loader_takes_what_is_built(tmp_path: Path) -> None:
     """Also of a document that is longer than a shard: the shards inside it have no BOS, and are left out."""
     train_tokenizer(texts(200), VOCAB, tokenizer_path(tmp_path, VOCAB))
     long = " ".join(texts(60, seed=3))
-    build_dataset([*texts(40), long, *texts(40, seed=4)], tokenizer_path(tmp_path, VOCAB), tmp_path, val_docs=20,
-                  shard_tokens=300)  # fmt: skip
+    build_dataset(
+        [*texts(40), long, *texts(40, seed=4)], tokenizer_path(tmp_path, VOCAB), tmp_path, val_docs=20, shard_tokens=300
+    )
     check_dataset(tmp_path, VOCAB)
     files = shard_files(tmp_path, VOCAB, "train")
     first = [np.flatnonzero(np.array(read_shard(file)) == 1) for file in files]

@@ -144,9 +144,15 @@ def shadow(default=len):
 """
     text = written(rename_locals(ast.parse(source)))
     for kept in (
-        "def method(self,given,*rest,option=LIMIT,**more)", "import json as reader", "nonlocal result",
-        "def inner(value)", "self.value", "lambda argument:argument+option", "global count\n count=LIMIT", "secret=1",
-    ):  # fmt: skip
+        "def method(self,given,*rest,option=LIMIT,**more)",
+        "import json as reader",
+        "nonlocal result",
+        "def inner(value)",
+        "self.value",
+        "lambda argument:argument+option",
+        "global count\n count=LIMIT",
+        "secret=1",
+    ):
         assert kept in text, kept
     for name in ("item", "counted", "total", "outcome", "error", "long", "sorted"):
         assert name not in text.replace("ValueError", ""), name
@@ -201,9 +207,14 @@ passed_on.mark = 1
     lines = [ast.unparse(tree).splitlines() for tree in trees]
     defined = [{line for line in text if not line.startswith(" ") and line} for text in lines]
     assert defined[0] == {
-        "import sys", "from pgolf.second import helper, other as renamed", "USED, PAIR = (1, 2)", "def main():",
-        "def used():", "def text_only():", "print(UNKNOWN)",
-    }  # fmt: skip
+        "import sys",
+        "from pgolf.second import helper, other as renamed",
+        "USED, PAIR = (1, 2)",
+        "def main():",
+        "def used():",
+        "def text_only():",
+        "print(UNKNOWN)",
+    }
     assert defined[1] == {"def helper():", "def other():"}
     assert defined[2] == {"def passed_on():", "passed_on.mark = 1"}
 
@@ -271,14 +282,25 @@ size: int = _field(3, "the help", low=1)
 @pytest.mark.parametrize(
     "source",
     [
-        "x = 1 if y else 2", "from . import a\nfrom .b import c", "x = not a or -b ** -c", "f'{x!r:>{width}} {y}'",
-        "x = f'{a} {{}} it{b[0]}s  two'", "print(f'{d[\"key\"]} \\' {e}')", "x = 'a  b' in y",
+        "x = 1 if y else 2",
+        "from . import a\nfrom .b import c",
+        "x = not a or -b ** -c",
+        "f'{x!r:>{width}} {y}'",
+        "x = f'{a} {{}} it{b[0]}s  two'",
+        "print(f'{d[\"key\"]} \\' {e}')",
+        "x = 'a  b' in y",
         "x = b'\\0' if 1.5 else 2",
-        "lambda *a, **k: (yield)", "return_ = [i for i in j if i is not None]", "x: int", "assert x, 'é → ᵀ'",
-        "async def f():\n    await g()\n    async with h as i:\n        pass", "x = 1 .real + 0x1f.imag",
-        "x = f'{a!r}' f\"{b}\" 'c'", "x = {**a, 'b': [*c]}[d:e, ...]", "def f(a, /, b, *, c): return a @ b",
+        "lambda *a, **k: (yield)",
+        "return_ = [i for i in j if i is not None]",
+        "x: int",
+        "assert x, 'é → ᵀ'",
+        "async def f():\n    await g()\n    async with h as i:\n        pass",
+        "x = 1 .real + 0x1f.imag",
+        "x = f'{a!r}' f\"{b}\" 'c'",
+        "x = {**a, 'b': [*c]}[d:e, ...]",
+        "def f(a, /, b, *, c): return a @ b",
     ],
-)  # fmt: skip
+)
 def test_written_text_reads_the_same(source: str) -> None:
     text = written(ast.parse(source))
     assert text.isascii() and ast.dump(ast.parse(text)) == ast.dump(ast.parse(source))

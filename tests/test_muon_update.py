@@ -27,11 +27,14 @@ FLOOR = {torch.bfloat16: 1e-4, torch.float16: 1e-5, torch.float32: 3e-7, torch.f
 # Less than a chunk, many chunks, whole vectors and not, none, one element, tall and wide.
 SHAPES = [(3, 40, 32), (2, 7, 5), (0, 4, 4), (1, 1, 1), (5, 17, 99), (1, 64, 128)]
 MIXED = {
-    "float32 to bfloat16": (torch.float32, torch.bfloat16), "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float16": (torch.float16, torch.float16), "float32": (torch.float32, torch.float32),
-    "float32 to float16": (torch.float32, torch.float16), "bfloat16 to float32": (torch.bfloat16, torch.float32),
+    "float32 to bfloat16": (torch.float32, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "float32": (torch.float32, torch.float32),
+    "float32 to float16": (torch.float32, torch.float16),
+    "bfloat16 to float32": (torch.bfloat16, torch.float32),
     "float64": (torch.float64, torch.float64),
-}  # fmt: skip
+}
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
 
@@ -277,7 +280,8 @@ def bank(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         (lambda: momentum_update(bank(), bank(device="meta"), 0.9), ValueError, r"buffers\[0\] must be on cpu .* meta"),
         (lambda: momentum_update(bank(), bank(), 0.9, torch.ones(2)), ValueError, "gradient_scale must be one float"),
         (
-            lambda: momentum_update(bank(), bank(), 0.9, torch.ones((), device="meta")), ValueError,
+            lambda: momentum_update(bank(), bank(), 0.9, torch.ones((), device="meta")),
+            ValueError,
             "gradient_scale must be on cpu as the tensors, got meta",
         ),
         (lambda: squared_norm([]), ValueError, "tensors must be one tensor at least"),
@@ -290,7 +294,7 @@ def bank(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         (lambda: apply_update(bank(2), bank(2), 0.1), ValueError, r"parameters\[0\] must be \[..., rows, columns\]"),
         (lambda: apply_update(bank(), bank(dtype=torch.bool), 0.1), TypeError, r"updates\[0\] must be .* torch.bool"),
     ],
-)  # fmt: skip
+)
 def test_errors(call: Callable, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()

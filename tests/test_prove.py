@@ -32,9 +32,19 @@ SUMMARY = {
     "ttt": {"seconds": 60.0, "bits_per_byte": 1.81, "peak_memory_bytes": 14},
 }
 TINY = RunConfig.preset("record").replace(
-    vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4, gate_attn_width=8, smear_gate_width=4,
-    ttt_lora_rank=4, ttt_eval_seq_len=64, eval_seq_len=64, global_ttt_chunk_tokens=512, device="cpu",
-)  # fmt: skip
+    vocab_size=400,
+    model_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=4,
+    gate_attn_width=8,
+    smear_gate_width=4,
+    ttt_lora_rank=4,
+    ttt_eval_seq_len=64,
+    eval_seq_len=64,
+    global_ttt_chunk_tokens=512,
+    device="cpu",
+)
 
 
 @pytest.fixture
@@ -261,7 +271,10 @@ class TestEachPart:
         command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", "-v", "-k", expression]
         shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
         assert sorted(line.split()[0].partition("::")[2] for line in shown.splitlines() if "PASSED" in line) == [
-            "test_named[cuda]", "test_whole[cpu]", "test_whole[cuda]"]  # fmt: skip
+            "test_named[cuda]",
+            "test_whole[cpu]",
+            "test_whole[cuda]",
+        ]
         assert prove._test_counts(shown)["passed"] == 3
 
     def leave_run(self, proof: prove.Proof, summary: dict[str, Any]) -> RunFolder:
@@ -316,7 +329,10 @@ class TestEachPart:
         def score(command: list[str]) -> None:
             scored = RunFolder(command[command.index("--run-dir") + 1])
             assert sorted(path.name for path in scored.path.iterdir() if path != scored.summary_file) == [
-                "config.json", "ema.pt", "model.int6.ptz"]  # fmt: skip
+                "config.json",
+                "ema.pt",
+                "model.int6.ptz",
+            ]
             figures = SUMMARY[command[1]]
             scored.record(command[1], figures if command[1] == "eval" else {"bits_per_byte": 1.81 + off})
 
@@ -339,7 +355,7 @@ class TestEachPart:
         rows = {
             "train_step": [{"case": case, "tokens_per_s": 2.0} for case in ("before_loop", "after_loop")],
             "test_time_training": [{"length": 150, "seconds": 0.1}],
-        }[part]  # fmt: skip
+        }[part]
 
         def write(command: list[str], fail: bool = False) -> None:
             file = next(word for word in command if word.endswith(".json"))

@@ -22,34 +22,61 @@ SUMMARY = {
     "run": {"run_id": "a<b", "preset": "demo", "world_size": 2, "device": "cpu", "parameters": 1_234_567},
     "data": {"seconds": 4.25, "train_tokens": 3_000_000, "val_tokens": 99_000, "peak_memory_bytes": 250_000_000},
     "train": {
-        "steps": 1200, "seconds": 125.0, "startup_seconds": 2.5, "peak_memory_bytes": 1_500_000_000,
-        "final_loss": 2.5, "val_loss": 2.75, "bits_per_byte": 1.95,
+        "steps": 1200,
+        "seconds": 125.0,
+        "startup_seconds": 2.5,
+        "peak_memory_bytes": 1_500_000_000,
+        "final_loss": 2.5,
+        "val_loss": 2.75,
+        "bits_per_byte": 1.95,
     },
     "quantize": {
-        "seconds": 20.0, "hessian_seconds": 7.0, "gptq_seconds": 11.0, "compress_seconds": 2.0,
-        "peak_memory_bytes": 800_000_000, "weight_bytes": 1_500_000, "code_bytes": 30_000, "total_bytes": 1_530_000,
-        "cap_bytes": 16_000_000, "bytes_by_class": {"mlp": 900_000, "attention": 600_000}, "lqer_tensors": [],
+        "seconds": 20.0,
+        "hessian_seconds": 7.0,
+        "gptq_seconds": 11.0,
+        "compress_seconds": 2.0,
+        "peak_memory_bytes": 800_000_000,
+        "weight_bytes": 1_500_000,
+        "code_bytes": 30_000,
+        "total_bytes": 1_530_000,
+        "cap_bytes": 16_000_000,
+        "bytes_by_class": {"mlp": 900_000, "attention": 600_000},
+        "lqer_tensors": [],
     },
     "eval": {
-        "seconds": 9.0, "peak_memory_bytes": 700_000_000,
-        "before": {"loss": 2.7, "bits_per_byte": 1.9}, "quantized": {"loss": 2.71, "bits_per_byte": 1.9123},
+        "seconds": 9.0,
+        "peak_memory_bytes": 700_000_000,
+        "before": {"loss": 2.7, "bits_per_byte": 1.9},
+        "quantized": {"loss": 2.71, "bits_per_byte": 1.9123},
     },
     "ttt": {
-        "seconds": 41.0, "peak_memory_bytes": 900_000_000, "loss": 2.65, "bits_per_byte": 1.8765,
+        "seconds": 41.0,
+        "peak_memory_bytes": 900_000_000,
+        "loss": 2.65,
+        "bits_per_byte": 1.8765,
         "by_length": [
             {"low": 0, "high": 256, "documents": 3, "tokens": 400, "bits_per_byte": 2.25},
             {"low": 256, "high": 512, "documents": 0, "tokens": 0, "bits_per_byte": None},
             {"low": 512, "high": None, "documents": 7, "tokens": 9000, "bits_per_byte": 1.85},
         ],
     },
-}  # fmt: skip
+}
 
 
 def train_row(step: int, **fields: object) -> dict:
     return {
-        "kind": "train", "step": step, "loss": 6.0 / step, "lr_scale": 1.0, "muon_momentum": 0.92, "grad_norm": 1.0,
-        "tokens": 100 * step, "elapsed_seconds": 0.5 * step, "tokens_per_second": 200.0, "looping": step > 4, **fields,
-    }  # fmt: skip
+        "kind": "train",
+        "step": step,
+        "loss": 6.0 / step,
+        "lr_scale": 1.0,
+        "muon_momentum": 0.92,
+        "grad_norm": 1.0,
+        "tokens": 100 * step,
+        "elapsed_seconds": 0.5 * step,
+        "tokens_per_second": 200.0,
+        "looping": step > 4,
+        **fields,
+    }
 
 
 @pytest.fixture
@@ -70,10 +97,25 @@ def report_text(run_dir: Path) -> str:
 def test_report_holds_every_number(run_dir: Path) -> None:
     text = report_text(run_dir)
     for shown in (
-        "a&lt;b", "1,200", "2 min 05 s", "1.9000", "1.9123", "+0.0123", "1.8765", "\u22120.0358", "1,530,000", "9.56%",
-        "16,000,000", "1,234,567 parameters", "1.50 GB", "GPTQ 11.0 s", "git.commit", "loops on, step 5",
-        "512 and more tokens, 7 documents", "900,000",
-    ):  # fmt: skip
+        "a&lt;b",
+        "1,200",
+        "2 min 05 s",
+        "1.9000",
+        "1.9123",
+        "+0.0123",
+        "1.8765",
+        "\u22120.0358",
+        "1,530,000",
+        "9.56%",
+        "16,000,000",
+        "1,234,567 parameters",
+        "1.50 GB",
+        "GPTQ 11.0 s",
+        "git.commit",
+        "loops on, step 5",
+        "512 and more tokens, 7 documents",
+        "900,000",
+    ):
         assert shown in text, shown
     assert "a<b" not in text and "256 to 512" not in text
 
@@ -174,26 +216,44 @@ def test_summary_table() -> None:
     lines = summary_table(SUMMARY).splitlines()
     assert lines[0].split() == ["Steps", "1,200", "in", "2", "min", "05", "s"]
     assert [line.split("  ")[0] for line in lines[1:4]] == [
-        "Before quantisation, bpb", "Quantised, bpb", "After test-time training, bpb",
-    ]  # fmt: skip
+        "Before quantisation, bpb",
+        "Quantised, bpb",
+        "After test-time training, bpb",
+    ]
     assert lines[-1].endswith("1,530,000  9.56% of 16,000,000")
     assert summary_table({}) == ""
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0.00 s"), (9.99, "9.99 s"), (9.999, "10.0 s"), (59.94, "59.9 s"), (59.99, "1 min 00 s"), (125, "2 min 05 s"),
-     (3599.6, "1 h 00 min"), (3780, "1 h 03 min")],
-)  # fmt: skip
+    [
+        (0, "0.00 s"),
+        (9.99, "9.99 s"),
+        (9.999, "10.0 s"),
+        (59.94, "59.9 s"),
+        (59.99, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (3599.6, "1 h 00 min"),
+        (3780, "1 h 03 min"),
+    ],
+)
 def test_format_duration(seconds: float, shown: str) -> None:
     assert format_duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_499, "999 kB"), (999_600, "1.00 MB"), (15_947_047, "15.9 MB"),
-     (1.4e9, "1.40 GB"), (5e15, "5000 TB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (999_499, "999 kB"),
+        (999_600, "1.00 MB"),
+        (15_947_047, "15.9 MB"),
+        (1.4e9, "1.40 GB"),
+        (5e15, "5000 TB"),
+    ],
+)
 def test_format_bytes(count: float, shown: str) -> None:
     assert format_bytes(count) == shown
 

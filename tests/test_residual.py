@@ -26,9 +26,11 @@ from pgolf.kernels.residual import (
 
 UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-21, torch.float64: 2**-48}  # of rounding
 SHAPES = {
-    torch.bfloat16: [(1, 1, 8), (1, 3, 512)], torch.float16: [(2, 7, 12)], torch.float32: [(1, 5, 70)],
+    torch.bfloat16: [(1, 1, 8), (1, 3, 512)],
+    torch.float16: [(2, 7, 12)],
+    torch.float32: [(1, 5, 70)],
     torch.float64: [(2, 7, 12)],
-}  # fmt: skip
+}
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
 
@@ -80,10 +82,12 @@ CALLS: dict[str, tuple[Call, list]] = {
     "join_mix_norm_ungated": (mix_norm, [*MIX, "x", "d"]),
     "mix_norm_of_one": (lambda op, leaves: mix_norm(op, [leaves[0], *leaves]), ["x", (2, "d")]),
     "join_mix_norm_of_two": (
-        lambda op, leaves: mix_norm(op, [*leaves[:3], leaves[0], *leaves[3:]]), ["x", "x", (2, "d"), "d", "d"]
+        lambda op, leaves: mix_norm(op, [*leaves[:3], leaves[0], *leaves[3:]]),
+        ["x", "x", (2, "d"), "d", "d"],
     ),
     "join_mix_norm_of_one": (
-        lambda op, leaves: mix_norm(op, [leaves[0], *leaves[:2], leaves[0], *leaves[2:]]), ["x", (2, "d"), "d"]
+        lambda op, leaves: mix_norm(op, [leaves[0], *leaves[:2], leaves[0], *leaves[2:]]),
+        ["x", (2, "d"), "d"],
     ),
     "join": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d", "d"]),
     "join_ungated": (lambda op, leaves: op("join_skip")(*leaves), ["x", "x", "d"]),
@@ -102,9 +106,10 @@ CALLS: dict[str, tuple[Call, list]] = {
     "linear_alone": (lambda op, leaves: op("residual_linear")(None, *leaves), ["h", ("d", "k")]),
     "linear_norm": (linear_norm, ["x", "h", ("d", "k")]),
     "linear_norm_inplace": (
-        lambda op, leaves: linear_norm(op, [leaves[0] * 1, *leaves[1:]], inplace=True), ["x", "h", ("d", "k")]
+        lambda op, leaves: linear_norm(op, [leaves[0] * 1, *leaves[1:]], inplace=True),
+        ["x", "h", ("d", "k")],
     ),
-}  # fmt: skip
+}
 
 
 def ours(name: str) -> Callable:

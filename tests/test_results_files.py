@@ -60,15 +60,24 @@ def test_an_earlier_call_s_entries_keep_its_meta(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "processes", "command"),
     [
-        (["/home/me/pgolf/bench/train_step.py", "--results", "/tmp/x.json"], 1,
-         "python -m bench.train_step --results x.json"),
+        (
+            ["/home/me/pgolf/bench/train_step.py", "--results", "/tmp/x.json"],
+            1,
+            "python -m bench.train_step --results x.json",
+        ),
         (["/home/me/bench/__main__.py", "--case", "a"], 1, "python -m bench --case a"),
-        (["/v/bench/x.py", "--set", "data_dir=/home/me/data/", "--a=../b/c"], 2,
-         "torchrun --nproc_per_node=2 -m bench.x --set data_dir=data --a=c"),
-        (["/usr/bin/pgolf", "run", "--variant", "kv cache, chunk 16", "/a=b/c d"], 1,
-         "pgolf run --variant 'kv cache, chunk 16' 'c d'"),
+        (
+            ["/v/bench/x.py", "--set", "data_dir=/home/me/data/", "--a=../b/c"],
+            2,
+            "torchrun --nproc_per_node=2 -m bench.x --set data_dir=data --a=c",
+        ),
+        (
+            ["/usr/bin/pgolf", "run", "--variant", "kv cache, chunk 16", "/a=b/c d"],
+            1,
+            "pgolf run --variant 'kv cache, chunk 16' 'c d'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_command_keeps_no_folder(words: list[str], processes: int, command: str) -> None:
     assert results_files.command_line(words, processes) == command
 

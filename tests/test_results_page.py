@@ -11,8 +11,14 @@ from bench import results_page, results_sections
 from bench.results_files import read_all, write
 
 ROOT = Path(__file__).resolve().parent.parent
-META = {"chip": "NVIDIA X1 80GB", "processes": 1, "versions": {"torch": "2.11", "triton": "3.6"}, "commit": "abcdef123",
-        "date": "2026-11-29T10:00:00+00:00", "command": None}  # fmt: skip
+META = {
+    "chip": "NVIDIA X1 80GB",
+    "processes": 1,
+    "versions": {"torch": "2.11", "triton": "3.6"},
+    "commit": "abcdef123",
+    "date": "2026-11-29T10:00:00+00:00",
+    "command": None,
+}
 README = "# A\n\n{}\nold\n{}\n\nmore\n".format(*results_page.MARKERS)
 
 
@@ -33,8 +39,11 @@ def root(tmp_path: Path) -> Path:
     earlier = {"meta": {**META, "commit": "fedcba987"}, "rows": rows[:3]}
     cases = {"banks_full": {"rows": rows}, "older": earlier, "without ours": {"rows": rows[:2]}}
     write(folder / "newton_schulz.json", {"bench": "newton_schulz", **META}, cases=cases)
-    steps = [{"provider": provider, "case": case, "tokens_per_s": speed} for provider, speed in
-             (("pgolf", 3000.0), ("reference", 2000.0)) for case in results_sections.CASES]  # fmt: skip
+    steps = [
+        {"provider": provider, "case": case, "tokens_per_s": speed}
+        for provider, speed in (("pgolf", 3000.0), ("reference", 2000.0))
+        for case in results_sections.CASES
+    ]
     meta = {"bench": "train_step", **META, "note": "a note"}
     write(folder / "train_step.json", meta, rows=steps, floors_milliseconds=None)
     (tmp_path / "README.md").write_text(README)
@@ -79,7 +88,9 @@ def test_ratios_are_of_one_call(root: Path) -> None:
     kernels = [line for line in page.splitlines() if "newton_schulz.json" in line]
     figures = "15.0 | 10.0 | torch.compile | 20.0 | 2.00 | 50% |"
     assert [line.split(") | ")[1] for line in kernels] == [
-        f"banks_full | {figures} abcdef1 |", f"older | {figures} fedcba9 |"]  # fmt: skip
+        f"banks_full | {figures} abcdef1 |",
+        f"older | {figures} fedcba9 |",
+    ]
     steps = [line for line in page.splitlines() if "train_step.json" in line]
     assert [line.split(") | 1 | ")[1] for line in steps] == [
         "pgolf | 3,000 | – | 3,000 | – | – | abcdef1 |",
@@ -106,8 +117,11 @@ def test_the_newest_results_are_in_the_readme(root: Path) -> None:
     folder = root / "bench" / "results"
     cases = {"banks_full": {"rows": [row("eager", 9.0, 9.0), row("pgolf", 3.0, 3.0)]}}
     for chip, date in (("x0", "2026-12-01"), ("x2", None)):
-        write(folder / chip / "newton_schulz.json", {"bench": "newton_schulz", **META, "chip": chip, "date": date},
-              cases=cases)  # fmt: skip
+        write(
+            folder / chip / "newton_schulz.json",
+            {"bench": "newton_schulz", **META, "chip": chip, "date": date},
+            cases=cases,
+        )
     (line,) = [line for line in results_page.headlines(read_all(folder)).splitlines() if "Newton" in line]
     assert line.endswith("| 3 µs, 3.00 × as fast as PyTorch | x0 | abcdef1 |")
 

@@ -124,8 +124,9 @@ def test_precision_of_smear_gate(device, shape, dtype) -> None:
         assert_as_precise(
             lambda x, weight, lam, bos_id=bos_id: smear_gate(x, ids, weight, lam, bos_id),
             lambda x, weight, lam, bos_id=bos_id: smear_gate_reference(x, ids, weight, lam, bos_id),
-            [x, weight, lam], dout,
-        )  # fmt: skip
+            [x, weight, lam],
+            dout,
+        )
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -139,8 +140,9 @@ def test_precision_of_the_prologue(device, shape, dtype, deterministic: bool) ->
     assert_as_precise(
         lambda *leaves: embed_smear_norm(ids, *leaves, deterministic=deterministic),
         lambda *leaves: embed_smear_norm_reference(ids, *leaves),
-        [table.to(dtype), weight, lam], dout,
-    )  # fmt: skip
+        [table.to(dtype), weight, lam],
+        dout,
+    )
 
 
 LENGTHS = [1, 4, 1, 9, 3]  # of the sequences in a packed row
@@ -219,14 +221,17 @@ def test_precision_with_starts(device, shape, dtype) -> None:
     rest = [torch.randn(gate, device=device).to(dtype), torch.randn(1, device=device).to(dtype)]
     assert_as_precise(
         lambda x, *rest: smear(x, ids, *rest, 1, starts),
-        lambda x, *rest: smear_gate_reference(x, ids, *rest, 1, starts), [x, *rest], dout,
-    )  # fmt: skip
+        lambda x, *rest: smear_gate_reference(x, ids, *rest, 1, starts),
+        [x, *rest],
+        dout,
+    )
     for function in PROLOGUES.values():
         assert_as_precise(
             lambda table, *rest, f=function: f(table, ids, *rest, 1, starts),
             lambda table, *rest: embed_smear_norm_reference(ids, table, *rest, 1, starts=starts),
-            [table, *rest], dout,
-        )  # fmt: skip
+            [table, *rest],
+            dout,
+        )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -278,12 +283,16 @@ def test_any_pattern_of_documents(bos: list[bool], rows: int) -> None:
     leaves = [torch.randn(3, device=DEVICE), torch.randn(1, device=DEVICE)]
     assert_as_precise(
         lambda *leaves: smear_gate(leaves[0], ids, *leaves[1:]),
-        lambda *leaves: smear_gate_reference(leaves[0], ids, *leaves[1:]), [x, *leaves], dout,
-    )  # fmt: skip
+        lambda *leaves: smear_gate_reference(leaves[0], ids, *leaves[1:]),
+        [x, *leaves],
+        dout,
+    )
     assert_as_precise(
-        lambda *leaves: embed_smear_norm(ids, *leaves), lambda *leaves: embed_smear_norm_reference(ids, *leaves),
-        [table, *leaves], dout,
-    )  # fmt: skip
+        lambda *leaves: embed_smear_norm(ids, *leaves),
+        lambda *leaves: embed_smear_norm_reference(ids, *leaves),
+        [table, *leaves],
+        dout,
+    )
 
 
 def test_prologue_is_its_three_parts(device) -> None:
@@ -301,8 +310,10 @@ def test_inputs_that_are_not_contiguous(device) -> None:
     dout = torch.randn(1, 1, 10, device=device).expand(2, 7, 10)
     assert_as_precise(
         lambda *leaves: smear_gate(leaves[0], ids, *leaves[1:]),
-        lambda *leaves: smear_gate_reference(leaves[0], ids, *leaves[1:]), leaves, dout,
-    )  # fmt: skip
+        lambda *leaves: smear_gate_reference(leaves[0], ids, *leaves[1:]),
+        leaves,
+        dout,
+    )
     table = torch.randn(10, 8, device=device)[:, ::2].T
     got = embed_smear_norm(ids, table, weight, lam)
     assert torch.allclose(got, embed_smear_norm_reference(ids, table, weight, lam), atol=1e-5)
@@ -328,9 +339,10 @@ def test_sums_by_id(monkeypatch, vocabulary: int, tokens: int) -> None:
     """Segments inside a chunk, over two and over many, on the chunks' borders and at the end."""
     small = dict(chunk=8, columns_per_warp=8, stages=2, block=16, rows=2, join_warps=2)  # joined in many steps
     table = torch.randint(0, 2, (vocabulary, 16), device=DEVICE) * 2.0 - 1  # every norm is one
-    ids, dout = (torch.randint(low, high, shape, device=DEVICE) for low, high, shape in (
-        (0, vocabulary, (2, tokens)), (-4, 5, (2, tokens, 16))
-    ))  # fmt: skip
+    ids, dout = (
+        torch.randint(low, high, shape, device=DEVICE)
+        for low, high, shape in ((0, vocabulary, (2, tokens)), (-4, 5, (2, tokens, 16)))
+    )
     weight, lam = torch.zeros(3, device=DEVICE), torch.zeros(1, device=DEVICE)
     leaves, double = ([tensor.to(dtype) for tensor in (table, weight, lam)] for dtype in (torch.float32, torch.float64))
     exact = gradients(lambda *leaves: embed_smear_norm_reference(ids, *leaves, 1, 0.0), double, dout)
@@ -385,9 +397,28 @@ def test_a_program_writes_its_own_chunk_only() -> None:
     ids = torch.zeros(1, 20, device=DEVICE, dtype=torch.long)
     dx, partials = torch.full_like(x, torch.nan), torch.full((5, 1), torch.nan, device=DEVICE)
     family._backward_kernel[(1,)](
-        x, x, ids, weight, lam, dx, partials, 20, 3, 1, None, None, EPS=0.0, D=16, W=4, BLOCK=16, CHUNK=8, STAGES=2,
-        EMBED=False, ACC=family.tl.float32, num_warps=1,
-    )  # fmt: skip
+        x,
+        x,
+        ids,
+        weight,
+        lam,
+        dx,
+        partials,
+        20,
+        3,
+        1,
+        None,
+        None,
+        EPS=0.0,
+        D=16,
+        W=4,
+        BLOCK=16,
+        CHUNK=8,
+        STAGES=2,
+        EMBED=False,
+        ACC=family.tl.float32,
+        num_warps=1,
+    )
     assert not dx[:, :8].isnan().any() and dx[:, 8:].isnan().all() and not partials.isnan().any()
 
 
@@ -405,9 +436,26 @@ def test_offsets_beyond_32_bits() -> None:
     weight, lam = torch.randn(12, device=DEVICE), torch.ones(1, device=DEVICE)
     expected = smear_gate_reference(x.float(), ids[:, :2], weight, lam)
     family._forward_kernel[(2,)](
-        whole, ids, weight, lam, whole, tokens, 1, 2, 1, None, EPS=0.0, D=width, W=12, BLOCK=512, CHUNK=2, STAGES=1,
-        EMBED=False, ACC=family.tl.float32, num_warps=1,
-    )  # fmt: skip
+        whole,
+        ids,
+        weight,
+        lam,
+        whole,
+        tokens,
+        1,
+        2,
+        1,
+        None,
+        EPS=0.0,
+        D=width,
+        W=12,
+        BLOCK=512,
+        CHUNK=2,
+        STAGES=1,
+        EMBED=False,
+        ACC=family.tl.float32,
+        num_warps=1,
+    )
     assert torch.allclose(x.float(), expected, atol=1e-2)
 
 

@@ -39,10 +39,24 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     train_tokenizer(documents, 400, tokenizer_path(folder, 400))
     build_dataset(documents, tokenizer_path(folder, 400), folder, val_docs=8)
     return RunConfig.preset("demo").replace(
-        data_dir=str(folder), device="cpu", vocab_size=400, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4,
-        gate_attn_width=8, smear_gate_width=4, train_batch_tokens=1024, micro_batch_tokens=256, train_seq_len=64,
-        eval_seq_len=64, val_batch_tokens=4096, max_wallclock_seconds=0, iterations=6, ema_decay=0.75,
-    )  # fmt: skip
+        data_dir=str(folder),
+        device="cpu",
+        vocab_size=400,
+        model_dim=32,
+        num_heads=2,
+        num_kv_heads=1,
+        rope_dims=4,
+        gate_attn_width=8,
+        smear_gate_width=4,
+        train_batch_tokens=1024,
+        micro_batch_tokens=256,
+        train_seq_len=64,
+        eval_seq_len=64,
+        val_batch_tokens=4096,
+        max_wallclock_seconds=0,
+        iterations=6,
+        ema_decay=0.75,
+    )
 
 
 def trained(config: RunConfig, path: Path, resume: bool = False, world: World = CPU) -> dict[str, torch.Tensor]:

@@ -128,16 +128,20 @@ def test_every_target_is_scored_once() -> None:
     starts, lengths = find_documents(tokens)
     byte_counts = table.count(tokens[:-1], tokens[1:])
     for row in result.by_length:
-        mine = [slice(start, start + length - 1) for start, length in zip(starts, lengths, strict=True)
-                if row["low"] <= length - 1 < row["high"]]  # fmt: skip
+        mine = [
+            slice(start, start + length - 1)
+            for start, length in zip(starts, lengths, strict=True)
+            if row["low"] <= length - 1 < row["high"]
+        ]
         nats = sum(float(result.token_nats[part].double().sum()) for part in mine)
         count = sum(int(byte_counts[part].sum()) for part in mine)
         assert (
             row["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-9)
             and len(mine) == row["documents"]
         )
-    assert all(row["low"] * row["documents"] <= row["tokens"] < row["high"] * row["documents"]
-               for row in result.by_length)  # fmt: skip
+    assert all(
+        row["low"] * row["documents"] <= row["tokens"] < row["high"] * row["documents"] for row in result.by_length
+    )
     assert [phase["documents_trained"] for phase in result.phases] == [3, 6, 0]
     assert result.global_steps == sum(phase["sgd_steps"] for phase in result.phases) > 0
     json.dumps(result._replace(token_nats=None)._asdict())
@@ -373,8 +377,13 @@ def test_rows_in_one_stream_are_rows_alone(respect: bool) -> None:
 
 def test_the_base_takes_sgd_steps_on_the_mean_loss() -> None:
     """Without clipping, which would hide a wrong scale: v = 0.9 v + g, p = p - rate v, g of the mean over a chunk."""
-    config = SMALL.replace(global_ttt_respect_doc_boundaries=False, smear_gate_bos_mask=False, global_ttt_grad_clip=0.0,
-                           global_ttt_lr=1e-3, global_ttt_chunk_tokens=96)  # fmt: skip
+    config = SMALL.replace(
+        global_ttt_respect_doc_boundaries=False,
+        smear_gate_bos_mask=False,
+        global_ttt_grad_clip=0.0,
+        global_ttt_lr=1e-3,
+        global_ttt_chunk_tokens=96,
+    )
     text = stream()[0]
     steps = sgd_schedule(text.numel(), config, world_size=1)[:3]
     assert [step.rows[0] for step in steps] == [[(low, low + 48), (low + 48, low + 96)] for low in (0, 96, 192)]
@@ -472,9 +481,9 @@ def test_phases_end_where_enough_is_scored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "expected"), [("shortest", [[5, 4], [3, 0, 5, 4]]), ("longest", [[2, 4], [2, 4, 5, 0]]),
-                             ("stream", [[2, 4], [0, 2, 3, 4]])]
-)  # fmt: skip
+    ("choice", "expected"),
+    [("shortest", [[5, 4], [3, 0, 5, 4]]), ("longest", [[2, 4], [2, 4, 5, 0]]), ("stream", [[2, 4], [0, 2, 3, 4]])],
+)
 def test_training_documents_by_choice(choice: str, expected: list[list[int]]) -> None:
     config = TINY.replace(ttt_batch_size=2, phased_ttt_prefix_docs=4, phased_ttt_documents=choice)
     phases = plan_phases(np.array([30, 10, 60, 20, 50, 40, 5]), config)

@@ -20,9 +20,16 @@ from tests.test_gated_attention import BOUNDS, EVERY_WAY, Problem, close, same
 
 FLOOR = {torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float32: 1e-6}  # of a relative error
 SHAPES = [  # lengths of segments, H, K, D
-    ([1], 1, 1, 16), ([5, 0, 3, 70, 0], 4, 2, 16), ([33, 64, 1, 70], 2, 1, 64), ([17] * 3, 3, 1, 32),
-    ([70], 1, 1, 128), ([20, 30], 8, 1, 16), ([70], 6, 2, 20), ([9, 4], 2, 1, 8), ([20], 12, 1, 16),
-]  # fmt: skip
+    ([1], 1, 1, 16),
+    ([5, 0, 3, 70, 0], 4, 2, 16),
+    ([33, 64, 1, 70], 2, 1, 64),
+    ([17] * 3, 3, 1, 32),
+    ([70], 1, 1, 128),
+    ([20, 30], 8, 1, 16),
+    ([70], 6, 2, 20),
+    ([9, 4], 2, 1, 8),
+    ([20], 12, 1, 16),
+]
 TILES = [(16, 16), (32, 16), (16, 32), (64, 32)]  # rows, keys
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
@@ -377,9 +384,11 @@ def some_are_no_queries(shape="plain", device=DEVICE, **options) -> tuple[Proble
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "shape, exclude, gated",
-    [*((shape, exclude, gated) for shape in EVERY_WAY for exclude in (True, False) for gated in (True, False)),
-     *((shape, True, True) for shape in ("padded", "a key a head", "a key for all", "three to a group"))],
-)  # fmt: skip
+    [
+        *((shape, exclude, gated) for shape in EVERY_WAY for exclude in (True, False) for gated in (True, False)),
+        *((shape, True, True) for shape in ("padded", "a key a head", "a key for all", "three to a group")),
+    ],
+)
 def test_first_queries_of_a_sublayer(device, shape: str, exclude: bool, gated: bool, dtype) -> None:
     p, before = some_are_no_queries(shape, device, exclude=exclude, gated=gated, update=shape == "plain")
     call, values = p.to(dtype).call(), []

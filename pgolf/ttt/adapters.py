@@ -175,11 +175,21 @@ class AdapterBank:
         """One optimizer step of a stack's slots where ``learning``, bool [slots], is set, on its leaf's gradient."""
         c = self.config
         adapter_update_(
-            stack.master, gradient, stack.copy, learning, self._step, first_moment=stack.first_moment,
-            second_moment=stack.second_moment, row_scale=stack.row_scale, lr=c.ttt_lora_lr, beta1=c.ttt_beta1,
-            beta2=c.ttt_beta2, eps=ADAM_EPS, weight_decay=c.ttt_weight_decay,
+            stack.master,
+            gradient,
+            stack.copy,
+            learning,
+            self._step,
+            first_moment=stack.first_moment,
+            second_moment=stack.second_moment,
+            row_scale=stack.row_scale,
+            lr=c.ttt_lora_lr,
+            beta1=c.ttt_beta1,
+            beta2=c.ttt_beta2,
+            eps=ADAM_EPS,
+            weight_decay=c.ttt_weight_decay,
             optimizer="adamw" if c.ttt_optimizer == "adam" else "sgd",
-        )  # fmt: skip
+        )
 
 
 def _add(

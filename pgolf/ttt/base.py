@@ -50,8 +50,10 @@ def rows_loss(model: GPT, config: RunConfig, text: Tensor, rows: list[tuple[int,
     inputs, targets = (torch.cat([text[start + s : stop + s] for start, stop in rows]) for s in (0, 1))
     starts = [0, *accumulate(stop - start for start, stop in rows)]
     if config.global_ttt_respect_doc_boundaries:
-        own = [segment_boundaries(text[start:stop], config.eval_seq_len) + low
-               for (start, stop), low in zip(rows, starts, strict=False)]  # fmt: skip
+        own = [
+            segment_boundaries(text[start:stop], config.eval_seq_len) + low
+            for (start, stop), low in zip(rows, starts, strict=False)
+        ]
         segments = torch.cat(own)
         sequences = torch.tensor(starts, dtype=torch.int32)
     else:

@@ -81,9 +81,15 @@ class Windows:
         _, row_offsets, _, targets, chosen, segments, ids = self.parts(whole, tokens, rows)
         first = segments.diff() - F.pad(row_offsets.diff(), (0, 1))  # in its window; what pads the stream has no chunk
         (losses,) = self.model.token_losses(
-            ids[None].long(), targets[None].long(), segments, tokens, sequences=segments,
-            updates=bank.updates(leaves, segments[:-1], row_offsets), rows=chosen.long(), first_queries=first,
-        )  # fmt: skip
+            ids[None].long(),
+            targets[None].long(),
+            segments,
+            tokens,
+            sequences=segments,
+            updates=bank.updates(leaves, segments[:-1], row_offsets),
+            rows=chosen.long(),
+            first_queries=first,
+        )
         return losses
 
 
@@ -142,16 +148,25 @@ class CachedChunks:
         )
         segments = F.pad(row_offsets, (0, 1), value=rows)
         (losses,) = self.model.token_losses(
-            ids[None].long(), targets[None].long(), segments, rows,
-            updates=bank.updates(leaves, row_offsets, row_offsets), continuation=continuation,
-        )  # fmt: skip
+            ids[None].long(),
+            targets[None].long(),
+            segments,
+            rows,
+            updates=bank.updates(leaves, row_offsets, row_offsets),
+            continuation=continuation,
+        )
         return losses
 
 
 def _fill_rows(
-    chunk: Chunk, stream: np.ndarray, found: _Rows, learning: np.ndarray, row_offsets: np.ndarray,
-    weights: np.ndarray, targets: np.ndarray,
-) -> None:  # fmt: skip
+    chunk: Chunk,
+    stream: np.ndarray,
+    found: _Rows,
+    learning: np.ndarray,
+    row_offsets: np.ndarray,
+    weights: np.ndarray,
+    targets: np.ndarray,
+) -> None:
     """What both ways have: a target weighs 1 / targets of its chunk, or nothing where nothing is learned."""
     learning[:], row_offsets[:] = chunk.learning, found.offsets
     shares = (chunk.learning / np.maximum(chunk.scored, 1)).astype(np.float32)

@@ -198,8 +198,11 @@ class Numbers:
         packings = {"lqer": public._lqer_pack_asym(A, B, 64), "lqer_sym": public._lqer_pack(A, B, 4)}
         for packing, packed in packings.items():
             made |= {f"{packing}/{name}": x for name, x in zip(("qA", "sA", "qB", "sB"), packed, strict=True)}
-        parts = zip(("q", "scale", "lqA_a", "lqAs_a", "lqB_a", "lqBs_a"),
-                    (made["gptq/int6_q"], made["gptq/int6_s"], *packings["lqer"]), strict=True)  # fmt: skip
+        parts = zip(
+            ("q", "scale", "lqA_a", "lqAs_a", "lqB_a", "lqBs_a"),
+            (made["gptq/int6_q"], made["gptq/int6_s"], *packings["lqer"]),
+            strict=True,
+        )
         tensors, meta = {f"w.{suffix}": x for suffix, x in parts}, {"w": "gptq (int6)+lqer_asym"}
         made["lqer/dequant"] = public.dequantize_mixed(tensors, meta, {"w": weight})["w"]
         raw = public._decompress((self.folder / PUBLIC_FILE).read_bytes(), "brotli")
