@@ -16,7 +16,7 @@ import torch
 from bench.harness import Builder, Case, Function, Tuning, compiled, main
 from bench.smear_gate import with_backward
 from pgolf.kernels import gated_attention as family
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.gated_attention import gated_attention, gated_attention_reference, kernels
 
 TOKENS, WIDTH, HEADS, KEYS, DIM, HALF = 98_304, 512, 8, 4, 64, 8

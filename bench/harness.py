@@ -20,7 +20,7 @@ import torch
 
 from bench.results_files import add_options, describe, read_entries, results_path, write
 from bench.timing import capture, chip_name, default_device, measure_ceilings, time_calls
-from pgolf.kernels._launch import set_backend
+from pgolf.kernels.common.backend import set_backend
 from pgolf.progress import format_table
 
 OURS, REFERENCE = "pgolf", "eager"

@@ -22,7 +22,7 @@ from bench.__main__ import FAMILIES as MODULES
 from bench.harness import OURS, REFERENCE, Case, Tuning, as_tensors, check, limits, one_line, require
 from bench.results_files import describe, write
 from bench.timing import capture, chip_name, default_device, time_calls
-from pgolf.kernels import _launch
+from pgolf.kernels.common import backend, launch
 from pgolf.progress import format_table
 
 FAMILIES: dict[str, Mapping[str, Tuning]] = {
@@ -49,7 +49,7 @@ def overridden(family: str, entry: str, device: torch.device, parameters: Parame
     `launch_parameters` hands out one dictionary for each entry and device, and it is that one which changes. What
     kernels have made of the parameters and cached is forgotten.
     """
-    table = _launch.launch_parameters(family, entry, device)
+    table = launch.launch_parameters(family, entry, device)
     before = dict(table)
     table.update(parameters)
     _forget()
@@ -63,7 +63,7 @@ def overridden(family: str, entry: str, device: torch.device, parameters: Parame
 def _forget() -> None:
     modules = [module for name, module in sys.modules.items() if name.startswith("pgolf.kernels.")]
     for value in (value for module in modules for value in vars(module).values()):
-        if hasattr(value, "cache_clear") and value is not _launch.launch_parameters:
+        if hasattr(value, "cache_clear") and value is not launch.launch_parameters:
             value.cache_clear()
 
 
@@ -132,7 +132,7 @@ def tune(
     """Sweep one entry."""
     torch.manual_seed(0)
     sweep = Sweep(family, entry, tuning.builder(device, quick), device, quick)
-    start = dict(_launch.launch_parameters(family, entry, device))
+    start = dict(launch.launch_parameters(family, entry, device))
     before = sweep.time(start)
     best = (sweep.exhaust if exhaustive else sweep.climb)(start, tuning.choices)
     return Result(family, entry, best, before, sweep.time(best))
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type != "cuda":
         print("launch parameters are tuned on a CUDA GPU, and there is none", file=sys.stderr)
         return 2
-    _launch.set_backend("triton")  # `auto` may take a reference
+    backend.set_backend("triton")  # `auto` may take a reference
     meta = describe("tune", device)
     results = []
     for family in arguments.families or FAMILIES:
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not arguments.entries or entry in arguments.entries:
                 results.append(tune(family, entry, tuning, device, exhaustive=arguments.exhaustive))
                 if not arguments.dry_run:
-                    print(write_table(_launch.TUNED, chip_name(device), meta, results[-1:]), flush=True)
+                    print(write_table(launch.TUNED, chip_name(device), meta, results[-1:]), flush=True)
     lines = [
         (family, entry, f"{before:.1f}", f"{after:.1f}", json.dumps(parameters))
         for family, entry, parameters, before, after in results

@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from ._launch import jit, launch_parameters, tl
+from .common.compiling import jit, tl
+from .common.launch import launch_parameters
 
 # A code's bits are brought to position p of a word and get the exponent that makes 2^(23-p) + code of them; the addend
 # of the product takes the power off, exactly for 16-bit scales if p is 11 or more. 4 and 6 bits have two positions, 12

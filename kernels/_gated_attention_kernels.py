@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from . import _product_hopper as hopper
-from ._launch import jit, launch_parameters, tl
-from ._varlen_attention_kernels import away_from_zero
+from .common import hopper_product as hopper
+from .common.compiling import jit, tl
+from .common.epilogues import away_from_zero
+from .common.launch import launch_parameters
 
 Tensor = torch.Tensor
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ._launch import constexpr, launch_parameters, multiprocessors
 from ._polar_express import Coefficients
+from .common.compiling import constexpr
+from .common.launch import launch_parameters, multiprocessors
 
 ALIGN, TASK = constexpr(16), constexpr(32)
 (

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from ._launch import jit, launch_parameters, multiprocessors, tl
-from ._partial_sums import partial_sums
+from .common.compiling import jit, tl
+from .common.launch import launch_parameters, multiprocessors
+from .common.partial_sums import partial_sums
 
 Tensor = torch.Tensor
 

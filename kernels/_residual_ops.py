@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _residual_kernels as kernels
-from ._launch import carrying, may_overwrite, operator, overwriting
+from .common.operators import carrying, may_overwrite, operator, overwriting
 
 Tensor = torch.Tensor
 

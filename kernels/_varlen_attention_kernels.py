@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ._launch import jit, tl
+from .common.compiling import jit, tl
+from .common.epilogues import away_from_zero
 
 
 @jit(do_not_specialize=["S", "T"])
@@ -100,13 +101,6 @@ def _rows(x, described, start, at, length, head, x_t, x_h, ROWS: tl.constexpr, D
         valid = tl.arange(0, ROWS)[:, None] < length - at
         tile = tl.load(x + _offsets(x_t, 0, ROWS, 1, D), mask=valid, other=0)
     return tile
-
-
-@jit
-def away_from_zero(gain):
-    """A gain in fp32, at least ±2⁻²⁴: then q^ has the direction of q, and logits are zero in fp32 all the same."""
-    gain = gain.to(tl.float32)
-    return tl.where(tl.abs(gain) < 2**-24, tl.where(gain < 0, -(2**-24), 2**-24), gain)
 
 
 @jit

@@ -25,7 +25,10 @@ import math
 import torch
 from torch import Tensor
 
-from ._launch import jit, launch_parameters, operator, select, tl
+from .common.backend import select
+from .common.compiling import jit, tl
+from .common.launch import launch_parameters
+from .common.operators import operator
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIMIZERS = ("adamw", "sgd")

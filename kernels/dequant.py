@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import operator, readable, select
+from .common.backend import select
+from .common.operators import operator, readable
 
 try:
     from . import _dequant_kernels as kernels

@@ -38,7 +38,9 @@ from torch.autograd.function import once_differentiable
 
 from . import _gated_attention_kernels as kernels
 from . import varlen_attention
-from ._launch import RMS_EPS, operator, readable, runs_kernels, select
+from .common import RMS_EPS
+from .common.backend import runs_kernels, select
+from .common.operators import operator, readable
 from .varlen_attention import (
     GROUPS,
     Prologue,

@@ -24,7 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import _traced, jit, launch_parameters, odd_addresses, operator, select, tl
+from .common.backend import select
+from .common.compiling import jit, tl
+from .common.launch import launch_parameters, odd_addresses
+from .common.operators import _traced, operator
 
 Tensor = torch.Tensor
 Matrices = tuple[Tensor, Tensor, Tensor, Tensor]  # inputs, out, up, down

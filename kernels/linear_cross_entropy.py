@@ -34,7 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import jit, launch_parameters, operator, readable, select, tl
+from .common.backend import select
+from .common.compiling import jit, tl
+from .common.launch import launch_parameters
+from .common.operators import operator, readable
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ONE_CHUNK_BYTES = 2**31  # logits that are kept for the backward whole

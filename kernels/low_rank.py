@@ -32,7 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import _traced, carrying, jit, launch_parameters, multiprocessors, operator, readable, select, tl
+from .common.backend import select
+from .common.compiling import jit, tl
+from .common.launch import launch_parameters, multiprocessors
+from .common.operators import _traced, carrying, operator, readable
 
 Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

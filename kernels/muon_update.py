@@ -19,7 +19,10 @@ from itertools import accumulate
 
 import torch
 
-from ._launch import jit, launch_parameters, odd_addresses, operator, select, tl
+from .common.backend import select
+from .common.compiling import jit, tl
+from .common.launch import launch_parameters, odd_addresses
+from .common.operators import operator
 
 CLIP_EPS = 1e-6
 MOST = 96  # tensors of a launch, whose arguments may take 4 KiB

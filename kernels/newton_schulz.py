@@ -38,7 +38,10 @@ from math import prod
 
 import torch
 
-from ._launch import constexpr, jit, multiprocessors, odd_addresses, operator, select, tl
+from .common.backend import select
+from .common.compiling import constexpr, jit, tl
+from .common.launch import multiprocessors, odd_addresses
+from .common.operators import operator
 
 # isort: off
 from ._newton_schulz_tasks import (

@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 
 from . import _residual_ops as ops
-from ._launch import RMS_EPS, select
+from .common import RMS_EPS
+from .common.backend import select
 
 Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -21,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import jit, launch_parameters, may_overwrite, multiprocessors, operator, overwriting, select, tl
-from ._product_hopper import fits, ping_pong
-from ._residual_mlp_epilogues import EVENED, GRADIENT, MARKED_SQUARE, SQUARE, finish
+from .common.backend import select
+from .common.compiling import jit, tl
+from .common.epilogues import EVENED, GRADIENT, MARKED_SQUARE, SQUARE, finish
+from .common.hopper_product import fits, ping_pong
+from .common.launch import launch_parameters, multiprocessors
+from .common.operators import may_overwrite, operator, overwriting
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor

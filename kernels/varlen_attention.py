@@ -32,8 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._launch import launch_parameters, operator, readable, select
-from ._partial_sums import partial_sums
 from ._varlen_attention_kernels import (
     _attention_bounds_kernel,
     _attention_kernel,
@@ -41,6 +39,10 @@ from ._varlen_attention_kernels import (
     _attention_queries_kernel,
     _attention_tiles_kernel,
 )
+from .common.backend import select
+from .common.launch import launch_parameters
+from .common.operators import operator, readable
+from .common.partial_sums import partial_sums
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -256,7 +256,7 @@ def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) 
 
 def _log_choices(config: RunConfig, world: Any) -> None:
     """Which settings differ from the preset, and which code will run."""
-    from pgolf.kernels._launch import backend, set_backend
+    from pgolf.kernels.common.backend import backend, set_backend
     from pgolf.model import attention_core
 
     set_backend(config.kernels)

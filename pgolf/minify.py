@@ -50,7 +50,7 @@ def package_files() -> dict[str, Path]:
     # A checkout has the kernels beside the package, a wheel inside it.
     kernels = Path(importlib.import_module("pgolf.kernels").__path__[0])
     files = {f"pgolf/{name}": package / name for name in _modules(package) if not name.startswith("kernels/")}
-    for pattern in ("*.py", "tuned/*.json"):
+    for pattern in ("**/*.py", "tuned/*.json"):
         files |= {f"pgolf/kernels/{file.relative_to(kernels)}": file for file in kernels.glob(pattern)}
     return dict(sorted(files.items()))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ConfigError, RunConfig
-from pgolf.kernels._launch import runs_kernels
+from pgolf.kernels.common.backend import runs_kernels
 from pgolf.kernels.gated_attention import (
     KVCache,
     attention_tiles,

@@ -22,7 +22,8 @@ from pgolf.config import RunConfig
 from pgolf.export import export_program
 from pgolf.files import FileError, remove_leftovers, write_aside
 from pgolf.folder import RunFolder
-from pgolf.kernels._launch import compiling_ahead, set_backend
+from pgolf.kernels.common.backend import set_backend
+from pgolf.kernels.common.compiling import compiling_ahead
 from pgolf.loader import calibration_batches
 from pgolf.manifest import check_dataset, check_unchanged
 from pgolf.model import GPT, rebank, unbank

@@ -29,7 +29,8 @@ from pgolf.files import FileError
 from pgolf.folder import RunFolder
 from pgolf.gradient import MeanGradient
 from pgolf.graphs import uses_graphs
-from pgolf.kernels._launch import compiling_ahead, set_backend
+from pgolf.kernels.common.backend import set_backend
+from pgolf.kernels.common.compiling import compiling_ahead
 from pgolf.loader import DocumentPackingLoader, load_validation_tokens
 from pgolf.model import GPT
 from pgolf.optim import ModelOptimizer

@@ -21,14 +21,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import tests.interpreter  # noqa: F401  before any kernel
 
-from pgolf.kernels import _launch  # noqa: E402
+from pgolf.kernels.common import backend, launch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 if INTERPRETED:  # this process runs kernels on CPU tensors, see test_interpreter.py
     DEVICES = [pytest.param("cpu", id="interpreter")]
-    _launch.set_backend("triton")
-    _launch.chip = lambda device: "default"  # small tiles: the interpreter's time is that of the padding, too
+    backend.set_backend("triton")
+    launch.chip = lambda device: "default"  # small tiles: the interpreter's time is that of the padding, too
 
 torch.set_num_threads(1)  # tensors are small here, and sums keep one order on every machine
 for _variable in ("PGOLF_KERNELS", *(name.upper() for name in (*FIELDS, *ALIASES))):

@@ -27,7 +27,8 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from pgolf.kernels import _launch, _newton_schulz_tasks
+from pgolf.kernels import _newton_schulz_tasks
+from pgolf.kernels.common import launch
 
 TUNED_WITH = "3.6"
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -102,19 +103,19 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
     JITFunction.run = compile_only
     active = triton.runtime.driver._active  # reading `active` fails where there is no GPU
     triton.runtime.driver.set_active(_Driver(capability))
-    chip, _launch.chip = _launch.chip, lambda device: "h100" if capability == 90 else "default"
+    chip, launch.chip = launch.chip, lambda device: "h100" if capability == 90 else "default"
     _forget_parameters()
     try:
         yield kernels
     finally:
         triton.runtime.driver._active = active
         JITFunction.run = run
-        _launch.chip = chip
+        launch.chip = chip
         _forget_parameters()
 
 
 def _forget_parameters() -> None:
-    _launch.launch_parameters.cache_clear()
+    launch.launch_parameters.cache_clear()
     _newton_schulz_tasks.plan.cache_clear()
 
 

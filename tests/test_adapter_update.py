@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from pgolf.kernels._launch import INTERPRETED, using
 from pgolf.kernels.adapter_update import adapter_update_, adapter_update_reference_
+from pgolf.kernels.common.backend import INTERPRETED, using
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")

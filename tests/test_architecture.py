@@ -22,10 +22,10 @@ ORDER = """
 """.split()  # noqa: SIM905
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard"}  # not installed everywhere
 KERNEL_IMPORTS = {"torch", "triton", "numpy"}
-BUILDS_ON = {"gated_attention": {"pgolf.kernels.varlen_attention"}}  # one family on another
+BUILDS_ON = {"gated_attention": {"varlen_attention"}}  # one family on another
 
 MODULES = sorted((ROOT / "pgolf").rglob("*.py"))
-KERNELS = sorted(path for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__")
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 LIBRARY = [*MODULES, *KERNELS]
 
 
@@ -45,15 +45,15 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path, tree: ast.AST | None = None) -> Iterator[str]:
-    """Dotted names of the modules that ``path`` imports; ``from pgolf import x`` gives ``pgolf.x``."""
-    package = "pgolf.kernels" if path.parent.name == "kernels" else "pgolf"
+    """Dotted names of what ``path`` imports, whole: ``from pgolf.files import x`` gives ``pgolf.files.x``."""
+    package = path.relative_to(ROOT).parts[:-1]
+    package = ("pgolf", *package) if package[0] == "kernels" else package
     for node in ast.walk(tree or parse(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = f"{package}.{node.module}" if node.level and node.module else node.module or package
-            bare = base in ("pgolf", "pgolf.kernels") or (base == "pgolf.ttt" and path.parent.name == "ttt")
-            yield from (f"{base}.{alias.name}" for alias in node.names) if bare else (base,)
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            yield from (".".join((*base, *filter(None, (node.module, alias.name)))) for alias in node.names)
 
 
 def standard(name: str) -> bool:
@@ -66,14 +66,10 @@ def test_order_lists_every_module() -> None:
 
 @each([path for path in MODULES if module_name(path)])
 def test_modules_import_earlier_ones_only(path: Path) -> None:
-    ours = [name for name in imports(path) if name.split(".")[0] == "pgolf" and not name.startswith("pgolf.kernels.")]
+    ours = [name for name in imports(path) if name.split(".")[0] == "pgolf" and not name.startswith("pgolf.kernels")]
     assert not {"tests", "bench", "kernels"} & {name.split(".")[0] for name in imports(path)}
-    earlier = {f"pgolf.{name}" for name in ORDER[: ORDER.index(module_name(path))]} | {
-        "pgolf",
-        "pgolf.__version__",
-        "pgolf.kernels",
-    }
-    assert [name for name in ours if name not in earlier] == []
+    earlier = {f"pgolf.{name}" for name in ORDER[: ORDER.index(module_name(path))]}
+    assert [name for name in ours if not {name, name.rpartition(".")[0]} & {*earlier, "pgolf", "pgolf.__version__"}] == []
 
 
 def test_config_needs_the_standard_library_only() -> None:
@@ -82,9 +78,12 @@ def test_config_needs_the_standard_library_only() -> None:
 
 @each(KERNELS)
 def test_kernels_know_nothing_of_the_driver(path: Path) -> None:
-    foreign = [name for name in imports(path) if not standard(name)]
-    allowed = {name for name in foreign if name.split(".")[0] in KERNEL_IMPORTS or name.startswith("pgolf.kernels._")}
-    assert set(foreign) - allowed == BUILDS_ON.get(path.stem, set())
+    """A family imports what families share, itself, and those that it builds on; what they share imports no family."""
+    family = path.relative_to(ROOT / "kernels").parts[0].removesuffix(".py")
+    allowed = {family, "common", *BUILDS_ON.get(family, ())} if family != "common" else {"common"}
+    foreign = [name for name in imports(path) if not standard(name) and name.split(".")[0] not in KERNEL_IMPORTS]
+    assert [name for name in foreign if name.split(".")[:2] != ["pgolf", "kernels"]] == []
+    assert {name.split(".")[2] for name in foreign} - allowed == set()
 
 
 @each(LIBRARY)

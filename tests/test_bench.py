@@ -34,7 +34,7 @@ from bench.train_step import PROVIDERS, main
 from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
 from pgolf.folder import RunFolder
-from pgolf.kernels import _launch
+from pgolf.kernels.common import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -340,10 +340,10 @@ class TestTune:
         shipped = {"meta": {}, "cases": {"fake": {"entry": {"tile": 32, "warps": 8}}, "other": {"x": {"y": 1}}}}
         (tmp_path / "h100.json").write_text(json.dumps(shipped))
         module = ModuleType("pgolf.kernels.fake")
-        module.plan = lru_cache(lambda: dict(_launch.launch_parameters("fake", "entry", self.CPU)))
+        module.plan = lru_cache(lambda: dict(launch.launch_parameters("fake", "entry", self.CPU)))
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(_launch, "TUNED", tmp_path)
-        _launch.launch_parameters.cache_clear()
+        monkeypatch.setattr(launch, "TUNED", tmp_path)
+        launch.launch_parameters.cache_clear()
 
         def time_calls(function: Callable[[], Any], device: torch.device, quick: bool) -> timing.Timing:
             plan = module.plan()
@@ -352,7 +352,7 @@ class TestTune:
 
         monkeypatch.setattr(tune, "time_calls", time_calls)
         yield module
-        _launch.launch_parameters.cache_clear()
+        launch.launch_parameters.cache_clear()
 
     def build(self, module: ModuleType) -> Callable[[torch.device, bool], harness.Case]:
         def ours() -> torch.Tensor:
@@ -391,7 +391,7 @@ class TestTune:
         assert tune.neighbours("tile", 64, {"tile": (64, 96)}) == [96]
 
     def test_every_entry_of_the_shipped_table_can_be_tuned(self) -> None:
-        table = json.loads((_launch.TUNED / "h100.json").read_text())["cases"]
+        table = json.loads((launch.TUNED / "h100.json").read_text())["cases"]
         assert {family: set(entries) for family, entries in table.items()} == {
             family: set(entries) for family, entries in tune.FAMILIES.items()
         }

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from pgolf.kernels import _launch, dequant, newton_schulz, smear_gate
+from pgolf.kernels import dequant, newton_schulz, smear_gate
+from pgolf.kernels.common import backend, launch
 from pgolf.kernels.dequant import DequantizePlan, PackedFactors, QuantizedMatrix
 from pgolf.kernels.newton_schulz import POLAR_EXPRESS
 from tests.conftest import INTERPRETED
@@ -34,7 +35,7 @@ def test_newton_schulz(case: str, capability: int) -> None:
         newton_schulz._launch(banks, banks, POLAR_EXPRESS, "auto", torch.float16, 1.0, 1e-7, True)
     (kernel,) = kernels
     entry = {"banks_full": "large", "banks_eighth": "small", "odd": "odd"}[case]
-    parameters = _launch.launch_parameters("newton_schulz", entry, banks[0].device)
+    parameters = launch.launch_parameters("newton_schulz", entry, banks[0].device)
     check(kernel, matrix_products=True, streams=case != "odd")
     if capability == 90:
         # Three tickets or looks ahead, one wait; the looks and waits forget the SM's cache; one count behind a fence.
@@ -204,7 +205,7 @@ def test_dequantisation_of_all_matrices(case, capability, monkeypatch):
         matrices, registers, instructions = [*matrices, *(matrix(512, 512, bits=bits) for bits in (4, 8))], 96, 8.5
     outs = [torch.empty(q.rows, q.columns, dtype=torch.bfloat16) for q in matrices]
     items = [dequant._item(q, out) for q, out in zip(matrices, outs, strict=True)]
-    monkeypatch.setattr(_launch, "_chosen", "reference")
+    monkeypatch.setattr(backend, "_chosen", "reference")
     assert DequantizePlan(matrices, outs)._launch is None
     with compiling(capability) as kernels:
         dequant.kernels.launch_all(items)()

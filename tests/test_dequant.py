@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
 
-from pgolf.kernels import _launch, dequant
+from pgolf.kernels import dequant
+from pgolf.kernels.common import backend
 from pgolf.kernels.dequant import (
     DequantizePlan,
     LowRankFactors,
@@ -529,7 +530,7 @@ def test_autocast_changes_nothing(device):
 
 
 def test_reference_can_be_asked_for(device, monkeypatch):
-    monkeypatch.setattr(_launch, "_chosen", "reference")
+    monkeypatch.setattr(backend, "_chosen", "reference")
     q = to(random_matrix(factors="symmetric"), device)
     out = torch.empty(24, 64, device=device)
     dequantize_all([q], [out])

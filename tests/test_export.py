@@ -174,11 +174,12 @@ KERNELS = """
 import inspect, linecache, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from pgolf.kernels import _launch, newton_schulz, smear_gate
-print(_launch.launch_parameters("smear_gate", "forward", torch.device("cpu")))
-print(sorted(path.name for path in _launch.TUNED.glob("*.json")))
+from pgolf.kernels import newton_schulz, smear_gate
+from pgolf.kernels.common import backend, launch
+print(launch.launch_parameters("smear_gate", "forward", torch.device("cpu")))
+print(sorted(path.name for path in launch.TUNED.glob("*.json")))
 kernel = smear_gate._forward_kernel
-print(kernel.src.splitlines()[0] if _launch.triton else "def _forward_kernel(")
+print(kernel.src.splitlines()[0] if backend.triton else "def _forward_kernel(")
 print(inspect.getsource(newton_schulz.newton_schulz_banks).splitlines()[0])
 newton_schulz.newton_schulz_banks([torch.zeros(3)])
 """

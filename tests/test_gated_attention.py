@@ -11,7 +11,7 @@ from torch import library
 
 from pgolf.kernels import gated_attention as family
 from pgolf.kernels import varlen_attention
-from pgolf.kernels._launch import INTERPRETED, using
+from pgolf.kernels.common.backend import INTERPRETED, using
 from pgolf.kernels.gated_attention import (
     KVCache,
     attention_tiles,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pgolf.kernels import low_rank as family
-from pgolf.kernels._launch import launch_parameters
+from pgolf.kernels.common.launch import launch_parameters
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import _product_hopper as hopper
+from pgolf.kernels.common import hopper_product as hopper
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:

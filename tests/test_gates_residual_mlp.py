@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import _product_hopper as hopper
 from pgolf.kernels import residual_mlp as family
-from pgolf.kernels._launch import launch_parameters
+from pgolf.kernels.common import hopper_product as hopper
+from pgolf.kernels.common.launch import launch_parameters
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import _launch, varlen_attention
+from pgolf.kernels import varlen_attention
+from pgolf.kernels.common import launch
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -82,7 +83,7 @@ def test_attention(capability: int, width: int, epilogue: bool) -> None:
             copies = "UTMALDG" if described else r"LDGSTS\.E\S*\.128"
             assert kernel.count(copies) >= 4, f"{kernel.name}: no asynchronous copies"
         if capability == 90 and width == 64:
-            warps = _launch.launch_parameters("varlen_attention", TABLE[kernel.name], torch.device("cpu"))["warps"]
+            warps = launch.launch_parameters("varlen_attention", TABLE[kernel.name], torch.device("cpu"))["warps"]
             assert kernel.registers * 32 * warps * 2 <= 65_536  # two programs an SM
             assert 2 * (kernel.shared_bytes + 1024) <= 233_472
 

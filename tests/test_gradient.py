@@ -8,7 +8,7 @@ import torch
 from pgolf.config import ConfigError, RunConfig
 from pgolf.gradient import MeanGradient
 from pgolf.graphs import uses_graphs
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
 from pgolf.model import GPT
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import _launch
+from pgolf.kernels.common import backend, compiling, launch, operators
 from pgolf.kernels.residual import scaled_rms_norm, scaled_rms_norm_reference
 from tests.conftest import INTERPRETED
 
@@ -19,14 +19,14 @@ CPU, CUDA = (SimpleNamespace(is_cuda=device == "cuda", device=torch.device(devic
 
 @pytest.fixture(autouse=True)
 def _backend(monkeypatch) -> None:
-    monkeypatch.setattr(_launch, "_chosen", "auto")
+    monkeypatch.setattr(backend, "_chosen", "auto")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_compiling_ahead_launches_nothing_on_cuda() -> None:
     x = torch.randn(7, 96, device="cuda", requires_grad=True)  # of a width that no other test has
     torch.use_deterministic_algorithms(True, warn_only=True)  # `torch.empty` gives NaN
-    with _launch.compiling_ahead():
+    with compiling.compiling_ahead():
         y = scaled_rms_norm(x)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     torch.use_deterministic_algorithms(False)
@@ -34,35 +34,35 @@ def test_compiling_ahead_launches_nothing_on_cuda() -> None:
     torch.testing.assert_close(scaled_rms_norm(x), scaled_rms_norm_reference(x))
 
 
-@pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
+@pytest.mark.skipif(backend.triton is None, reason="needs Triton")
 def test_auto_takes_kernels_for_cuda_tensors() -> None:
-    assert _launch.select("op", BOTH, CUDA) == "triton"
-    assert _launch.select("op", BOTH, CPU) == "reference"
-    assert _launch.select("op", {"reference": "reference"}, CUDA) == "reference"
+    assert backend.select("op", BOTH, CUDA) == "triton"
+    assert backend.select("op", BOTH, CPU) == "reference"
+    assert backend.select("op", {"reference": "reference"}, CUDA) == "reference"
 
 
-@pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
+@pytest.mark.skipif(backend.triton is None, reason="needs Triton")
 def test_triton_insists(monkeypatch) -> None:
     monkeypatch.setenv("PGOLF_KERNELS", "triton")
-    assert _launch.select("op", BOTH, CUDA) == "triton"
+    assert backend.select("op", BOTH, CUDA) == "triton"
     with pytest.raises(RuntimeError, match="op has no Triton kernel; use PGOLF_KERNELS=auto"):
-        _launch.select("op", {"reference": "reference"}, CUDA)
+        backend.select("op", {"reference": "reference"}, CUDA)
     if not INTERPRETED:
         with pytest.raises(RuntimeError, match="need CUDA tensors, got cpu"):
-            _launch.select("op", BOTH, CPU)
-    monkeypatch.setattr(_launch, "triton", None)
+            backend.select("op", BOTH, CPU)
+    monkeypatch.setattr(backend, "triton", None)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
-        _launch.select("op", BOTH, CUDA)
+        backend.select("op", BOTH, CUDA)
     monkeypatch.setenv("PGOLF_KERNELS", "auto")
-    assert _launch.select("op", BOTH, CUDA) == "reference"
+    assert backend.select("op", BOTH, CUDA) == "reference"
 
 
 def test_names_are_checked(monkeypatch) -> None:
     with pytest.raises(ValueError, match="set_backend: kernels come as auto, reference, triton, and 'cuda' is none"):
-        _launch.set_backend("cuda")
+        backend.set_backend("cuda")
     monkeypatch.setenv("PGOLF_KERNELS", "nonsense")
     with pytest.raises(ValueError, match="PGOLF_KERNELS: .* 'nonsense' is none"):
-        _launch.backend()
+        backend.backend()
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_names_are_checked(monkeypatch) -> None:
 def test_a_chip_has_its_own_table_or_a_relatives(monkeypatch, name: str, capability: tuple, chip: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert _launch.chip(torch.device("cuda")) == chip
+    assert launch.chip(torch.device("cuda")) == chip
 
 
 def test_cases_that_a_table_lacks_come_from_the_h100s(monkeypatch, tmp_path) -> None:
     for name, cases in (("h100", {"a": {"tile": 1}, "b": {"tile": 2}}), ("x1", {"a": {"tile": 3}})):
         (tmp_path / f"{name}.json").write_text(json.dumps({"meta": {}, "cases": {"family": cases}}))
-    monkeypatch.setattr(_launch, "TUNED", tmp_path)
-    monkeypatch.setattr(_launch, "chip", lambda device: "x1")
-    look_up = _launch.launch_parameters.__wrapped__
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    monkeypatch.setattr(launch, "chip", lambda device: "x1")
+    look_up = launch.launch_parameters.__wrapped__
     assert look_up("family", "a", torch.device("cpu")) == {"tile": 3}
     assert look_up("family", "b", torch.device("cpu")) == {"tile": 2}
     with pytest.raises(KeyError, match="launch parameters for family, c"):
@@ -102,7 +102,7 @@ def test_operators_are_called_directly_unless_traced() -> None:
         calls.append(type(x))
         return 2 * x
 
-    op = _launch.operator(
+    op = operators.operator(
         "test_double(Tensor x) -> Tensor",
         double,
         torch.empty_like,

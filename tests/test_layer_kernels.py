@@ -9,7 +9,7 @@ import torch
 
 from pgolf.config import RunConfig
 from pgolf.kernels import varlen_attention
-from pgolf.kernels._launch import INTERPRETED, using
+from pgolf.kernels.common.backend import INTERPRETED, using
 from pgolf.loader import segment_boundaries
 from pgolf.model import GPT
 

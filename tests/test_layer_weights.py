@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.layer_weights import layer_weights, layer_weights_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -8,7 +8,7 @@ import torch
 from torch import library
 
 from pgolf.kernels import linear_cross_entropy as family
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-5}  # of a relative error

@@ -9,7 +9,7 @@ import torch
 from torch import library
 
 from pgolf.kernels import low_rank as family
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.low_rank import LowRank, low_rank, low_rank_reference
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # of a relative error: one unit of bf16

@@ -9,7 +9,7 @@ import torch
 from torch import library
 
 from pgolf.kernels import muon_update as family
-from pgolf.kernels._launch import INTERPRETED, using
+from pgolf.kernels.common.backend import INTERPRETED, using
 from pgolf.kernels.muon_update import (
     apply_update,
     apply_update_reference,

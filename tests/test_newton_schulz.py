@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import _launch, _newton_schulz_tasks
+from pgolf.kernels import _newton_schulz_tasks
+from pgolf.kernels.common import launch
 from pgolf.kernels.newton_schulz import (
     ALGORITHMS,
     POLAR_EXPRESS,
@@ -197,23 +198,23 @@ def test_banks_go_together_or_one_by_one_to_the_same_bits(device) -> None:
 def test_parameters_of_the_h100(device, monkeypatch, case: str, algorithm: str) -> None:
     if not INTERPRETED and device.type == "cpu":
         pytest.skip("needs the kernels")
-    monkeypatch.setattr(_launch, "chip", lambda device: "h100")
-    _launch.launch_parameters.cache_clear()
-    parameters = _launch.launch_parameters("newton_schulz", case, device)
+    monkeypatch.setattr(launch, "chip", lambda device: "h100")
+    launch.launch_parameters.cache_clear()
+    parameters = launch.launch_parameters("newton_schulz", case, device)
     monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
     _newton_schulz_tasks.plan.cache_clear()
     for shape in ((200, 300), (1, 300, 40)):
         G = torch.randn(shape, device=device)
         plain = relative_error(newton_schulz_reference(G, algorithm="standard"), exact(G))
         assert relative_error(newton_schulz(G, algorithm=algorithm), exact(G)) <= plain
-    _launch.launch_parameters.cache_clear()
+    launch.launch_parameters.cache_clear()
     _newton_schulz_tasks.plan.cache_clear()
 
 
 @pytest.mark.parametrize(("change", "shape"), [(dict(tile=128, columns=64), (128, 192)), (dict(depth=128), (64, 192))])
 def test_nothing_is_written_beside_out(device, monkeypatch, change: dict[str, int], shape: tuple[int, int]) -> None:
     """With parameters whose padding none of the tables needs."""
-    parameters = _launch.launch_parameters("newton_schulz", "odd", device) | change
+    parameters = launch.launch_parameters("newton_schulz", "odd", device) | change
     monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
     _newton_schulz_tasks.plan.cache_clear()
     G, memory = torch.randn(shape, device=device), torch.full((3, *shape), 7.0, device=device)
@@ -291,7 +292,7 @@ def test_non_contiguous_input_and_out(device) -> None:
 
 @pytest.mark.parametrize("stagger", [0, 40, 300])
 def test_tasks_come_after_what_they_need(monkeypatch, stagger: int) -> None:
-    parameters = _launch.launch_parameters("newton_schulz", "small", torch.device("cpu")) | dict(stagger=stagger)
+    parameters = launch.launch_parameters("newton_schulz", "small", torch.device("cpu")) | dict(stagger=stagger)
     monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
     shapes = ((3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048), (1, 70, 130))
     plan = _newton_schulz_tasks.plan.__wrapped__

@@ -91,7 +91,7 @@ def test_spawned_processes_find_kernels(tmp_path: Path) -> None:
     script = tmp_path / "spawn.py"
     script.write_text(
         "import multiprocessing\n"
-        "from pgolf.kernels._launch import backend\n"
+        "from pgolf.kernels.common.backend import backend\n"
         "if __name__ == '__main__':\n"
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
         "        print(pool.apply(backend))\n"
@@ -120,7 +120,9 @@ def test_wheel_carries_kernels(tmp_path: Path) -> None:
         (entry_points,) = (archive.read(name).decode() for name in files if name.endswith("entry_points.txt"))
         (metadata,) = (archive.read(name).decode() for name in files if name.endswith("METADATA"))
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pgolf").rglob("*.py")}
-    expected |= {f"pgolf/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} | {"pgolf/py.typed"}
+    expected |= {f"pgolf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")} | {
+        "pgolf/py.typed"
+    }
     expected |= {f"pgolf/kernels/tuned/{path.name}" for path in (ROOT / "kernels" / "tuned").glob("*.json")}
     assert {name for name in files if ".dist-info/" not in name} == expected
     assert "pgolf = pgolf.cli:main" in entry_points

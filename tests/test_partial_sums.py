@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels._launch import INTERPRETED
-from pgolf.kernels._partial_sums import partial_sums
+from pgolf.kernels.common.backend import INTERPRETED
+from pgolf.kernels.common.partial_sums import partial_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA or the interpreter")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench.timing import capture
-from pgolf.kernels import _product_hopper as hopper
 from pgolf.kernels import residual_mlp as family
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common import hopper_product as hopper
+from pgolf.kernels.common.backend import INTERPRETED
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and hopper.gluon and not INTERPRETED
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and Triton 3.6")

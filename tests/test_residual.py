@@ -12,7 +12,7 @@ from torch import library
 
 from pgolf.kernels import _residual_kernels as kernels
 from pgolf.kernels import residual as family
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.residual import (
     RMS_EPS,
     enter_lanes_norm,

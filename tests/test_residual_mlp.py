@@ -8,7 +8,8 @@ import torch
 from torch import library
 
 from pgolf.kernels import residual_mlp as family
-from pgolf.kernels._launch import INTERPRETED, jit, tl
+from pgolf.kernels.common.backend import INTERPRETED
+from pgolf.kernels.common.compiling import jit, tl
 from pgolf.kernels.residual_mlp import residual_mlp, residual_mlp_reference
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # of a relative error: one unit of bf16

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import library
 
 from pgolf.kernels import smear_gate as family
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.smear_gate import (
     RMS_EPS,
     embed_smear_norm,

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
 
-from pgolf.kernels import _launch
 from pgolf.kernels import gated_attention as sublayer
 from pgolf.kernels import varlen_attention as family
-from pgolf.kernels._launch import INTERPRETED
+from pgolf.kernels.common import launch
+from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.varlen_attention import varlen_attention, varlen_attention_reference
 from tests.test_gated_attention import BOUNDS, EVERY_WAY, Problem, close, same
 
@@ -473,7 +473,7 @@ def test_other_first_queries_in_a_cuda_graph() -> None:
 def test_exponentials_without_their_maximum(monkeypatch, dtype, shipped: bool, shift: float, of_values: float) -> None:
     """Scores near ``shift`` to the base 2, beyond what floats have exponents for, and values beyond it with them."""
     if shipped:
-        tuned = _launch.launch_parameters("varlen_attention", "forward", torch.device(DEVICE)) | dict(plain=True)
+        tuned = launch.launch_parameters("varlen_attention", "forward", torch.device(DEVICE)) | dict(plain=True)
         (q, k, v), _, cu_seqlens, _ = inputs(DEVICE, [140, 1, 300] if DEVICE == "cuda" else [40], 4, 2, 64, dtype)
     else:
         tuned = dict(rows=16, heads=1, keys=16, warps=4, stages=2, maxnreg=255, plain=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pgolf.config import RunConfig
 from pgolf.evaluate import to_device
 from pgolf.graphs import Graphs, uses_graphs
-from pgolf.kernels._launch import compiling_ahead
+from pgolf.kernels.common.compiling import compiling_ahead
 from pgolf.model import GPT
 from pgolf.ttt.adapters import AdapterBank, Stack
 from pgolf.ttt.inputs import CachedChunks, Chunk, Windows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._launch import jit, tl
+from .compiling import jit, tl
 
 
 @jit(do_not_specialize=["count"])

@@ -37,9 +37,10 @@ from functools import lru_cache
 
 import torch
 
-from ._launch import INTERPRETED, compiled_ahead, constexpr, multiprocessors, triton
-from ._residual_mlp_epilogues import GRADIENT, finish
-from ._varlen_attention_kernels import away_from_zero
+from .backend import INTERPRETED, triton
+from .compiling import compiled_ahead, constexpr
+from .epilogues import GRADIENT, away_from_zero, finish
+from .launch import multiprocessors
 
 try:
     if not triton.__version__.startswith("3.6."):

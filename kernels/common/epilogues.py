@@ -1,8 +1,8 @@
-"""What the MLP's products end with, shared by its kernels."""
+"""What products do with a tile before they write it, shared by kernels for Hopper and for all chips."""
 
 from __future__ import annotations
 
-from ._launch import constexpr, jit, tl
+from .compiling import constexpr, jit, tl
 
 # hidden is cut to the even bf16 below, to the odd one next to it for a negative pre: too small by one unit in the last
 # place for a positive pre, 0.56 % on average, by which those are made larger before.
@@ -42,3 +42,10 @@ def finish(product, other, EPILOGUE: tl.constexpr, dtype: tl.constexpr):
     else:
         result = (product * _slope(other)).to(dtype)
     return result
+
+
+@jit
+def away_from_zero(gain):
+    """A gain in fp32, at least ±2⁻²⁴: then q^ has the direction of q, and logits are zero in fp32 all the same."""
+    gain = gain.to(tl.float32)
+    return tl.where(tl.abs(gain) < 2**-24, tl.where(gain < 0, -(2**-24), 2**-24), gain)
