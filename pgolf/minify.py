@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pgolf
 
+# By their path in the package.
 EXCLUDED = {
     "corpus.py": "reads documents, from which data sets are built",
     "dataset.py": "builds data sets",
@@ -33,8 +34,8 @@ EXCLUDED = {
     "minify.py": "shortens sources; the program exports itself as it is",
     "squeeze.py": "packs them",
     "unpack.py": "unpacks them, and is the program's __main__",
-    "_dequant_kernels.py": "dequantises in microseconds what the program dequantises a few times",
-    "h200.json": "launch parameters of a chip that can take the H100's",
+    "kernels/_dequant_kernels.py": "dequantises in microseconds what the program dequantises a few times",
+    "kernels/tuned/h200.json": "launch parameters of a chip that can take the H100's",
 }
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
@@ -62,15 +63,19 @@ def _modules(folder: Path) -> list[str]:
 
 def package_sources() -> dict[str, str]:
     """The files of the exported package by their path in it, shortened."""
-    files = {name: file for name, file in package_files().items() if file.name not in EXCLUDED}
+    files = {name: file for name, file in package_files().items() if not _excluded(name)}
     modules = shortened({name: file.read_text("utf-8") for name, file in files.items() if file.suffix == ".py"})
     return {name: modules[name] if name in modules else _table(file) for name, file in files.items()}
 
 
 def absent_modules() -> list[str]:
     """Names of the modules that are left out."""
-    absent = [name for name, file in package_files().items() if file.name in EXCLUDED and file.suffix == ".py"]
+    absent = [name for name in package_files() if _excluded(name) and name.endswith(".py")]
     return [name.removesuffix(".py").replace("/", ".") for name in absent]
+
+
+def _excluded(name: str) -> bool:
+    return name.removeprefix("pgolf/") in EXCLUDED
 
 
 def _table(file: Path) -> str:
