@@ -14,8 +14,7 @@ from functools import partial
 import torch
 
 from bench.harness import Builder, Case, Function, Tuning, compiled, main
-from pgolf.kernels import newton_schulz as family
-from pgolf.kernels.newton_schulz import POLAR_EXPRESS
+from pgolf.kernels.newton_schulz import POLAR_EXPRESS, newton_schulz_banks
 
 STEPS = len(POLAR_EXPRESS)
 Shape = tuple[int, int, int]
@@ -120,7 +119,7 @@ TUNING = {
 
 
 def _pgolf(banks: Sequence[torch.Tensor]) -> Function:
-    return partial(family.newton_schulz_banks, banks)
+    return partial(newton_schulz_banks, banks)
 
 
 def _gram_newton_schulz(banks: Sequence[torch.Tensor], kernels: bool) -> Function:

@@ -1,7 +1,7 @@
 """Compile a family's launches for a GPU that is not there, and read registers, spills, memory and instructions off.
 
     with compiling(90) as kernels:          # every Triton launch in here compiles and runs nothing
-        newton_schulz._launch_banks([torch.empty(22, 512, 512, dtype=torch.bfloat16)], ...)
+        newton_schulz.triton.launch([torch.empty(22, 512, 512, dtype=torch.bfloat16)], ...)
     for kernel in kernels:
         check(kernel, registers=255, matrix_products=True)
 
@@ -27,8 +27,8 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from pgolf.kernels import _newton_schulz_tasks
 from pgolf.kernels.common import launch
+from pgolf.kernels.newton_schulz import tasks
 
 TUNED_WITH = "3.6"
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -116,7 +116,7 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
 
 def _forget_parameters() -> None:
     launch.launch_parameters.cache_clear()
-    _newton_schulz_tasks.plan.cache_clear()
+    tasks.plan.cache_clear()
 
 
 def check(

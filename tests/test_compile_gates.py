@@ -11,6 +11,7 @@ from pgolf.kernels import dequant, newton_schulz, smear_gate
 from pgolf.kernels.common import backend, launch
 from pgolf.kernels.dequant import DequantizePlan, PackedFactors, QuantizedMatrix
 from pgolf.kernels.newton_schulz import POLAR_EXPRESS
+from pgolf.kernels.newton_schulz.reference import Settings
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -31,8 +32,9 @@ def test_newton_schulz(case: str, capability: int) -> None:
         "odd": [(1, 70, 130)],
     }[case]
     banks = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    settings = Settings(POLAR_EXPRESS, "auto", torch.float16, norm_scale=1.0, eps=1e-7, row_normalize=True)
     with compiling(capability) as kernels:
-        newton_schulz._launch(banks, banks, POLAR_EXPRESS, "auto", torch.float16, 1.0, 1e-7, True)
+        newton_schulz.triton.launch(banks, banks, settings)
     (kernel,) = kernels
     entry = {"banks_full": "large", "banks_eighth": "small", "odd": "odd"}[case]
     parameters = launch.launch_parameters("newton_schulz", entry, banks[0].device)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import _newton_schulz_tasks
 from pgolf.kernels.common import launch
 from pgolf.kernels.newton_schulz import (
     ALGORITHMS,
@@ -17,6 +16,7 @@ from pgolf.kernels.newton_schulz import (
     newton_schulz_banks,
     newton_schulz_reference,
     polar_express_coefficients,
+    tasks,
 )
 from tests.conftest import INTERPRETED
 
@@ -201,28 +201,28 @@ def test_parameters_of_the_h100(device, monkeypatch, case: str, algorithm: str) 
     monkeypatch.setattr(launch, "chip", lambda device: "h100")
     launch.launch_parameters.cache_clear()
     parameters = launch.launch_parameters("newton_schulz", case, device)
-    monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
-    _newton_schulz_tasks.plan.cache_clear()
+    monkeypatch.setattr(tasks, "launch_parameters", lambda *case: parameters)
+    tasks.plan.cache_clear()
     for shape in ((200, 300), (1, 300, 40)):
         G = torch.randn(shape, device=device)
         plain = relative_error(newton_schulz_reference(G, algorithm="standard"), exact(G))
         assert relative_error(newton_schulz(G, algorithm=algorithm), exact(G)) <= plain
     launch.launch_parameters.cache_clear()
-    _newton_schulz_tasks.plan.cache_clear()
+    tasks.plan.cache_clear()
 
 
 @pytest.mark.parametrize(("change", "shape"), [(dict(tile=128, columns=64), (128, 192)), (dict(depth=128), (64, 192))])
 def test_nothing_is_written_beside_out(device, monkeypatch, change: dict[str, int], shape: tuple[int, int]) -> None:
     """With parameters whose padding none of the tables needs."""
     parameters = launch.launch_parameters("newton_schulz", "odd", device) | change
-    monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
-    _newton_schulz_tasks.plan.cache_clear()
+    monkeypatch.setattr(tasks, "launch_parameters", lambda *case: parameters)
+    tasks.plan.cache_clear()
     G, memory = torch.randn(shape, device=device), torch.full((3, *shape), 7.0, device=device)
     newton_schulz(G, out=memory[1])
     assert (memory[0] == 7).all() and (memory[2] == 7).all()
     plain = relative_error(newton_schulz_reference(G, algorithm="standard"), exact(G))
     assert relative_error(memory[1], exact(G)) <= plain
-    _newton_schulz_tasks.plan.cache_clear()
+    tasks.plan.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 40), (40, 24)], ids=str)
@@ -293,19 +293,16 @@ def test_non_contiguous_input_and_out(device) -> None:
 @pytest.mark.parametrize("stagger", [0, 40, 300])
 def test_tasks_come_after_what_they_need(monkeypatch, stagger: int) -> None:
     parameters = launch.launch_parameters("newton_schulz", "small", torch.device("cpu")) | dict(stagger=stagger)
-    monkeypatch.setattr(_newton_schulz_tasks, "launch_parameters", lambda *case: parameters)
+    monkeypatch.setattr(tasks, "launch_parameters", lambda *case: parameters)
     shapes = ((3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048), (1, 70, 130))
-    plan = _newton_schulz_tasks.plan.__wrapped__
-    work = plan(shapes, "auto", POLAR_EXPRESS, torch.device("cpu"))
-    tasks = work.tasks.numpy()
-    matrix, needed, kind = (
-        tasks[:, int(getattr(_newton_schulz_tasks, field))] for field in ("MATRIX", "NEEDED", "KIND")
-    )
+    work = tasks.plan.__wrapped__(shapes, "auto", POLAR_EXPRESS, torch.device("cpu"))
+    records = work.tasks.numpy()
+    matrix, needed, kind = (records[:, int(field)] for field in (tasks.MATRIX, tasks.NEEDED, tasks.KIND))
     finished, total = np.zeros(work.matrices, int), np.bincount(matrix)
-    for position in range(len(tasks)):
+    for position in range(len(records)):
         assert finished[matrix[position]] >= needed[position]
         finished[matrix[position]] += 1
-    last = (kind & int(_newton_schulz_tasks.LAST)) > 0
+    last = (kind & int(tasks.LAST)) > 0
     for number in range(11):
         mine = needed[matrix == number]
         assert (mine[last[matrix == number]] == mine.max()).all(), "the last level is that of the result"
@@ -316,7 +313,7 @@ def test_tasks_come_after_what_they_need(monkeypatch, stagger: int) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
 def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int) -> None:
     written = {"X0"}
-    for level in _newton_schulz_tasks._levels(polar_express_coefficients(steps), gram):
+    for level in tasks.product_levels(polar_express_coefficients(steps), gram):
         reads = {name for product in level for name in (product.a, product.b)}
         writes = [product.c for product in level]
         assert reads <= written and not reads & set(writes) and len(writes) == len(set(writes))
@@ -325,12 +322,11 @@ def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int) -> None:
 
 def test_workspace_may_pass_two_to_the_31_elements() -> None:
     parameters = dict(tile=128, columns=128, depth=64)
-    bank = _newton_schulz_tasks._Bank(0, 2, (512, 2048), (512, 2048), 0, 0, 2**34)
-    product = _newton_schulz_tasks._levels(POLAR_EXPRESS, False)[0][0]
-    tasks = bank.product_tasks(product, False, parameters)
-    assert tasks[0, int(_newton_schulz_tasks.A)] == 2**30
+    bank = tasks.Bank(0, 2, (512, 2048), (512, 2048), 0, 0, 2**34)
+    product = tasks.product_levels(POLAR_EXPRESS, False)[0][0]
+    assert bank.product_tasks(product, parameters)[0, int(tasks.A)] == 2**30
     with pytest.raises(ValueError, match="fewer at once"):
-        bank._replace(start=2**36).product_tasks(product, False, parameters)
+        bank._replace(start=2**36).product_tasks(product, parameters)
 
 
 def test_op_is_registered(device) -> None:

@@ -1,4 +1,4 @@
-"""Coefficients of Newton-Schulz, one tuple (a, b, c) a step: Jordan's fixed one and Polar Express for any number.
+"""Coefficients of Newton-Schulz, a tuple (a, b, c) for each step: Jordan's fixed tuple, and Polar Express.
 
 Polar Express (Amsel et al., arXiv 2505.16932) composes, step by step, the odd quintics that bring the interval of
 singular values closest to 1.
@@ -16,8 +16,8 @@ QUINTIC: tuple[float, float, float] = (3.4445, -4.775, 2.0315)  # Jordan's fixed
 
 
 def _optimal_quintic(low: float, high: float) -> np.ndarray:
-    """Odd quintic (a, b, c) that minimises max |1 - p(σ)| on [low, high], by Remez exchange in float64."""
-    if low / high > 1 - 5e-6:  # the limit, Padé: the exchange would divide 0 by 0
+    """Return the odd quintic (a, b, c) that minimises max |1 - p(σ)| on [low, high], by Remez exchange in float64."""
+    if low / high > 1 - 5e-6:  # the exchange would divide 0 by 0; its limit is the Padé approximant
         return np.array([15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5])
     inner, outer = (3 * low + high) / 4, (low + 3 * high) / 4
     error, previous = np.inf, 0.0
@@ -36,11 +36,11 @@ def _optimal_quintic(low: float, high: float) -> np.ndarray:
 def polar_express_coefficients(
     steps: int = 5, lower: float = 1e-3, safety: float = 0.02, cushion: float = 0.02
 ) -> Coefficients:
-    """The Polar Express tuples (a, b, c), one a step, for any number of steps.
+    """Return the Polar Express tuples (a, b, c), one for each step.
 
     ``lower`` bounds the singular values from below. ``safety`` shrinks the argument of every polynomial but the last
-    by 1 + safety, so that rounding cannot push a value out of the interval; ``cushion`` bounds the interval's ratio
-    from below for the same reason. Raises ValueError for steps < 1.
+    by 1 + safety, so that rounding cannot push a value out of the interval. ``cushion`` bounds the ratio of the
+    interval's ends from below for the same reason. Raises ValueError for steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -48,14 +48,29 @@ def polar_express_coefficients(
     powers = np.array([1, 3, 5])
     for step in range(steps):
         abc = _optimal_quintic(max(low, cushion * high), high)
-        if cushion * high > low:  # the wider interval is not centred at 1 any more: rescale so that it is
+        if cushion * high > low:  # the image of [low, high] is not centred at 1: rescale so that it is
             abc = abc * 2 / (abc @ low**powers + abc @ high**powers)
         if step < steps - 1:
             abc = abc / (1 + safety) ** powers
-        tuples.append(tuple(float(value) for value in abc))
+        a, b, c = (float(value) for value in abc)
+        tuples.append((a, b, c))
         low = float(abc @ low**powers)
         high = 2 - low
     return tuple(tuples)
 
 
 POLAR_EXPRESS: Coefficients = polar_express_coefficients(5)
+
+
+def coefficients_by_step(coefficients: Coefficients, steps: int) -> Coefficients:
+    """Return one tuple for each step: POLAR_EXPRESS is generated for ``steps``, and a single tuple is repeated.
+
+    Raises ValueError for another number of tuples.
+    """
+    if len(coefficients) == steps:
+        return tuple(coefficients)
+    if coefficients == POLAR_EXPRESS:
+        return polar_express_coefficients(steps)
+    if len(coefficients) != 1:
+        raise ValueError(f"coefficients: {len(coefficients)} tuples for {steps} steps; give one, or one a step")
+    return tuple(coefficients) * steps

@@ -1,9 +1,9 @@
-"""The work of Newton-Schulz on a GPU as a list of tile tasks in topological order; `newton_schulz` runs it.
+"""The work of Newton-Schulz on a GPU, listed as tile tasks in topological order for the kernel.
 
-A task is a record of 32-bit integers: row norms of a matrix, a tile of its normalisation into the workspace, or a tile
-of a product. Offsets into the workspace count blocks of ALIGN elements, so that they fit and the compiler knows their
-alignment. Every matrix goes through levels; a task of one level needs all of its matrix's tasks of earlier levels,
-whose number it carries.
+A task is a record of 32-bit integers. It computes row norms of a matrix, a tile of its normalisation into the
+workspace, or a tile of a product. Offsets into the workspace count blocks of ALIGN elements, so that they fit into 32
+bits and the compiler knows their alignment. Every matrix goes through levels. A task of one level needs all tasks of
+its matrix on earlier levels, and carries their number.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ._polar_express import Coefficients
-from .common.compiling import constexpr
-from .common.launch import launch_parameters, multiprocessors
+from ..common.compiling import constexpr
+from ..common.launch import launch_parameters, multiprocessors
+from .polar_express import Coefficients
+from .reference import gram_segments
 
 ALIGN, TASK = constexpr(16), constexpr(32)
 (
@@ -48,72 +49,69 @@ ALIGN, TASK = constexpr(16), constexpr(32)
     constexpr(1 << bit) for bit in range(9)
 )
 
-
-def segments(steps: int) -> list[range]:
-    """The steps of the Gram form between restarts: the first, then two at a time."""
-    starts = [0, *range(1, steps, 2), steps]
-    return [range(begin, end) for begin, end in zip(starts, starts[1:], strict=False)]
+Fields = dict[int, np.ndarray | int]  # values by the number of the field, an array for the tasks or one for all
 
 
-class _Product(NamedTuple):
+class Product(NamedTuple):
     """One product of a matrix's iteration. Operands are names of its buffers: X0, X1, S0 to S4."""
 
     kind: int
     a: str
     b: str
     c: str
-    polynomial: tuple[float, float, float] = (0.0, 0.0, 1.0)  # c = a I + b operand + c operand², its coefficients
+    polynomial: tuple[float, float, float] = (0.0, 0.0, 1.0)  # (p, q, r) of c = p I + q a + r a b
 
 
-def _levels(coefficients: Coefficients, gram: bool) -> list[list[_Product]]:
-    """The iteration as levels of products. A level reads what earlier ones wrote, and writes nothing that it reads."""
-    levels: list[list[_Product]] = []
+def product_levels(coefficients: Coefficients, gram: bool) -> list[list[Product]]:
+    """List the levels of the iteration. A level reads what earlier levels wrote, and writes nothing that it reads."""
+    levels: list[list[Product]] = []
     X, free_X = "X0", "X1"
     steps = range(len(coefficients))
-    for segment in segments(len(steps)) if gram else [range(step, step + 1) for step in steps]:
+    for segment in gram_segments(len(steps)) if gram else [range(step, step + 1) for step in steps]:
         R, W, P, Q, spare = "S0", "S1", "S2", "S3", "S4"
-        levels.append([_Product(GRAM, X, X, R)])
+        levels.append([Product(GRAM, X, X, R)])
         for step in segment:
             first, last = step == segment[0], step == segment[-1]
             polynomial = Q if first else P
-            levels.append([_Product(POLYNOMIAL, R, R, polynomial, coefficients[step])])
-            level = [] if last else [_Product(0, R, polynomial, W)]
+            levels.append([Product(POLYNOMIAL, R, R, polynomial, coefficients[step])])
+            level = [] if last else [Product(0, R, polynomial, W)]
             if not first:
-                level.append(_Product(0, Q, P, spare))
+                level.append(Product(0, Q, P, spare))
                 Q, spare = spare, Q
             if level:
                 levels.append(level)
             if not last:
-                levels.append([_Product(0, W, polynomial, R)])
-        levels.append([_Product(UPDATE, Q, X, free_X)])
+                levels.append([Product(0, W, polynomial, R)])
+        levels.append([Product(UPDATE, Q, X, free_X)])
         X, free_X = free_X, X
     levels[-1] = [levels[-1][0]._replace(kind=UPDATE | LAST)]
     return levels
 
 
 class Plan(NamedTuple):
-    """What does not change from call to call for a list of banks; the tasks lie on the device."""
+    """Everything that stays the same from call to call for banks of these shapes."""
 
-    tasks: torch.Tensor
+    tasks: torch.Tensor  # on the device
     matrices: int
-    rows: int
-    workspace: int
+    rows: int  # float32 elements of the scratch memory: a number for every matrix, then the norms of all rows
+    workspace: int  # elements
     parameters: dict[str, int]
-    even: bool  # rows of every bank begin at multiples of 16 elements
+    even: bool  # the rows of every bank begin at multiples of 16 elements
     masked: bool  # some matrices do not fill their tiles
 
 
 def _padded(size: int, block: int) -> int:
+    """Round a size up to a multiple of ``block``."""
     return -(-size // block) * block
 
 
 def _points(*axes: range) -> list[np.ndarray]:
-    """Coordinates of all points of a grid, the last axis fastest."""
+    """Return the coordinates of all points of a grid, one array an axis, the last axis fastest."""
     return [axis.reshape(-1) for axis in np.meshgrid(*(np.asarray(axis, np.int64) for axis in axes), indexing="ij")]
 
 
-def _tasks(fields: dict[int, np.ndarray | int]) -> np.ndarray:
-    """Records [tasks, TASK] with these fields."""
+def _tasks(fields: Fields) -> np.ndarray:
+    """Return records [tasks, TASK] with these fields."""
     table = np.zeros((max(np.size(values) for values in fields.values()), int(TASK)), np.int32)
     for field, values in fields.items():
         if np.max(values, initial=0) > np.iinfo(np.int32).max:
@@ -122,11 +120,11 @@ def _tasks(fields: dict[int, np.ndarray | int]) -> np.ndarray:
     return table
 
 
-class _Bank(NamedTuple):
-    """A bank's matrices in the workspace, wide and padded: two buffers M x N and five M x M each."""
+class Bank(NamedTuple):
+    """A bank's matrices in the workspace, wide and padded: each has two buffers M x N and five M x M."""
 
-    index: int
-    count: int
+    number: int
+    matrices: int
     shape: tuple[int, int]
     padded: tuple[int, int]
     first_matrix: int
@@ -135,35 +133,40 @@ class _Bank(NamedTuple):
 
     @property
     def tall(self) -> int:
+        """The bit TALL for a tall bank, else 0."""
         return int(TALL) if self.shape[0] > self.shape[1] else 0
 
     @property
     def size(self) -> int:
+        """Elements of the workspace for each matrix."""
         return self.buffer("S5")
 
     def buffer(self, name: str) -> int:
+        """Return where a buffer of a matrix begins, in elements from the matrix's first."""
         M, N = self.padded
         number = int(name[1])
         return number * M * N if name[0] == "X" else 2 * M * N + number * M * M
 
-    def _records(self, matrix: np.ndarray, kind: int | np.ndarray, fields: dict[int, np.ndarray | int]) -> np.ndarray:
-        """Records with what tasks of all kinds have, of matrices counted from the bank's first."""
+    def _records(self, matrix: np.ndarray, kind: int | np.ndarray, fields: Fields) -> np.ndarray:
+        """Return records with these fields and those of all kinds; ``matrix`` counts from the bank's first."""
         return _tasks(
-            {KIND: kind | self.tall, MATRIX: self.first_matrix + matrix, BANK: self.index, IN_BANK: matrix, **fields}
+            {KIND: kind | self.tall, MATRIX: self.first_matrix + matrix, BANK: self.number, IN_BANK: matrix, **fields}
         )
 
-    def _of_the_source(self, matrix: np.ndarray) -> dict[int, np.ndarray | int]:
+    def _source_fields(self, matrix: np.ndarray) -> Fields:
         rows, columns = self.shape
         return {ROWS: rows, COLUMNS: columns, NORMS: self.first_row + matrix * rows}
 
     def row_norm_tasks(self, block: int) -> np.ndarray:
-        matrix, row = _points(range(self.count), range(0, self.shape[0], block))
-        return self._records(matrix, int(ROW_NORMS), {ROW: row, **self._of_the_source(matrix)})
+        """Return the tasks of row norms, ``block`` rows each."""
+        matrix, row = _points(range(self.matrices), range(0, self.shape[0], block))
+        return self._records(matrix, int(ROW_NORMS), {ROW: row, **self._source_fields(matrix)})
 
     def normalize_tasks(self, block: int) -> np.ndarray:
+        """Return the tasks of normalisation, tiles of ``block`` by ``block``."""
         M, N = self.padded
         height, width = (N, M) if self.tall else (M, N)
-        matrix, row, column = _points(range(self.count), range(0, height, block), range(0, width, block))
+        matrix, row, column = _points(range(self.matrices), range(0, height, block), range(0, width, block))
         return self._records(
             matrix,
             int(NORMALIZE),
@@ -172,21 +175,21 @@ class _Bank(NamedTuple):
                 COLUMN: column,
                 A: (self.start + matrix * self.size) // int(ALIGN),
                 LD_A: N // int(ALIGN),
-                **self._of_the_source(matrix),
+                **self._source_fields(matrix),
             },
         )
 
-    def product_tasks(self, product: _Product, whole: bool, parameters: dict[str, int]) -> np.ndarray:
-        """Tiles of one product of every matrix, of one triangle if it is symmetric and not wanted ``whole``."""
+    def product_tasks(self, product: Product, parameters: dict[str, int], *, whole: bool = False) -> np.ndarray:
+        """Return the tiles of one product of every matrix: of a symmetric product one triangle, or ``whole`` all."""
         (M, N), tile = self.padded, parameters["tile"]
         update, gram = (bool(int(product.kind) & int(kind)) for kind in (UPDATE, GRAM))
         width = parameters["columns"] if update else tile
-        matrix, row, column = _points(range(self.count), range(0, M, tile), range(0, N if update else M, width))
-        kind = np.full_like(row, int(product.kind))
+        matrix, row, column = _points(range(self.matrices), range(0, M, tile), range(0, N if update else M, width))
+        kind: np.ndarray | int = int(product.kind)
         if not (whole or update):
             matrix, row, column = (axis[row <= column] for axis in (matrix, row, column))
-            diagonal = 0 if product.a == product.b else int(DIAGONAL)  # a square is symmetric as it is
-            kind = int(product.kind) + np.where(row < column, int(MIRROR), diagonal)
+            diagonal = 0 if product.a == product.b else int(DIAGONAL)  # a square needs no symmetrisation
+            kind = kind + np.where(row < column, int(MIRROR), diagonal)
         ld_a, ld_b, ld_c = (N, N, M) if gram else (M, N, N) if update else (M, M, M)
         start = self.start + matrix * self.size
         a, b, c = (start + self.buffer(name) for name in (product.a, product.b, product.c))
@@ -212,30 +215,30 @@ class _Bank(NamedTuple):
                 ROWS: min(self.shape),
                 COLUMNS: max(self.shape),
                 **{field: values // int(ALIGN) for field, values in blocks.items()},
-                **{field: np.float32(value).view(np.int32) for field, value in factors.items()},
+                **{field: int(np.float32(value).view(np.int32)) for field, value in factors.items()},
             },
         )
 
     def levels(self, coefficients: Coefficients, algorithm: str, parameters: dict[str, int]) -> Iterator[np.ndarray]:
-        """The tasks of all levels, one table each."""
+        """Yield the tasks of all levels, one table each."""
         yield self.row_norm_tasks(parameters["norm_rows"])
         yield self.normalize_tasks(parameters["tile"])
         short, long = sorted(self.shape)
         gram = algorithm == "gram" or (algorithm == "auto" and 2 * long >= 3 * short)
-        for level in _levels(coefficients, gram):
-            tables = [self.product_tasks(product, algorithm == "standard", parameters) for product in level]
-            yield np.concatenate(tables)
+        for level in product_levels(coefficients, gram):
+            whole = algorithm == "standard"
+            yield np.concatenate([self.product_tasks(product, parameters, whole=whole) for product in level])
 
 
-@cache  # a captured graph reads the tables: none may go
+@cache  # a captured graph reads the tables, so none may be freed
 def plan(
     shapes: tuple[tuple[int, int, int], ...], algorithm: str, coefficients: Coefficients, device: torch.device
 ) -> Plan:
-    """The tasks for banks of (matrices, rows, columns), made and copied to the device once.
+    """Return the tasks for banks of (matrices, rows, columns), which are copied to the device once.
 
-    All matrices advance at one pace, except that with the parameter ``stagger`` a bank's last matrix starts so many
-    hundredths of its own time later than its first: less data is in use at a time, so more of it stays in the L2 cache.
-    At each point of time the largest matrices come first.
+    All matrices advance at one pace, except that with the launch parameter ``stagger`` a bank's last matrix starts so
+    many hundredths of its own time later than its first. Then less data is in use at a time, so more of it stays in
+    the L2 cache. At each point of time the largest matrices come first.
     """
     tiles = sum(count * (_padded(min(shape), 128) // 128) ** 2 for count, *shape in shapes) // 2
     case = "large" if tiles >= multiprocessors(device) else "small"
@@ -245,12 +248,12 @@ def plan(
     tile, width, depth = (parameters[name] for name in ("tile", "columns", "depth"))
     tables, times, sizes, masked = [], [], [], False
     matrices = sum(count for count, *_ in shapes)
-    rows, start, first_matrix = matrices, 0, 0  # the scratch begins with a number for every matrix
-    for index, (count, *shape) in enumerate(shapes):
+    rows, start, first_matrix = matrices, 0, 0  # the scratch memory begins with a number for every matrix
+    for number, (count, *shape) in enumerate(shapes):
         short, long = sorted(shape)
         padded = _padded(short, max(tile, depth)), _padded(long, max(tile, width, depth))
         masked = masked or padded != (short, long)
-        bank = _Bank(index, count, tuple(shape), padded, first_matrix, rows, start)
+        bank = Bank(number, count, (shape[0], shape[1]), padded, first_matrix, rows, start)
         levels = list(bank.levels(coefficients, algorithm, parameters))
         needed = 0
         for position, table in enumerate(levels):
