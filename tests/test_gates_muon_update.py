@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.muon_update import BANKS, EIGHTH, REST, Shapes
-from pgolf.kernels import muon_update as family
+from pgolf.kernels import muon_update
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -48,7 +48,7 @@ def test_momentum(capability: int) -> None:
 
     def launch() -> None:
         for momentum in (0.92, 0.97):  # one compilation
-            family._momentum_triton(tensors(FP32), tensors(BF16), tensors(BF16), momentum, scale, 1.0)
+            muon_update.triton._momentum_update(tensors(FP32), tensors(BF16), tensors(BF16), momentum, scale, 1.0)
 
     kernel = compile_one(launch, capability)
     check(kernel, registers=FULL)
@@ -59,9 +59,8 @@ def test_momentum(capability: int) -> None:
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_momentum_of_a_share(nesterov: bool) -> None:
     shares = tensors(BF16, EIGHTH)
-    kernel = compile_one(
-        lambda: family._momentum_triton(shares, shares, shares if nesterov else [], 0.9, torch.ones(()), 1.0)
-    )
+    updates = shares if nesterov else []
+    kernel = compile_one(lambda: muon_update.triton._momentum_update(shares, shares, updates, 0.9, torch.ones(()), 1.0))
     check(kernel, registers=FULL, streams=True)
     assert accesses(kernel) == {"load 16": 4, "load 8": 0, "store 16": 2 + 2 * nesterov, "store 8": 0}
 
@@ -72,7 +71,7 @@ def test_apply(averaged: bool, capability: int) -> None:
     def launch() -> None:
         for lr in (0.026, 0.01):  # one compilation
             averages = tensors(FP32) if averaged else []
-            family._apply_triton(tensors(FP32), tensors(BF16), averages, lr, lr, 1 - lr)
+            muon_update.triton._apply_update(tensors(FP32), tensors(BF16), averages, lr, lr, 1 - lr)
 
     kernel = compile_one(launch, capability)
     check(kernel, registers=THREE_QUARTERS if averaged else FULL, streams=True)
@@ -84,8 +83,8 @@ def test_apply(averaged: bool, capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_squared_norm(capability: int) -> None:
     with compiling(capability) as kernels:
-        family._squared_norm_triton(tensors(FP32, [*REST, *BANKS]))
-        norm, factor = family._clip_triton(torch.ones(()), 0.3)
+        muon_update.triton._squared_norm(tensors(FP32, [*REST, *BANKS]))
+        norm, factor = muon_update.triton._clip_factor(torch.ones(()), 0.3)
     squares, total, clip = kernels
     check(squares, registers=FULL, shared=64)
     assert accesses(squares)["load 16"] == (8 if capability == 90 else 4)
@@ -98,7 +97,7 @@ def test_any_address() -> None:
     """Banks that do not begin at 16 bytes: no spills."""
     odd = [torch.empty(shape.numel() + 1)[1:].view(shape) for shape in map(torch.Size, EIGHTH)]
     for launch in (
-        lambda: family._momentum_triton(odd, odd, odd, 0.9, None, 1.0),
-        lambda: family._apply_triton(odd, odd, odd, 0.1, 0.1, 0.9),
+        lambda: muon_update.triton._momentum_update(odd, odd, odd, 0.9, None, 1.0),
+        lambda: muon_update.triton._apply_update(odd, odd, odd, 0.1, 0.1, 0.9),
     ):
         check(compile_one(launch), registers=80)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import muon_update as family
 from pgolf.kernels.common.backend import INTERPRETED, using
 from pgolf.kernels.muon_update import (
     apply_update,
@@ -20,6 +19,7 @@ from pgolf.kernels.muon_update import (
     squared_norm,
     squared_norm_reference,
 )
+from pgolf.kernels.muon_update.triton import MAX_TENSORS
 from pgolf.optim import Muon
 
 Tensor = torch.Tensor
@@ -225,7 +225,7 @@ def test_tensors_that_are_not_contiguous(device) -> None:
 
 
 def test_more_tensors_than_a_launch_takes(device) -> None:
-    shapes = [(1, 2, k % 5 + 1) for k in range(family.MOST + 3)]
+    shapes = [(1, 2, k % 5 + 1) for k in range(MAX_TENSORS + 3)]
     gradients, buffers = random(torch.float32, device, shapes), random(torch.float32, device, shapes)
     plain = copies(buffers)
     updates, expected = momentum_update(gradients, buffers, 0.9), momentum_update_reference(gradients, plain, 0.9)
