@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pgolf.kernels import dequant, newton_schulz, smear_gate
-from pgolf.kernels.common import backend, launch
+from pgolf.kernels.common import RMS_EPS, backend, launch
 from pgolf.kernels.dequant import DequantizePlan, PackedFactors, QuantizedMatrix
 from pgolf.kernels.newton_schulz import POLAR_EXPRESS
 from pgolf.kernels.newton_schulz.reference import Settings
@@ -67,11 +67,11 @@ def launch_smear_gate(dtype: torch.dtype, width: int, bos_id: int | None):
     x, table = torch.empty(1, TOKENS, width, dtype=dtype), torch.empty(VOCABULARY, width, dtype=dtype)
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     gate = torch.empty(1, 12), torch.empty(1), bos_id
-    smear_gate._smear_gate_triton(x, ids, *gate)
-    smear_gate._smear_gate_backward_triton(x, x, ids, *gate)
-    smear_gate._embed_smear_norm_triton(ids, table, *gate, smear_gate.RMS_EPS, True)
+    smear_gate.triton._smear_gate(x, ids, *gate, None)
+    smear_gate.triton._smear_gate_backward(x, x, ids, *gate, None)
+    smear_gate.triton._embed_smear_norm(ids, table, *gate, RMS_EPS, True, None)
     for deterministic in (True, False):
-        smear_gate._embed_smear_norm_backward_triton(x, ids, table, *gate, smear_gate.RMS_EPS, deterministic)
+        smear_gate.triton._embed_smear_norm_backward(x, ids, table, *gate, RMS_EPS, deterministic, None)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -178,7 +178,7 @@ from pgolf.kernels import newton_schulz, smear_gate
 from pgolf.kernels.common import backend, launch
 print(launch.launch_parameters("smear_gate", "forward", torch.device("cpu")))
 print(sorted(path.name for path in launch.TUNED.glob("*.json")))
-kernel = smear_gate._forward_kernel
+kernel = smear_gate.triton._forward_kernel
 print(kernel.src.splitlines()[0] if backend.triton else "def _forward_kernel(")
 print(inspect.getsource(newton_schulz.newton_schulz_banks).splitlines()[0])
 newton_schulz.newton_schulz_banks([torch.zeros(3)])

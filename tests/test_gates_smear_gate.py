@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import smear_gate as family
+from pgolf.kernels.smear_gate import RMS_EPS, triton
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -23,12 +23,12 @@ def compile_all(started: bool, capability: int) -> list[Compiled]:
     ids, gate = torch.zeros(1, 4096, dtype=torch.long), (torch.empty(1, 12), torch.empty(1), 1)
     starts = torch.zeros(1, 4096, dtype=torch.bool) if started else None
     with compiling(capability) as kernels:
-        family._smear_gate_triton(x, ids, *gate, starts)
-        family._smear_gate_backward_triton(x, x, ids, *gate, starts)
-        family._embed_smear_norm_triton(ids, table, *gate, family.RMS_EPS, True, starts)
+        triton._smear_gate(x, ids, *gate, starts)
+        triton._smear_gate_backward(x, x, ids, *gate, starts)
+        triton._embed_smear_norm(ids, table, *gate, RMS_EPS, True, starts)
         for deterministic in (True, False):
-            arguments = (x, ids, table, *gate, family.RMS_EPS, deterministic, starts)
-            family._embed_smear_norm_backward_triton(*arguments)
+            arguments = (x, ids, table, *gate, RMS_EPS, deterministic, starts)
+            triton._embed_smear_norm_backward(*arguments)
     return [kernel for kernel in kernels if kernel.name in REGISTERS]
 
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
 
-from pgolf.kernels import smear_gate as family
 from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.smear_gate import (
     RMS_EPS,
@@ -20,6 +19,7 @@ from pgolf.kernels.smear_gate import (
     embed_smear_norm_reference,
     smear_gate,
     smear_gate_reference,
+    triton,
 )
 
 PATTERNS = {"none": [], "first": [0], "last": [6], "some": [0, 3, 4], "every": list(range(7))}
@@ -221,7 +221,7 @@ def test_precision_with_starts(device, shape, dtype) -> None:
     rest = [torch.randn(gate, device=device).to(dtype), torch.randn(1, device=device).to(dtype)]
     assert_as_precise(
         lambda x, *rest: smear(x, ids, *rest, 1, starts),
-        lambda x, *rest: smear_gate_reference(x, ids, *rest, 1, starts),
+        lambda x, *rest: smear_gate_reference(x, ids, *rest, 1, starts=starts),
         [x, *rest],
         dout,
     )
@@ -346,9 +346,9 @@ def test_sums_by_id(monkeypatch, vocabulary: int, tokens: int) -> None:
     weight, lam = torch.zeros(3, device=DEVICE), torch.zeros(1, device=DEVICE)
     leaves, double = ([tensor.to(dtype) for tensor in (table, weight, lam)] for dtype in (torch.float32, torch.float64))
     exact = gradients(lambda *leaves: embed_smear_norm_reference(ids, *leaves, 1, 0.0), double, dout)
-    parameters = family.launch_parameters
+    parameters = triton.launch_parameters
     for tuned in (parameters, lambda *_: small | dict(chunk=7), lambda *_: small | dict(columns_per_warp=16)):
-        monkeypatch.setattr(family, "launch_parameters", tuned)
+        monkeypatch.setattr(triton, "launch_parameters", tuned)
         got = gradients(lambda *leaves: embed_smear_norm(ids, *leaves, 1, 0.0), leaves, dout)
         assert all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5) for a, b in zip(got, exact, strict=True))
         assert torch.equal(got[1].double(), exact[1])  # the table's: sums of integers over 16
@@ -364,10 +364,10 @@ def test_an_id_outside_the_table_makes_its_row_nan(wild: int) -> None:
     _, ids, weight, lam = inputs(DEVICE, "none", torch.float32)
     table, rest = torch.randn(30, 10, device=DEVICE), (weight, lam, 1, RMS_EPS)
     ids[1, 2] = wild
-    out = family._embed_smear_norm_triton(ids, table, *rest, True)
+    out = triton._embed_smear_norm(ids, table, *rest, True, None)
     assert out[1, 2].isnan().all() and out.isnan().sum() == 10
     for deterministic in (True, False):
-        family._embed_smear_norm_backward_triton(out.nan_to_num(), ids, table, *rest, deterministic)
+        triton._embed_smear_norm_backward(out.nan_to_num(), ids, table, *rest, deterministic, None)
 
 
 @pytest.mark.parametrize("wild", [-1, 30, 2**40])
@@ -396,7 +396,7 @@ def test_a_program_writes_its_own_chunk_only() -> None:
     x, weight, lam = torch.randn(1, 20, 16, device=DEVICE), torch.randn(4, device=DEVICE), torch.ones(1, device=DEVICE)
     ids = torch.zeros(1, 20, device=DEVICE, dtype=torch.long)
     dx, partials = torch.full_like(x, torch.nan), torch.full((5, 1), torch.nan, device=DEVICE)
-    family._backward_kernel[(1,)](
+    triton._backward_kernel[(1,)](
         x,
         x,
         ids,
@@ -416,7 +416,7 @@ def test_a_program_writes_its_own_chunk_only() -> None:
         CHUNK=8,
         STAGES=2,
         EMBED=False,
-        ACC=family.tl.float32,
+        ACC=triton.tl.float32,
         num_warps=1,
     )
     assert not dx[:, :8].isnan().any() and dx[:, 8:].isnan().all() and not partials.isnan().any()
@@ -435,7 +435,7 @@ def test_offsets_beyond_32_bits() -> None:
     ids = torch.zeros(2, tokens, device=DEVICE, dtype=torch.int32)
     weight, lam = torch.randn(12, device=DEVICE), torch.ones(1, device=DEVICE)
     expected = smear_gate_reference(x.float(), ids[:, :2], weight, lam)
-    family._forward_kernel[(2,)](
+    triton._forward_kernel[(2,)](
         whole,
         ids,
         weight,
@@ -453,7 +453,7 @@ def test_offsets_beyond_32_bits() -> None:
         CHUNK=2,
         STAGES=1,
         EMBED=False,
-        ACC=family.tl.float32,
+        ACC=triton.tl.float32,
         num_warps=1,
     )
     assert torch.allclose(x.float(), expected, atol=1e-2)

@@ -202,9 +202,9 @@ def _update_tile(
         target += size // 16 * 16 if ALIGNED else size  # `multiple_of` would be lost in the product
         if kind & TALL:
             ld = rows // 16 * 16 if ALIGNED else rows
-            place = (column.to(tl.int64) * ld)[:, None] + row[None, :]
-            inside = (column < columns)[:, None] & (row < rows)[None, :] if MASKED else None
-            tl.store(target + place, tl.trans(result), mask=inside)
+            place_T = (column.to(tl.int64) * ld)[:, None] + row[None, :]
+            inside_T = (column < columns)[:, None] & (row < rows)[None, :] if MASKED else None
+            tl.store(target + place_T, tl.trans(result), mask=inside_T)
         else:
             ld = columns // 16 * 16 if ALIGNED else columns
             place = (row.to(tl.int64) * ld)[:, None] + column[None, :]

@@ -1,78 +1,21 @@
-"""SmearGate: add the gated previous token's embedding to each token's, and the model's fused prologue.
-
-    g_t = λ σ(w · x_t[:W])  for t >= 1, and 0 where token t is a BOS (a document's first token) or starts[t] is set
-    y_t = x_t + g_t x_{t-1},   y_0 = x_0
-
-The previous embedding enters un-smeared. BOS and starts select: a NaN or an infinity on one side of such a token does
-not reach the other, neither forward nor backward. ``starts`` marks where the sequences of a packed stream begin: a row
-with it is what its sequences are as rows of their own. Without the BOS mask (``bos_id=None``, the public code of
-parameter-golf PR #1874) the last token of one document leaks into the first of the next. `embed_smear_norm` is
-embedding lookup, SmearGate and RMSNorm in one call.
-
-Kernels: a program of one warp (at D = 512) walks a chunk of consecutive tokens, keeps the neighbour's vector in
-registers and has the next ones on their way, so each is read once: the forward is one pass over x and y, the
-prologue's writes its output and finds the table in the L2 cache. Nothing is saved for backward but the inputs: it
-walks from the last token to the first and recomputes gates and norms; with s_t = <dy_t, x_{t-1}>
-
-    dx_t = dy_t + g_{t+1} dy_{t+1} + λ σ'_t s_t w,   dw = Σ λ σ'_t s_t x_t[:W],   dλ = Σ σ_t s_t
-
-in one pass over x, dy and dx. The prologue's, without atomics, walks the tokens sorted by id and makes each one's
-gradient from dy_t, dy_{t+1} and three rows of the table: dy is read twice, and no gradient by token is written and
-read again. Chunks of the list are summed, and segments that cross chunks are joined in a fixed order.
-
-Shapes: x [B, T, D]; input_ids [B, T] int32 or int64; starts [B, T] bool; weight [1, W] or [W] with W <= D; lam [1] or
-scalar.
-"""
+"""SmearGate and the model's prologue: kernels, launches and operators."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import RMS_EPS
-from .common.backend import select
-from .common.compiling import jit, tl
-from .common.launch import launch_parameters
-from .common.operators import operator, readable
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def smear_gate_reference(
-    x: Tensor, input_ids: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None = 1, starts: Tensor | None = None
-) -> Tensor:
-    """Plain PyTorch; the contract of `smear_gate`, whose arguments it shares."""
-    current, previous = x[:, 1:], x[:, :-1]
-    gate = torch.sigmoid(F.linear(current[..., : weight.numel()], weight.reshape(1, -1).to(x.dtype)))
-    gate = lam.to(x.dtype) * gate
-    for first in (None if bos_id is None else input_ids == bos_id, starts):
-        if first is not None:  # of both factors: the backward, too, multiplies no 0 with what is not finite
-            gate, previous = (torch.where(first[:, 1:, None], 0, factor) for factor in (gate, previous))
-    return torch.cat([x[:, :1], current + gate * previous], dim=1)
-
-
-def embed_smear_norm_reference(
-    input_ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    bos_id: int | None = 1,
-    eps: float = RMS_EPS,
-    deterministic: bool = True,
-    starts: Tensor | None = None,
-) -> Tensor:
-    """Plain PyTorch; the contract of `embed_smear_norm`, whose arguments it shares."""
-    last = max(len(table) - 1, 0)
-    x = F.embedding(input_ids.clamp(0, last), table)
-    x = F.rms_norm(smear_gate_reference(x, input_ids, weight, lam, bos_id, starts), x.shape[-1:], eps=eps)
-    return torch.where(((input_ids < 0) | (input_ids > last))[..., None], float("nan"), x)
+from ..common.compiling import jit, tl
+from ..common.launch import launch_parameters
+from ..common.operators import operator
 
 
 @jit
 def _span(T, chunks, CHUNK: tl.constexpr):
-    """This program's chunk: index of its row's first token (int64), first and last + 1 token in the row."""
+    """Return this program's chunk: its row's first token (int64), then first and last + 1 token in the row."""
     program = tl.program_id(0)
     start = program % chunks * CHUNK
     return (program // chunks).to(tl.int64) * T, start, tl.minimum(start + CHUNK, T)
@@ -80,7 +23,7 @@ def _span(T, chunks, CHUNK: tl.constexpr):
 
 @jit
 def _row(x, ids, token, columns, inside, V, D: tl.constexpr, EMBED: tl.constexpr):
-    """Row ``token`` of x, or with EMBED of the table x by the token's id, forced into the table."""
+    """Load row ``token`` of x, or with EMBED the row of the table x for the token's id, clamped to the table."""
     row = token
     if EMBED:
         row = tl.minimum(tl.maximum(tl.load(ids + token).to(tl.int64), 0), V - 1)
@@ -89,7 +32,7 @@ def _row(x, ids, token, columns, inside, V, D: tl.constexpr, EMBED: tl.constexpr
 
 @jit
 def _gated(gated, ids, starts, token, bos_id):
-    """``gated``, and the token is neither a BOS nor the start of a sequence."""
+    """Return ``gated`` where the token is neither a BOS nor the start of a sequence, else false."""
     if bos_id is not None:
         gated = gated & (tl.load(ids + token) != bos_id)
     if starts is not None:
@@ -129,12 +72,12 @@ def _forward_kernel(
         current = _row(x, ids, token, columns, inside, V, D, EMBED).to(ACC)
         gate = strength * tl.sigmoid(tl.sum(current * w))
         gate = tl.where(_gated(t > 0, ids, starts, token, bos_id), gate, 0)
-        y = current + gate * tl.where(gate == 0, 0, previous)  # asking the gate takes fewer registers
+        y = current + gate * tl.where(gate == 0, 0, previous)  # testing the gate saves registers
         if EMBED:
             scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
             identity = tl.load(ids + token)
             y *= tl.where((identity < 0) | (identity >= V), float("nan"), scale)
-        # With EMBED the table should stay in the cache, so what is written goes first.
+        # With EMBED the table should stay in the cache, so evict the output first.
         evict: tl.constexpr = "evict_first" if EMBED else ""
         tl.store(out + token * D + columns, y.to(out.dtype.element_ty), mask=inside, eviction_policy=evict)
         previous = current
@@ -168,7 +111,8 @@ def _backward_kernel(
     inside = columns < D
     w = tl.load(weight + columns, mask=columns < W, other=0).to(ACC)
     strength = tl.load(lam).to(ACC)
-    # The walk starts one token behind the chunk, whose gradient the chunk's last token needs and no one stores here.
+    # The walk starts with the token after the chunk: the chunk's last token needs a part of its gradient. The program
+    # of the next chunk stores it.
     last = tl.minimum(stop, T - 1)
     current = _row(x, ids, base + last, columns, inside, V, D, EMBED).to(ACC)
     carried = tl.zeros((BLOCK,), ACC)
@@ -182,7 +126,7 @@ def _backward_kernel(
         sigma = tl.sigmoid(tl.sum(current * w))
         gated = _gated(t > 0, ids, starts, token, bos_id)
         gate = strength * sigma
-        scale = 1.0  # of the gradient dy, left out of it
+        scale = 1.0  # factor of dy, applied later
         if EMBED:
             y = tl.where(gated, current + gate * previous, current)
             scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
@@ -228,10 +172,10 @@ def _prepare_kernel(
     TOKENS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What `_table_gradient_kernel` looks up, and a gradient of zeros for the ids that no token has.
+    """Prepare what `_table_gradient_kernel` reads, and fill the gradient with zeros for ids that no token has.
 
-    keys are the tokens' ids, forced into the table; codes the same, with ~id for tokens without a gate (a BOS, a start,
-    or first in their row); sigmas [V] the ids' gates without λ.
+    keys: the tokens' ids, clamped to the table. codes: the same, but ~id for tokens without a gate (a BOS, a start, or
+    the first of a row). sigmas [V]: the ids' gates without λ.
     """
     program = tl.program_id(0).to(tl.int64)
     token = program * TOKENS + tl.arange(0, TOKENS)
@@ -257,7 +201,7 @@ def _prepare_kernel(
 
 @jit
 def _pick(values, chosen):
-    """The chosen one of integers, or of floats; a sum of one warp's integers is one instruction."""
+    """Return the one chosen value, as a sum of integers (the bits of floats): in one warp that is one instruction."""
     if values.dtype.is_floating():
         bits: tl.constexpr = tl.int64 if values.dtype == tl.float64 else tl.int32
         return tl.sum(tl.where(chosen, values.to(bits, bitcast=True), 0)).to(values.dtype, bitcast=True)
@@ -288,11 +232,12 @@ def _table_gradient_kernel(
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The table's gradient from one chunk of the tokens sorted by id, summed over runs of equal ids (segments).
+    """Sum the table's gradient over runs of equal ids (segments) in one chunk of the tokens sorted by id.
 
-    Whole segments go into ``gradient``; piece [chunk, 0] ends a segment of earlier chunks or continues it, [chunk, 1]
-    begins one. Along a segment the token's own embedding x and gate stay the same. Token t takes from its own norm
-    r (dy - r² <dy, y> y / D), and of the next token's, which has it as the previous one, g times that.
+    Whole segments go into ``gradient``. Piece [chunk, 0] ends or continues a segment of earlier chunks, and piece
+    [chunk, 1] begins a segment. Within a segment all tokens have the same embedding x and the same gate. The norm of
+    token t contributes r (dy - r² <dy, y> y / D) to its gradient. Token t + 1 reads the embedding of t as the previous
+    one, so its norm contributes the same expression of token t + 1, times the gate g of token t + 1.
     """
     chunk = tl.program_id(0).to(tl.int64)
     start = chunk * CHUNK
@@ -302,27 +247,27 @@ def _table_gradient_kernel(
     key = tl.load(keys + start)
     continued = (start > 0) & (tl.load(keys + tl.maximum(start - 1, 0)) == key)
     key = key.to(codes.dtype.element_ty)
-    # What leads to the chunk's rows: all tokens' at once.
+    # Load the indices of all the chunk's rows at once.
     offsets = tl.arange(0, LIST)
     count = tl.minimum(N - start, CHUNK).to(tl.int32)
     listed = offsets < count
     tokens = tl.load(order + start + offsets, mask=listed, other=0)
-    own = tl.load(codes + tokens, mask=listed, other=-1)
-    befores = tl.load(codes + tokens - 1, mask=listed & (tokens > 0), other=0)
-    befores = tl.maximum(befores, -1 - befores)
-    afters = tl.load(codes + tokens + 1, mask=listed & (tokens + 1 < N), other=-1)
-    next_gates = strength * tl.load(sigmas + afters, mask=afters >= 0, other=0)
+    listed_codes = tl.load(codes + tokens, mask=listed, other=-1)
+    previous_ids = tl.load(codes + tokens - 1, mask=listed & (tokens > 0), other=0)
+    previous_ids = tl.maximum(previous_ids, -1 - previous_ids)
+    next_ids = tl.load(codes + tokens + 1, mask=listed & (tokens + 1 < N), other=-1)
+    next_gates = strength * tl.load(sigmas + next_ids, mask=next_ids >= 0, other=0)
     tokens = tokens.to(codes.dtype.element_ty)
-    tokens = tl.where(own >= 0, tokens, -1 - tokens)
+    tokens = tl.where(listed_codes >= 0, tokens, -1 - tokens)
     same = tl.load(keys + start + offsets, mask=listed, other=0)
     follows = start + offsets + 1 < N
-    turns = tl.load(keys + start + offsets + 1, mask=listed & follows, other=0)
-    turns = tl.where((turns != same) | (start + offsets + 1 == N), turns.to(codes.dtype.element_ty), -1)
+    next_keys = tl.load(keys + start + offsets + 1, mask=listed & follows, other=0)
+    next_keys = tl.where((next_keys != same) | (start + offsets + 1 == N), next_keys.to(codes.dtype.element_ty), -1)
 
     current = tl.load(table + key.to(tl.int64) * D + columns, mask=inside, other=0).to(ACC)
     sigma = tl.load(sigmas + key)
     total = tl.zeros((BLOCK,), ACC)
-    s = tl.sum(total)  # Σ s_t of the segment
+    s = tl.sum(total)  # Σ s_t over the segment
     dw = tl.zeros((GATE,), ACC)
     dlam = s
     for i in tl.range(count, num_stages=STAGES):
@@ -330,13 +275,13 @@ def _table_gradient_kernel(
         token = _pick(tokens, chosen)
         gated = token >= 0
         token = tl.maximum(token, -1 - token).to(tl.int64)
-        before = _pick(befores, chosen).to(tl.int64)
-        after = _pick(afters, chosen).to(tl.int64)
-        goes_on = after >= 0
-        previous = tl.load(table + before * D + columns, mask=inside & gated, other=0).to(ACC)
+        previous_id = _pick(previous_ids, chosen).to(tl.int64)
+        next_id = _pick(next_ids, chosen).to(tl.int64)
+        has_next = next_id >= 0
+        previous = tl.load(table + previous_id * D + columns, mask=inside & gated, other=0).to(ACC)
         dy = tl.load(dout + token * D + columns, mask=inside, other=0).to(ACC)
-        following = tl.load(table + after * D + columns, mask=inside & goes_on, other=0).to(ACC)
-        dz = tl.load(dout + (token + 1) * D + columns, mask=inside & goes_on, other=0).to(ACC)
+        following = tl.load(table + next_id * D + columns, mask=inside & has_next, other=0).to(ACC)
+        dz = tl.load(dout + (token + 1) * D + columns, mask=inside & has_next, other=0).to(ACC)
         gate = tl.where(gated, strength * sigma, 0)
         y = current + gate * previous
         scale = tl.rsqrt(tl.sum(y * y) / D + EPS)
@@ -347,17 +292,17 @@ def _table_gradient_kernel(
         z = following + gate * current
         scale = tl.rsqrt(tl.sum(z * z) / D + EPS)
         slope = scale * scale * tl.sum(dz * z) / D
-        scale = tl.where(goes_on, gate * scale, 0)
+        scale = tl.where(has_next, gate * scale, 0)
         total += scale * dz
-        total -= tl.where(goes_on, scale * slope, 0) * z
-        turn = _pick(turns, chosen)
-        if (turn >= 0) | (i + 1 == count):
+        total -= tl.where(has_next, scale * slope, 0) * z
+        next_key = _pick(next_keys, chosen)
+        if (next_key >= 0) | (i + 1 == count):
             row = key.to(tl.int64) * D
             dlam += sigma * s
             slope = strength * sigma * (1 - sigma) * s
             dw += slope * tl.load(table + row + gate_columns, mask=gate_columns < W, other=0).to(ACC)
             total += slope * tl.load(weight + columns, mask=columns < W, other=0).to(ACC)
-            if (turn >= 0) & (not continued):
+            if (next_key >= 0) & (not continued):
                 tl.store(gradient + row + columns, total.to(gradient.dtype.element_ty), mask=inside)
             else:
                 piece = chunk * 2 + tl.where(continued, 0, 1)
@@ -365,7 +310,7 @@ def _table_gradient_kernel(
             total = tl.zeros((BLOCK,), ACC)
             s = tl.sum(total)
             continued = key != key
-            key = tl.maximum(turn, 0)
+            key = tl.maximum(next_key, 0)
             current = tl.load(table + key.to(tl.int64) * D + columns, mask=inside, other=0).to(ACC)
             sigma = tl.load(sigmas + key)
     programs = tl.num_programs(0).to(tl.int64)
@@ -389,7 +334,7 @@ def _join_segments_kernel(
     SUMMANDS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The segment that begins in this chunk and goes on in the next ones, into the table; and sums of partials."""
+    """Add up the pieces of the segment that begins in this chunk and continues in later ones; sum the partials."""
     chunk, chunks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     if tl.program_id(1) == 0:
         for row in range(chunk, W + 1, chunks):
@@ -408,7 +353,7 @@ def _join_segments_kernel(
     if begins & (key >= 0) & (tl.load(keys + tl.minimum(stop, N - 1)) == key):
         total = tl.load(pieces + (2 * chunk + 1) * D + columns, mask=inside, other=0)
         more = chunk == chunk
-        while more:  # the keys are a step ahead of the pieces
+        while more:  # keys are loaded one step ahead of the pieces
             mask = same[:, None] & inside[None, :]
             rows = tl.load(pieces + later[:, None] * (2 * D) + columns[None, :], mask=mask, other=0)
             more = tl.min(same.to(tl.int32)) == 1
@@ -419,11 +364,12 @@ def _join_segments_kernel(
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which kernels compute."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _settings(case: str, source: Tensor) -> tuple[dict[str, int], dict]:
-    """A case's launch parameters and what they and the width of ``source`` make of a launch's."""
+def _settings(case: str, source: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return a case's tuned parameters, and the launch arguments that follow from them and the width of ``source``."""
     tuned = launch_parameters("smear_gate", case, source.device)
     block = 1 << (source.size(-1) - 1).bit_length()
     warps = min(32, max(1, block // tuned["columns_per_warp"]))
@@ -435,8 +381,18 @@ def _bytes(starts: Tensor | None) -> Tensor | None:
     return None if starts is None else starts.contiguous().view(torch.uint8)
 
 
-def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool, starts) -> Tensor:
-    """Both forward ops: ``source`` is x, or with ``embed`` the table."""
+def _forward(
+    source: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    bos_id: int | None,
+    starts: Tensor | None,
+    *,
+    eps: float = 0.0,
+    embed: bool = False,
+) -> Tensor:
+    """Launch the forward of either operator: ``source`` is x, or with ``embed`` the table."""
     rows, tokens = input_ids.shape
     out = source.new_empty(rows, tokens, source.size(-1))
     if out.numel():
@@ -464,8 +420,22 @@ def _forward(source, input_ids, weight, lam, bos_id, eps, embed: bool, starts) -
     return out
 
 
-def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool, starts) -> tuple[Tensor, Tensor]:
-    """Both backwards in the order of tokens: the gradient of x, or with ``embed`` the table's by atomics; (w, λ)'s."""
+def _backward(
+    dout: Tensor,
+    source: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    bos_id: int | None,
+    starts: Tensor | None,
+    *,
+    eps: float = 0.0,
+    embed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Launch a backward that walks the tokens in order.
+
+    Returns the gradients of x and of (w, λ). With ``embed`` the first is the table's, summed by atomics.
+    """
     rows, tokens = input_ids.shape
     dx = source.new_empty(dout.shape)
     if embed:
@@ -500,18 +470,28 @@ def _backward(dout, source, input_ids, weight, lam, bos_id, eps, embed: bool, st
 
 
 def _narrowest(largest: int) -> torch.dtype:
+    """Return the narrowest signed dtype that holds ``largest``."""
     return next(t for t in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(t).max)
 
 
-def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps, starts) -> tuple[Tensor, Tensor]:
-    """The prologue's backward in the order of ids: the gradients of the table and of (w, λ), in a fixed order."""
+def _table_gradient(
+    dout: Tensor,
+    table: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    bos_id: int | None,
+    starts: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the table and of (w, λ), summed over tokens sorted by id, in a fixed order."""
     (vocabulary, width), count, gate, accumulate = table.shape, input_ids.numel(), weight.numel(), _accumulator(table)
     gradient, sigmas = table.new_empty(vocabulary, width), table.new_empty(vocabulary, dtype=accumulate)
-    # A radix sort takes a pass for every 8 bits of its keys.
+    # A radix sort takes one pass for every 8 bits of its keys, so narrow keys sort faster.
     keys = torch.empty(count, dtype=_narrowest(vocabulary - 1), device=table.device)
     codes = torch.empty_like(keys, dtype=_narrowest(max(vocabulary, count, 2**15)))
     tuned, settings = _settings("table_gradient", table)
-    # Lists of up to 32 tokens are in each of several warps.
+    # Where a program has several warps, each of them holds the whole list of tokens: keep the list to 32.
     chunk = tuned["chunk"] if settings["num_warps"] == 1 else min(tuned["chunk"], 32)
     chunks = -(-count // chunk)
     pieces = table.new_empty(chunks, 2, width, dtype=accumulate)
@@ -577,25 +557,19 @@ def _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps, starts) ->
     return gradient, sums
 
 
-def _smear_gate_triton(
-    x: Tensor, input_ids: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None, starts: Tensor | None = None
+def _smear_gate(
+    x: Tensor, input_ids: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None, starts: Tensor | None
 ) -> Tensor:
-    return _forward(x, input_ids, weight, lam, bos_id, 0.0, False, starts)
+    return _forward(x, input_ids, weight, lam, bos_id, starts)
 
 
-def _smear_gate_backward_triton(
-    dout: Tensor,
-    x: Tensor,
-    input_ids: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    bos_id: int | None,
-    starts: Tensor | None = None,
+def _smear_gate_backward(
+    dout: Tensor, x: Tensor, input_ids: Tensor, weight: Tensor, lam: Tensor, bos_id: int | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _backward(dout, x, input_ids, weight, lam, bos_id, 0.0, False, starts)
+    return _backward(dout, x, input_ids, weight, lam, bos_id, starts)
 
 
-def _embed_smear_norm_triton(
+def _embed_smear_norm(
     input_ids: Tensor,
     table: Tensor,
     weight: Tensor,
@@ -603,12 +577,12 @@ def _embed_smear_norm_triton(
     bos_id: int | None,
     eps: float,
     deterministic: bool,
-    starts: Tensor | None = None,
+    starts: Tensor | None,
 ) -> Tensor:
-    return _forward(table, input_ids, weight, lam, bos_id, eps, True, starts)
+    return _forward(table, input_ids, weight, lam, bos_id, starts, eps=eps, embed=True)
 
 
-def _embed_smear_norm_backward_triton(
+def _embed_smear_norm_backward(
     dout: Tensor,
     input_ids: Tensor,
     table: Tensor,
@@ -617,11 +591,11 @@ def _embed_smear_norm_backward_triton(
     bos_id: int | None,
     eps: float,
     deterministic: bool,
-    starts: Tensor | None = None,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if deterministic and dout.numel():
-        return _table_gradient(dout, table, input_ids, weight, lam, bos_id, eps, starts)
-    gradient, sums = _backward(dout, table, input_ids, weight, lam, bos_id, eps, True, starts)
+        return _table_gradient(dout, table, input_ids, weight, lam, bos_id, starts, eps)
+    gradient, sums = _backward(dout, table, input_ids, weight, lam, bos_id, starts, eps=eps, embed=True)
     return gradient.to(table.dtype), sums
 
 
@@ -636,13 +610,13 @@ def _fake_sums(source: Tensor, weight: Tensor) -> Tensor:
 _smear_gate_backward_op = operator(
     "smear_gate_backward(Tensor dout, Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id, "
     "Tensor? starts) -> (Tensor, Tensor)",
-    _smear_gate_backward_triton,
+    _smear_gate_backward,
     lambda dout, x, input_ids, weight, lam, bos_id, starts: (x.new_empty(x.shape), _fake_sums(x, weight)),
 )
 _embed_smear_norm_backward_op = operator(
     "embed_smear_norm_backward(Tensor dout, Tensor input_ids, Tensor table, Tensor weight, Tensor lam, int? bos_id, "
     "float eps, bool deterministic, Tensor? starts) -> (Tensor, Tensor)",
-    _embed_smear_norm_backward_triton,
+    _embed_smear_norm_backward,
     lambda dout, input_ids, table, weight, lam, bos_id, eps, deterministic, starts: (
         table.new_empty(table.shape),
         _fake_sums(table, weight),
@@ -650,75 +624,46 @@ _embed_smear_norm_backward_op = operator(
 )
 
 
-def _save(ctx, inputs, output) -> None:
-    """Both ops: four tensors, plain values, and the starts."""
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    """Save the arguments of either operator: four tensors, then numbers, then the starts."""
     ctx.save_for_backward(*inputs[:4], inputs[-1])
-    ctx.rest = inputs[4:-1]
+    ctx.numbers = inputs[4:-1]
 
 
 @once_differentiable
-def _smear_gate_gradients(ctx, dout: Tensor):
+def _smear_gate_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, input_ids, weight, lam, starts = ctx.saved_tensors
-    dx, sums = _smear_gate_backward_op(dout, x, input_ids, weight, lam, *ctx.rest, starts)
+    dx, sums = _smear_gate_backward_op(dout, x, input_ids, weight, lam, *ctx.numbers, starts)
     return dx, None, *_gate_gradients(sums, weight, lam), None, None
 
 
 @once_differentiable
-def _embed_smear_norm_gradients(ctx, dout: Tensor):
+def _embed_smear_norm_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     input_ids, table, weight, lam, starts = ctx.saved_tensors
-    dtable, sums = _embed_smear_norm_backward_op(dout, input_ids, table, weight, lam, *ctx.rest, starts)
+    dtable, sums = _embed_smear_norm_backward_op(dout, input_ids, table, weight, lam, *ctx.numbers, starts)
     return None, dtable, *_gate_gradients(sums, weight, lam), *(None,) * 4
 
 
-_SMEAR_GATE = {
-    "reference": smear_gate_reference,
-    "triton": operator(
-        "smear_gate(Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id, Tensor? starts) -> Tensor",
-        _smear_gate_triton,
-        lambda x, input_ids, weight, lam, bos_id, starts: x.new_empty(x.shape),
-        setup_context=_save,
-        backward=_smear_gate_gradients,
+_smear_gate_op = operator(
+    "smear_gate(Tensor x, Tensor input_ids, Tensor weight, Tensor lam, int? bos_id, Tensor? starts) -> Tensor",
+    _smear_gate,
+    lambda x, input_ids, weight, lam, bos_id, starts: x.new_empty(x.shape),
+    setup_context=_save,
+    backward=_smear_gate_gradients,
+)
+_embed_smear_norm_op = operator(
+    "embed_smear_norm(Tensor input_ids, Tensor table, Tensor weight, Tensor lam, int? bos_id, float eps, "
+    "bool deterministic, Tensor? starts) -> Tensor",
+    _embed_smear_norm,
+    lambda input_ids, table, weight, lam, bos_id, eps, deterministic, starts: table.new_empty(
+        *input_ids.shape, table.size(1)
     ),
-}
-_EMBED_SMEAR_NORM = {
-    "reference": embed_smear_norm_reference,
-    "triton": operator(
-        "embed_smear_norm(Tensor input_ids, Tensor table, Tensor weight, Tensor lam, int? bos_id, float eps, "
-        "bool deterministic, Tensor? starts) -> Tensor",
-        _embed_smear_norm_triton,
-        lambda input_ids, table, weight, lam, bos_id, eps, deterministic, starts: table.new_empty(
-            *input_ids.shape, table.size(1)
-        ),
-        setup_context=_save,
-        backward=_embed_smear_norm_gradients,
-    ),
-}
+    setup_context=_save,
+    backward=_embed_smear_norm_gradients,
+)
 
 
-def _check(input_ids: Tensor, weight: Tensor, lam: Tensor, starts: Tensor | None, name: str, source: Tensor) -> None:
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
-    for argument, tensor in ((name, source), ("weight", weight), ("lam", lam)):
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{argument} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
-    if starts is not None and starts.dtype != torch.bool:
-        raise TypeError(f"starts must be bool, got {starts.dtype}")
-    if starts is not None and starts.shape != input_ids.shape:
-        raise ValueError(f"starts must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(starts.shape)}")
-    for argument, tensor in (("input_ids", input_ids), ("weight", weight), ("lam", lam), ("starts", starts)):
-        if tensor is not None and tensor.device != source.device:
-            raise ValueError(f"{argument} must be on {name}'s device {source.device}, got {tensor.device}")
-    if weight.numel() > source.size(-1):
-        raise ValueError(f"weight has {weight.numel()} elements and may have at most the width {source.size(-1)}")
-    if tuple(weight.shape[:-1]) not in ((), (1,)) or not weight.ndim:
-        raise ValueError(f"weight must be [W] or [1, W], got shape {tuple(weight.shape)}")
-    if lam.numel() != 1:
-        raise ValueError(f"lam must be one element, got shape {tuple(lam.shape)}")
-
-
-def smear_gate(
+def smear_gate_triton(
     x: Tensor,
     input_ids: Tensor,
     weight: Tensor,
@@ -727,49 +672,20 @@ def smear_gate(
     *,
     starts: Tensor | None = None,
 ) -> Tensor:
-    """SmearGate of ``x``; see the module's docstring for the formula and shapes.
-
-    Differentiable once in x, weight and lam. ``bos_id=None`` leaves the document mask out. ``starts`` is True where a
-    token begins a sequence: it has no predecessor, whatever its id; None costs nothing. x, weight and lam are
-    bfloat16, float16, float32 or float64 each; kernels compute in fp32, or in fp64 for a float64 x.
-
-    Returns [B, T, D] in x's dtype. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
-    """
-    if x.ndim != 3 or x.shape[:2] != input_ids.shape:
-        raise ValueError(f"x must be [B, T, D] over input_ids {tuple(input_ids.shape)}, got {tuple(x.shape)}")
-    _check(input_ids, weight, lam, starts, "x", x)
-    bos_id = bos_id if bos_id is None else int(bos_id)
-    return select("smear_gate", _SMEAR_GATE, x)(x, input_ids, weight, lam, bos_id, starts)
+    """Compute `smear_gate` with kernels."""
+    return _smear_gate_op(x, input_ids, weight, lam, bos_id, starts)
 
 
-def embed_smear_norm(
+def embed_smear_norm_triton(
     input_ids: Tensor,
     table: Tensor,
     weight: Tensor,
     lam: Tensor,
-    bos_id: int | None = 1,
-    eps: float = RMS_EPS,
+    bos_id: int | None,
+    eps: float,
     *,
     deterministic: bool = True,
     starts: Tensor | None = None,
 ) -> Tensor:
-    """rms_norm(smear_gate(table[input_ids])) in one call: the model's prologue.
-
-    table is [V, D]; the rest as in `smear_gate`. Differentiable once in table, weight and lam; the table's gradient is
-    summed in fp32 (fp64 for a float64 table) and has the table's dtype. ``deterministic=False`` lets GPU kernels sum
-    it with atomics, faster and in no fixed order.
-
-    Returns [B, T, D] in the table's dtype. Raises ValueError for a wrong shape or device and for ids outside [0, V),
-    TypeError for a wrong dtype. On a GPU reading the ids would wait for it: there and in compiled code a token with an
-    id outside the table becomes a row of NaN, and what it adds to the gradients means nothing.
-    """
-    if table.ndim != 2 or (table.size(0) == 0 and input_ids.numel()):
-        raise ValueError(f"table must be [V, D] with V >= 1, got shape {tuple(table.shape)}")
-    _check(input_ids, weight, lam, starts, "table", table)
-    if input_ids.numel() and readable(input_ids):
-        low, high = (int(bound) for bound in input_ids.aminmax())
-        if low < 0 or high >= table.size(0):
-            raise ValueError(f"input_ids must be in [0, {table.size(0)}), got {low if low < 0 else high}")
-    bos_id = bos_id if bos_id is None else int(bos_id)
-    chosen = select("embed_smear_norm", _EMBED_SMEAR_NORM, table)
-    return chosen(input_ids, table, weight, lam, bos_id, eps, deterministic, starts)
+    """Compute `embed_smear_norm` with kernels."""
+    return _embed_smear_norm_op(input_ids, table, weight, lam, bos_id, eps, deterministic, starts)
