@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import linear_cross_entropy as family
+from pgolf.kernels.linear_cross_entropy import triton
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -21,7 +21,7 @@ from tests.gates import check, compiling
 def test_a_row_in_registers(vocabulary: int, softcap: float, registers: int, gradient: bool, capability: int) -> None:
     z, targets = torch.empty(4, vocabulary, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64)
     with compiling(capability) as kernels:
-        family._launch(z, targets, torch.empty(4), softcap, vocabulary, z if gradient else None)
+        triton._launch(z, targets, torch.empty(4), softcap, vocabulary, z if gradient else None)
     (kernel,) = kernels
     check(kernel, registers=registers, shared=1024, streams=gradient)
     wide, all_loads = kernel.count(r"LDG\.E\S*\.128"), kernel.count(r"LDG\.E")
@@ -36,14 +36,14 @@ def test_a_row_of_a_score(gradient: bool) -> None:
     """Its logits are float32, and the gradient's dtype is that of h."""
     z, dz = torch.empty(4, 8192), torch.empty(4, 8192, dtype=torch.bfloat16)
     with compiling(90) as kernels:
-        family._launch(z, torch.empty(4, dtype=torch.int64), torch.empty(4), 30.0, 8192, dz if gradient else None)
+        triton._launch(z, torch.empty(4, dtype=torch.int64), torch.empty(4), 30.0, 8192, dz if gradient else None)
     (kernel,) = kernels
     check(kernel, registers=64, shared=1024, streams=gradient)
     assert kernel.count(r"LDG\.E") == kernel.count(r"LDG\.E\S*\.128") + 2
 
 
 def test_vocabulary_of_odd_size() -> None:
-    z = torch.empty(4, family._row_length(8191), dtype=torch.bfloat16)
+    z = torch.empty(4, triton._row_length(8191), dtype=torch.bfloat16)
     with compiling(90) as kernels:
-        family._launch(z, torch.empty(4, dtype=torch.int32), torch.empty(4), 30.0, 8191, z)
+        triton._launch(z, torch.empty(4, dtype=torch.int32), torch.empty(4), 30.0, 8191, z)
     check(kernels[0], registers=72, shared=1024)

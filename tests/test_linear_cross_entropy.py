@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import linear_cross_entropy as family
 from pgolf.kernels.common.backend import INTERPRETED
-from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, triton
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-5}  # of a relative error
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -132,9 +131,9 @@ def test_scores_in_pieces(monkeypatch) -> None:
     weights = torch.rand(20, device=DEVICE)
     call = lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0, "none")  # noqa: E731
     whole = results(call, h, table, weights)
-    monkeypatch.setattr(family, "CHUNK_BYTES", 6 * 64 * 4)
-    pieces, launch = [], family._launch
-    monkeypatch.setattr(family, "_launch", lambda z, *rest: (pieces.append((len(z), z.dtype)), launch(z, *rest)))
+    monkeypatch.setattr(triton, "CHUNK_BYTES", 6 * 64 * 4)
+    pieces, launch = [], triton._launch
+    monkeypatch.setattr(triton, "_launch", lambda z, *rest: (pieces.append((len(z), z.dtype)), launch(z, *rest)))
     parts = results(call, h, table, weights)
     assert pieces == [(n, torch.float32) for n in (6, 6, 6, 2)]
     assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-5) for a, b in zip(whole, parts, strict=True))
@@ -173,10 +172,10 @@ def test_chunks(device, chunk: int, dtype) -> None:
 def test_chunks_by_memory(monkeypatch) -> None:
     h, table, targets = inputs(DEVICE, (20,), 16, 64, torch.bfloat16)
     whole = results(lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0), h, table, torch.ones(()))
-    monkeypatch.setattr(family, "ONE_CHUNK_BYTES", 20 * 128 - 1)
-    monkeypatch.setattr(family, "CHUNK_BYTES", 6 * 128)
-    chunks, launch = [], family._launch
-    monkeypatch.setattr(family, "_launch", lambda z, *rest: (chunks.append(len(z)), launch(z, *rest)))
+    monkeypatch.setattr(triton, "ONE_CHUNK_BYTES", 20 * 128 - 1)
+    monkeypatch.setattr(triton, "CHUNK_BYTES", 6 * 128)
+    chunks, launch = [], triton._launch
+    monkeypatch.setattr(triton, "_launch", lambda z, *rest: (chunks.append(len(z)), launch(z, *rest)))
     parts = results(lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0), h, table, torch.ones(()))
     assert chunks == [6, 6, 6, 2]
     assert all(torch.allclose(a, b, rtol=2e-2, atol=1e-3) for a, b in zip(whole, parts, strict=True))
@@ -187,8 +186,8 @@ def test_chunks_by_memory(monkeypatch) -> None:
 @pytest.mark.parametrize("vocabulary", [33, 70, 96])
 def test_rows_in_blocks(monkeypatch, vocabulary: int, softcap: float) -> None:
     """Rows longer than a program keeps in registers, here of 32 elements."""
-    monkeypatch.setattr(family, "ROW_ELEMENTS", 32)
-    monkeypatch.setattr(family, "launch_parameters", lambda *_: dict(block=32, columns_per_warp=32))
+    monkeypatch.setattr(triton, "ROW_ELEMENTS", 32)
+    monkeypatch.setattr(triton, "launch_parameters", lambda *_: dict(block=32, columns_per_warp=32))
     h, table, targets = inputs(DEVICE, (9,), 16, vocabulary, torch.bfloat16)
     assert_as_precise(h, table, targets, softcap, torch.ones((), device=DEVICE))
 
@@ -291,8 +290,8 @@ def test_a_target_outside_the_table(device, wild: int, way: str) -> None:
     call = {
         "reference": linear_cross_entropy_reference,
         "compiled": torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager"),
-        "triton": lambda *x: family._linear_cross_entropy_triton(*x, None),
-        "chunks": lambda *x: family._linear_cross_entropy_triton(*x, 4),
+        "triton": lambda *x: triton.linear_cross_entropy_triton(*x, None),
+        "chunks": lambda *x: triton.linear_cross_entropy_triton(*x, 4),
     }[way]
     losses = call(h, table, targets, 30.0, "none")
     assert losses[2].isnan() and torch.allclose(losses[others], expected, rtol=1e-4)
@@ -305,7 +304,7 @@ def test_a_target_outside_the_table(device, wild: int, way: str) -> None:
 def test_padding_of_rows_is_left_alone() -> None:
     z, targets = torch.randn(3, 64, device=DEVICE), torch.zeros(3, device=DEVICE, dtype=torch.int64)
     before, losses = z.clone(), torch.empty(3, device=DEVICE)
-    family._launch(z, targets, losses, 30.0, 41, z)
+    triton._launch(z, targets, losses, 30.0, 41, z)
     assert torch.equal(z[:, 41:], before[:, 41:]) and not torch.equal(z[:, :41], before[:, :41])
 
 
@@ -320,7 +319,7 @@ def test_offsets_beyond_32_bits() -> None:
     z, losses = memory.as_strided((2, 32), (stride, 1)), torch.empty(2, device=DEVICE)
     z.copy_(torch.randn(2, 32))
     targets, logits = torch.tensor([3, 5], device=DEVICE), 30 * torch.tanh(z.double() / 30)
-    family._launch(z, targets, losses, 30.0, 32, z)
+    triton._launch(z, targets, losses, 30.0, 32, z)
     assert torch.allclose(losses, torch.nn.functional.cross_entropy(logits, targets, reduction="none").float())
     dz = (logits.softmax(-1) - torch.eye(32, device=DEVICE)[targets]) * (1 - (logits / 30) ** 2)
     assert torch.allclose(z.double(), dz, atol=1e-3)
@@ -362,7 +361,7 @@ def test_operators_are_registered_as_they_behave() -> None:
         (6, "none", update),
     ):
         needed = (True, True, added is not None)
-        loss, *kept = family._forward(h, table, targets, added, 30.0, chunk, reduction, *needed)
+        loss, *kept = triton._forward(h, table, targets, added, 30.0, chunk, reduction, *needed)
         arguments = (torch.ones_like(loss), h, table, *kept, chunk == 6, reduction, *needed)
         library.opcheck(ops.linear_cross_entropy_backward.default, arguments)
 
