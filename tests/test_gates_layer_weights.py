@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import layer_weights as family
+from pgolf.kernels.layer_weights import triton
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -26,7 +26,7 @@ def masters() -> list[torch.Tensor]:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_forward(capability: int) -> None:
     with compiling(capability) as kernels:
-        weights = family._forward(*masters(), torch.bfloat16)
+        weights = triton._forward(*masters(), torch.bfloat16)
     assert weights.shape == (LAYERS, 1040 + WIDTH + 2 * HIDDEN, WIDTH)
     (kernel,) = kernels
     check(kernel, registers=64, shared=16_384, streams=True)
@@ -39,7 +39,7 @@ def test_backward(order: str, capability: int) -> None:
     passes = len(ORDERS[order])
     shapes = [(1040, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)] * passes
     with compiling(capability) as kernels:
-        family._backward([torch.empty(shape).bfloat16() for shape in shapes], ORDERS[order], *masters())
+        triton._backward([torch.empty(shape).bfloat16() for shape in shapes], ORDERS[order], *masters())
     (kernel,) = kernels
     check(kernel, registers=48, shared=8192, streams=True)  # 1,280 threads or more on a multiprocessor
     narrow = kernel.count("LDG") - kernel.count(r"LDG\.E\S*\.128")
@@ -50,5 +50,5 @@ def test_unaligned_gradients() -> None:
     shapes = [torch.Size(shape) for shape in ((1040, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN))] * 11
     odd = [torch.empty(shape.numel() + 1, dtype=torch.bfloat16)[1:].view(shape) for shape in shapes]
     with compiling(90) as kernels:
-        family._backward(odd, ORDERS["plain"], *masters())
+        triton._backward(odd, ORDERS["plain"], *masters())
     check(kernels[0])
