@@ -34,7 +34,7 @@ EXCLUDED = {
     "minify.py": "shortens sources; the program exports itself as it is",
     "squeeze.py": "packs them",
     "unpack.py": "unpacks them, and is the program's __main__",
-    "kernels/_dequant_kernels.py": "dequantises in microseconds what the program dequantises a few times",
+    "kernels/dequant/triton.py": "dequantises in microseconds what the program dequantises a few times",
     "kernels/tuned/h200.json": "launch parameters of a chip that can take the H100's",
 }
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
 
-from pgolf.kernels import dequant
 from pgolf.kernels.common import backend
 from pgolf.kernels.dequant import (
     DequantizePlan,
@@ -24,8 +23,11 @@ from pgolf.kernels.dequant import (
     dequantize_all,
     dequantize_reference,
     pack,
+    triton,
     unpack,
 )
+from pgolf.kernels.dequant.packing import factor_values
+from pgolf.kernels.dequant.reference import fused_multiply_add
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BITS = (4, 6, 7, 8)
@@ -42,7 +44,7 @@ def _fused(monkeypatch):
 
         def create_fma(self, x, y, z):
             arrays = np.broadcast_arrays(x.data, y.data, z.data)
-            result = dequant._fma(*(torch.from_numpy(np.array(array)) for array in arrays))
+            result = fused_multiply_add(*(torch.from_numpy(np.array(array)) for array in arrays))
             return interpreter.TensorHandle(result.numpy(), z.dtype.scalar)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
@@ -263,7 +265,7 @@ def test_factors_survive_packing(rows, columns, rank, seed):
     factors = random_factors("symmetric", rows, columns, rank)
     q = pack(random_codes(8, True, rows, columns), 8, torch.ones(rows), low_rank=factors)
     assert isinstance(q.low_rank, PackedFactors)
-    A, B = dequant._factor_values(q)
+    A, B = factor_values(q)
     assert torch.equal(A[:, :rank], factors.qA.float() * factors.sA.float()[:, None])
     assert torch.equal(B[:rank], factors.qB.float() * factors.sB.float()[:, None])
     assert A.shape == (rows, rank + -rank % 4) and not A[:, rank:].any() and not B[rank:].any()
@@ -276,7 +278,7 @@ def test_fma_rounds_once():
     exact = [
         Fraction(x) * Fraction(y) + Fraction(z) for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
     ]
-    for got, wanted in zip(dequant._fma(a, b, c).tolist(), exact, strict=True):
+    for got, wanted in zip(fused_multiply_add(a, b, c).tolist(), exact, strict=True):
         near = [np.nextafter(np.float32(got), np.float32(end)) for end in (-np.inf, np.inf)]
         assert all(abs(Fraction(got) - wanted) <= abs(Fraction(float(other)) - wanted) for other in near)
 
@@ -286,8 +288,8 @@ def test_fma_next_to_a_midpoint():
     a, b, c = torch.tensor([2.0**-24 * (1 + 2.0**-23)]), torch.tensor([1 - 2.0**-23]), torch.tensor([1 + 2.0**-23])
     twice = (a.double() * b.double() + c.double()).float()
     assert twice == 1 + 2.0**-22, "what rounding twice gives"
-    assert dequant._fma(a, b, c) == c and dequant._fma(-a, b, -c) == -c
-    assert dequant._fma(a, b, torch.ones(1)) == 1
+    assert fused_multiply_add(a, b, c) == c and fused_multiply_add(-a, b, -c) == -c
+    assert fused_multiply_add(a, b, torch.ones(1)) == 1
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -306,7 +308,7 @@ def test_reference_is_the_formula(name):
     zero = 0 if q.zero is None else q.zero.double()[:, :, None]
     expected = ((unpack(q).double().view(*q.scale.shape, -1) - zero) * q.scale.double()[:, :, None]).view(q.rows, -1)
     if q.low_rank is not None:
-        A, B = dequant._factor_values(q)
+        A, B = factor_values(q)
         expected = expected + A.double() @ B.double()
     torch.testing.assert_close(reference(q).double(), expected, rtol=1e-6, atol=1e-5)
 
@@ -322,8 +324,8 @@ def test_every_dtype_rounds_once(device, dtype):
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU, bench.tune checks what it tries")
 @pytest.mark.parametrize("parameters", [{"rows": 1}, {"rows": 2}, {"rows": 8}, {"warps": 2}, {"warps": 8}], ids=str)
 def test_every_launch_parameter_gives_the_same(device, monkeypatch, parameters):
-    tables = dequant.kernels.launch_parameters
-    monkeypatch.setattr(dequant.kernels, "launch_parameters", lambda *which: tables(*which) | parameters)
+    tables = triton.launch_parameters
+    monkeypatch.setattr(triton, "launch_parameters", lambda *which: tables(*which) | parameters)
     matrices = mixed_model(device)
     outs = [torch.empty(q.rows, q.columns, device=device) for q in matrices]
     dequantize_all(matrices, outs)
@@ -333,8 +335,7 @@ def test_every_launch_parameter_gives_the_same(device, monkeypatch, parameters):
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 64, 65, 4095, 2**20 + 1, 2**28 - 1])
 def test_division_by_multiplication(divisor):
-    kernels = pytest.importorskip("pgolf.kernels._dequant_kernels")
-    factor, shift = kernels._reciprocal(divisor)
+    factor, shift = triton._reciprocal(divisor)
     assert 2**31 <= factor < 2**32
     near = [k * divisor + step for k in (0, 1, 2, (2**31 - 2) // divisor) for step in (-1, 0, 1)]
     for n in (n for n in (*near, 2**31 - 1) if 0 <= n < 2**31):
@@ -490,9 +491,9 @@ def test_rows_more_than_two_gigabytes_apart(monkeypatch, planned):
 
     q = random_matrix(rows=17, columns=8, bits=4)
     out = torch.empty(8).as_strided((17, 8), (0, 1))
-    item = dequant._item(q, out)
+    item = triton._item(q, out)
     item = item._replace(sizes=(*item.sizes[:3], 2**27, *item.sizes[4:]))
-    monkeypatch.setattr(dequant, "_item", lambda *_: item)
+    monkeypatch.setattr(triton, "_item", lambda *_: item)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", record)
     dequantize_all([q], [out]) if planned else dequantize(q, out=out)
     assert min(addresses) == out.data_ptr() and max(addresses) == out.data_ptr() + (16 * 2**27 + 7) * 4
@@ -501,7 +502,7 @@ def test_rows_more_than_two_gigabytes_apart(monkeypatch, planned):
 def test_operator(device):
     q = to(random_matrix(group=32, zero="whole", factors="symmetric"), device)
     out = torch.empty(24, 64, dtype=torch.bfloat16, device=device)
-    for case in (q, q._replace(low_rank=None), q._replace(zero=None, low_rank=dequant._factor_values(q))):
+    for case in (q, q._replace(low_rank=None), q._replace(zero=None, low_rank=factor_values(q))):
         arguments = (*case[:7], list(case.low_rank or ()), case.whole, out)
         library.opcheck(torch.ops.pgolf.dequantize_out.default, arguments)
 
