@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pgolf import __version__
+from pgolf.common.folder import RunFolder, RunFolderError
+from pgolf.common.progress import format_table
 from pgolf.config import FIELDS, PRESETS, ConfigError, RunConfig
-from pgolf.folder import RunFolder, RunFolderError
-from pgolf.progress import format_table
 
 DESCRIPTION = """\
 Train, quantise and score the best language model that fits in 16,000,000 bytes.
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        from pgolf.runtime import Interrupted, on_terminate  # here, so that --help does not wait for torch
+        from pgolf.common.runtime import Interrupted, on_terminate  # here, so that --help does not wait for torch
     except KeyboardInterrupt:
         return 130
 
@@ -164,14 +164,14 @@ def _add_data(commands: Any) -> None:
     _add_folder(parser, "data")
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     try:
-        from pgolf import data_commands
+        from pgolf.data.commands import add_actions
     except ImportError:  # the exported program is without it, and answers these actions with that error
         for name in ("fineweb", "build", "tokenizer"):
             absent = actions.add_parser(name, add_help=False, prefix_chars="+")
             absent.add_argument("rest", nargs="*")
-            absent.set_defaults(action=lambda arguments: import_module("pgolf.data_commands"))
+            absent.set_defaults(action=lambda arguments: import_module("pgolf.data.commands"))
     else:
-        data_commands.add_actions(actions)
+        add_actions(actions)
     check = actions.add_parser("check", help="read every shard strictly", epilog=SETTINGS_HELP)
     _add_settings(check)
     check.set_defaults(action=_check)
@@ -190,8 +190,8 @@ def _config_from(arguments: argparse.Namespace, start: RunConfig) -> RunConfig:
 
 def _stage(arguments: argparse.Namespace) -> int:
     from pgolf import run
-    from pgolf.export import UNPACKED_FROM
-    from pgolf.runtime import describe_environment, seed_everything, start_world, stop_world
+    from pgolf.common.runtime import describe_environment, seed_everything, start_world, stop_world
+    from pgolf.submission.export import UNPACKED_FROM
 
     name, is_main = arguments.stage, os.environ.get("RANK", "0") == "0"
     started = arguments.run_dir is not None and RunFolder(arguments.run_dir).config_file.exists()
@@ -242,12 +242,11 @@ def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) 
     """Make the folder of a new run, in place of an earlier one's files."""
     import torch
 
-    from pgolf.model import GPT
-    from pgolf.run import clear
+    from pgolf.model.gpt import GPT
 
     if not world.is_main:
         return
-    clear(folder.path)
+    folder.clear()
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
     about = {"run_id": folder.path.name, "preset": config.preset_name, "world_size": world.size}
@@ -257,7 +256,7 @@ def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) 
 def _log_choices(config: RunConfig, world: Any) -> None:
     """Which settings differ from the preset, and which code will run."""
     from pgolf.kernels.common.backend import backend, set_backend
-    from pgolf.model import attention_core
+    from pgolf.model.gpt import attention_core
 
     set_backend(config.kernels)
     preset = dataclasses.asdict(RunConfig.preset(config.preset_name))
@@ -279,7 +278,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from pgolf.run import check_data
+    from pgolf.data.stage import check_data
 
     config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
     print(format_table([(name.replace("_", " "), f"{count:,}") for name, count in check_data(config)[0].items()]))
@@ -287,7 +286,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from pgolf.artifact import CAP_BYTES, describe
+    from pgolf.artifact.container import CAP_BYTES
+    from pgolf.artifact.sizes import describe
 
     rows = describe(arguments.artifact)
     table = [(r.name, r.stored, r.tensors, f"{r.numbers:,}", f"{r.bits_per_number:.3f}", f"{r.bytes:,}") for r in rows]
@@ -300,7 +300,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _environment(arguments: argparse.Namespace) -> int:
     import torch
 
-    from pgolf.runtime import World, describe_environment
+    from pgolf.common.runtime import World, describe_environment
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(json.dumps(describe_environment(World(0, 1, device)), indent=1))

@@ -12,9 +12,9 @@ import pytest
 
 from pgolf.cli import main
 from pgolf.config import RunConfig
-from pgolf.corpus import embedded_documents
-from pgolf.export import export_program
-from pgolf.minify import absent_modules, package_sources
+from pgolf.data.corpus import embedded_documents
+from pgolf.submission.export import export_program
+from pgolf.submission.minify import absent_modules, package_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
@@ -96,9 +96,9 @@ def test_help_runs_from_an_empty_folder(program: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command, module",
     [
-        (["data", "build", "--docs", "x", "--out", "y"], "data_commands"),
-        (["data", "fineweb"], "data_commands"),
-        (["run", "--preset", "demo", "--set", "device=cpu"], "dataset"),
+        (["data", "build", "--docs", "x", "--out", "y"], "data.commands"),
+        (["data", "fineweb"], "data.commands"),
+        (["run", "--preset", "demo", "--set", "device=cpu"], "data.dataset"),
     ],
 )
 def test_commands_of_the_whole_package_only_say_so(program: Path, tmp_path: Path, command: list, module: str) -> None:
@@ -220,7 +220,7 @@ SPAWNS = """
 import multiprocessing, os, runpy, sys
 program = runpy.run_path(sys.argv[1])
 sys.path.insert(0, str(program["unpack"]()))
-from pgolf.progress import format_bytes
+from pgolf.common.progress import format_bytes
 if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(pool.apply(format_bytes, (2000,)))
@@ -234,7 +234,8 @@ def test_a_spawned_worker_imports_it(program: Path, root: Path, tmp_path: Path) 
 
 
 def test_a_program_exports_itself(program: Path, root: Path, tmp_path: Path) -> None:
-    script = "import sys; sys.path.insert(0, sys.argv[1]); from pgolf.export import export_program as export\n"
+    script = "import sys; sys.path.insert(0, sys.argv[1])\n"
+    script += "from pgolf.submission.export import export_program as export\n"
     script += "from pgolf.config import RunConfig; print(export('same.py'))\n"
     script += "export('other.py', RunConfig().replace(seed=42, ttt_lora_rank=96))"
     size = run(program, "-c", script, root, folder=tmp_path).stdout

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf.common.files import FileError
+from pgolf.common.runtime import World, start_world, stop_world
 from pgolf.config import RunConfig
-from pgolf.files import FileError
-from pgolf.runtime import World, start_world, stop_world
 from tests.processes import run_processes
 
 ROOT = Path(__file__).resolve().parent.parent

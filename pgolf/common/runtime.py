@@ -1,0 +1,304 @@
+"""Where a run runs: processes, device, seeds, what is logged, and the record of the environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pgolf import __version__
+from pgolf.config import ConfigError, RunConfig
+
+PULSE_SECONDS = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
+
+
+class Interrupted(BaseException):
+    """A stage was asked to stop by a signal. No Exception, lest what handles errors takes it for one."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.status = 128 + number  # of the process, as shells count it
+
+
+@contextmanager
+def on_terminate(action: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Inside, SIGTERM, SIGINT and SIGHUP call ``action``, between two instructions of the main thread.
+
+    A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():  # nobody can send us signals
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, handler in previous.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, lambda received, _: action(signal.Signals(received)))
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Pulse:
+    """A thread in which a run's processes hear from each other every few seconds, whatever they are doing.
+
+    When one of them does not answer for ``timeout`` seconds, as it was stopped or its host is gone, the others end.
+    Waiting for a process that works may take as long as it will.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timedelta(seconds=timeout)
+        self.group = dist.new_group(backend="gloo", timeout=self.timeout)
+        self.finished = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Stop; every process must call it."""
+        self.finished.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        done = torch.zeros(())
+        try:
+            while not done:
+                self.finished.wait(PULSE_SECONDS)
+                done = torch.tensor(float(self.finished.is_set()))
+                dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
+                dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.group)
+        except RuntimeError as error:
+            self.finished.wait(PULSE_SECONDS)  # where a process has ended, the main thread may know more
+            print(f"pgolf: another process does not answer: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. ``control`` is a CPU group for numbers that must not wait for the device."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any = None
+    local_rank: int = 0  # among the processes of this host
+    pulse: Pulse | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes files and prints."""
+        return self.rank == 0
+
+    def log(self, message: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(message, flush=True)
+
+    def agree(self, value: float, flag: int = 0) -> tuple[float, int]:
+        """Rank 0's ``value`` and the largest ``flag`` of all ranks, the same on all ranks."""
+        if self.size == 1:
+            return value, flag
+        packed = torch.tensor([value if self.is_main else float("-inf"), float(flag)], dtype=torch.float64)
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.control)
+        return float(packed[0]), int(packed[1])
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's Python object on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Return rank 0's result of ``action`` on every rank, or raise there what it raises.
+
+        What ranks read from a run's folder comes to them this way: other hosts may not see the folder.
+        """
+        result, problem = None, None
+        try:
+            result = action() if self.is_main else None
+        except Exception as error:
+            problem = error
+        result, problem = self.share((result, problem))
+        if problem is not None:
+            raise problem
+        return result
+
+    def on_each_host(self, action: Callable[[], object]) -> None:
+        """Call ``action`` in one process of each host. Raises on every rank what it raises on any."""
+        problem, found = None, [None] * self.size
+        try:
+            if self.local_rank == 0:
+                action()
+        except Exception as error:
+            found[0] = problem = error
+        if self.size > 1:
+            dist.all_gather_object(found, problem, group=self.control)
+        for problem in filter(None, found):
+            raise problem
+
+    def barrier(self) -> None:
+        """Wait for all ranks, on the CPU group."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+def start_world(config: RunConfig) -> World:
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one; seed everything.
+
+    Raises ConfigError when CUDA is asked for and absent, and for variables that name no process or device.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    on_cuda = torch.cuda.is_available() and config.device != "cpu"
+    size = _from_torchrun("WORLD_SIZE", 1, 1, 1 << 20)
+    rank = _from_torchrun("RANK", 0, 0, size - 1)
+    local_rank = _from_torchrun("LOCAL_RANK", 0, 0, torch.cuda.device_count() - 1 if on_cuda else size - 1)
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    control = pulse = None
+    if on_cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if size > 1:
+        if not dist.is_initialized():
+            try:
+                dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+            except (ValueError, RuntimeError) as error:  # also of its own kinds
+                raise ConfigError(f"WORLD_SIZE is {size}, but the processes do not find each other: {error}") from error
+        control = dist.new_group(backend="gloo")
+        pulse = Pulse(config.dist_timeout_seconds)
+    seed_everything(config.seed)
+    return World(rank, size, device, control, local_rank, pulse)
+
+
+def _from_torchrun(name: str, absent: int, low: int, high: int) -> int:
+    """A whole number among the variables that torchrun sets."""
+    text = os.environ.get(name, str(absent))
+    if not text.strip().isdecimal() or not low <= int(text) <= high:
+        raise ConfigError(f"the environment variable {name} must be a number from {low} to {high}, and it is {text!r}")
+    return int(text)
+
+
+def stop_world(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1 and dist.is_initialized():
+        world.barrier()
+        if world.pulse:
+            world.pulse.stop()
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (CPU and CUDA)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """State of all random generators, as tensors and plain numbers (loadable with weights_only)."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, list(internal), gauss),
+        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of peak memory (CUDA only; a CPU process cannot forget its peak)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most device memory allocated since `reset_peak_memory`; on a CPU the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Versions, chip and commit of this run."""
+    versions = {"pgolf": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "numpy", "sentencepiece", "brotli"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    chip = _processor_name()
+    if world.device.type == "cuda":
+        chip = torch.cuda.get_device_name(world.device)
+        versions["cuda"] = str(torch.version.cuda)
+    return {
+        "versions": versions,
+        "chip": chip,
+        "devices": world.size,
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _processor_name() -> str:
+    """The CPU as the system names it, or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str:
+    """Commit of the source checkout, with + when it has local changes; empty when there is none."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

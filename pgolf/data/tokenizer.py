@@ -1,0 +1,89 @@
+"""Training and opening the tokenizer: SentencePiece BPE with the challenge's settings."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from pgolf.common.files import FileError, remove_leftovers, write_aside
+from pgolf.data.bpb import SPACE, load_sentencepiece
+from pgolf.data.shards import BOS_ID
+
+# The settings that the published tokenizers were trained with.
+CHALLENGE_SETTINGS = dict(
+    model_type="bpe",
+    pad_id=0,
+    bos_id=BOS_ID,
+    eos_id=2,
+    unk_id=3,
+    byte_fallback=True,
+    split_digits=True,
+    normalization_rule_name="nmt_nfkc",
+    add_dummy_prefix=False,
+    character_coverage=0.999,
+)
+LONGEST_SENTENCE = 1 << 24  # bytes; SentencePiece's own 4192 would leave most documents out
+
+
+class TokenizerError(FileError):
+    """A tokenizer that cannot be trained, or is not the one that is needed."""
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str | os.PathLike) -> None:
+    """Train a BPE tokenizer of exactly ``vocab_size`` tokens on ``documents`` and write it to ``model_path``.
+
+    Ids: 0 pad, 1 BOS, 2 EOS, 3 unknown, 4-259 bytes, then merges, then characters. The documents are held in memory;
+    the same documents give the same file. Raises TokenizerError where they hold too little text for so many tokens, or
+    more different characters than tokens.
+    """
+    texts = (text for document in documents if (text := document.replace("\0", " ").strip()))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts,
+            model_writer=model,
+            vocab_size=vocab_size,
+            num_threads=16,  # SentencePiece's default; the file records it, so it must not depend on the machine
+            max_sentence_length=LONGEST_SENTENCE,
+            minloglevel=2,
+            **CHALLENGE_SETTINGS,
+        )
+    except RuntimeError as error:
+        raise TokenizerError(
+            f"SentencePiece cannot make {vocab_size} tokens of these documents; "
+            f"give it more text or a vocabulary of another size. It says: {error}"
+        ) from error
+    path = Path(model_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), path, vocab_size)
+    remove_leftovers(path)
+    write_aside(path, model.getvalue())
+
+
+def load_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
+    """Open a tokenizer and check that it is of the challenge's kind.
+
+    BOS is 1, every byte has a piece, and so has a space.
+
+    Raises TokenizerError where it is not, or has not ``vocab_size`` tokens (None: any number), and ValueError where
+    the file is missing or no SentencePiece model.
+    """
+    return _check(load_sentencepiece(path), path, vocab_size)
+
+
+def _check(
+    processor: sentencepiece.SentencePieceProcessor, path: str | os.PathLike, vocab_size: int | None
+) -> sentencepiece.SentencePieceProcessor:
+    if vocab_size is not None and processor.vocab_size() != vocab_size:
+        raise TokenizerError(f"the tokenizer {path} has {processor.vocab_size()} tokens, expected {vocab_size}")
+    if processor.bos_id() != BOS_ID:
+        raise TokenizerError(f"the tokenizer {path} has BOS {processor.bos_id()}, expected {BOS_ID}")
+    if sum(map(processor.is_byte, range(processor.vocab_size()))) != 256:
+        raise TokenizerError(f"the tokenizer {path} has no piece for every byte: unknown text could not be counted")
+    if processor.piece_to_id(SPACE) == processor.unk_id():
+        raise TokenizerError(f"the tokenizer {path} has no piece for a single space")
+    return processor

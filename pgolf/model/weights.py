@@ -1,0 +1,82 @@
+"""The model's weights outside of a model: in the file that training leaves, and as one tensor a layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pgolf.common.files import FileError
+from pgolf.common.tensors import TensorFileError, check_tensors, load_tensors
+from pgolf.config import RunConfig
+from pgolf.model.gpt import GPT
+
+
+def load_weights(path: Path, config: RunConfig | None = None) -> dict[str, torch.Tensor]:
+    """The final weights that `train` left: float32, by state-dict name.
+
+    Raises TensorFileError for a file that is damaged or holds something else, as weights of another model than
+    ``config`` describes.
+    """
+    weights = load_tensors(path).get("weights")
+    try:
+        like = weights if isinstance(weights, dict) else {}
+        if config is not None:
+            with torch.device("meta"):
+                like = GPT(config).state_dict()
+        return check_tensors(weights, like, torch.float32)
+    except FileError as error:
+        raise TensorFileError(f"{path} does not hold the weights of this run: {error}") from error
+
+
+def unbank(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """A state dict with the banks as one tensor a layer (``blocks.i.attn.c_q.weight`` …), other entries unchanged."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in _BANKS:
+            first, second = _BANKS[name]
+            for i in range(num_layers):
+                tensors[f"blocks.{i}.{first}.weight"] = value[i]
+                if second:
+                    tensors[f"blocks.{i}.{second}.weight"] = value[num_layers + i]
+        else:
+            tensors[name] = value
+    return tensors
+
+
+def rebank(tensors: dict[str, Tensor], template: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `unbank`: a state dict with the template's names, shapes and dtypes.
+
+    Raises ValueError naming the tensor that is missing or has the wrong shape.
+    """
+    state: dict[str, Tensor] = {}
+    num_layers = template["mlp_up_bank"].size(0)
+    for name, like in template.items():
+        if name in _BANKS:
+            parts = [
+                _take(tensors, f"blocks.{i}.{part}.weight", like[0].shape)
+                for part in _BANKS[name]
+                if part
+                for i in range(num_layers)
+            ]
+            state[name] = torch.stack(parts).to(like)
+        else:
+            state[name] = _take(tensors, name, like.shape).to(like)
+    return state
+
+
+_BANKS = {
+    "qo_bank": ("attn.c_q", "attn.proj"),
+    "kv_bank": ("attn.c_k", "attn.c_v"),
+    "mlp_up_bank": ("mlp.fc", None),
+    "mlp_down_bank": ("mlp.proj", None),
+}
+
+
+def _take(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"the weights lack {name}")
+    if tensors[name].shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, and the model needs {tuple(shape)}")
+    return tensors[name]

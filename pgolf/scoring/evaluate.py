@@ -1,0 +1,206 @@
+"""Loss and bits per byte of a split by a fixed model: in packed rows, or with a sliding window.
+
+Every target is scored exactly once, with the context that training gave it: the document's own past, at most
+eval_seq_len tokens. Sums are fp64 on the device and read once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pgolf.common.progress import Progress
+from pgolf.common.tensors import to_device
+from pgolf.config import RunConfig
+from pgolf.data.bpb import ByteTable, bits_per_byte
+from pgolf.data.loader import SEGMENT_ENTRIES, segment_boundaries
+from pgolf.model.gpt import GPT, evaluation_mode
+from pgolf.model.graphs import Graphs, uses_graphs
+from pgolf.scoring.stream import ROWS_OF_A_BATCH, check_stream, find_documents
+
+WIDTH_MULTIPLE = 64  # dense rows are as wide as their longest window, rounded up
+
+
+class Row(NamedTuple):
+    """What the model takes at once: one packed row, or dense rows."""
+
+    inputs: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T]
+    counted: Tensor  # bool [B, T], targets to add up
+    cu_seqlens: Tensor | None  # int32, a multiple of SEGMENT_ENTRIES; None: dense rows
+
+
+@torch.no_grad()
+def evaluate_packed(
+    model: GPT,
+    config: RunConfig,
+    tokens: Tensor,
+    byte_table: ByteTable,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+) -> tuple[float, float]:
+    """Mean loss in nats and bits per byte of a whole split, in rows [1, val_batch_tokens / 8].
+
+    A row is cut into attention segments at every BOS and, within a document, every eval_seq_len tokens counted from
+    the document's start: the helper and the cuts of training, so that a context is what the model was trained with.
+    Rows are dealt to the ranks in contiguous runs; the last row is padded to the common length, uncounted.
+    ``eval_public_truncation`` drops what the public evaluation drops: the tail after the last whole window, and of
+    each rank's share of windows what does not fill a row.
+
+    Args:
+        model: in the loop state to score with (`looping_active`); its training flag is put back.
+        tokens: 1-D token ids, any integer dtype, on the CPU. byte_table: of the tokenizer they were made with.
+        progress: wraps the iterable of rows, as `pgolf.common.progress.progress` does; None shows nothing.
+
+    Raises ValueError for a stream without targets, rows shorter than a window, and world_size without a process group.
+    """
+    tokens = check_stream(tokens, config, byte_table, world_size)
+    width = config.val_batch_tokens // ROWS_OF_A_BATCH // config.eval_seq_len * config.eval_seq_len
+    if width == 0:
+        raise ValueError(
+            f"an evaluation row (val_batch_tokens / {ROWS_OF_A_BATCH} = {config.val_batch_tokens // ROWS_OF_A_BATCH}) "
+            f"must hold a window of eval_seq_len {config.eval_seq_len} tokens: raise val_batch_tokens"
+        )
+    spans = _row_spans(tokens.numel() - 1, width, config, rank, world_size)
+    width = min(width, tokens.numel() - 1)  # a split shorter than a row needs no padding
+    rows = (_packed_row(tokens, start, stop, width, config.eval_seq_len) for start, stop in spans)
+    return _score(model, config, rows, len(spans), byte_table, world_size, progress)
+
+
+@torch.no_grad()
+def evaluate_sliding(
+    model: GPT,
+    config: RunConfig,
+    tokens: Tensor,
+    byte_table: ByteTable,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+) -> tuple[float, float]:
+    """Mean loss in nats and bits per byte with a window of eval_seq_len tokens that moves by eval_stride.
+
+    Windows stay within a document, as training's contexts do: the first scores all its targets, each later one those
+    that it alone reaches. So a document that fits into one window costs one window, and in a longer one every target
+    but those of the first window sees more than eval_seq_len - eval_stride tokens. Windows of like length are batched
+    as dense rows, as many as fit into a row of `evaluate_packed`, and dealt to the ranks in turn.
+
+    Arguments and errors as for `evaluate_packed`.
+    """
+    tokens = check_stream(tokens, config, byte_table, world_size)
+    if config.eval_stride > config.eval_seq_len:
+        raise ValueError(
+            f"eval_stride {config.eval_stride} is longer than the window, eval_seq_len {config.eval_seq_len}: "
+            "targets between windows would not be scored"
+        )
+    windows = _sliding_windows(tokens, config.eval_seq_len, config.eval_stride)
+    size = max(1, config.val_batch_tokens // ROWS_OF_A_BATCH // config.eval_seq_len)
+    mine = range(rank * size, windows.shape[1], size * world_size)
+    batches = (_sliding_batch(tokens, windows[:, low : low + size], config.eval_seq_len) for low in mine)
+    return _score(model, config, batches, len(mine), byte_table, world_size, progress)
+
+
+def _deal(items: Sequence[tuple[int, int]], rank: int, world_size: int) -> Sequence[tuple[int, int]]:
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
+
+
+def _row_spans(targets: int, width: int, config: RunConfig, rank: int, world_size: int) -> Sequence[tuple[int, int]]:
+    """[start, stop) of this rank's rows, in targets."""
+    if not config.eval_public_truncation:
+        spans = [(start, min(start + width, targets)) for start in range(0, targets, width)]
+        return _deal(spans, rank, world_size)
+    windows = targets // config.eval_seq_len
+    low, high = windows * rank // world_size, windows * (rank + 1) // world_size
+    first, rows = low * config.eval_seq_len, (high - low) * config.eval_seq_len // width
+    if rows == 0:
+        raise ValueError(
+            f"eval_public_truncation keeps whole rows of {width} tokens, and rank {rank} of {world_size} has only "
+            f"{(high - low) * config.eval_seq_len}: turn it off, or lower val_batch_tokens"
+        )
+    return [(first + row * width, first + (row + 1) * width) for row in range(rows)]
+
+
+def _padded(row: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(row, (0, width - row.numel()))
+
+
+def _packed_row(tokens: Tensor, start: int, stop: int, width: int, max_segment: int) -> Row:
+    span = tokens[start : stop + 1].long()
+    inputs, targets = _padded(span[:-1], width), _padded(span[1:], width)
+    counted = torch.arange(width) < stop - start
+    boundaries = segment_boundaries(inputs, max_segment, pad_multiple=SEGMENT_ENTRIES)
+    return Row(inputs[None], targets[None], counted[None], boundaries)
+
+
+def _sliding_windows(tokens: Tensor, window: int, stride: int) -> Tensor:
+    """First input in the stream, inputs, and inputs before the scored ones: [3, windows], shortest windows first."""
+    starts, lengths = find_documents(tokens)
+    predictions = lengths - 1
+    counts = 1 + -(-np.maximum(predictions - window, 0) // stride)
+    start, last = np.repeat(starts, counts), np.repeat(predictions, counts)
+    number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # within the document
+    end = np.minimum(window + stride * number, last)
+    begin = np.maximum(end - window, 0)
+    scored_before = np.where(number > 0, window + stride * (number - 1), 0)
+    windows = np.stack([start + begin, end - begin, scored_before - begin])
+    return torch.from_numpy(windows[:, np.argsort(windows[1], kind="stable")])
+
+
+def _sliding_batch(tokens: Tensor, windows: Tensor, longest: int) -> Row:
+    start, length, context = windows[:, :, None]
+    width = min(-(-int(length.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, longest)
+    position = torch.arange(width)
+    span = tokens[(start + torch.arange(width + 1)).clamp(max=tokens.numel() - 1)].long()
+    return Row(span[:, :-1], span[:, 1:], (position >= context) & (position < length), None)
+
+
+def _score(
+    model: GPT,
+    config: RunConfig,
+    rows: Iterable[Row],
+    total: int,
+    byte_table: ByteTable,
+    world_size: int,
+    progress: Progress | None,
+) -> tuple[float, float]:
+    device = model.qo_bank.device
+    byte_table = byte_table.to(device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, targets
+    if progress is not None:
+        rows = progress(rows, total=total, description="evaluation", unit="rows")
+    graphs = Graphs(device) if uses_graphs(config, model) else None
+    with evaluation_mode(model):
+        for row in rows:
+            inputs, targets, counted = (to_device(part, device) for part in row[:3])
+            cu_seqlens = None if row.cu_seqlens is None else to_device(row.cu_seqlens, device)
+            losses = _losses(model, config, graphs, inputs, targets, cu_seqlens)
+            sums[0] += (losses.double() * counted).sum()
+            sums[1] += (byte_table.count(inputs, targets) * counted).sum()
+            sums[2] += counted.sum()
+    if world_size > 1:
+        dist.all_reduce(sums)
+    nats, total_bytes, targets_scored = sums.tolist()
+    return nats / targets_scored, bits_per_byte(nats, total_bytes)
+
+
+def _losses(
+    model: GPT, config: RunConfig, graphs: Graphs | None, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Nats of a row; packed rows, which are all of one width, from a graph where there are graphs."""
+
+    def losses(*row: Tensor | None) -> Tensor:
+        return model.token_losses(*row, config.eval_seq_len)
+
+    if graphs is None or cu_seqlens is None:
+        return losses(inputs, targets, cu_seqlens)
+    key = inputs.shape, cu_seqlens.shape
+    if key not in graphs:
+        graphs.capture(key, losses, inputs, targets, cu_seqlens)
+    return graphs.replay(key, inputs, targets, cu_seqlens)

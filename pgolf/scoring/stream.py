@@ -1,0 +1,47 @@
+"""The stream of documents that is scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pgolf.config import RunConfig
+from pgolf.data.bpb import ByteTable
+from pgolf.data.shards import BOS_ID
+
+ROWS_OF_A_BATCH = 8  # val_batch_tokens is what eight ranks take at once, one row each
+
+
+def find_documents(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of every document of a CPU stream, int64.
+
+    A length counts the next document's BOS, which is the document's last target. A document without targets (a BOS
+    that ends the stream) is none; what precedes the first BOS is one.
+    """
+    starts = np.union1d([0], np.flatnonzero(tokens.numpy() == BOS_ID))
+    lengths = np.append(starts[1:] + 1, tokens.numel()) - starts
+    return starts[lengths > 1], lengths[lengths > 1]
+
+
+def check_stream(tokens: Tensor, config: RunConfig, byte_table: ByteTable, world_size: int) -> Tensor:
+    """``tokens`` as an int32 vector on the CPU.
+
+    Raises ValueError where they are no vector of at least two ids below vocab_size, where the byte table has another
+    vocabulary, and where several processes are spoken of but not joined.
+    """
+    if tokens.ndim != 1 or tokens.numel() < 2:
+        raise ValueError(f"scoring needs one stream of at least two tokens, got a tensor {tuple(tokens.shape)}")
+    tokens = tokens.to(device="cpu", dtype=torch.int32)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"token ids run from {low} to {high}, and vocab_size is {config.vocab_size}")
+    if byte_table.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the byte table has {byte_table.vocab_size} tokens and the model {config.vocab_size}: "
+            "use the tokenizer that the data were made with"
+        )
+    if world_size > 1 and not dist.is_initialized():
+        raise ValueError(f"world_size is {world_size}, but this process has joined no group: start it with torchrun")
+    return tokens

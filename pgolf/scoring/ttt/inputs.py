@@ -1,0 +1,174 @@
+"""What the model reads in one step: the documents' windows, or their chunks after a cache of keys and values.
+
+All of a step's numbers are parts of one int32 tensor, so that one copy brings them to the device. Streams can be longer
+than what they hold: the rest is of no document.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.config import ConfigError, RunConfig
+from pgolf.kernels.gated_attention import KVCache, flash_takes
+from pgolf.model.gpt import GPT, Continuation
+from pgolf.scoring.ttt.adapters import AdapterBank
+
+
+class Chunk(NamedTuple):
+    """One chunk of documents, int64 [slots] each; zeros where a document has ended."""
+
+    start: np.ndarray  # first input of the window, in the stream of all documents
+    skipped: np.ndarray  # inputs of the document before the window
+    length: np.ndarray  # inputs in the window, of which the chunk's are the last
+    scored: np.ndarray  # targets in the chunk
+    learning: np.ndarray  # bool, whether the adapters are updated on it
+
+
+class _Rows:
+    """Where a chunk's targets come from, in a step of so many rows."""
+
+    def __init__(self, chunk: Chunk, stream: np.ndarray, rows: int) -> None:
+        self.offsets = np.append(0, chunk.scored.cumsum())  # of each slot
+        self.count = self.offsets[-1]  # rows that are of a document
+        self.bounds = np.append(0, chunk.length.cumsum())  # of windows one after another
+        self.used = self.bounds[-1]
+        self.inputs = np.full(rows, stream.size - 1)  # each row's input in the stream
+        self.inputs[: self.count] = self._last(chunk, chunk.start + chunk.length)
+        self.in_windows = self._last(chunk, self.bounds[1:])
+
+    def _last(self, chunk: Chunk, ends: np.ndarray) -> np.ndarray:
+        """The chunk's numbers of spans with these ends."""
+        return np.repeat(ends - self.offsets[1:], chunk.scored) + np.arange(self.count)
+
+
+class Windows:
+    """Every chunk's whole window, computed anew: PR #1874's way."""
+
+    capturable = True  # by a CUDA graph, where the model is
+
+    def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
+        self.model, self.slots = model, slots
+        self.limit = max(config.ttt_micro_batch_tokens, config.ttt_eval_seq_len)  # window tokens of one step
+        self.longest = min(self.limit, slots * config.ttt_eval_seq_len)  # that there can be
+
+    def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
+        """learning [slots], row_offsets [slots + 1], weights, targets; chosen, segments [slots + 2], ids."""
+        return list(whole.split(self._sizes(tokens, rows)))
+
+    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
+        return self.slots, self.slots + 1, rows, rows, rows, self.slots + 2, tokens
+
+    def fill(self, chunk: Chunk, stream: np.ndarray, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
+        """A step's numbers, and the place of each row's input in ``stream``, its last for rows of no document."""
+        whole, found = torch.zeros(sum(self._sizes(tokens, rows)), dtype=torch.int32), _Rows(chunk, stream, rows)
+        learning, row_offsets, weights, targets, chosen, segments, ids = (
+            part.numpy() for part in self.parts(whole, tokens, rows)
+        )
+        _fill_rows(chunk, stream, found, learning, row_offsets, weights, targets)
+        segments[:-1], segments[-1] = found.bounds, tokens
+        ids[: found.used] = stream[np.repeat(chunk.start - found.bounds[:-1], chunk.length) + np.arange(found.used)]
+        chosen[:] = tokens - 1
+        chosen[: found.count] = found.in_windows
+        return whole, found.inputs
+
+    def losses(self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int) -> Tensor:
+        """Nats of every row, float32 [rows], with the adapters in ``leaves``."""
+        _, row_offsets, _, targets, chosen, segments, ids = self.parts(whole, tokens, rows)
+        first = segments.diff() - F.pad(row_offsets.diff(), (0, 1))  # in its window; what pads the stream has no chunk
+        (losses,) = self.model.token_losses(
+            ids[None].long(),
+            targets[None].long(),
+            segments,
+            tokens,
+            sequences=segments,
+            updates=bank.updates(leaves, segments[:-1], row_offsets),
+            rows=chosen.long(),
+            first_queries=first,
+        )
+        return losses
+
+
+class CachedChunks:
+    """The chunks alone, after keys and values of the window's earlier tokens as they were when last computed."""
+
+    def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
+        self.model, self.slots, self.capacity = model, slots, config.ttt_eval_seq_len
+        self.limit = self.longest = slots * self.capacity  # little is computed of a window, so none is too large
+        passes = sum(len(part) for part in model.execution_lists(looping=config.num_loops > 0))
+        shape = passes, 2, slots * self.capacity + 1, config.num_kv_heads, config.head_dim  # one more: nobody's
+        device, dtype = model.qo_bank.device, model.compute_dtype
+        # Without FlashAttention the host reads how long segments are.
+        self.capturable = config.attention_backend != "sdpa" and flash_takes(device, dtype, config.head_dim)
+        if config.cuda_graphs == "on" and not self.capturable:
+            raise ConfigError(f"cuda_graphs=on with ttt_kv_cache needs half precision, and this is {dtype}; use auto")
+        self._kept = torch.zeros(shape, dtype=dtype, device=device)
+
+    def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
+        """learning, row_offsets, weights, targets as `Windows`; ids, previous, positions, places, stored, then
+        bounds [slots + 2] and sources of keys."""
+        return list(whole.split(self._sizes(tokens, rows)))
+
+    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
+        # The stream of keys has room for all rows behind the windows, too: those of no document attend to themselves.
+        return self.slots, self.slots + 1, *[rows] * 7, self.slots + 2, tokens + rows
+
+    def fill(self, chunk: Chunk, stream: np.ndarray, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
+        """As `Windows.fill`."""
+        whole, found = torch.zeros(sum(self._sizes(tokens, rows)), dtype=torch.int32), _Rows(chunk, stream, rows)
+        learning, row_offsets, weights, targets, ids, previous, positions, places, stored, bounds, sources = (
+            part.numpy() for part in self.parts(whole, tokens, rows)
+        )
+        _fill_rows(chunk, stream, found, learning, row_offsets, weights, targets)
+        count, used, pad = found.count, found.used, rows - found.count
+        in_document = np.repeat(chunk.skipped - found.bounds[:-1], chunk.length) + np.arange(used)
+        slot = np.repeat(np.arange(self.slots), chunk.length)
+        sources[:] = self.slots * self.capacity
+        sources[:used] = slot * self.capacity + in_document % self.capacity  # a ring for each slot
+        bounds[:-1], bounds[-1] = found.bounds, used + pad
+        places[:count], places[count:] = found.in_windows, used + np.arange(pad)
+        stored[:] = sources[places]
+        positions[:count] = in_document[found.in_windows]
+        ids[:count], previous[:count] = stream[found.inputs[:count]], stream[np.maximum(found.inputs[:count] - 1, 0)]
+        return whole, found.inputs
+
+    def losses(self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int) -> Tensor:
+        """As `Windows.losses`."""
+        _, row_offsets, _, targets, ids, previous, positions, places, stored, bounds, sources = self.parts(
+            whole, tokens, rows
+        )
+        longest = max(self.capacity, rows)
+        where = sources, places.long(), stored.long(), bounds, longest
+        continuation = Continuation(
+            previous[None].long(), positions.long(), [KVCache(keys, values, *where) for keys, values in self._kept]
+        )
+        segments = F.pad(row_offsets, (0, 1), value=rows)
+        (losses,) = self.model.token_losses(
+            ids[None].long(),
+            targets[None].long(),
+            segments,
+            rows,
+            updates=bank.updates(leaves, row_offsets, row_offsets),
+            continuation=continuation,
+        )
+        return losses
+
+
+def _fill_rows(
+    chunk: Chunk,
+    stream: np.ndarray,
+    found: _Rows,
+    learning: np.ndarray,
+    row_offsets: np.ndarray,
+    weights: np.ndarray,
+    targets: np.ndarray,
+) -> None:
+    """What both ways have: a target weighs 1 / targets of its chunk, or nothing where nothing is learned."""
+    learning[:], row_offsets[:] = chunk.learning, found.offsets
+    shares = (chunk.learning / np.maximum(chunk.scored, 1)).astype(np.float32)
+    weights[: found.count] = np.repeat(shares, chunk.scored).view(np.int32)
+    targets[: found.count] = stream[found.inputs[: found.count] + 1]
