@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with errors that name them."""
+"""Files that are written atomically, and read with errors that name them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from typing import Any, BinaryIO
 
 
 class FileError(ValueError):
-    """A file that cannot be read or written, or whose content is damaged. The message names the file."""
+    """A file cannot be read or written, or its content is damaged. The message names the file."""
 
 
 def write_aside(path: str | os.PathLike, content: bytes | str | Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: aside first, then renamed. A file that cannot be finished is removed.
+    """Write a file atomically: write a temporary file in the same folder, then rename it to ``path``.
 
-    content: the bytes, text for UTF-8, or a function that writes into the open file.
-    Raises FileError where the system refuses, as a full disk or a read-only folder does.
+    If writing fails, the temporary file is removed and ``path`` is unchanged.
+
+    Args:
+        content: bytes, text to encode as UTF-8, or a function that writes to the open file.
+
+    Raises FileError if the operating system refuses, for example because the disk is full.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -38,9 +42,9 @@ def write_aside(path: str | os.PathLike, content: bytes | str | Callable[[Binary
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed in `write_aside` have left beside ``path``.
+    """Remove temporary files of ``path`` that processes killed in `write_aside` have left.
 
-    The caller makes sure that no other process is writing that file.
+    The caller must ensure that no other process is writing the file.
     """
     for aside in (*path.parent.glob(f".{path.name}.*"), path.with_name(path.name + ".partial")):
         if aside.suffix[1:].isdecimal() or aside.suffix == ".partial":
@@ -48,7 +52,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises FileError where there is none, and for a file that holds something else."""
+    """Read a JSON object. Raises FileError if the file is missing or holds anything else."""
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""The folder of a run: where each stage finds what the ones before it left."""
+"""The folder of a run, in which each stage finds the results of the stages before it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from pgolf.config import ConfigError, RunConfig
 
 
 class RunFolderError(FileError):
-    """A run's folder lacks something a stage needs, or holds something it would overwrite."""
+    """A run's folder lacks a file that a stage needs, or holds a run that the stage would overwrite."""
 
 
 class RunFolder:
-    """Paths and small files of one run.
+    """Gives the paths of a run's files, and reads and writes the small ones.
 
-    ``config.json`` the settings; ``environment.json`` versions, chip, commit; ``metrics.jsonl`` one object a training
-    step or validation; ``summary.json`` the results of every stage; ``train_state.pt`` the training checkpoint;
-    ``ema.pt`` the final weights; ``model.int6.ptz`` the artifact; ``train_gpt.py`` the program that is shipped with
-    it; ``tokenizer.model``; ``report.html``.
+    config.json         settings
+    environment.json    versions, chip, commit
+    metrics.jsonl       one JSON object for each training step and each validation
+    summary.json        results of each stage
+    train_state.pt      training checkpoint
+    ema.pt              final weights: the moving average
+    model.int6.ptz      artifact
+    train_gpt.py        program that is submitted with the artifact
+    tokenizer.model     copy of the tokenizer
+    report.html         report
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,27 +45,28 @@ class RunFolder:
         self.program = self.path / "train_gpt.py"
         self.tokenizer = self.path / "tokenizer.model"
         self.report = self.path / "report.html"
-        self._unwritten: list[str] = []  # lines of the metrics for which the disk had no room
+        self._unwritten: list[str] = []  # lines of metrics.jsonl that could not be written yet
 
     def artifact(self, config: RunConfig) -> Path:
-        """The quantised model's file: in ``artifact_dir`` where that is set."""
+        """Return the artifact's path: in ``artifact_dir`` if that is set, else in the run's folder."""
         return Path(config.artifact_dir or self.path) / "model.int6.ptz"
 
     def files(self) -> list[Path]:
-        """The files of a run, the one that makes the folder a run's first."""
+        """Return the paths of all of a run's files; config.json, which marks the folder as a run's, comes first."""
         small = [self.config_file, self.environment, self.metrics, self.summary_file, self.tokenizer, self.report]
         return [*small, self.checkpoint, self.ema, self.program, self.path / "model.int6.ptz"]
 
     def clear(self) -> None:
-        """Delete the files of an earlier run in this folder, and nothing else."""
+        """Delete the files of an earlier run, and no others."""
         for path in self.files():
             path.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing into the folder, which is made, and remove what killed ones left half done.
+        """Create the folder, lock it against other processes, and remove temporary files that killed processes left.
 
-        The lock ends with the process, however that ends. Raises RunFolderError that names the process which has it.
+        The operating system releases the lock when the process ends. Raises RunFolderError, naming the process that
+        holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / ".lock"
@@ -83,7 +90,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def create(self, config: RunConfig, environment: dict[str, Any], about: dict[str, Any] | None = None) -> None:
-        """Make the folder and write the environment, the summary's entry ``run`` and, last, the settings."""
+        """Create the folder; write the environment, the summary's entry ``run`` and, last, the settings."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_aside(self.environment, json.dumps(environment, indent=1))
         if about is not None:
@@ -91,10 +98,7 @@ class RunFolder:
         write_aside(self.config_file, config.to_json())
 
     def config(self) -> RunConfig:
-        """The settings the run was started with.
-
-        Raises FileError where there is no run, or the file holds something else.
-        """
+        """Read the settings that the run was started with. Raises FileError if there are none or they are damaged."""
         if not self.config_file.exists():
             raise RunFolderError(f"{self.path} holds no run (no config.json); start one with `pgolf run`")
         try:
@@ -103,13 +107,13 @@ class RunFolder:
             raise RunFolderError(f"{self.config_file} is damaged: {error}") from error
 
     def need(self, path: Path, stage: str) -> Path:
-        """``path``, or a RunFolderError that names the stage which makes it."""
+        """Return ``path`` if it exists. Raises RunFolderError, naming the stage that writes it, otherwise."""
         if not path.exists():
             raise RunFolderError(f"{path} is not there yet; run `pgolf {stage} --run-dir {self.path}` first")
         return path
 
     def summary(self) -> dict[str, Any]:
-        """Results so far, by stage."""
+        """Read the results of the stages that have finished, by stage."""
         summary = read_json(self.summary_file) if self.summary_file.exists() else {}
         for stage, results in summary.items():
             if not isinstance(results, dict):
@@ -117,12 +121,12 @@ class RunFolder:
         return summary
 
     def checked_files(self) -> dict[str, Any]:
-        """What the stage ``data`` found of each file; empty where the summary does not tell."""
+        """Return the record of each data file that the stage ``data`` left in the summary; empty before that stage."""
         files = self.summary().get("data", {}).get("files")
         return files if isinstance(files, dict) else {}
 
     def record(self, stage: str, results: dict[str, Any]) -> None:
-        """Put a stage's results into the summary. Raises RunFolderError for a number that is not finite."""
+        """Write a stage's results into the summary. Raises RunFolderError for a number that is not finite."""
         try:
             text = json.dumps({**self.summary(), stage: results}, indent=1, allow_nan=False)
         except ValueError as error:
@@ -130,9 +134,9 @@ class RunFolder:
         write_aside(self.summary_file, text)
 
     def log_metrics(self, entries: list[dict[str, Any]]) -> None:
-        """Append lines to the metrics.
+        """Append entries to metrics.jsonl, one line each.
 
-        Raises FileError where they cannot be written, and then keeps them for the next call: no line is lost or cut.
+        Raises FileError if they cannot be written; they are then kept and written by the next call.
         """
         self._unwritten += [json.dumps(entry, allow_nan=False) + "\n" for entry in entries]
         try:
@@ -146,10 +150,10 @@ class RunFolder:
         self._unwritten.clear()
 
     def cut_metrics(self, last_step: int) -> list[dict[str, Any]]:
-        """Forget what a run that goes on from ``last_step`` writes again, and a line that was not written to its end.
+        """Remove the lines that a run resumed after step ``last_step`` will write again, and an incomplete last line.
 
-        Those are later steps and the validation at that step. Returns the lines that are kept. Raises RunFolderError
-        naming a damaged line.
+        The resumed run repeats the validation at ``last_step`` and all later steps. Returns the entries that remain.
+        Raises RunFolderError, naming the line, for a damaged one.
         """
         entries = []
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []

@@ -1,6 +1,6 @@
-"""What a person watching sees: progress of long loops, the training line, and numbers and tables as plain text.
+"""Progress of long loops, the line of a training run, and numbers and tables as plain text.
 
-On a terminal a line that rewrites itself; in a log file whole lines, sparse enough to read afterwards.
+On a terminal, progress rewrites one line. In a log file it adds whole lines, few enough to be read later.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TextIO, TypeVar
 
 Item = TypeVar("Item")
-Progress = Callable[..., Iterable[Any]]  # wraps an iterable and its length, as `progress` does
-PLAIN_SECONDS = 10.0  # a plain line at the earliest after so long ...
-PLAIN_SHARE = 0.1  # ... and so much more of the loop, or
-PLAIN_SECONDS_LONGEST = 60.0  # after so long at the latest
+Progress = Callable[..., Iterable[Any]]  # called as `progress` is
+# In a log file, a loop adds a line after LINE_SECONDS if LINE_SHARE more of it is done, and else after LONGEST_SILENCE.
+LINE_SECONDS, LINE_SHARE, LONGEST_SILENCE = 10.0, 0.1, 60.0
 
 
 def format_duration(seconds: float) -> str:
-    """``seconds`` for a reader: ``0.42 s``, ``12.3 s``, ``2 min 05 s``, ``1 h 03 min``."""
+    """Format a duration: ``0.42 s``, ``12.3 s``, ``2 min 05 s``, ``1 h 03 min``."""
     if seconds < 0 or seconds != seconds:
         raise ValueError(f"a duration must be 0 or more, and {seconds!r} is not")
     if seconds < 9.995:
@@ -35,7 +34,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """``count`` bytes in decimal units, three digits or more: ``812 B``, ``12.3 kB``, ``15.9 MB``, ``1.40 GB``."""
+    """Format ``count`` bytes in decimal units with at least three digits: ``812 B``, ``12.3 kB``, ``15.9 MB``, ``1.40 GB``."""
     if count < 0:
         raise ValueError(f"a number of bytes must be 0 or more, and {count!r} is not")
     if count < 999.5:
@@ -49,9 +48,9 @@ def format_bytes(count: float) -> str:
 
 
 def format_table(rows: Iterable[Sequence[Any]], headers: Sequence[str] = ()) -> str:
-    """``rows`` as aligned text without a final line break; columns of numbers go right, the others left.
+    """Format ``rows`` as aligned text without a final line break.
 
-    Raises ValueError for rows of different lengths.
+    Columns of numbers are aligned right, others left. Raises ValueError for rows of different lengths.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     table = [[str(header) for header in headers], *cells] if headers else cells
@@ -72,15 +71,16 @@ def format_table(rows: Iterable[Sequence[Any]], headers: Sequence[str] = ()) -> 
 def progress(
     iterable: Iterable[Item], total: int | None = None, description: str = "", unit: str = ""
 ) -> Iterator[Item]:
-    """Yield ``iterable``'s items and show how far it is, on stderr.
+    """Yield the items of ``iterable`` and show on stderr how many are done.
 
-    A tqdm bar where stderr is a terminal and tqdm is installed; otherwise plain lines, none for a short loop.
+    Shows a tqdm bar if stderr is a terminal and tqdm is installed, and plain lines otherwise; a short loop shows none.
 
     Args:
-        total: number of items; None takes ``len(iterable)`` where it has one.
-        description: what is being done. unit: what an item is, in the plural.
+        total: number of items; None takes ``len(iterable)`` if there is one.
+        description: what is being done.
+        unit: what an item is, in the plural.
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if sys.stderr.isatty():
         try:
@@ -99,8 +99,8 @@ def _plain_progress(iterable: Iterable[Item], total: int | None, description: st
     for done, item in enumerate(iterable, 1):
         yield item
         now = time.monotonic()
-        enough = total is not None and done - shown >= PLAIN_SHARE * total
-        if now - shown_at >= (PLAIN_SECONDS if enough else PLAIN_SECONDS_LONGEST) and done != total:
+        enough = total is not None and done - shown >= LINE_SHARE * total
+        if now - shown_at >= (LINE_SECONDS if enough else LONGEST_SILENCE) and done != total:
             left = "" if total is None else f", {format_duration((now - start) / done * (total - done))} left"
             share = f"{done:,}" if total is None else f"{done:,} of {total:,}"
             print(f"{description}: {share}{unit}, {format_duration(now - start)}{left}", file=sys.stderr, flush=True)
@@ -111,10 +111,10 @@ def _plain_progress(iterable: Iterable[Item], total: int | None, description: st
 
 
 class TrainingProgress:
-    """The line of a training run: step, loss, tokens a second, time left.
+    """Prints the line of a training run: step, loss, tokens a second, time left.
 
-    Prints a whole line at the first step shown and every ``log_every`` steps. On a terminal the steps between rewrite
-    one line, at most ten times a second. Only rank 0 should have one.
+    Prints a whole line at the first step and every ``log_every`` steps. On a terminal, the steps between rewrite one
+    line, at most ten times a second. Only rank 0 should have an instance.
     """
 
     def __init__(self, log_every: int, stream: TextIO | None = None) -> None:
@@ -133,7 +133,7 @@ class TrainingProgress:
         seconds_left: float | None = None,
         total_steps: int | None = None,
     ) -> None:
-        """Show step number ``step``, counted from 1. ``total_steps`` is None where the clock ends the run."""
+        """Show step number ``step``, counted from 1; ``total_steps`` is None if the clock ends the run."""
         last, self._last_step = self._last_step, step
         permanent = last is None or step // self.log_every > last // self.log_every or step == total_steps
         now = time.monotonic()
@@ -152,7 +152,7 @@ class TrainingProgress:
             self._dirty = True
 
     def message(self, text: str) -> None:
-        """Print a whole line; the rewritten one gives way to it."""
+        """Wipe the rewritten line and print a whole one."""
         self.close()
         self._write(text + "\n")
 

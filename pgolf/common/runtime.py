@@ -1,4 +1,4 @@
-"""Where a run runs: processes, device, seeds, what is logged, and the record of the environment."""
+"""Processes, device, signals, random seeds, and the record of the environment."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ import torch.distributed as dist
 from pgolf import __version__
 from pgolf.config import ConfigError, RunConfig
 
-PULSE_SECONDS = 5.0
+PULSE_SECONDS = 5.0  # between two messages of `Pulse`
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
 
 
 class Interrupted(BaseException):
-    """A stage was asked to stop by a signal. No Exception, lest what handles errors takes it for one."""
+    """A signal asked a stage to stop. Not an Exception, so that code which handles errors does not catch it."""
 
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
         super().__init__(message)
@@ -39,11 +39,11 @@ class Interrupted(BaseException):
 
 @contextmanager
 def on_terminate(action: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Inside, SIGTERM, SIGINT and SIGHUP call ``action``, between two instructions of the main thread.
+    """Call ``action`` for SIGTERM, SIGINT and SIGHUP inside the context, in the main thread.
 
-    A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+    A signal that the process inherited as ignored, as SIGHUP under nohup, stays ignored.
     """
-    if threading.current_thread() is not threading.main_thread():  # nobody can send us signals
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
     previous = {number: signal.getsignal(number) for number in SIGNALS}
@@ -58,10 +58,10 @@ def on_terminate(action: Callable[[signal.Signals], None]) -> Iterator[None]:
 
 
 class Pulse:
-    """A thread in which a run's processes hear from each other every few seconds, whatever they are doing.
+    """A thread that exchanges a message with the run's other processes every few seconds.
 
-    When one of them does not answer for ``timeout`` seconds, as it was stopped or its host is gone, the others end.
-    Waiting for a process that works may take as long as it will.
+    If a process does not answer for ``timeout`` seconds, because it was stopped or its host is gone, the others exit.
+    A process that is busy still answers, so waiting for it has no time limit.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -72,7 +72,7 @@ class Pulse:
         self.thread.start()
 
     def stop(self) -> None:
-        """Stop; every process must call it."""
+        """Stop the thread; every process must call it."""
         self.finished.set()
         self.thread.join()
 
@@ -85,25 +85,33 @@ class Pulse:
                 dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
                 dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.group)
         except RuntimeError as error:
-            self.finished.wait(PULSE_SECONDS)  # where a process has ended, the main thread may know more
+            self.finished.wait(PULSE_SECONDS)  # if a process has ended, the main thread may report why
             print(f"pgolf: another process does not answer: {error}", file=sys.stderr, flush=True)
             os._exit(2)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. ``control`` is a CPU group for numbers that must not wait for the device."""
+    """The processes of a run, and this one among them.
+
+    Attributes:
+        rank, size: number of this process, and of processes.
+        device: the device of this process.
+        control: a process group on the CPU, for messages that must not wait for the device; None for one process.
+        local_rank: number of this process among those of its host.
+        pulse: the thread that watches the other processes.
+    """
 
     rank: int
     size: int
     device: torch.device
     control: Any = None
-    local_rank: int = 0  # among the processes of this host
+    local_rank: int = 0
     pulse: Pulse | None = None
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which writes files and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def log(self, message: str) -> None:
@@ -112,7 +120,7 @@ class World:
             print(message, flush=True)
 
     def agree(self, value: float, flag: int = 0) -> tuple[float, int]:
-        """Rank 0's ``value`` and the largest ``flag`` of all ranks, the same on all ranks."""
+        """Return, on every rank, rank 0's ``value`` and the largest ``flag`` of all ranks."""
         if self.size == 1:
             return value, flag
         packed = torch.tensor([value if self.is_main else float("-inf"), float(flag)], dtype=torch.float64)
@@ -120,14 +128,14 @@ class World:
         return float(packed[0]), int(packed[1])
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over ranks, in place."""
+        """Replace a tensor by its mean over ranks, and return it."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def share(self, value: Any) -> Any:
-        """Rank 0's Python object on every rank."""
+        """Return rank 0's Python object on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -135,9 +143,9 @@ class World:
         return box[0]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Return rank 0's result of ``action`` on every rank, or raise there what it raises.
+        """Call ``action`` on rank 0, and return its result, or raise its exception, on every rank.
 
-        What ranks read from a run's folder comes to them this way: other hosts may not see the folder.
+        Ranks read a run's folder in this way, because other hosts may not see it.
         """
         result, problem = None, None
         try:
@@ -150,8 +158,9 @@ class World:
         return result
 
     def on_each_host(self, action: Callable[[], object]) -> None:
-        """Call ``action`` in one process of each host. Raises on every rank what it raises on any."""
-        problem, found = None, [None] * self.size
+        """Call ``action`` in one process of each host. Raises the exception of any host on every rank."""
+        problem: Exception | None = None
+        found: list[Exception | None] = [None] * self.size
         try:
             if self.local_rank == 0:
                 action()
@@ -159,19 +168,21 @@ class World:
             found[0] = problem = error
         if self.size > 1:
             dist.all_gather_object(found, problem, group=self.control)
-        for problem in filter(None, found):
-            raise problem
+        for problem in found:
+            if problem is not None:
+                raise problem
 
     def barrier(self) -> None:
-        """Wait for all ranks, on the CPU group."""
+        """Wait for all ranks, but not for their devices."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
 
 def start_world(config: RunConfig) -> World:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one; seed everything.
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one, and set the seeds.
 
-    Raises ConfigError when CUDA is asked for and absent, and for variables that name no process or device.
+    Raises ConfigError if CUDA is requested and absent, if these variables name no process or device, and if the
+    processes do not find each other.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
@@ -188,7 +199,7 @@ def start_world(config: RunConfig) -> World:
         if not dist.is_initialized():
             try:
                 dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
-            except (ValueError, RuntimeError) as error:  # also of its own kinds
+            except (ValueError, RuntimeError) as error:  # torch.distributed's own errors are RuntimeErrors
                 raise ConfigError(f"WORLD_SIZE is {size}, but the processes do not find each other: {error}") from error
         control = dist.new_group(backend="gloo")
         pulse = Pulse(config.dist_timeout_seconds)
@@ -197,7 +208,7 @@ def start_world(config: RunConfig) -> World:
 
 
 def _from_torchrun(name: str, absent: int, low: int, high: int) -> int:
-    """A whole number among the variables that torchrun sets."""
+    """Read a whole number from a variable that torchrun sets."""
     text = os.environ.get(name, str(absent))
     if not text.strip().isdecimal() or not low <= int(text) <= high:
         raise ConfigError(f"the environment variable {name} must be a number from {low} to {high}, and it is {text!r}")
@@ -205,7 +216,7 @@ def _from_torchrun(name: str, absent: int, low: int, high: int) -> int:
 
 
 def stop_world(world: World) -> None:
-    """Leave the process group."""
+    """Leave the process group; every process must call it."""
     if world.size > 1 and dist.is_initialized():
         world.barrier()
         if world.pulse:
@@ -221,9 +232,11 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of all random generators, as tensors and plain numbers (loadable with weights_only)."""
+    """Return the state of all random generators as tensors and numbers, which torch.load(weights_only=True) reads."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)  # of the global generator, a Mersenne Twister
+    kind, keys, position, has_gauss, cached = numpy_state
     return {
         "python": (version, list(internal), gauss),
         "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
@@ -233,7 +246,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `random_state`."""
+    """Restore what `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
@@ -244,14 +257,14 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of peak memory (CUDA only; a CPU process cannot forget its peak)."""
+    """Reset the peak of device memory. On a CPU this does nothing: a process's peak cannot be reset."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most device memory allocated since `reset_peak_memory`; on a CPU the process's peak resident size."""
+    """Return the peak of allocated device memory since `reset_peak_memory`; on a CPU the process's peak memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     scale = 1 if sys.platform == "darwin" else 1024
@@ -259,7 +272,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def describe_environment(world: World) -> dict[str, Any]:
-    """Versions, chip and commit of this run."""
+    """Return versions, chip, commit and command of this run, as environment.json holds them."""
     versions = {"pgolf": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "numpy", "sentencepiece", "brotli"):
         try:
@@ -282,7 +295,7 @@ def describe_environment(world: World) -> dict[str, Any]:
 
 
 def _processor_name() -> str:
-    """The CPU as the system names it, or its architecture."""
+    """Return the CPU's name, or its architecture if the system does not tell the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -292,7 +305,7 @@ def _processor_name() -> str:
 
 
 def _git_commit() -> str:
-    """Commit of the source checkout, with + when it has local changes; empty when there is none."""
+    """Return the commit of the source checkout, with ``+`` for local changes; empty outside a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:

@@ -22,11 +22,11 @@ class TensorFileError(FileError):
 
 
 class DivergedError(RuntimeError):
-    """Training has left the finite numbers."""
+    """Training produced a number that is not finite."""
 
 
 def diverged(what: str) -> DivergedError:
-    """The error for a number that is not finite, with advice; ``what`` names the number and the step."""
+    """Return the error for a number that is not finite; ``what`` names the number and the step."""
     return DivergedError(
         f"training has diverged: {what}. A checkpoint from before stays as it is; start anew with lower learning rates "
         "(matrix_lr, scalar_lr, tied_embed_lr)"
@@ -34,12 +34,14 @@ def diverged(what: str) -> DivergedError:
 
 
 def save_tensors(path: Path, payload: dict[str, Any] | None, world: World) -> None:
-    """torch.save whole or not at all what rank 0 has; call it on every rank.
+    """Write rank 0's ``payload``, which has an entry ``step``, with torch.save; call it on every rank.
 
-    Raises, on every rank, DivergedError for numbers that are not finite and FileError for a disk that is full.
+    The file is written atomically. Raises, on every rank, DivergedError for numbers that are not finite and FileError
+    if the file cannot be written; the earlier file is then unchanged.
     """
 
     def save() -> None:
+        assert payload is not None  # on rank 0
         if name := not_finite(payload):
             raise diverged(f"{name} has numbers that are not finite after step {payload['step']}")
         write_aside(path, lambda file: torch.save(payload, file))
@@ -48,9 +50,9 @@ def save_tensors(path: Path, payload: dict[str, Any] | None, world: World) -> No
 
 
 def load_tensors(path: Path) -> dict:
-    """Read a file of tensors onto the CPU, without running code from it.
+    """Read a dictionary of tensors onto the CPU. No code in the file is run.
 
-    Raises TensorFileError where it is damaged, naming the tensor, or holds no dictionary.
+    Raises TensorFileError, naming the damaged tensor, or if the file holds no dictionary.
     """
     try:
         with path.open("rb") as file:
@@ -63,11 +65,11 @@ def load_tensors(path: Path) -> dict:
 
 
 def read_tensors(file: BinaryIO, length: int) -> Any:
-    """Read what torch.save wrote into an open file of ``length`` bytes, onto the CPU. No code in it is run.
+    """Read an open file of ``length`` bytes that torch.save wrote, onto the CPU. No code in the file is run.
 
-    Verifies the CRC-32 of every part, which torch.load does not, and gives torch.load an archive of these parts alone:
-    its own reader takes headers otherwise, and returns memory that it has not written for a part marked as a folder.
-    Takes no more memory than twice the file's length.
+    Verifies the CRC-32 of every member of the archive, which torch.load does not. Gives torch.load a new archive of the
+    verified members, because its reader interprets headers differently from zipfile, and returns uninitialised memory
+    for a member that is marked as a folder. Takes at most twice the file's length in memory.
     Raises FileError, naming the damaged tensor.
     """
     try:
@@ -93,26 +95,26 @@ def read_tensors(file: BinaryIO, length: int) -> Any:
 
 
 def _tensor_in(archive: zipfile.ZipFile, member: str) -> str:
-    """Words for the content of a member: the tensor that it holds, or the first of several."""
+    """Describe an archive's member by the tensor that it holds, or by the first of several."""
     folder, _, key = member.rpartition("data/")
     strings: list[str] = []
-    memo: dict[int, str] = {}
-    with suppress(Exception):  # the pickle may be damaged, too
+    memo: dict[Any, str] = {}
+    with suppress(Exception):  # the pickle may be damaged too
         for code, value, _ in pickletools.genops(archive.read(folder + "data.pkl")):
             if "PUT" in code.name:
                 memo[value] = strings[-1] if strings else ""
             elif "GET" in code.name or isinstance(value, str):
-                strings.append(memo.get(value, "") if "GET" in code.name else value)
-                # name, torch._utils._rebuild_tensor_v2, "storage", its class, its number
+                strings.append(memo.get(value, "") if "GET" in code.name else str(value))
+                # The pickle lists: name, torch._utils._rebuild_tensor_v2, "storage", the storage's class, its number.
                 if strings[-1] == key and strings[-3:-2] == ["storage"]:
                     return f"the tensor {strings[-5]} (part {member})"
     return f"its part {member}"
 
 
 def check_tensors(found: Any, like: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return ``found`` if it has the tensors of ``like``: names, shapes and dtypes (or ``dtype``), all of it finite.
+    """Return ``found`` if it has the names and shapes of ``like``, its dtypes (or ``dtype``) and finite numbers only.
 
-    Raises FileError, naming the tensor that is missing, foreign or different.
+    Raises FileError, naming the tensor that is missing, unexpected or different.
     """
     if not isinstance(found, dict):
         raise FileError(f"it holds a {type(found).__name__} in place of tensors by name")
@@ -126,21 +128,24 @@ def check_tensors(found: Any, like: Mapping[str, Tensor], dtype: torch.dtype | N
 
 
 def check_tensor(name: str, tensor: Any, shape: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
-    """Return a tensor if it is a dense one of this shape (None: any) and dtype, and finite. Raises FileError."""
+    """Return ``tensor`` if it is dense, contiguous, finite, and of this shape (None: any) and dtype.
+
+    Raises FileError, naming the tensor, otherwise.
+    """
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_contiguous():
         raise FileError(f"{name} is no plain tensor")
     if tensor.dtype != dtype or shape is not None and tensor.shape != shape:
-        wanted = f"{list(tensor.shape if shape is None else shape)} of {dtype}"
-        raise FileError(f"{name} is {list(tensor.shape)} of {tensor.dtype}, expected {wanted}")
+        expected = f"{list(tensor.shape if shape is None else shape)} of {dtype}"
+        raise FileError(f"{name} is {list(tensor.shape)} of {tensor.dtype}, expected {expected}")
     if not_finite({name: tensor}):
         raise FileError(f"{name} has numbers that are not finite")
     return tensor
 
 
 def not_finite(content: Any, path: str = "") -> str:
-    """Name, by its path, the first floating tensor in nested dictionaries that has a number which is not finite.
+    """Return the dotted path, in nested dictionaries, of the first floating tensor with a number that is not finite.
 
-    Returns an empty text where all numbers are finite. Reading tensors of a GPU waits for it.
+    Returns an empty string if all numbers are finite. Waits for the device of the tensors.
     """
     if isinstance(content, Mapping):
         return next(filter(None, (not_finite(value, f"{path}.{key}") for key, value in content.items())), "")
@@ -149,5 +154,5 @@ def not_finite(content: Any, path: str = "") -> str:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on ``device``, without waiting for the device."""
+    """Copy a CPU tensor to ``device`` without waiting for the device."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,7 +1,7 @@
-"""Bits per byte: how many bytes of text a target token stands for, and the score made of them.
+"""Bits per byte: the bytes of text that a target token stands for, and the score.
 
-The challenge divides the summed loss by the UTF-8 bytes of the *normalised* text (NFKC, white space collapsed). Those
-bytes are read off the tokens: every piece has a fixed number, and a leading space counts only where text stands before.
+The challenge divides the summed loss by the UTF-8 bytes of the *normalised* text (NFKC, white space collapsed). These
+bytes follow from the tokens: each piece has a fixed number, and its leading space counts only after other text.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -16,19 +17,20 @@ from torch import Tensor
 
 from pgolf.common.files import FileError
 
-SPACE = "\u2581"  # SentencePiece writes a space so
+SPACE = "\u2581"  # stands for a space in SentencePiece's pieces
 
 
 class ByteTable:
-    """Bytes of every token of a vocabulary.
+    """The bytes of every token of a vocabulary.
 
-    base_bytes: int16 [V], bytes of the piece without its leading space (1 for a byte piece, 0 for control pieces).
-    leading_space: bool [V], the piece begins with a space.
-    boundary: bool [V], control, unknown and unused pieces: a space right after one of them is not part of the text.
+    Attributes:
+        base_bytes: int16 [V], bytes of the piece without its leading space (1 for a byte piece, 0 for control pieces).
+        leading_space: bool [V], whether the piece begins with a space.
+        boundary: bool [V], control, unknown and unused pieces, after which a leading space is not part of the text.
     """
 
-    def __init__(self, base_bytes, leading_space, boundary) -> None:
-        """Takes three arrays or tensors [V]. Raises ValueError where they are not vectors of one length."""
+    def __init__(self, base_bytes: Any, leading_space: Any, boundary: Any) -> None:
+        """Take three arrays, tensors or sequences [V]. Raises ValueError unless they are vectors of one length."""
         self.base_bytes = torch.as_tensor(base_bytes, dtype=torch.int16)
         self.leading_space = torch.as_tensor(leading_space, dtype=torch.bool)
         self.boundary = torch.as_tensor(boundary, dtype=torch.bool)
@@ -38,15 +40,15 @@ class ByteTable:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens in the table."""
+        """The number of tokens in the table."""
         return self.base_bytes.numel()
 
     @classmethod
     def from_sentencepiece(cls, path: str | os.PathLike) -> ByteTable:
-        """The table of a SentencePiece model, on the CPU.
+        """Build the table of a SentencePiece model, on the CPU.
 
-        Raises FileError for a missing or unreadable model, for one in which a space is no piece of its own, and for
-        one with spaces inside pieces: its bytes could not be counted by this table.
+        Raises FileError if the model cannot be read, has no piece for a single space, or has a piece with a space
+        inside: a table cannot count the bytes of such a model.
         """
         processor = load_sentencepiece(path)
         if processor.piece_to_id(SPACE) == processor.unk_id():
@@ -55,14 +57,17 @@ class ByteTable:
         return cls(*zip(*entries, strict=True))
 
     def to(self, device: torch.device | str) -> ByteTable:
-        """The same table on ``device``."""
+        """Return the table on ``device``."""
         return ByteTable(self.base_bytes.to(device), self.leading_space.to(device), self.boundary.to(device))
 
     def count(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Bytes of every target, given the token before it: base[y] + (leading[y] and not boundary[x]).
+        """Count the bytes of each target y after its input x: base_bytes[y] + (leading_space[y] and not boundary[x]).
 
-        inputs, targets: token ids of any integer dtype and one shape, on the table's device. Returns int64, same shape.
-        Raises ValueError for shapes that differ and, on the CPU (where looking costs little), for ids out of range.
+        Args:
+            inputs, targets: token ids of any integer dtype and one shape, on the table's device.
+
+        Returns int64 of the same shape. Raises ValueError for different shapes and, for CPU tensors only, for ids out
+        of range: on a GPU the check would wait for the device.
         """
         if inputs.shape != targets.shape:
             raise ValueError(f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} must have one shape")
@@ -78,14 +83,14 @@ class ByteTable:
 
 
 def bits_per_byte(total_nats: float, total_bytes: float) -> float:
-    """Bits per byte of a summed loss in nats over the bytes it was summed over. Raises ValueError without bytes."""
+    """Return total_nats / (ln 2 · total_bytes). Raises ValueError unless ``total_bytes`` is positive."""
     if not total_bytes > 0:
         raise ValueError(f"bits per byte need at least one byte, got {total_bytes}")
     return total_nats / math.log(2.0) / total_bytes
 
 
 def load_sentencepiece(path: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
-    """Open a SentencePiece model. Raises FileError where there is none or the file is something else."""
+    """Open a SentencePiece model. Raises FileError if the file is missing or holds anything else."""
     if not Path(path).is_file():
         raise FileError(
             f"there is no tokenizer {path}: get the published one with `pgolf data fineweb`, "
@@ -98,7 +103,7 @@ def load_sentencepiece(path: str | os.PathLike) -> sentencepiece.SentencePiecePr
 
 
 def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, token: int) -> tuple[int, bool, bool]:
-    """(base bytes, leading space, boundary) of one token."""
+    """Return (base bytes, leading space, boundary) of one token."""
     if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
         return 0, False, True
     if processor.is_byte(token):

@@ -1,6 +1,6 @@
-"""The actions of ``pgolf data`` that make data: download it, build it of documents, train a tokenizer.
+"""The actions of ``pgolf data`` that create data: download shards, build them from documents, train a tokenizer.
 
-The exported program goes without this module: it trains on data that is there.
+The exported program lacks this module, because it trains on existing data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text to train on: document files, and the text that every Python installation carries."""
+"""Documents to train on: from files, and from the text that every Python installation contains."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-SHORTEST_DOCUMENT = 200  # characters; shorter docstrings say little
-# Tests repeat one another, lib2to3 is gone from newer Pythons, and packages differ from machine to machine.
+SHORTEST_DOCUMENT = 200  # characters
+# Tests are repetitive, newer Pythons have no lib2to3, and installed packages differ from machine to machine.
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
 class CorpusError(ValueError):
-    """A document file that is missing, broken or not what it should be."""
+    """A document file is missing, damaged or of another format."""
 
 
 def embedded_documents() -> list[str]:
-    """About 2 MB of English prose that comes with Python: no download, the same list each time on one installation.
+    """Return about 2 MB of English text that is installed with Python, as documents.
 
-    The docstrings of the standard library (a document for each large class and one for the rest of a module), the help
-    topics of pydoc, IDLE's news and help where they are installed, and Python's licence. Documents have at least 200
-    characters, none occurs twice, and they are ordered by a hash of their text, so that any slice is a fair mix.
+    Sources are the docstrings of the standard library (a document for each large class and one for the rest of a
+    module), the help topics of pydoc, IDLE's news and help if they are installed, and Python's licence. Documents have
+    at least SHORTEST_DOCUMENT characters, are unique, and are ordered by a hash of their text, so that any slice is a
+    fair sample. One installation gives the same list every time.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     sources = (_library_documents(library), _help_topics(), _text_files(library))
-    # A docstring may hold a lone surrogate, which is no text that a tokenizer could take.
+    # Drop lone surrogates, which a tokenizer cannot encode.
     documents = {text.strip().encode(errors="ignore").decode() for source in sources for text in source}
     return sorted((text for text in documents if len(text) >= SHORTEST_DOCUMENT), key=_order)
 
@@ -41,8 +42,8 @@ def embedded_documents() -> list[str]:
 def read_documents(path: str | os.PathLike) -> Iterator[str]:
     """Yield the documents of a ``.jsonl``, ``.jsonl.xz`` or ``.jsonl.zst`` file, in order.
 
-    Every line is a JSON object whose ``text`` is one document; blank lines are skipped. Raises CorpusError naming the
-    file, and the line where one is bad; also for a truncated archive and where zstandard is needed but missing.
+    Each line is a JSON object whose ``text`` is one document; blank lines are skipped. Raises CorpusError, naming the
+    file and line, for a bad line, a truncated archive, and a ``.zst`` file if zstandard is not installed.
     """
     path = Path(path)
     number = 0
@@ -88,7 +89,7 @@ def _zstandard_lines(path: Path) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise CorpusError(f"reading {path} needs zstandard: pip install 'pgolf[data]'") from None
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # archives made with --long need it
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # for archives written with --long
     frame, rest = None, b""
     with path.open("rb") as file:
         while block := file.read(1 << 17):
@@ -101,7 +102,7 @@ def _zstandard_lines(path: Path) -> Iterator[bytes]:
                 rest = lines.pop()
                 yield from lines
                 block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    # zstandard's own reader ends without complaint where the file does, so it could not tell a truncated one.
+    # zstandard's own reader does not report a truncated file.
     if frame is not None:
         raise EOFError("the file ends inside a frame")
     if rest:
@@ -117,11 +118,11 @@ def _library_documents(library: Path) -> Iterator[str]:
         if EXCLUDED_FOLDERS.intersection(path.relative_to(library).parts):
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old modules have invalid escapes, which are no business of ours
+            warnings.simplefilter("ignore")  # old modules contain invalid escape sequences
             try:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):
-                continue  # distributions leave a few templates among the modules
+                continue  # some distributions install templates that are no Python
         yield from _module_documents(tree)
 
 
@@ -139,7 +140,7 @@ def _module_documents(tree: ast.Module) -> Iterator[str]:
 def _docstrings(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield ast.get_docstring(node) or ""
-    for inner in getattr(node, "body", ()):  # of statements only: a walk over expressions takes most of the time
+    for inner in getattr(node, "body", ()):  # statements only: walking expressions is slow
         yield from _docstrings(inner)
 
 
@@ -151,12 +152,12 @@ def _help_topics() -> Iterator[str]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        return  # a minimal installation; the docstrings are the larger part
+        return  # a minimal installation
     yield from topics.values()
 
 
 def _text_files(library: Path) -> Iterator[str]:
-    """Python's licence, and IDLE's news (a document for each release) and help, where they are installed."""
+    """Yield Python's licence, IDLE's news (one document for each release) and help, if they are installed."""
     for name in ("LICENSE.txt", "idlelib/NEWS.txt", "idlelib/NEWS2x.txt", "idlelib/HISTORY.txt", "idlelib/help.html"):
         path = library / name
         if path.is_file():

@@ -1,6 +1,6 @@
-"""Building data sets: documents to shards of the challenge's format, with a manifest.
+"""Building a dataset: from documents to shards in the challenge's format, with a manifest.
 
-The exported program goes without this module: it trains on shards that are there.
+The exported program lacks this module, because it trains on existing shards.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pgolf.data.manifest import manifest_path, read_manifest, sha256_of
 from pgolf.data.shards import BOS_ID, ShardError, dataset_dir, dataset_name, tokenizer_path, write_shard
 from pgolf.data.tokenizer import load_tokenizer, train_tokenizer
 
-SHARD_TOKENS = 100_000_000  # of the published shards
-DOCUMENTS_PER_TASK = 64  # enough to hide the cost of a task, few enough that large documents do not pile up
-EMBEDDED_VALIDATION_SHARE = 0.04  # of the embedded corpus's documents
+SHARD_TOKENS = 100_000_000  # as in the published shards
+DOCUMENTS_PER_TASK = 64  # enough to hide the cost of a task, few enough to bound the memory of those in flight
+EMBEDDED_VALIDATION_SHARE = 0.04  # of the documents
 
 
 def build_embedded(data_dir: str | os.PathLike, vocab_size: int) -> dict[str, Any]:
-    """Train a tokenizer on the text every Python carries and build shards of it; returns the manifest entry."""
+    """Train a tokenizer on `embedded_documents` and build shards from them; return the manifest entry."""
     documents = embedded_documents()
     validation = round(len(documents) * EMBEDDED_VALIDATION_SHARE)
     model = tokenizer_path(data_dir, vocab_size)
@@ -42,9 +42,9 @@ def build_embedded(data_dir: str | os.PathLike, vocab_size: int) -> dict[str, An
 
 
 def record_dataset(data_dir: str | os.PathLike, entry: dict[str, Any]) -> None:
-    """Put ``entry`` into the list of datasets in ``{data_dir}/manifest.json``, in place of one of the same name.
+    """Write ``entry`` to ``{data_dir}/manifest.json``, in place of an entry of the same name.
 
-    Raises FileError where that file is damaged.
+    Raises FileError if that file is damaged.
     """
     manifest = read_manifest(data_dir)
     others = [other for other in manifest["datasets"] if other["name"] != entry["name"]]
@@ -54,7 +54,7 @@ def record_dataset(data_dir: str | os.PathLike, entry: dict[str, Any]) -> None:
 
 
 def no_progress(items: Iterable, total: int | None, description: str) -> Iterable:
-    """Shows nothing. A progress bar takes the same arguments and yields the same items."""
+    """Return ``items``: a progress display that shows nothing."""
     return items
 
 
@@ -69,19 +69,22 @@ def build_dataset(
     workers: int | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Tokenize documents into train and val shards of the challenge's format, with a manifest.
+    """Tokenize documents into training and validation shards in the challenge's format, with a manifest.
 
-    documents: texts, or a file for `read_documents`; they are streamed, never held all at once.
-    tokenizer: a SentencePiece model; it is copied to ``{out_dir}/tokenizers``.
-    val_docs, val_documents: either the first so many documents are the validation split, or these other ones.
-    shard_tokens: tokens of a full shard. workers: threads (None: all cores); the bytes written do not depend on it.
-    progress: called with (documents, None, split), yields the documents on.
+    Leaves out empty documents, and training documents whose tokens equal those of a validation document.
 
-    Empty documents are left out, and so are training documents whose normalised text (compared by its tokens) is also
-    in the validation split. Returns the dataset's manifest entry, which `record_dataset` also writes: documents,
-    tokens, bytes of normalised text, duplicates and shards with their sha256, of both splits, and that no document is
-    in both.
-    Raises ShardError where a dataset of this vocabulary already lies in ``out_dir`` or a split would be empty.
+    Args:
+        documents: texts, or a file for `read_documents`. They are streamed.
+        tokenizer: a SentencePiece model. It is copied to ``{out_dir}/tokenizers``.
+        val_docs: the first ``val_docs`` documents are the validation split; 0 if ``val_documents`` is given.
+        val_documents: the validation split, as texts or a file.
+        shard_tokens: tokens of a full shard.
+        workers: threads (None: all cores). The files do not depend on it.
+        progress: called with (documents, None, name of the split).
+
+    Returns the dataset's entry, which is also written to the manifest: for each split its documents, tokens, bytes of
+    normalised text, duplicates, and shards with their SHA-256; and the number of documents in both splits.
+    Raises ShardError if ``out_dir`` already holds a dataset of this vocabulary, or a split would be empty.
     """
     if (val_docs > 0) == (val_documents is not None):
         raise ShardError(f"say what to validate on: either val_docs > 0 (got {val_docs}) or val_documents")
@@ -89,13 +92,13 @@ def build_dataset(
         raise ShardError(f"shard_tokens must be at least 1, got {shard_tokens}")
     if workers is not None and workers < 1:
         raise ShardError(f"workers must be at least 1, got {workers}")
-    read_manifest(out_dir)  # a damaged one is known before the work, not after it
+    read_manifest(out_dir)  # fail now if it is damaged, not after the work
     encoder = _Encoder(tokenizer, workers or os.cpu_count() or 1)
     vocab_size = encoder.table.vocab_size
     folder = dataset_dir(out_dir, vocab_size)
     if folder.is_dir() and any(folder.iterdir()):
         raise ShardError(f"{folder} already holds a dataset: delete it, or build into another folder")
-    # Aside first: a build that is interrupted must not look like a dataset.
+    # Build in another folder and rename it: an interrupted build must not look like a dataset.
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -114,19 +117,19 @@ def build_dataset(
     remove_leftovers(model)
     if not (model.exists() and model.samefile(tokenizer)):
         write_aside(model, Path(tokenizer).read_bytes())
-    record_dataset(out_dir, entry)  # first: a folder of shards without its record could not be built again
+    record_dataset(out_dir, entry)  # before the rename: shards without their record could not be built again
     os.replace(partial, folder)
     return entry
 
 
 class _Document(NamedTuple):
     tokens: np.ndarray  # uint16, BOS first
-    bytes: int
+    text_bytes: int
     digest: bytes
 
 
 class _Encoder:
-    """Turns texts into documents on several threads (SentencePiece lets go of Python's lock while it works)."""
+    """Tokenizes texts on several threads; SentencePiece releases the interpreter's lock while it works."""
 
     def __init__(self, tokenizer: str | os.PathLike, workers: int) -> None:
         self.processor = load_tokenizer(tokenizer)
@@ -136,7 +139,7 @@ class _Encoder:
             raise ShardError(f"{tokenizer} has {self.table.vocab_size} tokens, and shards hold 16 bits a token")
 
     def encode(self, texts: Iterator[str]) -> Iterator[_Document]:
-        """Documents in the order of ``texts``; no more than a few tasks are read ahead."""
+        """Yield documents in the order of ``texts``; at most 2 · workers tasks are read ahead."""
         with ThreadPoolExecutor(self.workers) as pool:
             tasks: deque = deque()
             while task := list(islice(texts, DOCUMENTS_PER_TASK)):
@@ -157,7 +160,7 @@ class _Encoder:
 
 
 class _Split:
-    """Writes one split's shards as documents come in, and counts what the manifest tells."""
+    """Writes the shards of one split, and counts for the manifest."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
@@ -168,7 +171,7 @@ class _Split:
         self._pending_tokens = 0
 
     def add(self, document: _Document, excluded: set[bytes] | frozenset[bytes]) -> None:
-        """Take a document in, unless it is empty or one of ``excluded``."""
+        """Add a document, unless it is empty or its digest is in ``excluded``."""
         if document.tokens.size == 1:
             self.empty += 1
             return
@@ -179,14 +182,14 @@ class _Split:
         self.digests.add(document.digest)
         self.documents += 1
         self.tokens += document.tokens.size
-        self.bytes += document.bytes
+        self.bytes += document.text_bytes
         self._pending.append(document.tokens)
         self._pending_tokens += document.tokens.size
         while self._pending_tokens >= self.shard_tokens:
             self._write(self.shard_tokens)
 
     def finish(self) -> None:
-        """Write the last, shorter shard. Raises ShardError where the split has no document."""
+        """Write the last, shorter shard. Raises ShardError if the split has no document."""
         if self._pending_tokens:
             self._write(self._pending_tokens)
         if not self.documents:

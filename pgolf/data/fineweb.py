@@ -1,4 +1,4 @@
-"""Download of the published FineWeb shards and tokenizer from the Hugging Face hub."""
+"""Downloading the published FineWeb shards and tokenizer from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pgolf.data.shards import dataset_dir, dataset_name, read_shard, tokenizer_p
 from pgolf.data.tokenizer import load_tokenizer
 
 REPOSITORY = "kevclark/parameter-golf"  # the dataset repository with the 8192-token export
-REMOTE_ROOT = "datasets"  # folder of the export inside it
+REMOTE_ROOT = "datasets"  # the export's folder in the repository
 RECORD_TRAIN_SHARDS = 80
 MISSING = "downloading needs huggingface_hub: pip install 'pgolf[data]'"
 
 
 class DownloadError(RuntimeError):
-    """Something that cannot be downloaded, or arrives broken."""
+    """A file cannot be downloaded, or arrived damaged."""
 
 
 def download(
@@ -35,33 +35,39 @@ def download(
     revision: str | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Download tokenizer, all validation shards and the first ``train_shards`` (None: all) training shards.
+    """Download the tokenizer, all validation shards and the first ``train_shards`` (None: all) training shards.
 
-    out_dir: becomes a data_dir; files that are there and pass the strict check are kept, so a second call resumes.
-    variant: ``sp`` and the vocabulary's size, as published. progress: called with (files, their number, variant).
-    revision: commit, branch or tag; None: the commit of an earlier call for this folder, else the newest one.
-    Returns the dataset's entry of the published manifest with the repository, the commit, and tokens and SHA-256 of the
-    files; it is also put into ``{out_dir}/manifest.json``.
+    A second call resumes: it keeps files that pass the strict check.
 
-    Raises DownloadError where huggingface_hub is not installed, there is no network, the hub has no such variant or not
-    so many shards, the folder's shards are of another commit, or a file arrives broken twice; ValueError for a variant
-    that is none.
+    Args:
+        out_dir: the data_dir to create or complete.
+        variant: ``sp`` and the vocabulary's size, as published.
+        revision: commit, branch or tag; None takes the commit of an earlier call for this folder, else the newest.
+        progress: called with (files, their number, variant).
+
+    Returns the dataset's entry of the published manifest with repository, commit, and the files' tokens and SHA-256;
+    the entry is also written to ``{out_dir}/manifest.json``.
+    Raises DownloadError if huggingface_hub is not installed, there is no network, the hub lacks the variant or has
+    fewer shards, the folder's shards are of another commit, or a file arrives damaged twice; ValueError if ``variant``
+    is not ``sp`` and a number.
     """
     vocab_size = _vocab_size(variant)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    staging = out_dir / ".download"  # the hub's client keeps its half-done files here, and goes on from them
+    staging = out_dir / ".download"  # the hub's client resumes incomplete files here
     before = recorded_dataset(out_dir, vocab_size)
     commit = _commit(repository, revision, before)
     fetch = _hub_fetcher(repository, commit, staging)
 
     entry = {**_published_entry(fetch, vocab_size, repository), "repository": repository, "revision": commit}
-    record_dataset(out_dir, {**before, **entry})  # first: a call that goes on must take the same commit
+    record_dataset(out_dir, {**before, **entry})  # before the files: a call that resumes must take the same commit
     folder = dataset_dir(out_dir, vocab_size)
     model = tokenizer_path(out_dir, vocab_size)
     names = _shard_names(entry, variant, train_shards)
     known = _known(before)
-    files = [(f"tokenizers/{model.name}", model, lambda path: load_tokenizer(path, vocab_size))]
+    files: list[tuple[str, Path, Callable[[Path], Any]]] = [
+        (f"tokenizers/{model.name}", model, lambda path: load_tokenizer(path, vocab_size))
+    ]
     for name in names:
         files.append((f"datasets/{folder.name}/{name}", folder / name, lambda path: read_shard(path, vocab_size)))
     for remote, target, check in progress(files, len(files), variant):
@@ -82,7 +88,7 @@ def _vocab_size(variant: str) -> int:
 
 
 def _commit(repository: str, revision: str | None, before: dict[str, Any]) -> str:
-    """The commit to download. Raises DownloadError where the folder's shards are of another one."""
+    """Return the commit to download. Raises DownloadError if the folder's shards are of another one."""
     pinned = before.get("revision") if before.get("repository") == repository else None
     if revision is None and pinned is not None:
         return pinned
@@ -92,13 +98,13 @@ def _commit(repository: str, revision: str | None, before: dict[str, Any]) -> st
         commit = str(HfApi().dataset_info(repository, revision=revision).sha)
     except ImportError:
         raise DownloadError(MISSING) from None
-    except Exception as error:  # as below
+    except Exception as error:  # versions of the hub's client raise different errors without a network
         shown = f"{type(error).__name__}: {error}"
         raise DownloadError(
             f"cannot look up the dataset {repository} of huggingface.co ({shown}). Is there a network? Without one: "
             "`pgolf data build`"
         ) from error
-    if commit != pinned and (pinned or "splits" in before):  # entries of older versions tell neither
+    if commit != pinned and (pinned or "splits" in before):  # entries of older versions record neither
         was = f"commit {pinned}" if pinned else "another origin"
         raise DownloadError(
             f"manifest.json records this dataset from {was}, and {revision or 'the newest'} is {commit}: delete the "
@@ -108,7 +114,7 @@ def _commit(repository: str, revision: str | None, before: dict[str, Any]) -> st
 
 
 def _known(before: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 by name of the shards that an earlier call has recorded."""
+    """Return the SHA-256, by name, of the shards that an earlier call recorded."""
     try:
         splits = before.get("splits", {}).values()
         return {shard["file"]: shard["sha256"] for split in splits for shard in split["shards"]}
@@ -117,7 +123,7 @@ def _known(before: dict[str, Any]) -> dict[str, str]:
 
 
 def _shards(folder: Path, split: str, names: list[str], known: dict[str, str]) -> dict[str, Any]:
-    """What the manifest keeps of a split: the shards of this call, and those of earlier ones that are still there."""
+    """Return a split's entry of the manifest: the shards of this call, and those of earlier calls that still exist."""
     ours = {name for name in {*names, *known} if name.startswith(f"fineweb_{split}_") and (folder / name).is_file()}
     return {
         "shards": [
@@ -128,7 +134,7 @@ def _shards(folder: Path, split: str, names: list[str], known: dict[str, str]) -
 
 
 def _hub_fetcher(repository: str, commit: str, staging: Path) -> Callable[..., Path]:
-    """fetch(remote path below the export's root, again=False) -> the downloaded file."""
+    """Return a function fetch(path below the export's root, again=False) that returns the downloaded file."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -145,7 +151,7 @@ def _hub_fetcher(repository: str, commit: str, staging: Path) -> Callable[..., P
                 local_dir=staging,
                 force_download=again,
             )
-        except Exception as error:  # versions of the hub's client differ in what they raise without a network
+        except Exception as error:  # versions of the hub's client raise different errors without a network
             raise DownloadError(
                 f"cannot download {filename} from the dataset {repository} of huggingface.co "
                 f"({type(error).__name__}: {error}). Is there a network, and room on the disk? What has arrived "
@@ -172,13 +178,16 @@ def _published_entry(fetch: Callable[..., Path], vocab_size: int, repository: st
 
 
 def _shard_names(entry: dict[str, Any], variant: str, train_shards: int | None) -> list[str]:
-    """Names of all validation shards and the first training shards: an early end leaves a dataset one can score on."""
+    """Return the names of all validation shards and the first training shards, validation first.
+
+    A download that is interrupted then leaves a dataset that can be scored.
+    """
     available = entry["stats"]["files_train"]
-    wanted = available if train_shards is None else train_shards
-    if not 0 <= wanted <= available:
-        raise DownloadError(f"{variant} has {available} training shards, {wanted} cannot be downloaded")
+    count = available if train_shards is None else train_shards
+    if not 0 <= count <= available:
+        raise DownloadError(f"{variant} has {available} training shards, {count} cannot be downloaded")
     validation = [f"fineweb_val_{index:06d}.bin" for index in range(entry["stats"]["files_val"])]
-    return validation + [f"fineweb_train_{index:06d}.bin" for index in range(wanted)]
+    return validation + [f"fineweb_train_{index:06d}.bin" for index in range(count)]
 
 
 def _is_sound(path: Path, check: Callable[[Path], Any]) -> bool:
@@ -190,7 +199,7 @@ def _is_sound(path: Path, check: Callable[[Path], Any]) -> bool:
 
 
 def _download_checked(fetch: Callable[..., Path], remote: str, target: Path, check: Callable[[Path], Any]) -> None:
-    """Download to ``target``, which only ever holds a file that passed its check; a broken one is fetched once more."""
+    """Download to ``target`` a file that passes its check; fetch a damaged one once more."""
     path = fetch(remote)
     if not _is_sound(path, check):
         path = fetch(remote, again=True)

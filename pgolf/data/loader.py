@@ -1,6 +1,6 @@
 """Batches from token shards: packed documents for training and calibration.
 
-A micro-batch is one stream of L tokens that holds many documents; ``cu_seqlens`` tells attention where each begins.
+A micro-batch is one stream of L tokens with many documents; ``cu_seqlens`` gives attention the start of each.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, islice
 from pathlib import Path
@@ -20,16 +20,17 @@ from torch import Tensor
 
 from pgolf.data.shards import BOS_ID, ShardError, read_shard
 
-SEGMENT_ENTRIES = 256  # of cu_seqlens in a stream: a multiple of this, so that CUDA graphs are captured for few sizes
-PREFETCHED = 4  # micro-batches; opening the next shard, which is read whole to check it, hides behind them
+SEGMENT_ENTRIES = 256  # cu_seqlens has a multiple of this many entries, so that CUDA graphs are needed for few sizes
+PREFETCHED = 4  # micro-batches read ahead, enough to hide reading and checking the next shard
 
 
 class Batch(NamedTuple):
-    """Inputs and targets (the next tokens), with the attention segments of a packed stream.
+    """Inputs and targets (the next tokens): a packed stream with attention segments, or rows of one segment each.
 
-    input_ids, target_ids: int64 [1, L]; [rows, T] where rows are plain causal ones.
-    cu_seqlens: int32, starts of the segments, then L up to a whole number of entries; None for plain rows.
-    max_seqlen: no segment is longer; 0 for plain rows.
+    Attributes:
+        input_ids, target_ids: int64 [1, L] for a packed stream, [rows, T] for rows.
+        cu_seqlens: int32, starts of the segments, then L repeated up to a full number of entries; None for rows.
+        max_seqlen: upper bound of the segments' lengths; 0 for rows.
     """
 
     input_ids: Tensor
@@ -38,21 +39,28 @@ class Batch(NamedTuple):
     max_seqlen: int
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device``; from pinned memory the copy runs beside the computation."""
-        tensors = (None if t is None else t.to(device, non_blocking=True) for t in self[:3])
-        return Batch(*tensors, self.max_seqlen)
+        """Copy the batch to ``device``; from pinned memory the copy does not block."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory."""
-        return Batch(*(None if t is None else t.pin_memory() for t in self[:3]), self.max_seqlen)
+        """Copy the batch to page-locked memory."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        cu_seqlens = None if self.cu_seqlens is None else function(self.cu_seqlens)
+        return Batch(function(self.input_ids), function(self.target_ids), cu_seqlens, self.max_seqlen)
 
 
 def segment_boundaries(input_ids: Tensor, max_segment: int, bos_id: int = BOS_ID, pad_multiple: int = 64) -> Tensor:
-    """Where the attention segments of a stream begin and end, as varlen attention takes it.
+    """Return the boundaries of a stream's attention segments (cu_seqlens), int32 on the stream's device.
 
-    input_ids: integers [L]. A segment begins at 0, at every BOS, and every ``max_segment`` tokens within a document.
-    Returns int32 on the same device: the starts, then L, repeated up to a multiple of ``pad_multiple`` entries: empty
-    segments that keep the number of shapes small. Raises ValueError for an empty stream or one that is no vector.
+    A segment begins at 0, at every BOS, and every ``max_segment`` tokens within a document. The result is the starts,
+    then L repeated up to a multiple of ``pad_multiple`` entries; these empty segments keep the number of shapes small.
+
+    Args:
+        input_ids: integers [L].
+
+    Raises ValueError unless ``input_ids`` is a vector of at least one token.
     """
     if input_ids.ndim != 1 or not input_ids.numel():
         raise ValueError(f"segments are cut in one stream of at least one token, got {tuple(input_ids.shape)}")
@@ -73,10 +81,10 @@ def segment_boundaries(input_ids: Tensor, max_segment: int, bos_id: int = BOS_ID
 class DocumentPackingLoader:
     """The training stream: consecutive pieces of the shards, dealt in turn to the ranks, read ahead by a thread.
 
-    Micro-batch g = 0, 1, 2, ... is the next L + 1 tokens of the walk: from a shard's first BOS as long as whole pieces
-    last (a shorter tail is dropped), then the next shard, and round again. A shard inside one long document, without
-    BOS, is left out. Rank r of R takes g = r, r + R, ..., so what all ranks see together does not depend on how many
-    they are.
+    Micro-batch g = 0, 1, 2, ... is the next L + 1 tokens of the walk. The walk begins at a shard's first BOS, ends with
+    its last whole piece (a shorter tail is dropped), goes on with the next shard, and repeats after the last. A shard
+    without BOS is left out. Rank r of R takes g = r, r + R, ..., so that all ranks together see the same micro-batches
+    for every R.
     """
 
     def __init__(
@@ -91,10 +99,15 @@ class DocumentPackingLoader:
         bos_id: int = BOS_ID,
         vocab_size: int | None = None,
     ) -> None:
-        """files: shards, in the order of the walk. micro_batch_tokens: L. max_segment: longest attention segment.
+        """Check the headers and sizes of all shards; their tokens are checked when the walk reaches them.
 
-        Headers and sizes of all shards are checked here, their tokens against ``vocab_size`` as the walk reaches them.
-        Raises ShardError for a bad shard, and where none is long enough for one micro-batch after its first BOS.
+        Args:
+            files: shards in the order of the walk.
+            micro_batch_tokens: L.
+            max_segment: longest attention segment, tokens.
+            vocab_size: tokens must be less; None: unchecked.
+
+        Raises ShardError for a bad shard, and if no shard holds a micro-batch after its first BOS.
         """
         _check_ranks(rank, world_size)
         self._files = [Path(file) for file in files]
@@ -109,22 +122,22 @@ class DocumentPackingLoader:
         counts = [
             (shard.size - first) // (micro_batch_tokens + 1) for shard, first in zip(shards, self._first, strict=True)
         ]
-        self._ends = list(accumulate(counts))  # micro-batches up to the end of each shard
+        self._ends = list(accumulate(counts))  # number of micro-batches up to the end of each shard
         if not any(counts):
             longest = max((shard.size for shard in shards), default=0)
             raise ShardError(
                 f"no shard holds the {micro_batch_tokens + 1} tokens of a micro-batch after its first BOS (the longest "
                 f"of {len(shards)} has {longest}): lower micro_batch_tokens, or make longer shards"
             )
-        self._position = 0  # the next micro-batch that no rank has been given
+        self._position = 0  # the first micro-batch that no rank has received
         self._open_shard: tuple[int, np.ndarray] | None = None
         self._pending: deque[Future[Batch]] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
     def next_batch(self) -> Batch:
-        """This rank's next micro-batch on the device: ids [1, L], cu_seqlens, max_seqlen (the longest allowed).
+        """Return this rank's next micro-batch on the device: ids [1, L], cu_seqlens, max_seqlen (the longest allowed).
 
-        What goes wrong in the reading thread is raised here.
+        Raises the reading thread's exceptions.
         """
         self._read_ahead(PREFETCHED + 1)
         batch = self._pending[0].result()
@@ -133,7 +146,7 @@ class DocumentPackingLoader:
         return batch.to(self._device)
 
     def failure(self, count: int) -> BaseException | None:
-        """What `next_batch` would raise within the next ``count`` calls; waits until those micro-batches are read."""
+        """Return what `next_batch` would raise within ``count`` calls; waits until these micro-batches are read."""
         self._read_ahead(max(count, PREFETCHED + 1))
         failures = (reading.exception() for reading in islice(self._pending, count))
         return next(filter(None, failures), None)
@@ -146,13 +159,13 @@ class DocumentPackingLoader:
             self._pending.append(self._thread.submit(self._read, number))
 
     def state_dict(self) -> dict[str, int]:
-        """Where the walk stands: the next micro-batch to be given out. The same on all ranks after as many batches."""
+        """Return the position of the walk; it is the same on all ranks after the same number of batches."""
         return {"micro_batch": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state`` was taken, also with another number of ranks.
+        """Continue from the position in ``state``, which any number of ranks may have saved.
 
-        Raises ValueError where it belongs to other shards or another length of micro-batches.
+        Raises ValueError if it belongs to other shards or another length of micro-batches.
         """
         for name, expected in self._identity().items():
             if state.get(name) != expected:
@@ -161,7 +174,7 @@ class DocumentPackingLoader:
         self._position = int(state["micro_batch"])
 
     def close(self) -> None:
-        """Stop the reading thread and wait for its end; `next_batch` would start it again."""
+        """Stop the reading thread; `next_batch` starts it again."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._thread = None
@@ -171,7 +184,7 @@ class DocumentPackingLoader:
         return {"micro_batch_tokens": self._length, "shards": len(self._files), "tokens": self._tokens}
 
     def _read(self, number: int) -> Batch:
-        """Micro-batch ``number`` of the walk, on the CPU."""
+        """Read micro-batch ``number`` of the walk, on the CPU."""
         number %= self._ends[-1]
         index = int(np.searchsorted(self._ends, number, side="right"))
         within = number - (self._ends[index - 1] if index else 0)
@@ -202,11 +215,15 @@ def calibration_batches(
 ) -> Iterator[Batch]:
     """Yield ``count`` batches of training tokens for this rank's Hessians.
 
-    documents: streams of ``tokens`` tokens with their documents' segments, as in training, from places drawn by
-    ``seed`` all over the shards. None is drawn twice, and all ranks together see the same ones however many they are.
-    Otherwise rows of ``max_segment`` tokens cut anywhere, ``tokens // max_segment`` of them: what the public code
-    draws, on rank r from files r, r + world_size, ... (shared where they are fewer) with r as its seed, whatever
-    ``seed`` is. Raises ValueError where the shards hold too few tokens, and ShardError for a bad shard.
+    With ``documents``, a batch is a stream of ``tokens`` tokens with its documents' segments, as in training. Streams
+    are drawn by ``seed`` from all over the shards, none twice. ``count · world_size`` determines the streams that all
+    ranks see together.
+
+    Without ``documents``, a batch is ``tokens // max_segment`` rows of ``max_segment`` tokens, cut anywhere, as the
+    public code draws them: rank r draws from files r, r + world_size, ... with seed r and ignores ``seed``. If there are
+    fewer files than ranks, ranks share them.
+
+    Raises ValueError if the shards hold too few tokens, and ShardError for a bad shard.
     """
     _check_ranks(rank, world_size)
     if documents:
@@ -214,8 +231,8 @@ def calibration_batches(
     else:
         if tokens < max_segment:
             raise ValueError(f"a calibration batch of {tokens} tokens holds no row of {max_segment}: raise its tokens")
-        own = files[rank::world_size] or [files[rank % len(files)]]
-        batches = _row_batches(own, tokens // max_segment, max_segment, count, rank)
+        rank_files = files[rank::world_size] or [files[rank % len(files)]]
+        batches = _row_batches(rank_files, tokens // max_segment, max_segment, count, rank)
     return (batch.to(device) for batch in batches)
 
 
@@ -238,7 +255,7 @@ def _first_bos(shard: np.ndarray, bos_id: int, block: int = 1 << 20) -> int:
 
 
 def _packed(span: np.ndarray, max_segment: int, bos_id: int) -> Batch:
-    """The stream of a span [L + 1]: inputs are all but the last token, targets all but the first."""
+    """Return the batch of a span [L + 1]: inputs are all but the last token, targets all but the first."""
     stream = torch.from_numpy(span.astype(np.int64))
     boundaries = segment_boundaries(stream[:-1], max_segment, bos_id, SEGMENT_ENTRIES)
     return Batch(stream[None, :-1], stream[None, 1:], boundaries, min(max_segment, span.size - 1))
@@ -247,7 +264,7 @@ def _packed(span: np.ndarray, max_segment: int, bos_id: int) -> Batch:
 def _document_batches(
     files: Sequence[str | os.PathLike], tokens: int, max_segment: int, numbers: range, seed: int
 ) -> Iterator[Batch]:
-    """Windows ``numbers`` in an order, drawn by ``seed``, of all windows of ``tokens`` + 1 tokens in the shards."""
+    """Yield entries ``numbers`` of a permutation, drawn by ``seed``, of the shards' windows of ``tokens`` + 1 tokens."""
     shards = [read_shard(file) for file in files]
     places = [(shard, start) for shard in shards for start in range(0, shard.size - tokens, tokens)]
     if numbers.stop > len(places):
@@ -264,7 +281,7 @@ def _document_batches(
 def _row_batches(
     files: Sequence[str | os.PathLike], rows: int, row_tokens: int, count: int, seed: int
 ) -> Iterator[Batch]:
-    """Rows from all over the shards: each shard cut from a random phase, rows in random order, each drawn once."""
+    """Yield batches of rows: each shard is cut from a random phase, and each row is drawn once, in random order."""
     shards = [read_shard(file) for file in files]
     generator = np.random.Generator(np.random.PCG64(seed))
     starts = [_shuffled_starts(shard.size, row_tokens, generator) for shard in shards]

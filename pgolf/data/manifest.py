@@ -1,4 +1,4 @@
-"""Whether data are what they should be: as ``manifest.json`` states, and unchanged since a run checked them."""
+"""Checking that data agree with ``manifest.json``, and that they have not changed since a run checked them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SPLITS = ("train", "val")
 
 
 def manifest_path(data_dir: str | os.PathLike) -> Path:
-    """Where the record of a data folder lies."""
+    """Return the path of a data folder's manifest."""
     return Path(data_dir) / "manifest.json"
 
 
 def read_manifest(data_dir: str | os.PathLike) -> dict[str, Any]:
-    """Read a data folder's record; one without datasets where there is none. Raises FileError for a damaged one."""
+    """Read a data folder's manifest; without a file it lists no datasets. Raises FileError for a damaged file."""
     path = manifest_path(data_dir)
     manifest = read_json(path) if path.exists() else {}
     datasets = manifest.setdefault("datasets", [])
@@ -33,19 +33,19 @@ def read_manifest(data_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def recorded_dataset(data_dir: str | os.PathLike, vocab_size: int) -> dict[str, Any]:
-    """What the record states about the dataset with so many tokens; empty where it states nothing."""
+    """Return the manifest's entry of the dataset with ``vocab_size`` tokens; empty if there is none."""
     name = dataset_name(vocab_size)
     return next((entry for entry in read_manifest(data_dir)["datasets"] if entry["name"] == name), {})
 
 
 def data_files(data_dir: str | os.PathLike, vocab_size: int) -> dict[str, Path]:
-    """The tokenizer and all shards by name. Raises ShardError for a split without shards."""
+    """Return the paths of the tokenizer and all shards, by name. Raises ShardError for a split without shards."""
     shards = [path for split in SPLITS for path in shard_files(data_dir, vocab_size, split)]
     return {path.name: path for path in (tokenizer_path(data_dir, vocab_size), *shards)}
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -53,14 +53,14 @@ def sha256_of(path: Path) -> str:
 def check_dataset(
     data_dir: str | os.PathLike, vocab_size: int, progress: Callable[[Iterable[Path]], Iterable[Path]] = iter
 ) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
-    """Read the tokenizer and every shard strictly, and hold them against all that ``manifest.json`` states of them.
+    """Read the tokenizer and every shard strictly, and compare them with ``manifest.json``.
 
     Args:
-        progress: wraps the iterable of shards.
+        progress: wraps the iterable of files.
 
-    Returns counts (``train_shards``, ``train_tokens``, ``train_documents`` and the same of ``val``), and by name what
-    `check_unchanged` needs to know each file again. Raises ShardError or TokenizerError naming the file and the number
-    that is wrong, also for a split that does not begin with BOS.
+    Returns counts (``train_shards``, ``train_tokens``, ``train_documents`` and the same of ``val``), and for each file
+    by name the record that `check_unchanged` needs. Raises ShardError or TokenizerError, naming the file and the number
+    that is wrong, also if a split does not begin with BOS.
     """
     tokenizer = tokenizer_path(data_dir, vocab_size)
     load_tokenizer(tokenizer, vocab_size)
@@ -90,12 +90,12 @@ def check_dataset(
 
 
 def _stated(entry: dict[str, Any], tokenizer: str, train_shards: int) -> dict[str, Any]:
-    """What an entry of the manifest states, by name; None where it does not."""
+    """Return what a manifest's entry states, under the names of `check_dataset`; None for what it does not state."""
     stated = {"bos_id": entry.get("bos_id"), f"sha256 of {tokenizer}": entry.get("tokenizer_sha256")}
     counts: dict[str, Any] = {}
     for split in SPLITS:
         built, stats = entry.get("splits", {}).get(split, {}), entry.get("stats", {})
-        if split == "train" and train_shards < (stats.get("files_train") or 0):  # the first ones were downloaded
+        if split == "train" and train_shards < (stats.get("files_train") or 0):  # only the first shards were downloaded
             stats = {}
         for ours, theirs in (("shards", "files"), ("tokens", "tokens"), ("documents", "docs")):
             counts[f"{split}_{ours}"] = built.get(ours, stats.get(f"{theirs}_{split}"))
@@ -108,10 +108,10 @@ def _stated(entry: dict[str, Any], tokenizer: str, train_shards: int) -> dict[st
 def check_unchanged(
     data_dir: str | os.PathLike, vocab_size: int, files: Mapping[str, Any], copied: bool = False
 ) -> None:
-    """Raise ShardError unless the data are the ``files`` of `check_dataset`: none more, none less, none changed.
+    """Raise ShardError unless the data are exactly the ``files`` that `check_dataset` recorded.
 
-    Validation shards and the tokenizer are hashed. A training shard is where its size or time of change is another;
-    of data ``copied`` from where they were checked, the size tells.
+    Validation shards and the tokenizer are hashed. A training shard is hashed only if its size or modification time
+    differs; for data ``copied`` from the host that checked them, only the size counts.
     """
     found = data_files(data_dir, vocab_size)
     for name in sorted(found.keys() | files.keys()):

@@ -1,7 +1,7 @@
-"""Token shards: the challenge's file format, and where the files lie.
+"""Token shards: the challenge's file format, and the paths of the files.
 
 A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then the tokens as little-endian
-uint16. Every document is BOS followed by its tokens; documents run on over the edges of shards.
+uint16. Every document is BOS followed by its tokens. A document may continue in the next shard.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ BOS_ID = 1  # begins every document
 
 
 class ShardError(FileError):
-    """A shard that is missing or broken, or a dataset that cannot be built."""
+    """A shard is missing or damaged, or a dataset cannot be built."""
 
 
 def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.ndarray:
-    """The tokens of a shard, uint16 [N].
+    """Return the tokens of a shard, uint16 [N].
 
-    They are read into memory and held against ``vocab_size``; where that is None, they are a read-only memory map.
-    Raises ShardError naming the file and what was found where magic, version or size are wrong, or a token is not below
-    ``vocab_size``.
+    With ``vocab_size`` they are read into memory, and each must be less; without it they are a read-only memory map.
+    Raises ShardError, naming the file and what was found, for a wrong magic, version, size or token.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,7 +49,7 @@ def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
         )
     if vocab_size is None:
         return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    # No map: a file that is cut short while it is mapped ends the process.
+    # Read, not mapped: truncating a mapped file kills the process.
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
     if tokens.size < count:
         raise ShardError(f"{path} was cut short to {tokens.size} tokens while it was read")
@@ -60,10 +59,7 @@ def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
-    """Write integers [N] as a shard, beside ``path`` first and renamed when complete.
-
-    Raises ShardError where there are none, or one does not fit in 16 bits.
-    """
+    """Write integers [N] as a shard, atomically. Raises ShardError if N is 0 or a token does not fit in 16 bits."""
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or not 0 < tokens.size < 2**31:
         raise ShardError(f"a shard holds a vector of 1 to 2^31 - 1 tokens, got the shape {tokens.shape} for {path}")
@@ -75,22 +71,22 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
 
 
 def dataset_name(vocab_size: int) -> str:
-    """Name of the dataset with so many tokens, which is also its folder's."""
+    """Return the name of the dataset with ``vocab_size`` tokens, which is also its folder's."""
     return f"fineweb10B_sp{vocab_size}"
 
 
 def dataset_dir(data_dir: str | os.PathLike, vocab_size: int) -> Path:
-    """Folder of the shards with so many tokens in their vocabulary."""
+    """Return the folder of the shards with ``vocab_size`` tokens in their vocabulary."""
     return Path(data_dir) / "datasets" / dataset_name(vocab_size)
 
 
 def tokenizer_path(data_dir: str | os.PathLike, vocab_size: int) -> Path:
-    """Where the tokenizer of so many tokens lies, or would lie."""
+    """Return the path of the tokenizer with ``vocab_size`` tokens."""
     return Path(data_dir) / "tokenizers" / f"fineweb_{vocab_size}_bpe.model"
 
 
 def shard_files(data_dir: str | os.PathLike, vocab_size: int, split: str) -> list[Path]:
-    """The shards of ``split`` ("train" or "val"), by name. Raises ShardError, saying how to get some, for none."""
+    """Return the shards of ``split`` ("train" or "val"), sorted by name. Raises ShardError if there are none."""
     folder = dataset_dir(data_dir, vocab_size)
     files = sorted(folder.glob(f"fineweb_{split}_*.bin"))
     if not files:

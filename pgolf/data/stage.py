@@ -17,14 +17,14 @@ from pgolf.data.validation import validation_data
 
 
 def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
-    """Check every shard and the tokenizer; build them first from the embedded corpus where the settings say so.
+    """Check every shard and the tokenizer; build them first from the embedded corpus if ``data_source`` says so.
 
-    What the later stages need to know the files again goes into the summary.
+    The summary keeps a record of each file, by which later stages detect changes.
     """
     begun = time.perf_counter()
     if world.is_main:
         if config.data_source == "embedded" and not dataset_dir(config.data_dir, config.vocab_size).is_dir():
-            from pgolf.data.dataset import build_embedded  # here, as the exported program goes without it
+            from pgolf.data.dataset import build_embedded  # the exported program lacks this module
 
             build_embedded(config.data_dir, config.vocab_size)
         results, files = check_data(config)

@@ -1,4 +1,4 @@
-"""Training and opening the tokenizer: SentencePiece BPE with the challenge's settings."""
+"""Training and loading the tokenizer: SentencePiece BPE with the challenge's settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -14,7 +15,7 @@ from pgolf.data.bpb import SPACE, load_sentencepiece
 from pgolf.data.shards import BOS_ID
 
 # The settings that the published tokenizers were trained with.
-CHALLENGE_SETTINGS = dict(
+CHALLENGE_SETTINGS: dict[str, Any] = dict(
     model_type="bpe",
     pad_id=0,
     bos_id=BOS_ID,
@@ -26,19 +27,19 @@ CHALLENGE_SETTINGS = dict(
     add_dummy_prefix=False,
     character_coverage=0.999,
 )
-LONGEST_SENTENCE = 1 << 24  # bytes; SentencePiece's own 4192 would leave most documents out
+LONGEST_SENTENCE = 1 << 24  # bytes; SentencePiece's default of 4192 would leave out most documents
 
 
 class TokenizerError(FileError):
-    """A tokenizer that cannot be trained, or is not the one that is needed."""
+    """A tokenizer cannot be trained, or is of another kind or size than required."""
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str | os.PathLike) -> None:
     """Train a BPE tokenizer of exactly ``vocab_size`` tokens on ``documents`` and write it to ``model_path``.
 
-    Ids: 0 pad, 1 BOS, 2 EOS, 3 unknown, 4-259 bytes, then merges, then characters. The documents are held in memory;
-    the same documents give the same file. Raises TokenizerError where they hold too little text for so many tokens, or
-    more different characters than tokens.
+    Ids: 0 pad, 1 BOS, 2 EOS, 3 unknown, 4-259 bytes, then merges, then characters. The documents are held in memory.
+    The same documents give the same file. Raises TokenizerError if they hold too little text for ``vocab_size`` tokens,
+    or more different characters than tokens.
     """
     texts = (text for document in documents if (text := document.replace("\0", " ").strip()))
     model = io.BytesIO()
@@ -47,7 +48,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str |
             sentence_iterator=texts,
             model_writer=model,
             vocab_size=vocab_size,
-            num_threads=16,  # SentencePiece's default; the file records it, so it must not depend on the machine
+            num_threads=16,  # SentencePiece's default, fixed because the file records it
             max_sentence_length=LONGEST_SENTENCE,
             minloglevel=2,
             **CHALLENGE_SETTINGS,
@@ -65,11 +66,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str |
 
 
 def load_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
-    """Open a tokenizer and check that it is of the challenge's kind.
+    """Load a tokenizer and check that BOS is 1, and that every byte and a single space have pieces.
 
-    BOS is 1, every byte has a piece, and so has a space.
-
-    Raises TokenizerError where it is not, or has not ``vocab_size`` tokens (None: any number), and ValueError where
+    Raises TokenizerError if they do not, or if it has not ``vocab_size`` tokens (None: any number), and FileError if
     the file is missing or no SentencePiece model.
     """
     return _check(load_sentencepiece(path), path, vocab_size)

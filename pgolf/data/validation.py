@@ -1,4 +1,4 @@
-"""The validation documents: their tokens, and the bytes that each token stands for."""
+"""The validation tokens, and the table of the bytes that each token stands for."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from pgolf.data.shards import BOS_ID, read_shard, shard_files, tokenizer_path
 
 
 def validation_data(config: RunConfig) -> tuple[torch.Tensor, ByteTable]:
-    """The validation tokens of the configuration and the bytes of every token."""
+    """Return the configuration's validation tokens, int32 [N] on the CPU, and the byte table of its tokenizer."""
     files = shard_files(config.data_dir, config.vocab_size, "val")
     tokens = load_validation_tokens(files, vocab_size=config.vocab_size, doc_fraction=config.val_doc_fraction)
     return tokens, ByteTable.from_sentencepiece(tokenizer_path(config.data_dir, config.vocab_size))
 
 
 def load_validation_tokens(files: Sequence[str | os.PathLike], *, vocab_size: int, doc_fraction: float = 1.0) -> Tensor:
-    """All tokens of the validation shards, nothing left out, as int32 [N] on the CPU.
+    """Return the tokens of the validation shards as int32 [N] on the CPU (162 MB for the challenge's split).
 
-    int32 is the smallest type on which torch compares, indexes and converts without gaps; 162 MB for the challenge's
-    split. doc_fraction: keep the first ceil(fraction * documents) documents. Raises ShardError for a bad shard and
-    ValueError for a fraction outside (0, 1].
+    int32 is the smallest integer type that torch's comparisons, indexing and conversions all support.
+
+    Args:
+        doc_fraction: keep the first ceil(doc_fraction · documents) documents.
+
+    Raises ShardError for a bad shard and ValueError for a fraction outside (0, 1].
     """
     if not 0 < doc_fraction <= 1:
         raise ValueError(f"the fraction of validation documents must be above 0 and at most 1, got {doc_fraction}")
@@ -35,6 +38,6 @@ def load_validation_tokens(files: Sequence[str | os.PathLike], *, vocab_size: in
     if doc_fraction == 1:
         return tokens
     starts = torch.nonzero(tokens == BOS_ID).flatten()
-    # Rounding first: 0.07 * 100 is a little more than 7, and no eighth document is meant.
+    # Round first: 0.07 * 100 is slightly more than 7 in floating point, and must not give 8 documents.
     kept = math.ceil(round(doc_fraction * starts.numel(), 6))
     return tokens if kept >= starts.numel() else tokens[: starts[kept]].clone()
