@@ -1,7 +1,7 @@
-"""The run, stage by stage: data, train, quantize, eval, ttt, report.
+"""The stages of a run and their sequence: data, train, quantize, eval, ttt, report.
 
-Every stage reads what the ones before it left in the run's folder, leaves its own, and puts its results into the
-summary; `run_stages` does them in order and can skip what is done.
+A stage reads the files that earlier stages left in the run's folder, writes its own, and puts its results into the
+summary.
 """
 
 from __future__ import annotations
@@ -36,28 +36,32 @@ READING = ("train", "quantize", "eval", "ttt")  # stages that read data
 
 
 def run_stages(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:
-    """All stages in order. With ``resume``, those whose results are in the summary are skipped."""
+    """Run all stages in order. With ``resume``, skip those whose results are in the summary."""
     for name, stage in STAGES.items():
         if resume and name in world.on_main(folder.summary) and name != "report":
             world.log(f"[{name}] done before")
             continue
-        run_stage(name, stage, config, folder, world, resume)
+        run_stage(name, stage, config, folder, world, resume=resume)
 
 
 def run_stage(name: str, stage: Callable, config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
-    """One stage, with a line before and after it, and the device's memory given back.
+    """Run one stage, log a line before and after it, and release the device's cached memory.
 
-    Those that read data do the stage ``data`` first where it was not done, and else make sure that they have not
+    Before a stage that reads data, runs the stage ``data`` if the run lacks it, and checks that the data have not
     changed since.
+
+    Args:
+        resume: continue from a checkpoint if there is one; for training only.
     """
     if name in READING and not world.on_main(folder.checked_files):
-        run_stage("data", run_data, config, folder, world, False)
+        run_stage("data", run_data, config, folder, world, resume=False)
     world.log(f"[{name}]")
     begun = time.perf_counter()
-    with on_terminate(partial(_stop, name)):  # training has its own while it steps
+    with on_terminate(partial(_stop, name)):  # training replaces this handler while it steps
         if name in READING:
             files = world.on_main(folder.checked_files)
-            world.on_each_host(lambda: check_unchanged(config.data_dir, config.vocab_size, files, not world.is_main))
+            check = partial(check_unchanged, config.data_dir, config.vocab_size, files, copied=not world.is_main)
+            world.on_each_host(check)
         stage(config, folder, world, resume)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -77,7 +77,7 @@ def test_the_same_bytes_every_time_and_all_counted(program: Path, tmp_path: Path
     again = tmp_path / "other_name.py"
     assert export_program(again) == again.stat().st_size
     assert again.read_bytes() == program.read_bytes(), "the record's settings are the defaults"
-    assert len(program.read_bytes()) < 72_000, "the code's share of the cap"
+    assert len(program.read_bytes()) < 73_000, "the code's share of the cap"
 
 
 def test_it_is_smaller_than_with_brotli(program: Path, root: Path) -> None:
@@ -136,9 +136,10 @@ def code_in(code):
 for name in names:
     module = importlib.import_module(name)
     assert module.__file__.startswith(root), name
-    assert inspect.getsource(module) == open(module.__file__).read()
+    source = open(module.__file__).read()
+    assert not source or inspect.getsource(module) == source
     known = {*vars(module), *dir(builtins)}
-    tree = ast.parse(inspect.getsource(module))
+    tree = ast.parse(source)
     local = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree)
              if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
     for node in ast.walk(tree):  # what a function imports, it must find there

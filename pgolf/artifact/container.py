@@ -1,12 +1,10 @@
-"""The artifact: the quantised model as one compressed file, and the bytes it and the code take of the cap.
-
-The container is that of parameter-golf PR #1874, which both read alike:
+"""The artifact's file: the quantised model, serialised and compressed, in the format of parameter-golf PR #1874.
 
     torch.save of {"w": tensors by entry name, "m": how each was made}
     → byte shuffle: b"BSHF", one byte with the stride 2, then the bytes at even places, then those at odd ones
     → brotli (quality 11) or xz (preset 6)
 
-Codes take a byte each; the entropy coder does the packing. The same tensors give the same bytes.
+A code takes one byte; the entropy coder packs it. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -36,9 +35,8 @@ from pgolf.common.files import FileError, write_aside
 from pgolf.common.tensors import check_tensor, read_tensors
 from pgolf.kernels.dequant import MAX_RANK
 
-CAP_BYTES = 16_000_000  # of the challenge: code and compressed weights together, decimal
-# The decompressed bytes for one compressed byte at the cap: a code takes a byte, and compressed more than a bit.
-MOST_EXPANSION = 8
+CAP_BYTES = 16_000_000  # of the challenge, for code and compressed weights together
+MOST_EXPANSION = 8  # decompressed bytes for each compressed one: a code is one byte, and takes at least a bit
 XZ_MEMORY = 1 << 27  # bytes; a decoder of the largest preset takes half of it
 SHUFFLE_MAGIC = b"BSHF"
 SHUFFLE_STRIDE = 2
@@ -49,14 +47,14 @@ MARK = re.compile(r"gptq \(int([2-8])\)(\+lqer(?:_asym)?)?")
 
 
 class ArtifactError(FileError):
-    """A file that is no artifact, or an artifact that is too large."""
+    """A file is no artifact, or an artifact is too large."""
 
 
 def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "brotli") -> int:
-    """Write the artifact, aside first and then renamed, and return its bytes.
+    """Write the artifact atomically and return its size in bytes.
 
-    Brotli takes about a minute for the record model. Raises ArtifactError for another compressor than ``brotli`` and
-    ``lzma`` and for a model that `load` would refuse, ImportError when brotli is not installed.
+    Brotli takes about a minute for the record model. Raises ArtifactError if ``compressor`` is neither ``brotli`` nor
+    ``lzma`` or `load` would refuse the model, and ImportError if brotli is not installed.
     """
     quantized = QuantizedModel(_pooled(quantized.tensors), quantized.meta)
     _check(quantized)
@@ -69,11 +67,11 @@ def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "
 
 
 def load(path: str | os.PathLike) -> QuantizedModel:
-    """Read an artifact, whichever compressor wrote it. No code in it is run.
+    """Read an artifact that either compressor wrote. No code in it is run.
 
-    Memory is bounded by what an artifact can hold: 8 bytes for each of the file's, or of the cap where that is more.
-    Raises ArtifactError when the file is cut short, damaged or no artifact, naming it and the tensor; FileNotFoundError
-    when there is none; ImportError when it needs brotli and that is not installed.
+    Decompresses at most MOST_EXPANSION bytes for each byte of the file, or of the cap if that is more.
+    Raises ArtifactError, naming the file and the tensor, if the file is cut short, damaged or no artifact;
+    FileNotFoundError if there is none; ImportError if it needs brotli and that is not installed.
     """
     path = Path(path)
     blob = path.read_bytes()
@@ -90,8 +88,8 @@ def load(path: str | os.PathLike) -> QuantizedModel:
 
 
 def _serialize(quantized: QuantizedModel) -> bytes:
-    # Pickle writes a string that it has seen before as a reference to that object: equal strings must be one object,
-    # or the bytes would depend on how the model came about.
+    # Pickle writes a string object that it has written before as a reference. Interning makes equal strings one object,
+    # so that the bytes depend on the content only.
     tensors = {sys.intern(name): tensor for name, tensor in quantized.tensors.items()}
     meta = {sys.intern(name): sys.intern(how) for name, how in quantized.meta.items()}
     buffer = io.BytesIO()
@@ -100,7 +98,7 @@ def _serialize(quantized: QuantizedModel) -> bytes:
 
 
 def _pooled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors as views of one storage for each dtype: a storage costs about 50 compressed bytes."""
+    """Copy the tensors into one storage for each dtype, because each storage costs about 50 compressed bytes."""
     pooled: dict[str, Tensor] = {}
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
         members = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor.dtype == dtype}
@@ -111,17 +109,17 @@ def _pooled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _checked(content: object) -> QuantizedModel:
-    parts = [content.get(key) for key in ("w", "m")] if isinstance(content, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
+    tensors, meta = (content.get(key) for key in ("w", "m")) if isinstance(content, dict) else (None, None)
+    if not (isinstance(tensors, dict) and isinstance(meta, dict)):
         raise ArtifactError('it lacks the dictionaries "w" and "m"')
-    quantized = QuantizedModel(*parts)
+    quantized = QuantizedModel(tensors, meta)
     _check(quantized)
     return quantized
 
 
 def _check(quantized: QuantizedModel) -> None:
-    """Raise FileError for tensors that do not fit what their marks say: missing, of other dtypes, out of range."""
-    foreign = set(quantized.tensors)
+    """Raise FileError if tensors disagree with the meta strings: missing, unlisted, of another dtype, out of range."""
+    unlisted = set(quantized.tensors)
     for name, how in quantized.meta.items():
         mark = MARK.fullmatch(how) if isinstance(name, str) and isinstance(how, str) else None
         if mark is None and (how != PASSTHROUGH or not isinstance(name, str)):
@@ -131,19 +129,19 @@ def _check(quantized: QuantizedModel) -> None:
             correction = {"+lqer": SYMMETRIC_KEYS, "+lqer_asym": ASYMMETRIC_KEYS, None: ()}[mark[2]]
             keys = tuple(name + key for key in (CODES, SCALE, *correction))
         for key in keys:
-            if key not in foreign:
+            if key not in unlisted:
                 raise ArtifactError(f"it lists {name} as {how!r} and lacks the tensor {key}")
-        foreign -= set(keys)
+        unlisted -= set(keys)
         if mark is None:
             check_tensor(name, quantized.tensors[name], None, torch.float16)
         else:
             _check_matrix(keys, quantized.tensors, int(mark[1]), mark[2] == "+lqer_asym")
-    if foreign:
-        raise ArtifactError(f"it does not list {min(map(str, foreign))}")
+    if unlisted:
+        raise ArtifactError(f"it does not list {min(map(str, unlisted))}")
 
 
 def _check_matrix(keys: tuple[str, ...], tensors: Mapping[str, Tensor], bits: int, asymmetric: bool) -> None:
-    """Raise FileError for codes, scales and factors of a matrix that do not fit together."""
+    """Raise FileError if the codes, scales and factors of a matrix do not fit together."""
     reach = largest_code(bits)
     ends = (-reach, reach), *(((-2, 1), (-8, 7)) if asymmetric else ((-127, 127),) * 2)
     codes = [_check_codes(key, tensors[key], *end) for key, end in zip(keys[::2], ends, strict=False)]
@@ -162,7 +160,7 @@ def _check_matrix(keys: tuple[str, ...], tensors: Mapping[str, Tensor], bits: in
 
 
 def _check_codes(key: str, codes: Tensor, low: int, high: int) -> tuple[int, ...]:
-    """Shape of a matrix of codes. Raises FileError for one that is none, or has a code outside ``low`` to ``high``."""
+    """Return the shape of a matrix of codes from ``low`` to ``high``. Raises FileError for anything else."""
     check_tensor(key, codes, None, torch.int8)
     if codes.ndim != 2 or not codes.numel() or codes.min() < low or codes.max() > high:
         raise ArtifactError(f"{key} is no matrix of codes from {low} to {high}")
@@ -170,9 +168,9 @@ def _check_codes(key: str, codes: Tensor, low: int, high: int) -> tuple[int, ...
 
 
 def byte_shuffle(data: bytes) -> bytes:
-    """``data`` with the bytes at even places first, then those at odd ones, behind a header of five bytes.
+    """Reorder ``data``: a header of five bytes, the bytes at even places, then those at odd places.
 
-    The two halves of 16-bit numbers are each more alike than the numbers, so an entropy coder does better on them.
+    This separates the two bytes of 16-bit numbers; each half compresses better alone.
     """
     array = np.frombuffer(data, np.uint8)
     planes = [array[plane::SHUFFLE_STRIDE] for plane in range(SHUFFLE_STRIDE)]
@@ -180,9 +178,9 @@ def byte_shuffle(data: bytes) -> bytes:
 
 
 def byte_unshuffle(data: bytes) -> bytes:
-    """The inverse of `byte_shuffle` for any stride; data without its header is returned as it is.
+    """Invert `byte_shuffle` for any stride; return data without its header unchanged.
 
-    Raises ArtifactError for a stride of 0 or a header without one.
+    Raises ArtifactError for a stride of 0 or a header without a stride.
     """
     if not data.startswith(SHUFFLE_MAGIC):
         return data
@@ -207,7 +205,7 @@ def _compress(data: bytes, compressor: str) -> bytes:
 
 
 def _most_bytes(blob: bytes) -> int:
-    """Bytes that a compressed file of this length may hold."""
+    """Return the most bytes that a compressed file of this length may hold."""
     return MOST_EXPANSION * max(CAP_BYTES, len(blob))
 
 
@@ -218,20 +216,20 @@ def _decompress(blob: bytes) -> bytes:
             decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
             data = decoder.decompress(blob, max_length=most)
             whole = decoder.eof and not decoder.unused_data
-        else:  # brotli data has no magic: what is not xz is taken for it
+        else:  # brotli data has no magic
             decoder = _brotli().Decompressor()
             data = decoder.process(blob, output_buffer_limit=most)
             whole = decoder.is_finished()
     except ImportError:
         raise
-    except Exception as error:  # each library has an exception of its own
+    except Exception as error:  # each library raises its own
         raise ArtifactError(f"it is neither xz nor brotli data ({error})") from error
     if not whole:
         raise ArtifactError(f"it ends too early, is followed by other data, or holds more than {most:,} bytes")
     return data
 
 
-def _brotli():
+def _brotli() -> ModuleType:
     try:
         import brotli
 

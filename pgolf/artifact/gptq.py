@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): a matrix as integer codes with a float16 scale a row."""
+"""GPTQ (arXiv 2210.17323): quantising a matrix to integer codes with a float16 scale for each row."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from pgolf.artifact.hessians import DAMPINGS, exact_float32_products
 from pgolf.artifact.quantized import SMALLEST_SCALE, QuantizeError
 
-BLOCK_COLUMNS = 128  # columns GPTQ rounds before it corrects the rest in one product
-LARGEST_CLIPPED = 0.1  # share of a row's norm that clipping may take away without a warning
+BLOCK_COLUMNS = 128  # columns that are rounded before one product corrects the remaining ones
+LARGEST_CLIPPED = 0.1  # share of a row's norm that clipping may remove without a warning
 
 
 @torch.no_grad()
@@ -20,19 +20,19 @@ def gptq(
 ) -> tuple[Tensor, Tensor]:
     """Round a matrix to integer codes so that its products with the calibration inputs change least.
 
-    Columns are rounded in the order of falling Hessian diagonal; the error of each is made good by the columns after
-    it, weighted by the Cholesky factor of the inverse Hessian. Inputs that were always zero get codes 0.
+    Rounds columns in the order of decreasing Hessian diagonal. The columns after each one are changed to compensate its
+    error, by the Cholesky factor of the inverse Hessian. Columns whose inputs were always zero get codes 0.
 
     Args:
         weight: float [rows, columns], at least 2 columns, on any device.
-        hessian: float [columns, columns], symmetric, on the same device; its scale does not matter.
-        clip_sigmas: a row's codes reach this many of its standard deviations.
-        clip_range: largest code R; codes lie in [-R, R].
-        name: what warnings call the weight.
+        hessian: float [columns, columns], symmetric, on the same device. Its scale has no effect.
+        clip_sigmas: the largest code stands for this many standard deviations of a row.
+        clip_range: largest code R; codes are in [-R, R].
+        name: the weight's name in warnings.
 
-    Returns codes int8 [rows, columns] and scales float16 [rows], clip_sigmas · std / R of the given rows.
-    Raises QuantizeError for a wrong shape, a number that is not finite or a Hessian that no damping makes invertible;
-    warns when it took more damping than usual, and when clipping takes much of a row away, as of a lone outlier.
+    Returns codes int8 [rows, columns] and scales float16 [rows], clip_sigmas · std / R of each row.
+    Raises QuantizeError for a wrong shape, a number that is not finite, or a Hessian that no damping makes invertible.
+    Warns if the smallest damping was not enough, and if clipping removes much of a row, for example an outlier.
     """
     _check_gptq(weight, hessian, clip_range)
     weight = weight.float()
@@ -40,7 +40,7 @@ def gptq(
     _warn_of_clipping(name, weight, scales.float() * clip_range)
     with exact_float32_products():
         factor, order, dead = _inverse_factor(hessian, name)
-        work = weight.T[order]  # a column's weights lie side by side
+        work = weight.T[order]  # transposed, so that a column is contiguous
         work[dead] = 0
         codes = _round_columns(work, factor, scales.float(), clip_range)
     in_order = torch.empty_like(codes)
@@ -49,7 +49,7 @@ def gptq(
 
 
 def _round_columns(work: Tensor, factor: Tensor, scale: Tensor, clip_range: int) -> Tensor:
-    """Codes [columns, rows] of ``work``, the transposed and ordered weight, which is used up."""
+    """Return the codes [columns, rows] of ``work``, the transposed and ordered weight, which is overwritten."""
     columns = work.size(0)
     codes = torch.empty_like(work, dtype=torch.int8)
     for start in range(0, columns, BLOCK_COLUMNS):
@@ -87,7 +87,7 @@ def _warn_of_clipping(name: str, weight: Tensor, reach: Tensor) -> None:
 
 
 def _inverse_factor(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U, upper triangular with UᵀU = H⁻¹, in the order of falling diagonal; that order; its columns without input."""
+    """Return U, with UᵀU = H⁻¹ in the order of decreasing diagonal; the order; the columns without input."""
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
     dead = diagonal == 0

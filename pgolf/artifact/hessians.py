@@ -11,16 +11,16 @@ from torch import Tensor
 
 from pgolf.artifact.quantized import QuantizeError
 from pgolf.data.loader import Batch
-from pgolf.model.gpt import GPT
+from pgolf.model.gpt import GPT, evaluation_mode
 
-DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the Hessian's mean diagonal; the first that gives a Cholesky factor counts
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # times the Hessian's mean diagonal; the first that gives a Cholesky factor is used
 
 
 def hessian_group(name: str, tied: bool = True) -> str | None:
-    """The group of tensors, by their common input, whose Hessian serves tensor ``name``.
+    """Return the group of tensors with the same input, whose Hessian tensor ``name`` uses.
 
-    ``blocks.3.attn.c_k.weight`` → ``blocks.3.attn.qkv``, ``tok_emb.weight`` → ``tok_emb``. With an untied head
-    (``tied`` False) ``lm_head.weight`` takes ``tok_emb``, and the embedding, then only looked up, has none: None.
+    Examples: ``blocks.3.attn.c_k.weight`` gives ``blocks.3.attn.qkv``; ``tok_emb.weight`` gives ``tok_emb``. With an
+    untied head (``tied`` False), ``lm_head.weight`` gives ``tok_emb``, and the embedding, which is no product, None.
     """
     base = name.removesuffix(".weight")
     if base == "lm_head":
@@ -33,17 +33,16 @@ def hessian_group(name: str, tied: bool = True) -> str | None:
 
 
 def collect_hessians(model: GPT, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Σ xᵀx over all tokens, divided by the number of batches, for the inputs x of every quantised product.
+    """Compute Σ xᵀx over all tokens, divided by the number of batches, for the inputs x of every quantised product.
 
-    Runs in eval mode with looping on (every pass through a looped layer counts) and puts the model back as it was.
-    Sums are float32 without TF32. With several ranks each gives its own batches, and all get the average over all.
+    Runs the model in eval mode with the loop on; each pass through a looped layer counts. Sums are float32 without
+    TF32. With several ranks, each passes its own batches, and all return the average over all batches.
 
     Args:
-        model: on the device to run on.
         batches: this rank's calibration batches, at least one.
 
-    Returns one float32 [in, in] matrix a group (see `hessian_group`), on the model's device.
-    Raises QuantizeError, on all ranks alike, when a rank had no batch.
+    Returns one float32 [in, in] matrix for each group (see `hessian_group`), on the model's device.
+    Raises QuantizeError, on all ranks, if any rank had no batch.
     """
     sums: dict[str, Tensor] = {}
 
@@ -52,25 +51,18 @@ def collect_hessians(model: GPT, batches: Iterable[Batch]) -> dict[str, Tensor]:
         product = _gram(x)
         sums[group] = sums[group].add_(product) if group in sums else product
 
-    was_training, was_looping = model.training, model.looping_active
-    model.eval()
-    model.looping_active = True
     count = 0
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model.hidden(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, observe=observe)
-                count += 1
-    finally:
-        model.train(was_training)
-        model.looping_active = was_looping
+    with evaluation_mode(model, looping=True), torch.no_grad():
+        for batch in batches:
+            model.hidden(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, observe=observe)
+            count += 1
     return _average_over_ranks(sums, count, next(model.parameters()).device)
 
 
 def _gram(x: Tensor) -> Tensor:
-    """xᵀx in float32 without TF32, [in, in] of x [tokens, in]."""
+    """Compute xᵀx, float32 [in, in] without TF32, of x [tokens, in]."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        # Products of 16-bit floats are exact in float32, so the fast matrix units lose nothing here.
+        # Products of 16-bit floats are exact in float32, so tensor cores lose no precision here.
         return torch.mm(x.T, x, out_dtype=torch.float32)
     x = x.float()
     with exact_float32_products():
@@ -94,7 +86,7 @@ def _average_over_ranks(sums: dict[str, Tensor], count: int, device: torch.devic
 
 @contextmanager
 def exact_float32_products() -> Iterator[None]:
-    """Matrix products of float32 tensors do not use TF32 inside."""
+    """Compute matrix products of float32 tensors without TF32 inside the context."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "ieee"

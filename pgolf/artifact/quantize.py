@@ -1,4 +1,4 @@
-"""Quantisation of a trained model: calibration Hessians, GPTQ codes, low-rank corrections, and the way back.
+"""Quantising a trained model, and dequantising it.
 
 The weights come under their per-layer names (`pgolf.model.weights.unbank`). Matrices become integer codes with a
 float16 scale a row (`gptq`); the matrices that lose most get a correction (`low_rank`); small and control tensors are
@@ -23,14 +23,14 @@ from pgolf.kernels.dequant import LowRankFactors, dequantize
 
 
 class Rule(NamedTuple):
-    """How a matrix is quantised: width of its codes, and their reach in a row's standard deviations."""
+    """How a matrix is quantised: bits of its codes, and the standard deviations that the largest code stands for."""
 
     bits: int
     clip_sigmas: float
 
 
 def rule_for(name: str, tensor: Tensor, config: RunConfig) -> Rule | None:
-    """How tensor ``name`` is quantised; None: it stays float16, being small, a control tensor or no matrix."""
+    """Return how tensor ``name`` is quantised; None keeps it in float16: a small or control tensor, or no matrix."""
     patterns = [pattern.strip() for pattern in config.control_tensor_name_patterns.split(",")]
     control = any(pattern and pattern in name for pattern in patterns)
     if control or tensor.numel() <= config.gptq_passthrough_numel or tensor.ndim != 2 or not tensor.is_floating_point():
@@ -51,15 +51,15 @@ def quantize_model(
     config: RunConfig,
     device: torch.device | str = "cpu",
 ) -> QuantizedModel:
-    """Quantise a model's tensors; see the module's docstring. No collective: one rank does it.
+    """Quantise a model's tensors, as the module's docstring says. One rank does this alone.
 
     Args:
         tensors: float32 weights by per-layer name, as `pgolf.model.weights.unbank` gives them.
         hessians: by group, from `collect_hessians`.
         config: bits, clips and the settings of the correction.
-        device: where the arithmetic runs.
+        device: the device that computes.
 
-    Raises QuantizeError for a matrix without a Hessian, and, naming the tensor, for numbers that cannot be stored.
+    Raises QuantizeError for a matrix without a Hessian and, naming the tensor, for numbers that cannot be stored.
     """
     stored: dict[str, Tensor] = {}
     meta: dict[str, str] = {}
@@ -90,7 +90,7 @@ def quantize_model(
 
 def _hessian_for(name: str, weight: Tensor, hessians: Mapping[str, Tensor], config: RunConfig) -> Tensor:
     group = hessian_group(name, tied=config.tie_embeddings)
-    if group is None:  # a lookup table: rounding to the nearest code is best, which is what the identity gives
+    if group is None:  # a lookup table: the identity makes GPTQ round to the nearest code
         return torch.eye(weight.size(1), device=weight.device)
     if group not in hessians:
         raise QuantizeError(
@@ -108,12 +108,12 @@ def _half(name: str, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dequantize_model(quantized: QuantizedModel, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a quantised model, by the template's names and in its dtypes, on its devices.
+    """Return a quantised model's weights by per-layer name, in the template's dtypes and on its devices.
 
     Args:
-        template: tensors by per-layer name; only their shapes, dtypes and devices count.
+        template: tensors by per-layer name, of which only shapes, dtypes and devices are read.
 
-    Raises QuantizeError naming the tensors that only one of the two has, or that have another shape.
+    Raises QuantizeError, naming the tensors, if only one of the two has them or their shapes differ.
     """
     if quantized.meta.keys() != template.keys():
         missing, foreign = template.keys() - quantized.meta.keys(), quantized.meta.keys() - template.keys()

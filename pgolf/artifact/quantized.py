@@ -1,4 +1,4 @@
-"""What an artifact holds: codes, scales and corrections, and how each tensor's entries are called."""
+"""The content of an artifact: codes, scales and corrections, and the names of its entries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pgolf.kernels.dequant import LowRankFactors
 
-SMALLEST_SCALE = 2.0**-24  # float16's smallest number: a row of zeros must not divide by zero
+SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number, so that a row of zeros does not divide by zero
 CODES, SCALE = ".q", ".scale"
 ASYMMETRIC_KEYS = (".lqA_a", ".lqAs_a", ".lqB_a", ".lqBs_a")
 SYMMETRIC_KEYS = (".lqA", ".lqAs", ".lqB", ".lqBs")
@@ -16,23 +16,25 @@ PASSTHROUGH = "passthrough (float16)"
 
 
 class QuantizeError(ValueError):
-    """Weights or Hessians that cannot be quantised, or an artifact that does not fit the model."""
+    """Weights cannot be quantised, or an artifact does not fit the model."""
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """What an artifact holds, on the CPU.
+    """The content of an artifact, on the CPU.
 
-    tensors: ``NAME.q`` int8 codes and ``NAME.scale`` float16 of every matrix, ``NAME`` float16 of every tensor kept,
-        then the factors of the corrections (``NAME.lqA_a`` …).
-    meta: by NAME, ``gptq (int6)``, ``gptq (int6)+lqer_asym``, ``gptq (int6)+lqer`` or ``passthrough (float16)``.
+    Attributes:
+        tensors: for a quantised matrix NAME its codes ``NAME.q``, int8, and scales ``NAME.scale``, float16, and the
+            factors of its correction (``NAME.lqA_a`` …); for any other tensor ``NAME``, float16.
+        meta: for each NAME ``gptq (int6)``, ``gptq (int6)+lqer_asym``, ``gptq (int6)+lqer`` or
+            ``passthrough (float16)``.
     """
 
     tensors: dict[str, Tensor]
     meta: dict[str, str]
 
     def low_rank(self, name: str) -> LowRankFactors | None:
-        """The correction of matrix ``name``, if it has one."""
+        """Return the correction of matrix ``name``; None if it has none."""
         for keys in (ASYMMETRIC_KEYS, SYMMETRIC_KEYS):
             if name + keys[0] in self.tensors:
                 return LowRankFactors(*(self.tensors[name + key] for key in keys))
@@ -40,7 +42,7 @@ class QuantizedModel:
 
 
 def largest_code(bits: int) -> int:
-    """The largest code R of a symmetric range of ``bits`` bits: 31 for 6. Raises ValueError outside 2 to 8."""
+    """Return 2^(bits-1) - 1, the largest code of a symmetric range. Raises ValueError unless bits are from 2 to 8."""
     if not 2 <= bits <= 8:
         raise ValueError(f"codes must have 2 to 8 bits, got {bits}")
     return 2 ** (bits - 1) - 1

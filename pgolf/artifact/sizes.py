@@ -1,4 +1,4 @@
-"""The bytes that an artifact and its program take of the cap, and what each class of tensors takes of them."""
+"""The bytes of an artifact and its program against the cap, and the bytes of each class of tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLASS_ORDER = [*_CODE_CLASSES.values(), "other matrices", "scales", "low-rank f
 
 @dataclass(frozen=True)
 class ArtifactSize:
-    """Bytes that count for the challenge: the weights' file, the program's file, and the cap on their sum."""
+    """The bytes that count for the challenge: the weights' file, the program's file, and the cap on their sum."""
 
     weight_bytes: int
     code_bytes: int
@@ -28,21 +28,21 @@ class ArtifactSize:
 
     @property
     def total_bytes(self) -> int:
-        """Weights and code."""
+        """The bytes of weights and code."""
         return self.weight_bytes + self.code_bytes
 
     @property
     def share(self) -> float:
-        """The total over the cap."""
+        """The total divided by the cap."""
         return self.total_bytes / self.cap_bytes
 
     @property
     def margin_bytes(self) -> int:
-        """Bytes left under the cap; negative over it."""
+        """The bytes left under the cap; negative if the total exceeds it."""
         return self.cap_bytes - self.total_bytes
 
     def check(self) -> None:
-        """Raise ArtifactError, saying by how much and which settings shrink the weights, when the total is over."""
+        """Raise ArtifactError, naming the settings that shrink the weights, if the total exceeds the cap."""
         if self.margin_bytes < 0:
             raise ArtifactError(
                 f"the artifact is {-self.margin_bytes:,} bytes over the cap: weights {self.weight_bytes:,} + code "
@@ -53,11 +53,13 @@ class ArtifactSize:
 class ClassSize(NamedTuple):
     """One row of an artifact's table: a class of tensors.
 
-    name: ``embedding``, ``attention``, ``mlp fc``, ``mlp proj``, ``other matrices``; ``scales``,
-        ``low-rank factors``, ``small tensors``.
-    stored: what they are kept as, ``int6`` or ``float16``. tensors, numbers: how many.
-    bits_per_number: codes: order-0 entropy of each matrix, averaged over numbers; the rest: bits before compression.
-    bytes: numbers · bits_per_number / 8, rounded.
+    Attributes:
+        name: ``embedding``, ``attention``, ``mlp fc``, ``mlp proj``, ``other matrices``, ``scales``,
+            ``low-rank factors`` or ``small tensors``.
+        stored: the type of its numbers, such as ``int6`` or ``float16``.
+        tensors, numbers: how many there are.
+        bits_per_number: for codes the order-0 entropy, averaged over numbers; else the bits before compression.
+        bytes: numbers · bits_per_number / 8, rounded.
     """
 
     name: str
@@ -69,14 +71,14 @@ class ClassSize(NamedTuple):
 
 
 def code_entropy(codes: Tensor) -> float:
-    """Order-0 entropy of int8 codes in bits a code: what an ideal coder without context needs."""
+    """Return the order-0 entropy of int8 codes in bits a code: the least that a coder without context needs."""
     counts = torch.bincount(codes.reshape(-1).int() + 128).double()
     shares = counts[counts > 0] / codes.numel()
     return float(-(shares * shares.log2()).sum())
 
 
 def class_sizes(quantized: QuantizedModel) -> list[ClassSize]:
-    """An artifact's table by class of tensors, codes first, without what compression gains on the rest."""
+    """Return an artifact's table by class of tensors, codes first; see `ClassSize` for the estimates."""
     members: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for name, stored, numbers, bits in _entries(quantized):
         members.setdefault((name, stored), []).append((numbers, bits))
@@ -88,7 +90,7 @@ def class_sizes(quantized: QuantizedModel) -> list[ClassSize]:
 
 
 def bytes_by_class(quantized: QuantizedModel) -> dict[str, int]:
-    """Bytes of every class of tensors, estimated as `ClassSize` says."""
+    """Return the bytes of each class of tensors, estimated as `ClassSize` says."""
     sizes: dict[str, int] = {}
     for row in class_sizes(quantized):
         sizes[row.name] = sizes.get(row.name, 0) + row.bytes
@@ -96,12 +98,12 @@ def bytes_by_class(quantized: QuantizedModel) -> dict[str, int]:
 
 
 def describe(path: str | os.PathLike) -> list[ClassSize]:
-    """The table of an artifact's file. Raises ArtifactError as `load` does."""
+    """Return the table of an artifact's file. Raises ArtifactError as `load` does."""
     return class_sizes(load(path))
 
 
 def _entries(quantized: QuantizedModel) -> Iterator[tuple[str, str, int, float]]:
-    """Class, what it is stored as, numbers, and bits in all of every stored tensor."""
+    """Yield class, type of the numbers, their count, and their bits together, for each stored tensor."""
     for key, tensor in quantized.tensors.items():
         stored, raw = str(tensor.dtype).removeprefix("torch."), 8.0 * tensor.numel() * tensor.element_size()
         if key in quantized.meta:

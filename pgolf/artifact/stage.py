@@ -1,4 +1,4 @@
-"""The stage ``quantize``: calibrate, quantise, write the artifact and the program, and hold them against the cap."""
+"""The stage ``quantize``: calibrate, quantise, write the artifact and the program, and check them against the cap."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from pgolf.submission.export import export_program
 
 
 def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
-    """Calibrate, quantise on rank 0, write the artifact and the program, and hold them against the cap."""
+    """Calibrate; on rank 0 quantise, and write the artifact and the program.
+
+    Raises ArtifactError, after writing them, if they exceed the cap.
+    """
     begun = time.perf_counter()
     reset_peak_memory(world.device)
     weights = world.on_main(lambda: load_weights(folder.need(folder.ema, "train"), config))
@@ -40,7 +43,7 @@ def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: boo
 
 
 def calibrate(config: RunConfig, world: World, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Hessians of the products' inputs, averaged over all ranks' calibration batches."""
+    """Return the Hessians of the products' inputs, averaged over all ranks' calibration batches."""
     model = model_with(config, world, weights)
     batches = calibration_batches(
         shard_files(config.data_dir, config.vocab_size, "train"),

@@ -34,7 +34,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Format ``count`` bytes in decimal units with at least three digits: ``812 B``, ``12.3 kB``, ``15.9 MB``, ``1.40 GB``."""
+    """Format bytes in decimal units with at least three digits: ``812 B``, ``12.3 kB``, ``15.9 MB``, ``1.40 GB``."""
     if count < 0:
         raise ValueError(f"a number of bytes must be 0 or more, and {count!r} is not")
     if count < 999.5:

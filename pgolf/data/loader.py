@@ -220,8 +220,8 @@ def calibration_batches(
     ranks see together.
 
     Without ``documents``, a batch is ``tokens // max_segment`` rows of ``max_segment`` tokens, cut anywhere, as the
-    public code draws them: rank r draws from files r, r + world_size, ... with seed r and ignores ``seed``. If there are
-    fewer files than ranks, ranks share them.
+    public code draws them: rank r draws from files r, r + world_size, ... with seed r and ignores ``seed``. Ranks share
+    files if there are fewer files than ranks.
 
     Raises ValueError if the shards hold too few tokens, and ShardError for a bad shard.
     """
@@ -264,7 +264,7 @@ def _packed(span: np.ndarray, max_segment: int, bos_id: int) -> Batch:
 def _document_batches(
     files: Sequence[str | os.PathLike], tokens: int, max_segment: int, numbers: range, seed: int
 ) -> Iterator[Batch]:
-    """Yield entries ``numbers`` of a permutation, drawn by ``seed``, of the shards' windows of ``tokens`` + 1 tokens."""
+    """Yield entries ``numbers`` of the shards' windows of ``tokens`` + 1 tokens, permuted by ``seed``."""
     shards = [read_shard(file) for file in files]
     places = [(shard, start) for shard in shards for start in range(0, shard.size - tokens, tokens)]
     if numbers.stop > len(places):

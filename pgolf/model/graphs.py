@@ -1,7 +1,7 @@
-"""CUDA graphs: the launches of a function of tensors, captured once and handed to the device together.
+"""CUDA graphs: the launches of a function of tensors, captured once and replayed together.
 
-A forward and backward pass is several hundred launches. Python makes them about as fast as the device works them off,
-or slower, and several processes on a busy host are slower still.
+A forward and backward pass is several hundred launches. Python issues them hardly faster than the device executes
+them, and slower when several processes share a busy host.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from pgolf.model.gpt import GPT, attention_core
 
 
 def uses_graphs(config: RunConfig, model: GPT) -> bool:
-    """What ``cuda_graphs`` comes to; raises ConfigError where graphs are asked for and cannot be had."""
+    """Return whether the model's passes are replayed from graphs, as ``cuda_graphs`` says.
+
+    Raises ConfigError if it is ``on`` and the model cannot be captured.
+    """
     device = model.qo_bank.device
     core = attention_core(config, device)
-    possible = device.type == "cuda" and core != "sdpa"  # which asks the device how long segments are
+    possible = device.type == "cuda" and core != "sdpa"  # sdpa reads the segments' lengths from the device
     if config.cuda_graphs == "on" and not possible:
         raise ConfigError(
             f"cuda_graphs=on needs CUDA and an attention_backend other than sdpa, and this is {device.type} with "
@@ -31,14 +34,14 @@ def uses_graphs(config: RunConfig, model: GPT) -> bool:
 
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]  # what it reads
-    outputs: Any  # what it leaves
+    inputs: tuple[Tensor, ...]  # the tensors that it reads
+    outputs: Any  # what the captured function returned
 
 
 class Graphs:
-    """Captured functions by key. They share one pool of memory, which stays taken as long as this object lives.
+    """Captured functions by key. They share one pool of memory, which is freed with this object.
 
-    Their stream is of high priority, so that what a function launches on another of lower fills what it leaves.
+    They are captured on a stream of high priority, so that work on a stream of lower priority only fills idle units.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,10 +53,12 @@ class Graphs:
         return key in self._captured
 
     def capture(self, key: Hashable, function: Callable, *inputs: Tensor, loaded: bool = False) -> None:
-        """Capture ``function`` on inputs of the given ones' shapes.
+        """Capture ``function`` for inputs of these shapes.
 
-        It is called before, as kernels are compiled and loaded at their first launch, which a capture must not hold;
-        ``loaded`` says that this is done.
+        First calls it once, because kernels are compiled and loaded at their first launch, which must not be captured.
+
+        Args:
+            loaded: skip that call, because the kernels have been launched before.
         """
         static, graph = tuple(tensor.clone() for tensor in inputs), torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
@@ -61,14 +66,14 @@ class Graphs:
         if not loaded:
             with torch.cuda.stream(self._stream):
                 function(*static)
-        # Other threads, the loader's and NCCL's, may do what this one must not.
+        # thread_local: the loader's and NCCL's threads may call CUDA functions that a capture forbids.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             outputs = function(*static)
         current.wait_stream(self._stream)
         self._captured[key] = _Captured(graph, static, outputs)
 
     def replay(self, key: Hashable, *inputs: Tensor) -> Any:
-        """What the function returns of ``inputs``, in memory that the next replay of any graph may overwrite."""
+        """Return the function's results for ``inputs``, in memory that the next replay of any graph may overwrite."""
         captured = self._captured[key]
         for static, given in zip(captured.inputs, inputs, strict=True):
             static.copy_(given, non_blocking=True)

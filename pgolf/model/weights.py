@@ -1,4 +1,4 @@
-"""The model's weights outside of a model: in the file that training leaves, and as one tensor a layer."""
+"""The final weights in their file, and state dicts with one tensor a layer in place of the banks."""
 
 from __future__ import annotations
 
@@ -8,30 +8,41 @@ import torch
 from torch import Tensor
 
 from pgolf.common.files import FileError
-from pgolf.common.tensors import TensorFileError, check_tensors, load_tensors
+from pgolf.common.runtime import World
+from pgolf.common.tensors import TensorFileError, check_tensors, load_tensors, save_tensors
 from pgolf.config import RunConfig
-from pgolf.model.gpt import GPT
+from pgolf.model.gpt import meta_model
+
+
+def save_weights(path: Path, weights: dict[str, Tensor] | None, step: int, world: World) -> None:
+    """Write rank 0's final weights, after training step ``step``, atomically; call it on every rank.
+
+    Raises DivergedError and FileError as `save_tensors` does.
+    """
+    save_tensors(path, None if weights is None else {"step": step, "weights": weights}, world)
 
 
 def load_weights(path: Path, config: RunConfig | None = None) -> dict[str, torch.Tensor]:
-    """The final weights that `train` left: float32, by state-dict name.
+    """Read the final weights that `save_weights` wrote: float32, by state-dict name.
 
-    Raises TensorFileError for a file that is damaged or holds something else, as weights of another model than
-    ``config`` describes.
+    Raises TensorFileError for a file that is damaged or holds anything else, including, if ``config`` is given, the
+    weights of another model.
     """
     weights = load_tensors(path).get("weights")
     try:
         like = weights if isinstance(weights, dict) else {}
         if config is not None:
-            with torch.device("meta"):
-                like = GPT(config).state_dict()
+            like = meta_model(config).state_dict()
         return check_tensors(weights, like, torch.float32)
     except FileError as error:
         raise TensorFileError(f"{path} does not hold the weights of this run: {error}") from error
 
 
 def unbank(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """A state dict with the banks as one tensor a layer (``blocks.i.attn.c_q.weight`` …), other entries unchanged."""
+    """Split the banks of a state dict into one tensor a layer (``blocks.i.attn.c_q.weight`` …).
+
+    Other entries are unchanged.
+    """
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in _BANKS:
@@ -46,9 +57,9 @@ def unbank(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
 
 
 def rebank(tensors: dict[str, Tensor], template: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `unbank`: a state dict with the template's names, shapes and dtypes.
+    """Join tensors that `unbank` split into a state dict with the template's names, shapes and dtypes.
 
-    Raises ValueError naming the tensor that is missing or has the wrong shape.
+    Raises ValueError, naming the tensor, if one is missing or has the wrong shape.
     """
     state: dict[str, Tensor] = {}
     num_layers = template["mlp_up_bank"].size(0)

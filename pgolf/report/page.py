@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file, plots inside, written from what the stages left in the run's folder.
+"""The report of a run: one HTML page with plots, from the files in the run's folder.
 
-Stages that have not run are absent from it. The same folder gives the same bytes. Plots need matplotlib (the extra
-``report``); without it the page has its tables and says what to install.
+It leaves out stages that have not run. The same folder gives the same bytes. Plots need matplotlib (the extra
+``report``); without it the page has the tables and says what to install.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STAGE_PARTS = {"startup": "compile and warm-up", "hessian": "Hessians", "gptq": 
 
 @dataclass
 class RunRecord:
-    """What a run's folder says: its JSON files, the metrics by kind, and notes for the reader."""
+    """The content of a run's folder: its JSON files, the metrics by kind, and notes for the reader."""
 
     folder: Path
     config: Row
@@ -46,15 +46,15 @@ class RunRecord:
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write ``run_dir``/report.html from config.json, environment.json, metrics.jsonl and summary.json.
+    """Write ``run_dir``/report.html from the run's JSON files and metrics, and return its path.
 
-    Returns the path. Raises FileError where ``run_dir`` is no run's folder or a file in it is broken; a last line
-    of metrics.jsonl that was cut off by the end of the process is left out, with a note in the report.
+    Leaves out an incomplete last line of metrics.jsonl, with a note in the report. Raises FileError if ``run_dir`` is
+    no run's folder or a file in it is damaged.
     """
     record = read_run(run_dir)
     plots: dict[str, str] = {}
     try:
-        from pgolf.report.plots import draw_plots  # here, as matplotlib is an extra and the exported program lacks both
+        from pgolf.report.plots import draw_plots  # needs matplotlib
     except ModuleNotFoundError as missing:
         record.notes.append(f"The plots are missing because {missing.name} is: pip install 'pgolf[report]'")
     else:
@@ -67,7 +67,7 @@ def write_report(run_dir: Path | str) -> Path:
 
 
 def read_run(run_dir: Path | str) -> RunRecord:
-    """Read a run's folder. Raises FileError, see `write_report`."""
+    """Read a run's folder. Raises FileError as `write_report` does."""
     folder = Path(run_dir)
     if not folder.is_dir():
         raise FileError(f"there is no run folder {folder}; `pgolf run --run-dir {folder}` makes one")
@@ -87,7 +87,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
 
 
 def _read_object(path: Path) -> Row:
-    """The JSON object in ``path``; empty where the file does not exist yet."""
+    """Read the JSON object in ``path``; return an empty one if there is no file."""
     return read_json(path) if path.is_file() else {}
 
 
@@ -106,13 +106,13 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Row]:
 
 
 def _latest_by_step(rows: Iterable[Row]) -> list[Row]:
-    """One row a step, in order: a resumed run writes again the steps after its checkpoint."""
+    """Return the last row of each step, in order: a resumed run repeats the steps after its checkpoint."""
     by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def render_html(record: RunRecord, plots: Mapping[str, str]) -> str:
-    """The page. ``plots`` maps captions to SVG text."""
+    """Return the page's HTML. ``plots`` maps captions to SVG text."""
     run = record.summary.get("run", {})
     title = str(run.get("run_id") or record.config.get("run_id") or record.folder.name)
     sections = [
@@ -132,7 +132,7 @@ def _figures(plots: Mapping[str, str]) -> str:
 
 
 def _about(record: RunRecord) -> str:
-    """The line below the title: preset, parameters, processes, data."""
+    """Return the line below the title: preset, parameters, processes, data."""
     run, data = record.summary.get("run", {}), record.summary.get("data", {})
     facts = [f"preset {record.config.get('preset_name', 'unknown')}", f"seed {record.config.get('seed', 'unknown')}"]
     if "parameters" in run:
@@ -182,7 +182,7 @@ def _stage_table(summary: Mapping[str, Any]) -> str:
 
 
 def _settings_table(config: Row) -> str:
-    """Settings whose value is not the preset's; a name or preset this version lacks is shown as such."""
+    """Return a table of the settings that differ from the preset's, including names that this version lacks."""
     name = config.get("preset_name")
     preset = dataclasses.asdict(RunConfig.preset(name)) if name in PRESETS else {}
     rows = []

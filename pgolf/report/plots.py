@@ -1,4 +1,4 @@
-"""The report's plots as SVG text that takes the page's font and colours, light or dark. Needs matplotlib."""
+"""The report's plots as SVG text in the page's font and colours, light or dark. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -17,9 +17,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Row = dict[str, Any]
 Summary = Mapping[str, Any]
-POINTS = 400  # of a curve; longer ones are averaged in as many bins
+POINTS = 400  # of a curve; a longer one is averaged in 400 bins
 
-# Colours that stand for the page's own; `_svg` puts those in their places.
+# Placeholders for the page's colours, which `_svg` replaces.
 TEXT, SOFT, LINE, ONE, TWO = "#010101", "#020202", "#030303", "#040404", "#050505"
 PAGE_COLOURS = {TEXT: "currentColor", SOFT: "var(--soft)", LINE: "var(--line)", ONE: "var(--one)", TWO: "var(--two)"}
 STYLE = {
@@ -44,7 +44,7 @@ STYLE = {
 
 
 def draw_plots(train: Sequence[Row], validation: Sequence[Row], summary: Summary) -> dict[str, str]:
-    """SVG text by caption, in reading order, of every plot there are numbers for.
+    """Return the SVG text, by caption in reading order, of each plot for which there are numbers.
 
     Args:
         train, validation: rows of metrics.jsonl of that kind, by step.
@@ -128,7 +128,7 @@ def _interval(low: int, high: int | None) -> str:
 
 
 def _scores(points: Sequence[tuple[str, float]], label: str) -> str:
-    """Dots, not bars: the differences are small beside the values, so the axis does not start at 0."""
+    """Draw dots instead of bars, because the differences are small and the axis does not start at 0."""
     figure, axes = _rows([name for name, _ in points])
     values = [value for _, value in points]
     axes.plot(values, range(len(values)), "o", color=ONE, markersize=7)
@@ -161,7 +161,7 @@ def _axes() -> tuple[Figure, Axes]:
 
 
 def _rows(names: Sequence[str]) -> tuple[Figure, Axes]:
-    """Axes with one labelled row a name, the first on top."""
+    """Return axes with one labelled row for each name, the first on top."""
     figure = Figure(figsize=(6.2, max(2.2, 0.9 + 0.42 * len(names))), layout="constrained")
     axes = figure.subplots()
     axes.set_yticks(range(len(names)), names, color=TEXT)
@@ -178,12 +178,12 @@ def _finish_steps(axes: Axes) -> None:
 
 
 def _curve(axes: Axes, rows: Sequence[Row], key: str, colour: str, label: str) -> None:
-    """A line through the means of at most POINTS bins; where bins hold several steps, a band from least to most."""
+    """Draw a line through the means of at most POINTS bins and, if bins hold several steps, a band of their range."""
     rows = [row for row in rows if row.get(key) is not None]
     size = -(-len(rows) // POINTS) or 1
     bins = [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def each(reduce: Callable[[Iterable[float]], float], name: str) -> list[float]:
+    def each(reduce: Callable[[Sequence[float]], float], name: str) -> list[float]:
         return [reduce([row[name] for row in part]) for part in bins]
 
     steps = each(_mean, "step")
@@ -197,7 +197,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _mark_looping(axes: Axes, train: Sequence[Row]) -> None:
-    """A dashed line where looping went on during the run."""
+    """Draw a dashed line at the step at which the loop started."""
     first = next((row["step"] for row in train if row.get("looping")), None)
     if first is None or first == train[0]["step"]:
         return
@@ -221,7 +221,7 @@ def _short(value: float) -> str:
 
 
 def _svg(figure: Figure, description: str) -> str:
-    """The figure as an <svg> element for an HTML page: the page's colours and font, a text for who cannot see it."""
+    """Return the figure as an <svg> element in the page's colours and font, with a description for screen readers."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
@@ -229,7 +229,7 @@ def _svg(figure: Figure, description: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for placeholder, colour in PAGE_COLOURS.items():
         text = text.replace(placeholder, colour)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)  # matplotlib's own font and what follows it
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)  # matplotlib's font and its fallbacks
     prefix = f"p{zlib.crc32(description.encode()):x}-"
     text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}", text)
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

@@ -1,4 +1,4 @@
-"""The results of a run as a table, from the summary that its stages leave in the folder."""
+"""The results of a run as a table, from its summary."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pgolf.common.progress import format_duration, format_table
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """The run's result as aligned text; lines of stages that have not run are left out."""
+    """Format the run's results as aligned text, without lines for stages that have not run."""
     return format_table([(label, value, note) for label, value, note in score_rows(summary) + artifact_rows(summary)])
 
 
 def score_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, note) of training's steps and of every score that the stages have left."""
+    """Return (label, value, note) for the steps of training and for each score in the summary."""
     rows: list[tuple[str, str, str]] = []
     train, evaluation = summary.get("train", {}), summary.get("eval", {})
     if "steps" in train:
@@ -33,13 +33,13 @@ def score_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             continue
         change = "" if previous is None else f"{score - previous:+.4f}".replace("-", "\u2212")
         rows.append((label, f"{score:.4f}", change))
-        if "sliding" not in label:  # the sliding window sees more context, so nothing is measured against it
+        if "sliding" not in label:  # later scores have less context than a sliding window: do not compare them
             previous = score
     return rows
 
 
 def artifact_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, note) of the artifact's bytes; none before quantisation."""
+    """Return (label, value, note) for the artifact's bytes; empty before quantisation."""
     sizes = summary.get("quantize", {})
     if "total_bytes" not in sizes:
         return []

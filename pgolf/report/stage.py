@@ -10,11 +10,11 @@ from pgolf.report.results import summary_table
 
 
 def run_report(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
-    """Write the report and print the table of results."""
+    """Print the table of results and write the report."""
     if world.is_main:
         try:
             world.log(f"\n{summary_table(folder.summary())}\n")
-            from pgolf.report.page import write_report  # here, as the exported program lacks it
+            from pgolf.report.page import write_report  # the exported program lacks this module
 
             world.log(f"report: {write_report(folder.path)}")
         except ModuleNotFoundError:

@@ -1,7 +1,7 @@
-"""Loss and bits per byte of a split by a fixed model: in packed rows, or with a sliding window.
+"""Loss and bits per byte of a validation stream by a fixed model: in packed rows, or with a sliding window.
 
-Every target is scored exactly once, with the context that training gave it: the document's own past, at most
-eval_seq_len tokens. Sums are fp64 on the device and read once, at the end.
+Each target is scored exactly once, with a context as in training: the earlier tokens of its document, at most
+eval_seq_len. Sums are float64 on the device and read once, at the end.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pgolf.data.bpb import ByteTable, bits_per_byte
 from pgolf.data.loader import SEGMENT_ENTRIES, segment_boundaries
 from pgolf.model.gpt import GPT, evaluation_mode
 from pgolf.model.graphs import Graphs, uses_graphs
-from pgolf.scoring.stream import ROWS_OF_A_BATCH, check_stream, find_documents
+from pgolf.scoring.stream import PUBLIC_RANKS, check_stream, find_documents
 
-WIDTH_MULTIPLE = 64  # dense rows are as wide as their longest window, rounded up
+WIDTH_MULTIPLE = 64  # the width of dense rows is that of the longest window, rounded up to a multiple
 
 
 class Row(NamedTuple):
-    """What the model takes at once: one packed row, or dense rows."""
+    """The model's input in one pass: one packed row, or dense rows."""
 
     inputs: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T]
-    counted: Tensor  # bool [B, T], targets to add up
+    counted: Tensor  # bool [B, T], targets to score
     cu_seqlens: Tensor | None  # int32, a multiple of SEGMENT_ENTRIES; None: dense rows
 
 
@@ -46,26 +46,27 @@ def evaluate_packed(
     world_size: int = 1,
     progress: Progress | None = None,
 ) -> tuple[float, float]:
-    """Mean loss in nats and bits per byte of a whole split, in rows [1, val_batch_tokens / 8].
+    """Score a stream in rows [1, val_batch_tokens / 8]; return the mean loss in nats and the bits per byte.
 
-    A row is cut into attention segments at every BOS and, within a document, every eval_seq_len tokens counted from
-    the document's start: the helper and the cuts of training, so that a context is what the model was trained with.
-    Rows are dealt to the ranks in contiguous runs; the last row is padded to the common length, uncounted.
-    ``eval_public_truncation`` drops what the public evaluation drops: the tail after the last whole window, and of
-    each rank's share of windows what does not fill a row.
+    Attention segments begin at every BOS and, within a document, every eval_seq_len tokens, as in training. Each rank
+    takes a contiguous part of the rows. The last row is padded; padding is not scored.
+
+    ``eval_public_truncation`` leaves out what the public evaluation leaves out: the tokens after the last whole window,
+    and the windows of a rank that do not fill a row.
 
     Args:
-        model: in the loop state to score with (`looping_active`); its training flag is put back.
-        tokens: 1-D token ids, any integer dtype, on the CPU. byte_table: of the tokenizer they were made with.
+        model: is scored in its present loop state (`looping_active`). Its training flag is restored.
+        tokens: 1-D token ids of any integer dtype.
+        byte_table: the table of the stream's tokenizer.
         progress: wraps the iterable of rows, as `pgolf.common.progress.progress` does; None shows nothing.
 
-    Raises ValueError for a stream without targets, rows shorter than a window, and world_size without a process group.
+    Raises ValueError if the stream has no targets, a row is shorter than a window, or `check_stream` refuses.
     """
     tokens = check_stream(tokens, config, byte_table, world_size)
-    width = config.val_batch_tokens // ROWS_OF_A_BATCH // config.eval_seq_len * config.eval_seq_len
+    width = config.val_batch_tokens // PUBLIC_RANKS // config.eval_seq_len * config.eval_seq_len
     if width == 0:
         raise ValueError(
-            f"an evaluation row (val_batch_tokens / {ROWS_OF_A_BATCH} = {config.val_batch_tokens // ROWS_OF_A_BATCH}) "
+            f"an evaluation row (val_batch_tokens / {PUBLIC_RANKS} = {config.val_batch_tokens // PUBLIC_RANKS}) "
             f"must hold a window of eval_seq_len {config.eval_seq_len} tokens: raise val_batch_tokens"
         )
     spans = _row_spans(tokens.numel() - 1, width, config, rank, world_size)
@@ -85,14 +86,14 @@ def evaluate_sliding(
     world_size: int = 1,
     progress: Progress | None = None,
 ) -> tuple[float, float]:
-    """Mean loss in nats and bits per byte with a window of eval_seq_len tokens that moves by eval_stride.
+    """Score with windows of eval_seq_len tokens that move by eval_stride; return loss and bits per byte.
 
-    Windows stay within a document, as training's contexts do: the first scores all its targets, each later one those
-    that it alone reaches. So a document that fits into one window costs one window, and in a longer one every target
-    but those of the first window sees more than eval_seq_len - eval_stride tokens. Windows of like length are batched
-    as dense rows, as many as fit into a row of `evaluate_packed`, and dealt to the ranks in turn.
+    A window stays within one document. The first scores all its targets, each later one its last eval_stride. Every
+    target after the first window therefore has a context of more than eval_seq_len - eval_stride tokens. Windows of
+    similar length are batched as dense rows, as many as fit in a row of `evaluate_packed`, and batches are dealt to the
+    ranks in turn.
 
-    Arguments and errors as for `evaluate_packed`.
+    Arguments, results and errors are those of `evaluate_packed`.
     """
     tokens = check_stream(tokens, config, byte_table, world_size)
     if config.eval_stride > config.eval_seq_len:
@@ -101,7 +102,7 @@ def evaluate_sliding(
             "targets between windows would not be scored"
         )
     windows = _sliding_windows(tokens, config.eval_seq_len, config.eval_stride)
-    size = max(1, config.val_batch_tokens // ROWS_OF_A_BATCH // config.eval_seq_len)
+    size = max(1, config.val_batch_tokens // PUBLIC_RANKS // config.eval_seq_len)
     mine = range(rank * size, windows.shape[1], size * world_size)
     batches = (_sliding_batch(tokens, windows[:, low : low + size], config.eval_seq_len) for low in mine)
     return _score(model, config, batches, len(mine), byte_table, world_size, progress)
@@ -112,7 +113,7 @@ def _deal(items: Sequence[tuple[int, int]], rank: int, world_size: int) -> Seque
 
 
 def _row_spans(targets: int, width: int, config: RunConfig, rank: int, world_size: int) -> Sequence[tuple[int, int]]:
-    """[start, stop) of this rank's rows, in targets."""
+    """Return [start, stop) of this rank's rows, in targets."""
     if not config.eval_public_truncation:
         spans = [(start, min(start + width, targets)) for start in range(0, targets, width)]
         return _deal(spans, rank, world_size)
@@ -140,7 +141,10 @@ def _packed_row(tokens: Tensor, start: int, stop: int, width: int, max_segment: 
 
 
 def _sliding_windows(tokens: Tensor, window: int, stride: int) -> Tensor:
-    """First input in the stream, inputs, and inputs before the scored ones: [3, windows], shortest windows first."""
+    """Return for each window its first input, its inputs, and its inputs before the first that is scored.
+
+    The result is [3, windows], with the shortest windows first.
+    """
     starts, lengths = find_documents(tokens)
     predictions = lengths - 1
     counts = 1 + -(-np.maximum(predictions - window, 0) // stride)
@@ -193,10 +197,10 @@ def _score(
 def _losses(
     model: GPT, config: RunConfig, graphs: Graphs | None, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Nats of a row; packed rows, which are all of one width, from a graph where there are graphs."""
+    """Return the nats of a row. With ``graphs``, packed rows, which all have one width, are replayed from a graph."""
 
-    def losses(*row: Tensor | None) -> Tensor:
-        return model.token_losses(*row, config.eval_seq_len)
+    def losses(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return model.token_losses(inputs, targets, cu_seqlens, config.eval_seq_len)
 
     if graphs is None or cu_seqlens is None:
         return losses(inputs, targets, cu_seqlens)

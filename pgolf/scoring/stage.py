@@ -25,7 +25,7 @@ from pgolf.scoring.ttt.engine import test_time_training
 
 
 def run_eval(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
-    """Score the weights before quantisation and the artifact, every validation token once."""
+    """Score the weights before quantisation and the artifact on the validation tokens."""
     begun = time.perf_counter()
     reset_peak_memory(world.device)
     tokens, table = validation_data(config)

@@ -1,4 +1,4 @@
-"""The stream of documents that is scored."""
+"""The documents of a stream of tokens, and the checks before it is scored."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pgolf.config import RunConfig
 from pgolf.data.bpb import ByteTable
 from pgolf.data.shards import BOS_ID
 
-ROWS_OF_A_BATCH = 8  # val_batch_tokens is what eight ranks take at once, one row each
+PUBLIC_RANKS = 8  # of the public run: its batches, and rows of a batch, are divided by this number
 
 
 def find_documents(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Start and length of every document of a CPU stream, int64.
+    """Return the starts and lengths of the documents of a CPU stream, int64.
 
-    A length counts the next document's BOS, which is the document's last target. A document without targets (a BOS
-    that ends the stream) is none; what precedes the first BOS is one.
+    A length includes the next document's BOS, which is the document's last target. Tokens before the first BOS are a
+    document; a BOS that ends the stream, which has no targets, is not.
     """
     starts = np.union1d([0], np.flatnonzero(tokens.numpy() == BOS_ID))
     lengths = np.append(starts[1:] + 1, tokens.numel()) - starts
@@ -26,10 +26,10 @@ def find_documents(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_stream(tokens: Tensor, config: RunConfig, byte_table: ByteTable, world_size: int) -> Tensor:
-    """``tokens`` as an int32 vector on the CPU.
+    """Return ``tokens`` as an int32 vector on the CPU.
 
-    Raises ValueError where they are no vector of at least two ids below vocab_size, where the byte table has another
-    vocabulary, and where several processes are spoken of but not joined.
+    Raises ValueError unless they are a vector of at least two ids below vocab_size, the byte table has the same
+    vocabulary, and this process has joined a process group if ``world_size`` exceeds 1.
     """
     if tokens.ndim != 1 or tokens.numel() < 2:
         raise ValueError(f"scoring needs one stream of at least two tokens, got a tensor {tuple(tokens.shape)}")

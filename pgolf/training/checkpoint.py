@@ -1,4 +1,4 @@
-"""Training checkpoints: everything a run needs to go on to the same bytes."""
+"""Training checkpoints: the state from which a run continues to the same bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pgolf.training.optim import ModelOptimizer
 from pgolf.training.schedule import Clock
 
 FORMAT = "pgolf training checkpoint 1"
-# What may differ between the run that wrote a checkpoint and the one that goes on from it.
+# Settings that may differ between the run that wrote a checkpoint and the run that continues from it.
 _MAY_DIFFER = {
     "run_id",
     "artifact_dir",
@@ -33,7 +33,7 @@ _MAY_DIFFER = {
 
 @dataclass
 class TrainingState:
-    """What training changes."""
+    """Everything that training changes."""
 
     model: GPT
     optimizer: ModelOptimizer
@@ -44,10 +44,9 @@ class TrainingState:
 
 
 def save_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: World) -> None:
-    """Write a checkpoint aside and rename it; call it on every rank, rank 0 writes.
+    """Write a checkpoint atomically; call it on every rank, rank 0 writes.
 
-    Raises, on every rank, DivergedError for numbers that are not finite and FileError where the disk is full; the file
-    from before is then untouched.
+    Raises DivergedError and FileError as `save_tensors` does; the earlier file is then unchanged.
     """
     optimizer, loader = state.optimizer.state_dict(), state.loader.state_dict()
     payload = None
@@ -68,9 +67,10 @@ def save_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: 
 
 
 def load_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: World) -> None:
-    """Put a checkpoint that rank 0 reads into ``state``; any number of ranks may take what any number wrote.
+    """Load a checkpoint, which rank 0 reads, into ``state``.
 
-    Raises TensorFileError for a file that is no checkpoint, or one of other settings (named).
+    The number of ranks may differ from that of the run that wrote it. Raises TensorFileError for a file that is no
+    checkpoint, and for one of other settings, which it names.
     """
     payload = world.on_main(partial(load_tensors, path))
     if payload.get("format") != FORMAT or not isinstance(payload.get("config"), dict):
@@ -83,8 +83,8 @@ def load_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: 
         raise TensorFileError(f"{path} was written with other settings: {shown}; set them back, or train anew")
     try:
         _apply(payload, state)
-    except Exception as error:  # whatever does not fit somewhere
-        shown = f"it has no entry {error}" if isinstance(error, KeyError) else error
+    except Exception as error:  # a part that does not fit raises almost anything
+        shown = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
         raise TensorFileError(f"{path} does not fit this run: {shown}; delete it and train anew") from error
 
 

@@ -1,6 +1,6 @@
-"""The gradient of a step: forward and backward over its micro-batches, by Python or replayed from CUDA graphs.
+"""The gradient of a step: forward and backward over its micro-batches, launched by Python or replayed from CUDA graphs.
 
-A graph is captured for each loop state and each number of segments, of which the loader makes few.
+A graph is captured for each loop state and each number of segment boundaries, of which the loader makes few.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from pgolf.model.graphs import Graphs
 
 
 class MeanGradient:
-    """Leaves the gradient of the mean loss over ``count`` micro-batches in the parameters' ``grad``.
+    """Computes the gradient of the mean loss over ``count`` micro-batches into the parameters' ``grad``.
 
-    Graphs share one pool of memory, which stays taken as long as this object lives, and leave a micro-batch's gradients
-    in it; those of several are added up in buffers.
+    Graphs leave a micro-batch's gradients in their shared memory; those of several micro-batches are summed in buffers.
 
     Args:
-        model: whose parameters are float32, or bfloat16 for an embedding without a float32 master.
+        model: with parameters in float32, or in bfloat16 for an embedding without a float32 master.
         count: micro-batches of one call, each of weight 1 / count.
-        graphs: replay CUDA graphs; see `uses_graphs`. Micro-batches then have ``cu_seqlens``.
+        graphs: replay CUDA graphs; see `uses_graphs`. Micro-batches must then have ``cu_seqlens``.
     """
 
     def __init__(self, model: GPT, count: int, graphs: bool) -> None:
@@ -36,7 +35,7 @@ class MeanGradient:
         self.sums = [torch.empty_like(parameter) for parameter in self.parameters if graphs and count > 1]
 
     def __call__(self, batches: Iterable[Batch]) -> Tensor:
-        """Returns the mean loss in nats, a float32 scalar on the device."""
+        """Compute the gradient and return the mean loss in nats, a float32 scalar on the device."""
         self.loss.zero_()
         self.model.zero_grad(set_to_none=True)
         if self.graphs is None:
@@ -44,7 +43,7 @@ class MeanGradient:
                 self.loss += self._backward(batch)
             return self.loss.clone()
         for i, batch in enumerate(batches):
-            loss, gradients = self._replay(batch)
+            loss, gradients = self._replay(self.graphs, batch)
             self.loss += loss
             if self.count > 1:
                 (torch._foreach_add_ if i else torch._foreach_copy_)(self.sums, gradients)
@@ -54,7 +53,7 @@ class MeanGradient:
 
     @contextmanager
     def without_graphs(self) -> Iterator[None]:
-        """Inside, every launch is made by Python."""
+        """Launch everything from Python inside the context."""
         graphs, self.graphs = self.graphs, None
         try:
             yield
@@ -66,16 +65,18 @@ class MeanGradient:
         loss.backward()
         return loss.detach()
 
-    def _replay(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    def _replay(self, graphs: Graphs, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        assert batch.cu_seqlens is not None
         key = self.model.looping_active, batch.input_ids.shape, batch.cu_seqlens.numel(), batch.max_seqlen
 
-        def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+        def loss_and_gradients(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, list[Tensor]]:
             self.model.zero_grad(set_to_none=True)
-            loss = self._backward(Batch(*tensors, batch.max_seqlen))
+            loss = self._backward(Batch(inputs, targets, cu_seqlens, batch.max_seqlen))
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             self.model.zero_grad(set_to_none=True)
             return loss, gradients
 
-        if key not in self.graphs:
-            self.graphs.capture(key, loss_and_gradients, *batch[:3])
-        return self.graphs.replay(key, *batch[:3])
+        tensors = batch.input_ids, batch.target_ids, batch.cu_seqlens
+        if key not in graphs:
+            graphs.capture(key, loss_and_gradients, *tensors)
+        return graphs.replay(key, *tensors)

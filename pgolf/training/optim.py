@@ -1,22 +1,23 @@
 """Optimizers: Muon for the matrix banks, sharded over ranks, and AdamW for the rest.
 
-A step is: reduce gradients over ranks, clip their norm, update, move the weights' averages. Banks are reduce-scattered,
-so a rank orthogonalises only its share of the matrices, all banks at once, and all-gathered one after the other while
-AdamW runs and the first are applied.
+A step reduces gradients over ranks, clips their norm, updates the weights, and updates their moving averages. Banks are
+reduce-scattered, so that a rank orthogonalises only its share of the matrices, of all banks together. The updates are
+all-gathered one bank after another, while AdamW runs and the first banks are updated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgolf.config import RunConfig
 from pgolf.kernels.muon_update import apply_update, clip_factor, momentum_update, squared_norm
 from pgolf.kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, Coefficients, newton_schulz_banks
+from pgolf.model.gpt import GPT
 
 # torch 2.13 renamed the two collectives; 2.11 knows the old names only.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -24,7 +25,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz (Jordan 2024), on banks of matrices [N, rows, columns] or on matrices.
+    """Momentum orthogonalised by Newton-Schulz (Jordan 2024), for banks of matrices [N, rows, columns] or matrices.
 
         buf = μ buf + g;   u = g + μ buf (Nesterov) or buf;   u /= max(‖u_row‖₂, 1e-7) if row_normalize (MuonEq-R)
         p ← p (1 - lr weight_decay) - lr max(1, rows / columns)^½ newton_schulz(u)
@@ -33,13 +34,13 @@ class Muon(torch.optim.Optimizer):
         params: 2-D or 3-D parameters, float32 or lower.
         lr, momentum, weight_decay: as above; weight decay is decoupled.
         steps: Newton-Schulz iterations.
-        nesterov: look ahead by one momentum step.
-        row_normalize: normalise each row of u first.
-        coefficients: of Newton-Schulz, one tuple a step or one for all.
+        nesterov: as above.
+        row_normalize: as above.
+        coefficients: of Newton-Schulz, one tuple for each iteration or one for all.
         dtype: of gradients, momentum and the iteration.
-        process_group: ranks to shard over; by default all, where torch.distributed is initialised.
+        process_group: the ranks to shard over; None: all ranks, if torch.distributed is initialised.
 
-    With several ranks every rank must call `step` (and `state_dict`) together; gradients are averaged here.
+    `step` averages gradients over ranks; every rank must call it, and `state_dict`, at the same time.
     """
 
     def __init__(
@@ -73,19 +74,20 @@ class Muon(torch.optim.Optimizer):
         self.world_size = dist.get_world_size(process_group) if distributed else 1
         self.rank = dist.get_rank(process_group) if distributed else 0
         self._reduced: dict[Tensor, tuple[Any, Tensor]] = {}
-        self._updates: list[tuple[dict, list[Tensor], list[Tensor], list[Any]]] = []  # begun, not yet applied
+        # Updates that are computed and not yet applied: group, parameters, updates, and what to wait for.
+        self._updates: list[tuple[dict[str, Any], list[Tensor], Sequence[Tensor], Sequence[Any]]] = []
 
     def _ordered(self) -> list[Tensor]:
-        """Parameters, the largest first: their communication hides behind more work."""
+        """Return the parameters, largest first, because more work is left to hide their communication."""
         return sorted((p for g in self.param_groups for p in g["params"]), key=Tensor.numel, reverse=True)
 
     def _share(self, bank: Tensor) -> int:
-        """Matrices of a rank's shard, the last ranks' filled up with zeros."""
+        """Return the number of matrices in a rank's shard; the last shards are padded with zeros."""
         return -(-bank.size(0) // self.world_size)
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Start averaging the gradients over ranks, each rank receiving its shard."""
+        """Start to average the gradients over ranks; each rank receives its shard."""
         for parameter in self._ordered():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradient = _as_bank(gradient)
@@ -102,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def shards(self) -> list[Tensor]:
-        """This rank's share of the reduced gradients."""
+        """Wait for the reduction and return this rank's shards of the gradients."""
         waiting = {p: (work, shard) for p, (work, shard) in self._reduced.items() if work is not None}
         for parameter, (work, shard) in waiting.items():
             work.wait()
@@ -111,7 +113,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_div_([shard for _, shard in waiting.values()], self.world_size)
         return [shard for _, shard in self._reduced.values()]
 
-    def step(
+    def step(  # type: ignore[override]  # it takes no closure
         self,
         closure: None = None,
         *,
@@ -119,16 +121,18 @@ class Muon(torch.optim.Optimizer):
         averages: Mapping[Tensor, Tensor] | None = None,
         decay: float = 0.0,
     ) -> None:
-        """Update the parameters; gradients are reduced first where `reduce_gradients` has not been called.
+        """Update the parameters, after reducing the gradients if `reduce_gradients` has not been called.
 
-        ``averages`` holds a moving average of every parameter, which becomes decay · average + (1 - decay) · parameter.
+        Args:
+            gradient_scale: factor of the gradients, as of clipping.
+            averages: a moving average for each parameter; becomes decay · average + (1 - decay) · parameter.
         """
         self.begin_step(gradient_scale)
         self.end_step(averages, decay)
 
     @torch.no_grad()
     def begin_step(self, gradient_scale: Tensor | float = 1.0) -> None:
-        """The first half of `step`: start to compute and gather the updates."""
+        """Do the first half of `step`: compute the updates and start to gather them."""
         if not self._reduced:
             self.reduce_gradients()
         self.shards()
@@ -148,10 +152,11 @@ class Muon(torch.optim.Optimizer):
                 dtype=self.dtype,
                 row_normalize=group["row_normalize"],
             )
-            works = [None] * len(banks)
+            gathered = [(update, None) for update in updates]
             if self.world_size > 1:
-                updates, works = zip(*map(self._gather, updates), strict=True)
-            self._updates.append((group, banks, updates, works))
+                gathered = [self._gather(update) for update in updates]
+            whole, works = zip(*gathered, strict=True)
+            self._updates.append((group, banks, whole, works))
         self._reduced.clear()
 
     def _momentum_buffer(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -166,7 +171,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def end_step(self, averages: Mapping[Tensor, Tensor] | None = None, decay: float = 0.0) -> None:
-        """The second half of `step`: apply the updates, all at once, or with several ranks each as it arrives."""
+        """Do the second half of `step`: apply all updates at once, or with several ranks each as it arrives."""
         for group, parameters, updates, works in self._updates:
             banks = [_as_bank(parameter) for parameter in parameters]
             means = None if averages is None else [_as_bank(averages[parameter]) for parameter in parameters]
@@ -180,7 +185,7 @@ class Muon(torch.optim.Optimizer):
         self._updates.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim, with whole momentum banks gathered from all ranks (call it on every rank)."""
+        """Return the state as torch.optim does, with whole momentum banks; every rank must call it."""
         state = super().state_dict()
         if self.world_size == 1:
             return state
@@ -194,7 +199,7 @@ class Muon(torch.optim.Optimizer):
         return {**state, "state": whole}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take whole banks, as `state_dict` gives them from any number of ranks, and keep this rank's shard."""
+        """Load a state that any number of ranks saved with `state_dict`, and keep this rank's shards."""
         super().load_state_dict({**state_dict, "state": {}})
         self.state.clear()
         indexed = [p for g in self.param_groups for p in g["params"]]
@@ -212,9 +217,9 @@ def _as_bank(matrices: Tensor) -> Tensor:
 
 
 class ModelOptimizer:
-    """The optimizer of a whole model: Muon on the banks, AdamW on the embedding and on gains, scales and gates."""
+    """The optimizer of a model: Muon for the banks, AdamW for the embedding and for gains, scales and gates."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, world_size: int = 1) -> None:
+    def __init__(self, model: GPT, config: RunConfig, world_size: int = 1) -> None:
         self.config, self.world_size = config, world_size
         parameters = dict(model.named_parameters())
         banks = [p for name, p in parameters.items() if name.endswith("_bank")]
@@ -238,13 +243,13 @@ class ModelOptimizer:
             coefficients=POLAR_EXPRESS if config.polar_express_ns else (QUINTIC,),
             dtype=model.compute_dtype,
         )
-        self.replicated = [p for group in self.adamw.param_groups for p in group["params"]]
-        self.names = {parameter: name for name, parameter in parameters.items()}
+        self.replicated: list[Tensor] = [p for group in self.adamw.param_groups for p in group["params"]]
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         for group in (*self.adamw.param_groups, *self.muon.param_groups):
             group["base_lr"] = group["lr"]
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to None."""
         self.adamw.zero_grad(set_to_none=True)
         self.muon.zero_grad(set_to_none=True)
 
@@ -252,10 +257,13 @@ class ModelOptimizer:
     def step(
         self, lr_scale: float, momentum: float, averages: Mapping[str, Tensor] | None = None, decay: float = 0.0
     ) -> Tensor:
-        """Reduce, clip and update; returns the norm of the reduced gradient before clipping, float32 scalar.
+        """Reduce and clip the gradients and update the parameters.
 
-        ``averages`` holds a moving average of every parameter by its name, in float32, which becomes
-        decay · average + (1 - decay) · parameter.
+        Args:
+            averages: a float32 moving average for each parameter, by name; becomes
+                decay · average + (1 - decay) · parameter.
+
+        Returns the norm of the reduced gradient before clipping, a float32 scalar on the device.
         """
         for group in (*self.adamw.param_groups, *self.muon.param_groups):
             group["lr"] = group["base_lr"] * lr_scale
@@ -266,7 +274,7 @@ class ModelOptimizer:
         norm, scale = self._clip()
         self.muon.begin_step(scale)
         self.adamw.step()
-        means = None
+        means: dict[Tensor, Tensor] | None = None
         if averages is not None:
             means = {parameter: averages[name] for parameter, name in self.names.items()}
             weights = [parameter.float() for parameter in self.replicated]
@@ -275,13 +283,13 @@ class ModelOptimizer:
         return norm
 
     def _reduce_replicated(self) -> None:
-        """Average the replicated parameters' gradients: small ones in one message, large ones each in its own."""
+        """Average the gradients of replicated parameters: small ones in one message, each large one in its own."""
         for parameter in self.replicated:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self.world_size == 1:
             return
-        gradients = [p.grad for p in self.replicated]
+        gradients = self._replicated_gradients()
         small = [g for g in gradients if g.numel() <= 32_768]
         large = [g for g in gradients if g.numel() > 32_768]
         flat = torch.cat([g.flatten().float() for g in small])
@@ -291,10 +299,16 @@ class ModelOptimizer:
         parts = flat.split([g.numel() for g in small])
         torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
 
+    def _replicated_gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.replicated if p.grad is not None]
+
     def _clip(self) -> tuple[Tensor, Tensor | float]:
-        """The norm of the reduced gradient, and what clipping multiplies it with: the replicated part is already."""
-        replicated = [p.grad for p in self.replicated]
-        # Ranks add up their shares, and what all of them have counts once.
+        """Return the norm of the reduced gradient and the factor of clipping.
+
+        The factor has been applied to the replicated gradients, but not to Muon's shards.
+        """
+        replicated = self._replicated_gradients()
+        # The sum over ranks counts each shard, and the replicated gradients of rank 0 only.
         squares = squared_norm([*self.muon.shards(), *(replicated if self.muon.rank == 0 else [])])
         if self.world_size > 1:
             dist.all_reduce(squares)
@@ -305,11 +319,11 @@ class ModelOptimizer:
         return norm, scale
 
     def state_dict(self) -> dict[str, Any]:
-        """State of both optimizers, the same from any number of ranks (call it on every rank)."""
+        """Return the state of both optimizers, the same for any number of ranks; every rank must call it."""
         return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, on any number of ranks. Raises ValueError for tensors of other shapes."""
+        """Load what `state_dict` returned on any number of ranks. Raises ValueError for tensors of other shapes."""
         for optimizer, shape_of in ((self.adamw, torch.Tensor.size), (self.muon, lambda bank: _as_bank(bank).size())):
             loaded = state["adamw" if optimizer is self.adamw else "muon"]
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Training: warm up, start the clock, step until it runs out, leave the moving average of the weights."""
+"""The stage ``train``: warm up, start the clock, step until it runs out, write the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pgolf.common.files import FileError
 from pgolf.common.folder import RunFolder
 from pgolf.common.progress import TrainingProgress
 from pgolf.common.runtime import Interrupted, World, on_terminate, peak_memory_bytes, reset_peak_memory
-from pgolf.common.tensors import diverged, save_tensors
+from pgolf.common.tensors import diverged
 from pgolf.config import RunConfig
 from pgolf.data.bpb import ByteTable
 from pgolf.data.loader import DocumentPackingLoader
@@ -24,6 +25,7 @@ from pgolf.data.validation import validation_data
 from pgolf.kernels.common.compiling import compiling_ahead
 from pgolf.model.build import build_model
 from pgolf.model.graphs import uses_graphs
+from pgolf.model.weights import save_weights
 from pgolf.scoring.evaluate import evaluate_packed
 from pgolf.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from pgolf.training.gradient import MeanGradient
@@ -37,14 +39,14 @@ from pgolf.training.schedule import (
     training_fraction,
 )
 
-DATA_ERROR = 255  # beside the numbers of signals: why a run stops
+DATA_ERROR = 255  # a reason to stop, beside the numbers of signals
 
 
 def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:
-    """Train from the settings (or go on from the folder's checkpoint) and write ``ema.pt``.
+    """Train, from the start or with ``resume`` from the folder's checkpoint, and write ``ema.pt``.
 
-    Raises Interrupted after a signal and FileError for data that cannot be read, once a checkpoint is written, and
-    DivergedError, which writes none, for a loss, gradient norm or weight that is not finite.
+    Raises Interrupted after a signal and FileError for data that cannot be read, both after writing a checkpoint.
+    Raises DivergedError, without a checkpoint, for a loss, gradient norm or weight that is not finite.
     """
     begun = time.perf_counter()
     reset_peak_memory(world.device)
@@ -66,7 +68,7 @@ def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = Fal
     finally:
         state.loader.close()
     if world.is_main:
-        folder.log_metrics([])  # lines that wait for room on the disk
+        folder.log_metrics([])  # write lines that the disk had no room for
         folder.record("train", trainer.results(startup, time.perf_counter() - begun))
         if config.checkpoint_minutes == 0:
             folder.checkpoint.unlink(missing_ok=True)
@@ -74,17 +76,17 @@ def train(config: RunConfig, folder: RunFolder, world: World, resume: bool = Fal
 
 
 def training_is_over(config: RunConfig, state: TrainingState) -> bool:
-    """True when the checkpoint was already at the end."""
+    """Return whether the state is at the end of training, as one loaded from a checkpoint of the end is."""
     return is_over(config, state.step, state.clock.elapsed())
 
 
 def final_weights(state: TrainingState) -> dict[str, torch.Tensor]:
-    """The averaged weights in float32 on the CPU, rounded where the master weights are (embed_fp32_master off)."""
+    """Return the averaged weights in float32 on the CPU, rounded to the dtypes of the master weights."""
     return {name: state.ema[name].to(value.dtype).float().cpu() for name, value in state.model.state_dict().items()}
 
 
 def start(config: RunConfig, world: World) -> TrainingState:
-    """A run before its first step: fresh weights, optimizer and average, and the data from its beginning."""
+    """Return the state before the first step: new weights, optimizer and average, and the start of the data."""
     model = build_model(config, world)
     optimizer = ModelOptimizer(model, config, world.size)
     ema = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
@@ -117,19 +119,19 @@ class _Trainer:
         self.config, self.folder, self.world, self.state = config, folder, world, state
         self.validation_data = validation
         count = config.gradient_accumulation(world.size)
-        self.gradient = MeanGradient(state.model, count, uses_graphs(config, state.model))
+        self.gradient = MeanGradient(state.model, count, graphs=uses_graphs(config, state.model))
         self.progress = TrainingProgress(config.train_log_every) if world.is_main else None
         self.step_seconds: dict[bool, list[float]] = {False: [], True: []}
-        self.waiting: list[tuple[dict[str, Any], torch.Tensor, Any]] = []  # steps handed to the device, not logged yet
-        self.last_mark: Any = None  # where the step before the oldest waiting one ended
-        # A step behind, the GPU never waits for Python; a CPU computes a step before it returns.
+        self.waiting: list[tuple[dict[str, Any], torch.Tensor, Any]] = []  # steps launched, but not logged
+        self.last_mark: Any = None  # the end of the last logged step
+        # Python runs one step ahead of a GPU, which then never waits for it. A CPU finishes a step before it returns.
         self.steps_behind = 1 if world.device.type == "cuda" else 0
         self.validation: dict[str, float] = {}
         self.last_loss: float | None = None
-        self.complained = False  # that the metrics cannot be written
+        self.complained = False  # whether it has warned that the metrics cannot be written
 
     def remember(self, entries: list[dict[str, Any]]) -> None:
-        """Take in the metrics of the steps before a checkpoint, for the summary. Raises FileError for damaged ones."""
+        """Add the metrics of the steps before a checkpoint to the statistics. Raises FileError for damaged ones."""
         for entry in entries:
             try:
                 if entry["kind"] == "train":
@@ -140,8 +142,14 @@ class _Trainer:
                 raise FileError(f"{self.folder.metrics} is damaged in step {entry['step']}: {error!r}") from error
 
     def run(self, signals: list[int]) -> None:
-        """Step until the schedule ends; write the average and validate. Off the clock, also validate on the way, and
-        write checkpoints on the way, at a signal that has come in, and before data that cannot be read."""
+        """Step until the schedule ends, then write the average and validate.
+
+        With the clock stopped, also validates and writes checkpoints at the intervals of the settings, and writes one
+        before it stops for a signal or for data that cannot be read.
+
+        Args:
+            signals: signals that have arrived; a handler appends to it.
+        """
         config, state, world = self.config, self.state, self.world
         saved_at = time.monotonic()
         state.model.train()
@@ -161,15 +169,15 @@ class _Trainer:
             if stop:
                 self._off_the_clock(self._save)
                 self._stop(stop, failure)
-            due = config.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-            _, due = world.agree(0.0, due) if config.checkpoint_minutes > 0 else (0.0, False)
-            if due:
-                self._off_the_clock(self._save_if_possible)
-                saved_at = time.monotonic()
+            if config.checkpoint_minutes > 0:
+                _, due = world.agree(0.0, time.monotonic() - saved_at > 60 * config.checkpoint_minutes)
+                if due:
+                    self._off_the_clock(self._save_if_possible)
+                    saved_at = time.monotonic()
             self._scheduled_step(elapsed)
 
     def _stop(self, reason: int, failure: BaseException | None) -> None:
-        """Raise what ends the run before its time; the checkpoint is written."""
+        """Raise the error that ends the run early; the checkpoint has been written."""
         after = f"after step {self.state.step}; go on with --resume"
         if reason != DATA_ERROR:
             raise Interrupted(f"stopped by {signal.Signals(reason).name} {after}", reason)
@@ -198,27 +206,27 @@ class _Trainer:
         self.waiting.append((entry, measured, self._mark()))
 
     def _step(self, lr_scale: float, momentum: float, averages: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """One optimizer step, of the averages too; returns (mean loss, gradient norm), once the device is there."""
+        """Launch one optimizer step, which also updates the averages; return a tensor (mean loss, gradient norm)."""
         state = self.state
         loss = self.gradient(state.loader.next_batch() for _ in range(self.gradient.count))
         norm = state.optimizer.step(lr_scale, momentum, averages, self.config.ema_decay)
-        return self._on_its_way(torch.stack([self.world.mean(loss), norm]))
+        return self._start_copy(torch.stack([self.world.mean(loss), norm]))
 
-    def _on_its_way(self, measured: torch.Tensor) -> torch.Tensor:
-        """A copy that will be on the CPU once the device gets there; reading it later waits for no other work."""
+    def _start_copy(self, measured: torch.Tensor) -> torch.Tensor:
+        """Start to copy a tensor to the CPU; the copy is complete when the device has finished the step."""
         if measured.device.type != "cuda":
             return measured
         return torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True).copy_(measured, non_blocking=True)
 
     def _wait(self, steps_behind: int) -> None:
-        """Wait until the device is at most so many steps behind, so that the clock tells what was really done."""
+        """Wait until the device is at most ``steps_behind`` steps behind, so that the clock covers finished steps."""
         for _, _, mark in self.waiting[: len(self.waiting) - steps_behind]:
             if not isinstance(mark, float):
                 mark.synchronize()
 
     def _log_finished(self, elapsed: float, steps_behind: int) -> None:
-        """Log all but the last ``steps_behind`` steps; the device has finished them."""
-        entries = []
+        """Log all but the last ``steps_behind`` steps; the device has finished these."""
+        entries: list[dict[str, Any]] = []
         while len(self.waiting) > steps_behind:
             entry, measured, mark = self.waiting.pop(0)
             loss, norm = measured.tolist()
@@ -229,14 +237,14 @@ class _Trainer:
             seconds = max(self._seconds_since_last(mark), 1e-9)
             self.step_seconds[entry["looping"]].append(seconds)
             speed = self.config.train_batch_tokens / seconds
-            entry |= {"loss": self.last_loss, "grad_norm": norm, "elapsed_seconds": elapsed, "tokens_per_second": speed}
+            entry |= {"loss": loss, "grad_norm": norm, "elapsed_seconds": elapsed, "tokens_per_second": speed}
             entries.append(entry)
         self._write_metrics(entries)
-        if self.world.is_main and entries:
-            self.progress.step(entries[-1]["step"], self.last_loss, speed, *self._time_left(elapsed))
+        if self.progress and entries:
+            self.progress.step(entries[-1]["step"], loss, speed, *self._time_left(elapsed))
 
     def _write_metrics(self, entries: list[dict[str, Any]]) -> None:
-        """Append to the metrics; where the disk is full, once say so, and keep the lines for the next time."""
+        """Append to the metrics; if they cannot be written, warn once and keep the lines for the next call."""
         if not self.world.is_main or not entries:
             return
         try:
@@ -253,7 +261,8 @@ class _Trainer:
         recent = [*self.step_seconds[False], *self.step_seconds[True]][-20:]
         return statistics.median(recent) * (config.iterations - step), config.iterations
 
-    def _off_the_clock(self, action: Any) -> None:
+    def _off_the_clock(self, action: Callable[[], None]) -> None:
+        """Call ``action`` with the clock stopped and all steps finished and logged."""
         self._wait(steps_behind=0)
         self.state.clock.stop()
         self._log_finished(self.state.clock.elapsed(), steps_behind=0)
@@ -261,10 +270,9 @@ class _Trainer:
         self._start_clock()
 
     def _finish(self) -> None:
-        """Write the average, and a checkpoint of the end, from which --resume only validates."""
+        """Write the average, and a checkpoint of the end, after which --resume only validates."""
         weights = final_weights(self.state) if self.world.is_main else None
-        average = weights and {"step": self.state.step, "weights": weights}
-        save_tensors(self.folder.ema, average, self.world)
+        save_weights(self.folder.ema, weights, self.state.step, self.world)
         self._save_if_possible(shown=self.config.checkpoint_minutes > 0)
 
     def _start_clock(self) -> None:
@@ -272,7 +280,7 @@ class _Trainer:
         self.last_mark = self._mark()
 
     def _mark(self) -> Any:
-        """Now, on the device: an event on a GPU, else the time."""
+        """Mark the present point of the device's work: by an event on a GPU, by the time on a CPU."""
         if self.world.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -280,7 +288,7 @@ class _Trainer:
         return event
 
     def _seconds_since_last(self, mark: Any) -> float:
-        """Seconds of the device between the last mark and this one, which becomes the last."""
+        """Return the device's seconds between the last mark and this one, which becomes the last."""
         before, self.last_mark = self.last_mark, mark
         return (mark - before) if isinstance(mark, float) else before.elapsed_time(mark) / 1000
 
@@ -313,7 +321,7 @@ class _Trainer:
             self.progress.message(text)
 
     def warm_up(self) -> None:
-        """Run steps in both loop states on the run's own data, then put everything back as it was."""
+        """Run steps in both loop states on the run's data, then restore the state."""
         state, world = self.state, self.world
         weights = {name: value.cpu().clone() for name, value in state.model.state_dict().items()}
         optimizer, loop_state = copy.deepcopy(state.optimizer.state_dict()), state.model.looping_active
@@ -336,7 +344,7 @@ class _Trainer:
         self._say(f"warmed up with {self.config.warmup_steps} steps in each loop state, and undid them")
 
     def results(self, startup: float, seconds: float) -> dict[str, Any]:
-        """What the summary keeps of training."""
+        """Return the results of training for the summary."""
         speeds = {
             name: self.config.train_batch_tokens / statistics.median(self.step_seconds[looping])
             for name, looping in (("tokens_per_second_before_loop", False), ("tokens_per_second_after_loop", True))

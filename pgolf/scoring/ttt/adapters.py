@@ -1,9 +1,9 @@
-"""The low-rank adapters of a batch of documents: one independent set a document, all in a few stacks of matrices.
+"""The low-rank adapters of a batch of documents: an independent set for each document, stacked in few tensors.
 
-A document's slot adapts every pass through a layer: Δ(x) = (α / r) B A x with A [r, in] ~ U(±1/√in) and B [out, r]
-starting at 0 (so that Δ does). Queries, keys and values read the same input, and their adapters lie one after the other
-in one stack (`pgolf.kernels.low_rank`). The model reads copies in its compute dtype, of which those that write to the
-stream have the layer's scales in the rows of B; the optimizer keeps float32 masters.
+A document's slot adapts every pass through a layer: Δ(x) = (α / r) B A x with A [r, in] ~ U(±1/√in) and B [out, r] = 0
+at the start. Queries, keys and values have the same input; one stack holds their adapters, one after another
+(`pgolf.kernels.low_rank`). The optimizer updates float32 masters. The model reads copies in its compute dtype; for
+products that write to the stream, the rows of a copy of B include the layer's scales.
 """
 
 from __future__ import annotations
@@ -22,87 +22,90 @@ from pgolf.kernels.low_rank import LowRank, low_rank
 from pgolf.model.blocks import PassUpdates, Update
 from pgolf.model.gpt import GPT, Updates
 
-ADAM_EPS = 1e-10  # PR #1874's; not one of the challenge's variables
+ADAM_EPS = 1e-10  # of PR #1874; no setting
 AdapterInit = Callable[[int, int], Tensor]
 
 
 @dataclass
 class Stack:
-    """One factor, A or B, of one adapted input for every slot: [slots, rows, columns]."""
+    """One factor, A or B, of one adapted product for all slots: [slots, rows, columns]."""
 
     master: Tensor  # float32
-    copy: Tensor  # what the model reads, row_scale times the master
+    copy: Tensor  # row_scale times the master, which the model reads
     first_moment: Tensor | None
     second_moment: Tensor | None
     row_scale: Tensor | None = None  # float32 [rows]
 
 
 class AdapterBank:
-    """The adapters of ``slots`` documents side by side, with their optimizer.
+    """The adapters of ``slots`` documents, and their optimizer.
 
-    A batch goes: `begin`, then for every chunk `updates` of `leaves`, and `update` with the gradients of these.
-    Tensors keep their addresses as long as the bank lives: CUDA graphs may read and write them.
+    For each batch call `begin`; for each chunk pass `updates` of `leaves` to the model, then call `count_update`, and
+    `update` with the gradient of each leaf. Tensors keep their addresses, so that CUDA graphs may read and write them.
     """
 
     def __init__(self, model: GPT, config: RunConfig, slots: int, init: AdapterInit | None = None) -> None:
-        """init(rank, in_features) gives A's start; None draws it from the seed."""
+        """Allocate the adapters. init(rank, in_features) returns A at the start; None draws it from the seed."""
         self.config, self.slots, self._init = config, slots, init
         self._model, self._device, self._dtype = model, model.qo_bank.device, model.compute_dtype
         self._generator = torch.Generator(self._device)
         d, kv, c = config.model_dim, config.num_kv_heads * config.head_dim, config
-        wanted = {"q": (d, c.ttt_q_lora), "k": (kv, c.ttt_k_lora), "v": (kv, c.ttt_v_lora)}
-        self._widths = {name: width for name, (width, _) in wanted.items()}
-        self._inputs = {name: width for name, (width, adapted) in wanted.items() if adapted}
+        projections = {"q": (d, c.ttt_q_lora), "k": (kv, c.ttt_k_lora), "v": (kv, c.ttt_v_lora)}
+        self._widths = {name: width for name, (width, _) in projections.items()}
+        self._inputs = {name: width for name, (width, adapted) in projections.items() if adapted}
         encoder, decoder = model.execution_lists(looping=config.num_loops > 0)
         self._order = encoder + decoder
         adapted = {"inputs": self._inputs, "out": {"out": d} if c.ttt_o_lora else {}}
         adapted["mlp"] = {"mlp": d} if c.ttt_mlp_lora else {}
         kinds = {kind: sum(parts.values()) for kind, parts in adapted.items() if parts}
         self._passes = [
-            {kind: self._pair(len(adapted[kind]), width, kind != "inputs") for kind, width in kinds.items()}
+            {kind: self._pair(len(adapted[kind]), width, scaled=kind != "inputs") for kind, width in kinds.items()}
             for _ in self._order
         ]
         self._head = self._pair(1, config.vocab_size, scaled=False)
-        self._pairs = [pair for found in self._passes for pair in found.values()] + [self._head]
+        self._pairs = [pair for pairs in self._passes for pair in pairs.values()] + [self._head]
         self.stacks = [stack for pair in self._pairs for stack in pair]
         self._step = torch.zeros((), device=self._device)
         self._learned = np.zeros(slots, dtype=np.int64)  # updates of each slot since `begin`
-        self._begun = 0  # documents of the batch before; 0 where there is none to keep A from
+        self._begun = 0  # documents of the previous batch; 0 if its A is not to be kept
         self.load_scales()
 
-    def _pair(self, parts: int, width: int, scaled: bool) -> tuple[Stack, Stack]:
-        """A of so many parts and B of so many outputs."""
+    def _pair(self, parts: int, width: int, *, scaled: bool) -> tuple[Stack, Stack]:
+        """Allocate A of ``parts`` projections and B of ``width`` outputs."""
         rank, d = self.config.ttt_lora_rank, self.config.model_dim
-        return self._stack(parts * rank, d), self._stack(width, rank, scaled)
+        return self._stack(parts * rank, d, scaled=False), self._stack(width, rank, scaled=scaled)
 
-    def _stack(self, rows: int, columns: int, scaled: bool = False) -> Stack:
+    def _stack(self, rows: int, columns: int, *, scaled: bool) -> Stack:
         c, shape = self.config, (self.slots, rows, columns)
-        adam = c.ttt_optimizer == "adam"
-        copy = torch.zeros(shape, dtype=self._dtype, device=self._device)
-        moments = (torch.zeros(shape, device=self._device) if kept else None for kept in (c.ttt_beta1 > 0, adam))
-        scale = torch.ones(rows, device=self._device) if scaled else None
-        return Stack(torch.zeros(shape, device=self._device), copy, *moments, scale)
+        return Stack(
+            master=torch.zeros(shape, device=self._device),
+            copy=torch.zeros(shape, dtype=self._dtype, device=self._device),
+            first_moment=torch.zeros(shape, device=self._device) if c.ttt_beta1 > 0 else None,
+            second_moment=torch.zeros(shape, device=self._device) if c.ttt_optimizer == "adam" else None,
+            row_scale=torch.ones(rows, device=self._device) if scaled else None,
+        )
 
     def forget(self) -> None:
-        """The next batch begins with a drawn A."""
+        """Make the next batch draw A instead of keeping it."""
         self._begun = 0
 
     @torch.no_grad()
     def load_scales(self) -> None:
-        """Take over the layers' scales of the base weights."""
-        for i, found in zip(self._order, self._passes, strict=True):
-            for kind, scale in (("out", self._model.blocks[i].attn_scale), ("mlp", self._model.blocks[i].mlp_scale)):
-                if kind in found:
-                    found[kind][1].row_scale.copy_(scale)
+        """Copy the layers' scales from the base weights."""
+        for i, pairs in zip(self._order, self._passes, strict=True):
+            for kind, scale in (("out", self._model.layers[i].attn_scale), ("mlp", self._model.layers[i].mlp_scale)):
+                if kind in pairs:
+                    row_scale = pairs[kind][1].row_scale
+                    assert row_scale is not None
+                    row_scale.copy_(scale)
 
     @torch.no_grad()
     def begin(self, batch: int, documents: int) -> None:
-        """Make ready for a batch: B and the optimizer's state become 0.
+        """Prepare for a batch: set B and the optimizer's state to 0.
 
-        A is drawn from the seed and the number of the batch, or kept from the batch before if ttt_warm_start_a and that
-        had as many documents. Slots that finished early skipped updates; a kept A first gets the weight decay that they
-        would have received, so that the next batch starts where the public code's does, which goes on with gradients of
-        zero (with ttt_beta1 0).
+        A is drawn from the seed and the batch's number. With ttt_warm_start_a it is kept instead, if the previous batch
+        had as many documents. Slots that finished early skipped updates; this applies the weight decay they would have
+        received. The public code updates such slots with zero gradients, which is the same if ttt_beta1 is 0.
         """
         for stack in self.stacks:
             for moment in (stack.first_moment, stack.second_moment):
@@ -134,46 +137,48 @@ class AdapterBank:
                 A.master.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=self._generator)
 
     def leaves(self, learning: bool) -> list[Tensor]:
-        """The copies, which want gradients if ``learning``."""
+        """Return the copies as leaves of a new autograd graph, which require gradients if ``learning``."""
         return [stack.copy.detach().requires_grad_(learning) for stack in self.stacks]
 
     def updates(self, leaves: list[Tensor], offsets: Tensor, row_offsets: Tensor) -> Updates:
-        """What the adapters in ``leaves`` add, as the model takes it.
+        """Return what the adapters in ``leaves`` add, as the model takes it.
 
-        ``offsets`` and ``row_offsets``: int32 [slots + 1], where each slot's tokens and chosen rows begin.
+        Args:
+            offsets, row_offsets: int32 [slots + 1], the starts of each slot's tokens and of its chosen rows.
         """
         pairs = iter(zip(leaves[::2], leaves[1::2], strict=True))
-        scale, passes = self.config.ttt_lora_alpha / self.config.ttt_lora_rank, []
-        for number, found in enumerate(self._passes):
+        scale = self.config.ttt_lora_alpha / self.config.ttt_lora_rank
+        passes: list[PassUpdates] = []
+        for number, adapted in enumerate(self._passes):
             ends = row_offsets if number == len(self._passes) - 1 else offsets  # the last pass computes rows only
             where = {"inputs": offsets, "out": ends, "mlp": ends}
-            parts = {"inputs": [*self._inputs.values()], "out": None, "mlp": None}
-            made = {
+            parts: dict[str, list[int] | None] = {"inputs": [*self._inputs.values()], "out": None, "mlp": None}
+            updates: dict[str, Update] = {
                 kind: partial(_add, A, B, where[kind], scale, parts[kind])
-                for kind, (A, B) in zip(found, pairs, strict=False)
+                for kind, (A, B) in zip(adapted, pairs, strict=False)
             }
-            if "inputs" in made and len(self._inputs) < len(self._widths):
-                made["inputs"] = partial(self._spread, made["inputs"])
-            passes.append(PassUpdates(**made))
+            if "inputs" in updates and len(self._inputs) < len(self._widths):
+                updates["inputs"] = partial(self._spread, updates["inputs"])
+            passes.append(PassUpdates(**updates))
         A, B = next(pairs)
         return Updates(passes, partial(_add, A, B, row_offsets, scale, None))
 
-    def _spread(self, update: Update, n: Tensor, residual: None) -> tuple[Tensor, Tensor]:
-        """What the adapters add to q, k and v side by side; zeros where one is not adapted."""
+    def _spread(self, update: Update, n: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what the adapters add to q, k and v, with zeros for those that are not adapted."""
         added, n = update(n, residual)
-        found = dict(zip(self._inputs, added.split([*self._inputs.values()], dim=-1), strict=True))
+        parts = dict(zip(self._inputs, added.split([*self._inputs.values()], dim=-1), strict=True))
         zeros = (n.new_zeros(*n.shape[:-1], width) for width in self._widths.values())
-        added = torch.cat([found.get(name, zero) for name, zero in zip(self._widths, zeros, strict=True)], dim=-1)
+        added = torch.cat([parts.get(name, zero) for name, zero in zip(self._widths, zeros, strict=True)], dim=-1)
         return added, n
 
     def count_update(self, learning: np.ndarray) -> None:
-        """The next `update` calls are one more update, of the slots where ``learning``, bool [slots], is set."""
+        """Count one update of the slots where ``learning``, bool [slots], is set; call it before the `update` calls."""
         self._step += 1
         self._learned[learning] += 1
 
     @torch.no_grad()
     def update(self, stack: Stack, gradient: Tensor, learning: Tensor) -> None:
-        """One optimizer step of a stack's slots where ``learning``, bool [slots], is set, on its leaf's gradient."""
+        """Update a stack's slots where ``learning``, bool [slots], is set, with the gradient of the stack's leaf."""
         c = self.config
         adapter_update_(
             stack.master,
@@ -196,5 +201,5 @@ class AdapterBank:
 def _add(
     A: Tensor, B: Tensor, offsets: Tensor, scale: float, parts: list[int] | None, n: Tensor, residual: Tensor | None
 ) -> LowRank:
-    """`low_rank` as an `Update`."""
+    """Call `low_rank`; with the first five arguments bound, this is an `Update`."""
     return low_rank(n, A, B, offsets, scale, parts=parts, residual=residual)

@@ -1,4 +1,4 @@
-"""The training of the base weights on documents that are scored as a whole: SGD on the training step's own kernels."""
+"""Training of the base weights, by SGD, on documents that are completely scored."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from pgolf.scoring.ttt.plan import SgdStep
 def train_base(
     model: GPT, config: RunConfig, text: Tensor, steps: list[SgdStep], rank: int, world_size: int
 ) -> Iterator[None]:
-    """SGD with fresh momentum on all weights of the base; yields after every step.
+    """Train all base weights by SGD, with momentum from zero; yield after every step.
 
-    text: int64 tokens of the scored documents, one after the other, on the CPU.
+    Args:
+        text: int64 tokens of the scored documents, joined, on the CPU.
+        steps: the schedule of all ranks.
     """
     parameters = list(model.requires_grad_(True).parameters())
     optimizer = torch.optim.SGD(parameters, lr=config.global_ttt_lr, momentum=config.global_ttt_momentum)
@@ -29,7 +31,7 @@ def train_base(
         optimizer.param_groups[0]["lr"] = step.rate
         optimizer.zero_grad()
         total = sum(stop - start for rows in step.rows for start, stop in rows)
-        if step.rows[rank]:  # every token of the step weighs the same
+        if step.rows[rank]:  # each token of the step has the same weight
             (rows_loss(model, config, text, step.rows[rank]) / total).backward()
         if world_size > 1:
             _sum_gradients(parameters)
@@ -42,19 +44,20 @@ def train_base(
 
 
 def rows_loss(model: GPT, config: RunConfig, text: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """Summed nats of rows of ``text``, tokens [start, stop) and the target behind them, in one packed stream.
+    """Return the summed nats of rows of ``text`` in one packed stream: inputs [start, stop), targets one later.
 
-    A row is cut into attention segments as training's are, or every eval_seq_len tokens into rows of their own.
+    A row has attention segments as in training if global_ttt_respect_doc_boundaries is set. Otherwise every
+    eval_seq_len tokens are a segment and a sequence of their own.
     """
     device = model.qo_bank.device
     inputs, targets = (torch.cat([text[start + s : stop + s] for start, stop in rows]) for s in (0, 1))
     starts = [0, *accumulate(stop - start for start, stop in rows)]
     if config.global_ttt_respect_doc_boundaries:
-        own = [
+        boundaries = [
             segment_boundaries(text[start:stop], config.eval_seq_len) + low
             for (start, stop), low in zip(rows, starts, strict=False)
         ]
-        segments = torch.cat(own)
+        segments = torch.cat(boundaries)
         sequences = torch.tensor(starts, dtype=torch.int32)
     else:
         segments = sequences = torch.arange(0, inputs.numel() + 1, config.eval_seq_len, dtype=torch.int32)
@@ -65,7 +68,7 @@ def rows_loss(model: GPT, config: RunConfig, text: Tensor, rows: list[tuple[int,
 
 
 def _sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Add up all gradients over the ranks in one call; a rank without any contributes zeros."""
+    """Sum all gradients over ranks in one collective; a rank without gradients adds zeros."""
     pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([piece.flatten().float() for piece in pieces])
     dist.all_reduce(flat)

@@ -1,10 +1,10 @@
-"""The run of test-time training through its plan, and what comes out."""
+"""Test-time training: the run through the plan, and its result."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,20 +26,20 @@ from pgolf.scoring.ttt.inputs import Chunk
 from pgolf.scoring.ttt.ledger import ScoredLedger
 from pgolf.scoring.ttt.scorer import ChunkScorer
 
-BYTES_PIECE = 1 << 22  # targets whose bytes are counted at once
+BYTES_PIECE = 1 << 22  # targets whose bytes are counted at once, which bounds memory
 
 
 class TTTResult(NamedTuple):
-    """What test-time training scored."""
+    """The result of test-time training."""
 
     loss: float  # mean nats of a target
     bits_per_byte: float
     tokens: int  # targets
     bytes: int
     documents: int
-    phases: list[dict[str, Any]]  # documents_scored, documents_trained, sgd_steps, seconds of each
+    phases: list[dict[str, Any]]  # for each phase documents_scored, documents_trained, sgd_steps, seconds
     global_steps: int
-    by_length: list[dict[str, Any]]  # low <= targets of a document < high: documents, tokens, bits_per_byte
+    by_length: list[dict[str, Any]]  # documents, tokens, bits_per_byte for low <= targets < high
     first_score_seconds: float  # from the call to the first loss
     token_nats: Tensor  # float32 [N - 1] on the CPU, NaN where not scored
 
@@ -55,27 +55,27 @@ def test_time_training(
     world_size: int = 1,
     progress: Progress | None = None,
 ) -> TTTResult:
-    """Score a stream of documents with adapters that learn from each, and a base that learns from all.
+    """Score a stream of documents with adapters that learn from each document and a base that learns from all.
 
     Args:
-        model: scored with looping on. Its weights change on the way and are put back at the end, also after an error,
-            with their requires_grad flags, the training flag and the loop state.
-        tokens: 1-D token ids, any integer dtype, a stream of documents that each begin with BOS.
-        byte_table: of the tokenizer they were made with.
-        adapter_init: adapter_init(rank, in_features) gives the start of every adapter's A; None draws it from the seed.
-        rank, world_size: this process among those that share the work; all must call with the same arguments.
+        model: is scored with the loop on. Its weights, requires_grad flags, training flag and loop state change, and
+            are restored at the end, also after an error.
+        tokens: 1-D token ids of any integer dtype: documents that each begin with BOS.
+        byte_table: the table of the stream's tokenizer.
+        adapter_init: adapter_init(rank, in_features) returns the start of each adapter's A; None draws it by the seed.
+        rank, world_size: this process, and the processes that share the work; their other arguments must be the same.
         progress: wraps the iterable of steps, as `pgolf.common.progress.progress` does; None shows nothing.
 
-    Token losses do not depend on the number of processes but for the order of the base gradients' sum. Sums of losses
-    are fp64. Raises ValueError for a stream that does not begin with BOS and for settings that do not fit.
+    The losses depend on the number of processes only by the order in which the base's gradients are summed. Sums of
+    losses are float64. Raises ValueError if the stream does not begin with BOS or settings are inconsistent.
     """
     tokens = check_stream(tokens, config, byte_table, world_size)
     _check_settings(config, world_size)
     if int(tokens[0]) != BOS_ID:
         raise ValueError(f"the stream must begin with a document's BOS ({BOS_ID}), and begins with {int(tokens[0])}")
-    with evaluation_mode(model), _looping(model), _weights_restored(model), torch.enable_grad():
+    with evaluation_mode(model, looping=config.num_loops > 0), _weights_restored(model), torch.enable_grad():
         run = _Run(model, config, tokens, adapter_init, rank, world_size)
-        steps = run.steps()
+        steps: Iterable[None] = run.steps()
         if progress is not None:
             steps = progress(steps, total=run.count_steps(), description="test-time training", unit="chunks")
         for _ in steps:
@@ -103,19 +103,8 @@ def _check_settings(config: RunConfig, world_size: int) -> None:
 
 
 @contextmanager
-def _looping(model: GPT) -> Iterator[None]:
-    """The loop as all scoring has it: on, where the model has one."""
-    was_looping = model.looping_active
-    model.looping_active = model.config.num_loops > 0
-    try:
-        yield
-    finally:
-        model.looping_active = was_looping
-
-
-@contextmanager
 def _weights_restored(model: GPT) -> Iterator[None]:
-    """Keeps the weights and their requires_grad flags; freezes them meanwhile."""
+    """Freeze the weights inside the context; restore them and their requires_grad flags at the end."""
     parameters = list(model.parameters())
     saved = [(parameter.detach().clone(), parameter.requires_grad) for parameter in parameters]
     model.requires_grad_(False)
@@ -130,7 +119,7 @@ def _weights_restored(model: GPT) -> Iterator[None]:
 
 
 class _Run:
-    """One pass over the documents."""
+    """One run over the documents: its plan, its state on the device, and its results."""
 
     def __init__(
         self,
@@ -144,25 +133,25 @@ class _Run:
         self.began = time.perf_counter()
         self.model, self.config, self.rank, self.world_size = model, config, rank, world_size
         self.device = model.qo_bank.device
-        # Compiled and captured before any of the stream is looked at.
+        # Compile and capture before anything depends on the stream's tokens.
         self.bank = AdapterBank(model, config, config.ttt_batch_size, adapter_init)
         self.scorer = ChunkScorer(model, config, self.bank, stream.numpy())
         self.stream = stream
         self.starts, self.lengths = find_documents(stream)
         self.predictions = self.lengths - 1
         self.ledger = ScoredLedger(self.predictions)
-        self.token_nats = torch.zeros(stream.numel(), device=self.device)  # the last entry is of no target
+        self.token_nats = torch.zeros(stream.numel(), device=self.device)  # the last place is for padding rows
         self.phases = plan.plan_phases(self.predictions, config)
         self.phase_log: list[dict[str, Any]] = []
         self.first_score = math.nan
 
     def steps(self) -> Iterator[None]:
-        """Do everything, and yield after every chunk and every step of the base weights."""
+        """Score and learn; yield after every chunk and after every step of the base weights."""
         scored = 0
         for phase in self.phases:
             began = time.perf_counter()
             self.bank.load_scales()
-            for lane in self._own_lanes(phase):
+            for lane in self._lanes_of_rank(phase):
                 self.bank.forget()
                 for batch in lane:
                     yield from self._score_batch(batch)
@@ -180,12 +169,12 @@ class _Run:
             self.phase_log.append(dict(zip(names, counts, strict=True)))
 
     def count_steps(self) -> int:
-        """How often `steps` yields."""
-        batches = [batch for phase in self.phases for lane in self._own_lanes(phase) for batch in lane]
+        """Return how often `steps` yields."""
+        batches = [batch for phase in self.phases for lane in self._lanes_of_rank(phase) for batch in lane]
         chunks = sum(len(plan.batch_windows(self.predictions[b.documents], self.config).start) for b in batches)
         return chunks + sum(len(self._sgd_schedule(phase)) for phase in self.phases)
 
-    def _own_lanes(self, phase: plan.Phase) -> list[list[plan.Batch]]:
+    def _lanes_of_rank(self, phase: plan.Phase) -> list[list[plan.Batch]]:
         return plan.lanes_of_phase(phase, self.predictions, self.config)[self.rank :: self.world_size]
 
     def _sgd_schedule(self, phase: plan.Phase) -> list[plan.SgdStep]:
@@ -193,7 +182,7 @@ class _Run:
         return plan.sgd_schedule(tokens, self.config, self.world_size)
 
     def _score_batch(self, batch: plan.Batch) -> Iterator[None]:
-        """Score the batch's documents chunk by chunk, and after each chunk train the adapters on it."""
+        """Score the batch's documents chunk by chunk, and train the adapters on each chunk after it is scored."""
         documents, slots = batch.documents, self.bank.slots
         starts, windows = self.starts[documents], plan.batch_windows(self.predictions[documents], self.config)
         self.bank.begin(batch.number, documents.size)
@@ -214,30 +203,30 @@ class _Run:
                     if not repeat:
                         self.token_nats.index_copy_(0, places, losses)
             if math.isnan(self.first_score):
-                self.token_nats[:1].cpu()  # waits
+                self.token_nats[:1].cpu()  # waits for the device
                 self.first_score = time.perf_counter() - self.began
             yield
 
     def _kept_lengths(self, documents: np.ndarray) -> np.ndarray:
-        """Tokens of each document in the text that the base is trained on."""
+        """Return the tokens that each document has in the text on which the base is trained."""
         ends = self.starts[documents] + self.lengths[documents]
         ends_with_bos = self.stream.numpy()[ends - 1] == BOS_ID
         return self.lengths[documents] - (ends_with_bos if self.config.phased_ttt_drop_next_bos else 0)
 
     def _joined(self, documents: np.ndarray) -> Tensor:
-        """The documents one after another, int64 on the CPU."""
+        """Return the documents' tokens, joined, int64 on the CPU."""
         spans = zip(self.starts[documents], self._kept_lengths(documents), strict=True)
         return torch.cat([self.stream[start : start + length] for start, length in spans]).long()
 
     def result(self, byte_table: ByteTable) -> TTTResult:
-        """Sums over all ranks. Raises RuntimeError unless every target of the chosen documents was scored once."""
+        """Sum over all ranks. Raises RuntimeError unless each target of the chosen documents was scored once."""
         documents = np.concatenate([batch.documents for phase in self.phases for batch in phase.batches])
         expected = np.zeros_like(self.predictions)
         expected[documents] = self.predictions[documents]
         if (self.ledger.scored != expected).any():
             raise RuntimeError("test-time training left targets unscored")
         if self.world_size > 1:
-            dist.all_reduce(self.token_nats)  # zeros but on the rank that scored
+            dist.all_reduce(self.token_nats)  # nonzero only on the rank that scored
         token_nats = self.token_nats[:-1].cpu()
         targets, byte_counts = self.predictions[documents], _document_bytes(self.stream, self.starts, byte_table)
         nats = np.add.reduceat(token_nats.double().numpy(), self.starts)[documents]
@@ -260,7 +249,7 @@ class _Run:
 
 
 def _document_bytes(stream: Tensor, starts: np.ndarray, byte_table: ByteTable) -> np.ndarray:
-    """Bytes of every document's targets, int64."""
+    """Return the bytes of each document's targets, int64."""
     table, last = byte_table.to("cpu"), stream.numel() - 1
     pieces = [slice(low, min(low + BYTES_PIECE, last)) for low in range(0, last, BYTES_PIECE)]
     counts = [table.count(stream[piece], stream[piece.start + 1 : piece.stop + 1]).int() for piece in pieces]
@@ -268,7 +257,7 @@ def _document_bytes(stream: Tensor, starts: np.ndarray, byte_table: ByteTable) -
 
 
 def _by_length(targets: np.ndarray, nats: np.ndarray, byte_counts: np.ndarray) -> list[dict[str, Any]]:
-    """The score by powers of two of a document's targets; lengths without a single byte of text are left out."""
+    """Return the score for each power of two of a document's targets; leave out lengths without any byte of text."""
     powers = np.log2(targets).astype(np.int64)
     rows = []
     for power in np.unique(powers):

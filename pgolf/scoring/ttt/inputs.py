@@ -1,7 +1,7 @@
-"""What the model reads in one step: the documents' windows, or their chunks after a cache of keys and values.
+"""The model's inputs in one step: the documents' windows, or their chunks after cached keys and values.
 
-All of a step's numbers are parts of one int32 tensor, so that one copy brings them to the device. Streams can be longer
-than what they hold: the rest is of no document.
+One int32 tensor holds all inputs of a step, so that one copy moves them to the device. A stream may be longer than its
+windows; the padding belongs to no document.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from pgolf.scoring.ttt.adapters import AdapterBank
 
 
 class Chunk(NamedTuple):
-    """One chunk of documents, int64 [slots] each; zeros where a document has ended."""
+    """One chunk of each slot's document, int64 [slots] each; zeros for a document that has ended."""
 
     start: np.ndarray  # first input of the window, in the stream of all documents
-    skipped: np.ndarray  # inputs of the document before the window
+    skipped: np.ndarray  # the document's inputs before the window
     length: np.ndarray  # inputs in the window, of which the chunk's are the last
     scored: np.ndarray  # targets in the chunk
     learning: np.ndarray  # bool, whether the adapters are updated on it
 
 
 class _Rows:
-    """Where a chunk's targets come from, in a step of so many rows."""
+    """The place of each target of a chunk, in the stream and in the windows, for a step of ``rows`` rows."""
 
     def __init__(self, chunk: Chunk, stream: np.ndarray, rows: int) -> None:
-        self.offsets = np.append(0, chunk.scored.cumsum())  # of each slot
-        self.count = self.offsets[-1]  # rows that are of a document
-        self.bounds = np.append(0, chunk.length.cumsum())  # of windows one after another
+        self.offsets = np.append(0, chunk.scored.cumsum())  # each slot's first row
+        self.count = self.offsets[-1]  # rows of documents; the others are padding
+        self.bounds = np.append(0, chunk.length.cumsum())  # of the joined windows
         self.used = self.bounds[-1]
         self.inputs = np.full(rows, stream.size - 1)  # each row's input in the stream
         self.inputs[: self.count] = self._last(chunk, chunk.start + chunk.length)
         self.in_windows = self._last(chunk, self.bounds[1:])
 
     def _last(self, chunk: Chunk, ends: np.ndarray) -> np.ndarray:
-        """The chunk's numbers of spans with these ends."""
+        """Return the last ``scored`` numbers before each of the ``ends``, joined."""
         return np.repeat(ends - self.offsets[1:], chunk.scored) + np.arange(self.count)
 
 
 class Windows:
-    """Every chunk's whole window, computed anew: PR #1874's way."""
+    """Computes the whole window of every chunk anew, as PR #1874 does."""
 
-    capturable = True  # by a CUDA graph, where the model is
+    capturable = True  # whether a CUDA graph can capture a step, if it can capture the model
 
     def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
         self.model, self.slots = model, slots
@@ -57,14 +57,15 @@ class Windows:
         self.longest = min(self.limit, slots * config.ttt_eval_seq_len)  # that there can be
 
     def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
-        """learning [slots], row_offsets [slots + 1], weights, targets; chosen, segments [slots + 2], ids."""
+        """Split a step's tensor: learning [slots], row_offsets [slots + 1], weights [rows], targets [rows];
+        chosen [rows], segments [slots + 2], ids [tokens]."""
         return list(whole.split(self._sizes(tokens, rows)))
 
     def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
         return self.slots, self.slots + 1, rows, rows, rows, self.slots + 2, tokens
 
     def fill(self, chunk: Chunk, stream: np.ndarray, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
-        """A step's numbers, and the place of each row's input in ``stream``, its last for rows of no document."""
+        """Return a step's tensor, and the place of each row's input in ``stream`` (for padding the stream's last)."""
         whole, found = torch.zeros(sum(self._sizes(tokens, rows)), dtype=torch.int32), _Rows(chunk, stream, rows)
         learning, row_offsets, weights, targets, chosen, segments, ids = (
             part.numpy() for part in self.parts(whole, tokens, rows)
@@ -77,9 +78,9 @@ class Windows:
         return whole, found.inputs
 
     def losses(self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int) -> Tensor:
-        """Nats of every row, float32 [rows], with the adapters in ``leaves``."""
+        """Compute the nats of every row, float32 [rows], with the adapters in ``leaves``."""
         _, row_offsets, _, targets, chosen, segments, ids = self.parts(whole, tokens, rows)
-        first = segments.diff() - F.pad(row_offsets.diff(), (0, 1))  # in its window; what pads the stream has no chunk
+        first = segments.diff() - F.pad(row_offsets.diff(), (0, 1))  # the chunk's start in its window; padding has none
         (losses,) = self.model.token_losses(
             ids[None].long(),
             targets[None].long(),
@@ -94,31 +95,37 @@ class Windows:
 
 
 class CachedChunks:
-    """The chunks alone, after keys and values of the window's earlier tokens as they were when last computed."""
+    """Computes only the chunks, and keeps the keys and values of earlier tokens as they were when computed."""
 
     def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
         self.model, self.slots, self.capacity = model, slots, config.ttt_eval_seq_len
-        self.limit = self.longest = slots * self.capacity  # little is computed of a window, so none is too large
+        self.limit = self.longest = slots * self.capacity  # all windows fit, because only their chunks are computed
         passes = sum(len(part) for part in model.execution_lists(looping=config.num_loops > 0))
-        shape = passes, 2, slots * self.capacity + 1, config.num_kv_heads, config.head_dim  # one more: nobody's
+        shape = (
+            passes,
+            2,
+            slots * self.capacity + 1,
+            config.num_kv_heads,
+            config.head_dim,
+        )  # the last place is for padding
         device, dtype = model.qo_bank.device, model.compute_dtype
-        # Without FlashAttention the host reads how long segments are.
+        # Without FlashAttention the host reads the lengths of segments.
         self.capturable = config.attention_backend != "sdpa" and flash_takes(device, dtype, config.head_dim)
         if config.cuda_graphs == "on" and not self.capturable:
             raise ConfigError(f"cuda_graphs=on with ttt_kv_cache needs half precision, and this is {dtype}; use auto")
         self._kept = torch.zeros(shape, dtype=dtype, device=device)
 
     def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
-        """learning, row_offsets, weights, targets as `Windows`; ids, previous, positions, places, stored, then
-        bounds [slots + 2] and sources of keys."""
+        """Split a step's tensor: learning, row_offsets, weights, targets as in `Windows`; ids, previous, positions,
+        places, stored [rows]; bounds [slots + 2], sources [tokens + rows]."""
         return list(whole.split(self._sizes(tokens, rows)))
 
     def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
-        # The stream of keys has room for all rows behind the windows, too: those of no document attend to themselves.
+        # After the windows, the stream of keys has a place for each padding row, which attends to itself.
         return self.slots, self.slots + 1, *[rows] * 7, self.slots + 2, tokens + rows
 
     def fill(self, chunk: Chunk, stream: np.ndarray, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
-        """As `Windows.fill`."""
+        """Return what `Windows.fill` returns."""
         whole, found = torch.zeros(sum(self._sizes(tokens, rows)), dtype=torch.int32), _Rows(chunk, stream, rows)
         learning, row_offsets, weights, targets, ids, previous, positions, places, stored, bounds, sources = (
             part.numpy() for part in self.parts(whole, tokens, rows)
@@ -128,7 +135,7 @@ class CachedChunks:
         in_document = np.repeat(chunk.skipped - found.bounds[:-1], chunk.length) + np.arange(used)
         slot = np.repeat(np.arange(self.slots), chunk.length)
         sources[:] = self.slots * self.capacity
-        sources[:used] = slot * self.capacity + in_document % self.capacity  # a ring for each slot
+        sources[:used] = slot * self.capacity + in_document % self.capacity  # a ring buffer for each slot
         bounds[:-1], bounds[-1] = found.bounds, used + pad
         places[:count], places[count:] = found.in_windows, used + np.arange(pad)
         stored[:] = sources[places]
@@ -137,7 +144,7 @@ class CachedChunks:
         return whole, found.inputs
 
     def losses(self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int) -> Tensor:
-        """As `Windows.losses`."""
+        """Compute what `Windows.losses` computes."""
         _, row_offsets, _, targets, ids, previous, positions, places, stored, bounds, sources = self.parts(
             whole, tokens, rows
         )
@@ -167,7 +174,7 @@ def _fill_rows(
     weights: np.ndarray,
     targets: np.ndarray,
 ) -> None:
-    """What both ways have: a target weighs 1 / targets of its chunk, or nothing where nothing is learned."""
+    """Fill the parts that both classes have. A target's weight is 1 / targets of its chunk, or 0 without learning."""
     learning[:], row_offsets[:] = chunk.learning, found.offsets
     shares = (chunk.learning / np.maximum(chunk.scored, 1)).astype(np.float32)
     weights[: found.count] = np.repeat(shares, chunk.scored).view(np.int32)

@@ -1,4 +1,4 @@
-"""The proof that scoring comes first: which targets are scored, and that nothing else is learned from."""
+"""The check that scoring comes first: which targets are scored, and that nothing else is learned from."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 
 class ScoredLedger:
-    """How many targets of every document are scored, from its start.
+    """Counts the scored targets of each document, from its start.
 
-    Only numbers of the host; `score` and `train` are called before what they record is done.
+    Uses numbers on the host only. `score` and `train` must be called before the work that they record.
     """
 
     def __init__(self, predictions: np.ndarray) -> None:
@@ -18,18 +18,18 @@ class ScoredLedger:
         self.scored = np.zeros_like(predictions)
 
     def score(self, documents: np.ndarray, first: np.ndarray | int, last: np.ndarray | int) -> None:
-        """Targets [first, last) of each document are about to be scored. Raises RuntimeError if not the next ones."""
+        """Record the scoring of targets [first, last) of each document. Raises RuntimeError unless they are next."""
         if (self.scored[documents] != first).any() or (last > self.predictions[documents]).any():
             raise RuntimeError("test-time training would score a target twice, or leave one out")
         self.scored[documents] = last
 
     def train(self, documents: np.ndarray, last: np.ndarray | int) -> None:
-        """Targets below ``last`` are about to be learned from. Raises RuntimeError where they are not scored yet."""
+        """Check that targets below ``last`` may be learned from. Raises RuntimeError unless they are scored."""
         if (self.scored[documents] < last).any():
             raise RuntimeError("test-time training would learn from a target that is not scored yet")
 
     def merge(self, world_size: int, device: torch.device) -> None:
-        """Take over what the other ranks have scored; waits for them."""
+        """Add what the other ranks have scored; waits for them."""
         if world_size > 1:
             everywhere = torch.from_numpy(self.scored).to(device)
             dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)

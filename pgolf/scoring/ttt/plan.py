@@ -1,8 +1,8 @@
 """The schedule of test-time training, from document lengths and settings alone.
 
-Every rank computes all of it, so that all make the same collective calls and the same inputs give the same score,
-however many ranks there are: batches are dealt to a fixed number of lanes, and lanes to ranks. The adapters that stay
-warm from batch to batch do so along a lane.
+Each rank computes the whole schedule, so that all make the same collective calls. Batches are dealt to a fixed number
+of lanes, and lanes to ranks. Adapters keep their A from batch to batch within a lane, so that the score does not depend
+on the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,49 +14,49 @@ from typing import NamedTuple
 import numpy as np
 
 from pgolf.config import RunConfig
-from pgolf.scoring.stream import ROWS_OF_A_BATCH
+from pgolf.scoring.stream import PUBLIC_RANKS
 
-UPDATE_TOKENS = 5000  # an update of a batch's adapters takes about as long as so many tokens (estimate, H200)
+UPDATE_TOKENS = 5000  # an update of a batch's adapters takes as long as about 5000 tokens (estimate, H200)
 
 
 class Batch(NamedTuple):
-    """Documents scored side by side."""
+    """Documents that are scored at the same time."""
 
     number: int  # 0 has the shortest documents
     documents: np.ndarray  # indices, shortest first
 
 
 class Phase(NamedTuple):
-    """Batches in processing order, and the documents that the base weights are trained on when all are scored."""
+    """Batches in processing order, and the documents on which the base weights are trained after all are scored."""
 
     batches: list[Batch]
     trained: np.ndarray
 
 
 class ChunkWindows(NamedTuple):
-    """For every chunk and document of a batch, int64 [chunks, documents]; zeros where the document has ended."""
+    """The window of each chunk of a batch's documents, int64 [chunks, documents]; zeros after a document's end."""
 
     start: np.ndarray  # first input of the window, from the document's start
-    length: np.ndarray  # inputs in the window, the chunk's are the last ones
+    length: np.ndarray  # inputs in the window, of which the chunk's are the last
     scored: np.ndarray  # targets in the chunk
-    goes_on: np.ndarray  # 1 where a later chunk follows
+    goes_on: np.ndarray  # 1 if the document has a later chunk
 
 
 class SgdStep(NamedTuple):
-    """One step of the base weights."""
+    """One SGD step of the base weights."""
 
     rate: float
     rows: list[list[tuple[int, int]]]  # tokens [start, stop) of each rank's rows
 
 
 def plan_phases(predictions: np.ndarray, config: RunConfig) -> list[Phase]:
-    """The batches and phases, from the number of targets of every document.
+    """Return the phases, from the number of targets of each document.
 
     Documents sorted by (length, index) are cut into batches of ttt_batch_size, and the longest are scored first.
-    Phase k of phased_ttt_num_phases ends after the batch with which at least ⌊prefix k / phases⌋ documents are scored
-    (prefix: phased_ttt_prefix_docs, at most all), and that many of them are trained on: by phased_ttt_documents the
-    shortest (the public rule), the longest, or the first of the stream. Later batches make a last phase without
-    training; a training nobody would use is left out.
+    Phase k of phased_ttt_num_phases ends after the batch with which at least n_k = ⌊prefix k / phases⌋ documents are
+    scored, where prefix is phased_ttt_prefix_docs or the number of documents. The base is then trained on n_k of them:
+    by phased_ttt_documents the shortest (the public rule), the longest, or the first of the stream. Later batches are a
+    last phase without training. A training after the last batch is left out.
     """
     order = np.argsort(predictions, kind="stable")
     size = config.ttt_batch_size
@@ -77,7 +77,7 @@ def plan_phases(predictions: np.ndarray, config: RunConfig) -> list[Phase]:
 
 
 def _selected_batches(setting: str, count: int) -> list[int]:
-    """Batch numbers, ascending. Raises ValueError for a list that is none, and for numbers out of range."""
+    """Return batch numbers in ascending order. Raises ValueError for a bad list and for numbers out of range."""
     if not setting.strip():
         return list(range(count))
     try:
@@ -90,14 +90,14 @@ def _selected_batches(setting: str, count: int) -> list[int]:
 
 
 def _training_documents(batches: list[Batch], count: int, choice: str) -> np.ndarray:
-    """``count`` of the scored documents, in the order in which they are joined."""
+    """Return ``count`` of the scored documents, in the order in which they are joined."""
     by_length = np.concatenate([batch.documents for batch in reversed(batches)])  # shortest first
     ordered = {"shortest": by_length, "longest": by_length[::-1], "stream": np.sort(by_length)}[choice]
     return ordered[:count]
 
 
 def chunk_sizes(predictions: np.ndarray, config: RunConfig) -> np.ndarray:
-    """Targets of a chunk for every document: ttt_chunk_size, or what ttt_chunks_by_length says of its length."""
+    """Return each document's targets in a chunk: ttt_chunk_size, or by its length from ttt_chunks_by_length."""
     sizes = np.full(predictions.shape, config.ttt_chunk_size)
     for below, size in reversed(config.chunks_by_length()):
         sizes[predictions < below] = size
@@ -105,7 +105,7 @@ def chunk_sizes(predictions: np.ndarray, config: RunConfig) -> np.ndarray:
 
 
 def chunk_windows(predictions: np.ndarray, chunks: np.ndarray | int, context: int) -> ChunkWindows:
-    """Windows of all chunks: one ends with its chunk and is as long as document and ``context`` allow."""
+    """Return the windows of all chunks: a window ends with its chunk and has at most ``context`` inputs."""
     counts = -(-predictions // chunks)
     index = np.arange(counts.max())[:, None]
     first = index * chunks
@@ -116,12 +116,12 @@ def chunk_windows(predictions: np.ndarray, chunks: np.ndarray | int, context: in
 
 
 def batch_windows(predictions: np.ndarray, config: RunConfig) -> ChunkWindows:
-    """The windows of documents with so many targets, by the settings."""
+    """Return the windows of documents with ``predictions`` targets, by the settings."""
     return chunk_windows(predictions, chunk_sizes(predictions, config), config.ttt_eval_seq_len)
 
 
 def lanes_of_phase(phase: Phase, predictions: np.ndarray, config: RunConfig) -> list[list[Batch]]:
-    """The phase's batches by lane, in processing order: the costliest first, each to the lane with the least so far."""
+    """Return the phase's batches for each lane, in processing order; see `deal`."""
     windows = [batch_windows(predictions[batch.documents], config) for batch in phase.batches]
     costs = [int(window.length.sum()) + UPDATE_TOKENS * len(window.length) for window in windows]
     lanes = deal(costs, config.ttt_lanes)
@@ -131,7 +131,7 @@ def lanes_of_phase(phase: Phase, predictions: np.ndarray, config: RunConfig) -> 
 
 
 def deal(costs: list[int], lanes: int) -> list[int]:
-    """Lane of every batch: the costliest first, each to the lane with the least work so far."""
+    """Return the lane of each batch: in order of decreasing cost, each goes to the lane with the least work so far."""
     work, dealt = [0] * lanes, [0] * len(costs)
     for batch in sorted(range(len(costs)), key=lambda i: -costs[i]):
         dealt[batch] = work.index(min(work))
@@ -140,14 +140,14 @@ def deal(costs: list[int], lanes: int) -> list[int]:
 
 
 def sgd_schedule(tokens: int, config: RunConfig, world_size: int) -> list[SgdStep]:
-    """Steps of the base over so many joined tokens: all chunks of global_ttt_chunk_tokens but the last.
+    """Return the base's steps over ``tokens`` joined tokens: all chunks of global_ttt_chunk_tokens but the last.
 
-    A chunk is cut into sequences of eval_seq_len, and these into rows of an eighth of the chunk (what a rank of the
-    public run has), whatever the number of ranks. A rank takes global_ttt_batch_seqs sequences a step at most.
+    A chunk is cut into sequences of eval_seq_len tokens, and these are grouped in rows of an eighth of the chunk, as on
+    a rank of the public run, for any number of ranks. A rank takes at most global_ttt_batch_seqs sequences in a step.
     """
     ranks, chunks = range(world_size), -(-(tokens - 1) // config.global_ttt_chunk_tokens)
     sequences = config.global_ttt_chunk_tokens // config.eval_seq_len
-    size = min(-(-sequences // ROWS_OF_A_BATCH), config.global_ttt_batch_seqs)
+    size = min(-(-sequences // PUBLIC_RANKS), config.global_ttt_batch_seqs)
     cuts = [min(cut, sequences) * config.eval_seq_len for cut in range(0, sequences + size, size)]
     rows = list(pairwise(cuts))
     shares = [rows[len(rows) * r // world_size : len(rows) * (r + 1) // world_size] for r in ranks]
@@ -163,9 +163,9 @@ def sgd_schedule(tokens: int, config: RunConfig, world_size: int) -> list[SgdSte
 
 
 def global_learning_rate(chunk: int, chunks: int, config: RunConfig) -> float:
-    """Rate of the base weights' training at ``chunk`` of ``chunks``, of which the last is never trained on.
+    """Return the base's learning rate at ``chunk`` of ``chunks``, of which the last is not trained on.
 
-    A linear warm-up over global_ttt_warmup_chunks, then half a cosine from global_ttt_lr to 0.
+    The rate rises linearly over global_ttt_warmup_chunks, then falls by half a cosine from global_ttt_lr to 0.
     """
     warmup = min(config.global_ttt_warmup_chunks, chunks - 1)
     if chunk < warmup:
