@@ -13,12 +13,15 @@ import traceback
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgolf import __version__
 from pgolf.common.folder import RunFolder, RunFolderError
 from pgolf.common.progress import format_table
 from pgolf.config import FIELDS, PRESETS, ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from pgolf.common.runtime import World
 
 DESCRIPTION = """\
 Train, quantise and score the best language model that fits in 16,000,000 bytes.
@@ -242,7 +245,7 @@ def _config_of(arguments: argparse.Namespace, folder: RunFolder) -> RunConfig:
     return _config_from(arguments, config)
 
 
-def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) -> None:
+def _begin(config: RunConfig, folder: RunFolder, world: World, environment: dict[str, Any]) -> None:
     """Create the folder of a new run, and delete an earlier run's files."""
     from pgolf.model.gpt import meta_model
 
@@ -254,7 +257,7 @@ def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) 
     folder.create(config, environment, {**about, "device": environment["chip"], "parameters": parameters})
 
 
-def _log_choices(config: RunConfig, world: Any) -> None:
+def _log_choices(config: RunConfig, world: World) -> None:
     """Log the settings that differ from the preset, and the code that will run."""
     from pgolf.kernels.common.backend import backend, set_backend
     from pgolf.model.gpt import attention_core

@@ -24,7 +24,8 @@ from pgolf.report.stage import run_report
 from pgolf.scoring.stage import run_eval, run_ttt
 from pgolf.training.train import train
 
-STAGES: dict[str, Callable[[RunConfig, RunFolder, World, bool], None]] = {
+Stage = Callable[[RunConfig, RunFolder, World, bool], None]  # settings, folder, processes, whether to resume
+STAGES: dict[str, Stage] = {
     "data": run_data,
     "train": train,
     "quantize": run_quantize,
@@ -44,7 +45,7 @@ def run_stages(config: RunConfig, folder: RunFolder, world: World, resume: bool 
         run_stage(name, stage, config, folder, world, resume=resume)
 
 
-def run_stage(name: str, stage: Callable, config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+def run_stage(name: str, stage: Stage, config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
     """Run one stage, log a line before and after it, and release the device's cached memory.
 
     Before a stage that reads data, runs the stage ``data`` if the run lacks it, and checks that the data have not

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ import torch.distributed as dist
 from pgolf import __version__
 from pgolf.config import ConfigError, RunConfig
 
+Value = TypeVar("Value")
 PULSE_SECONDS = 5.0  # between two messages of `Pulse`
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # these ask a run to stop
 
 
 class Interrupted(BaseException):
@@ -34,7 +35,7 @@ class Interrupted(BaseException):
 
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
         super().__init__(message)
-        self.status = 128 + number  # of the process, as shells count it
+        self.status = 128 + number  # the process's exit status, as shells define it
 
 
 @contextmanager
@@ -134,7 +135,7 @@ class World:
             value /= self.size
         return value
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: Value) -> Value:
         """Return rank 0's Python object on every rank."""
         if self.size == 1:
             return value
@@ -142,20 +143,20 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
+    def on_main(self, action: Callable[[], Value]) -> Value:
         """Call ``action`` on rank 0, and return its result, or raise its exception, on every rank.
 
         Ranks read a run's folder in this way, because other hosts may not see it.
         """
-        result, problem = None, None
+        outcome: tuple[Value | None, Exception | None] = None, None
         try:
-            result = action() if self.is_main else None
+            outcome = action() if self.is_main else None, None
         except Exception as error:
-            problem = error
-        result, problem = self.share((result, problem))
+            outcome = None, error
+        result, problem = self.share(outcome)
         if problem is not None:
             raise problem
-        return result
+        return cast("Value", result)
 
     def on_each_host(self, action: Callable[[], object]) -> None:
         """Call ``action`` in one process of each host. Raises the exception of any host on every rank."""
@@ -235,7 +236,7 @@ def random_state() -> dict[str, Any]:
     """Return the state of all random generators as tensors and numbers, which torch.load(weights_only=True) reads."""
     version, internal, gauss = random.getstate()
     numpy_state = np.random.get_state()
-    assert isinstance(numpy_state, tuple)  # of the global generator, a Mersenne Twister
+    assert isinstance(numpy_state, tuple)  # as of the global generator, a Mersenne Twister
     kind, keys, position, has_gauss, cached = numpy_state
     return {
         "python": (version, list(internal), gauss),

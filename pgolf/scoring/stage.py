@@ -47,7 +47,12 @@ def run_eval(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
 
 
 def _score(
-    function: Callable, model: GPT, config: RunConfig, tokens: torch.Tensor, table: ByteTable, world: World
+    function: Callable[..., tuple[float, float]],
+    model: GPT,
+    config: RunConfig,
+    tokens: torch.Tensor,
+    table: ByteTable,
+    world: World,
 ) -> dict[str, float]:
     show = progress if world.is_main else None
     loss, bits = function(model, config, tokens, table, rank=world.rank, world_size=world.size, progress=show)

@@ -11,7 +11,7 @@ from pgolf.config import RunConfig
 from pgolf.data.bpb import ByteTable
 from pgolf.data.shards import BOS_ID
 
-PUBLIC_RANKS = 8  # of the public run: its batches, and rows of a batch, are divided by this number
+PUBLIC_RANKS = 8  # of the public run; one of its ranks takes an eighth of a batch
 
 
 def find_documents(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -54,7 +54,7 @@ class Windows:
     def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
         self.model, self.slots = model, slots
         self.limit = max(config.ttt_micro_batch_tokens, config.ttt_eval_seq_len)  # window tokens of one step
-        self.longest = min(self.limit, slots * config.ttt_eval_seq_len)  # that there can be
+        self.longest = min(self.limit, slots * config.ttt_eval_seq_len)  # that a step can have
 
     def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
         """Split a step's tensor: learning [slots], row_offsets [slots + 1], weights [rows], targets [rows];
@@ -101,13 +101,8 @@ class CachedChunks:
         self.model, self.slots, self.capacity = model, slots, config.ttt_eval_seq_len
         self.limit = self.longest = slots * self.capacity  # all windows fit, because only their chunks are computed
         passes = sum(len(part) for part in model.execution_lists(looping=config.num_loops > 0))
-        shape = (
-            passes,
-            2,
-            slots * self.capacity + 1,
-            config.num_kv_heads,
-            config.head_dim,
-        )  # the last place is for padding
+        places = slots * self.capacity + 1  # the last one is for padding
+        shape = passes, 2, places, config.num_kv_heads, config.head_dim
         device, dtype = model.qo_bank.device, model.compute_dtype
         # Without FlashAttention the host reads the lengths of segments.
         self.capturable = config.attention_backend != "sdpa" and flash_takes(device, dtype, config.head_dim)
