@@ -57,8 +57,11 @@ class Windows:
         self.longest = min(self.limit, slots * config.ttt_eval_seq_len)  # that a step can have
 
     def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
-        """Split a step's tensor: learning [slots], row_offsets [slots + 1], weights [rows], targets [rows];
-        chosen [rows], segments [slots + 2], ids [tokens]."""
+        """Split a step's tensor into its parts.
+
+        They are learning [slots], row_offsets [slots + 1], weights [rows], targets [rows], chosen [rows],
+        segments [slots + 2] and ids [tokens].
+        """
         return list(whole.split(self._sizes(tokens, rows)))
 
     def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
@@ -111,8 +114,11 @@ class CachedChunks:
         self._kept = torch.zeros(shape, dtype=dtype, device=device)
 
     def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
-        """Split a step's tensor: learning, row_offsets, weights, targets as in `Windows`; ids, previous, positions,
-        places, stored [rows]; bounds [slots + 2], sources [tokens + rows]."""
+        """Split a step's tensor into its parts.
+
+        They are learning, row_offsets, weights and targets as in `Windows.parts`, then ids, previous, positions, places
+        and stored [rows], bounds [slots + 2] and sources [tokens + rows].
+        """
         return list(whole.split(self._sizes(tokens, rows)))
 
     def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
