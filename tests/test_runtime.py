@@ -61,7 +61,7 @@ def test_one_process_needs_no_group() -> None:
 
 WAITS = """
 import os, signal, sys
-from pgolf import runtime
+from pgolf.common import runtime
 from pgolf.config import RunConfig
 runtime.PULSE_SECONDS = 0.1
 world = runtime.start_world(RunConfig(device="cpu", dist_timeout_seconds=1))
