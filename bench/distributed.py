@@ -35,8 +35,8 @@ from typing import Any
 
 from bench import prove
 from bench.prove import PartFailed, PartSkipped, Proof
+from pgolf.common.folder import RunFolder
 from pgolf.config import RunConfig
-from pgolf.folder import RunFolder
 
 STEPS = 24  # the loop starts after 9
 STEPS_SETTINGS = dict(
@@ -159,10 +159,11 @@ def score_tokens(run_dir: Path, file: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from pgolf import ttt
-    from pgolf.run import load_artifact
-    from pgolf.runtime import start_world, stop_world
-    from pgolf.train import build_model, validation_data
+    from pgolf.artifact.weights import load_artifact
+    from pgolf.common.runtime import start_world, stop_world
+    from pgolf.data.validation import validation_data
+    from pgolf.model.build import build_model
+    from pgolf.scoring.ttt import engine
 
     config = RunFolder(run_dir).config()
     world = start_world(config)
@@ -183,7 +184,7 @@ def score_tokens(run_dir: Path, file: Path) -> None:
 
     begun = time.perf_counter()
     options = dict(rank=world.rank, world_size=world.size, progress=watch)
-    scored = ttt.test_time_training(model, config, tokens, table, **options)
+    scored = engine.test_time_training(model, config, tokens, table, **options)
     seconds = time.perf_counter() - begun - scored.first_score_seconds
     each = [None] * world.size
     if world.size > 1:

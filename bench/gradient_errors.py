@@ -21,13 +21,15 @@ import torch
 from bench.compiled_model import compiled_blocks
 from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name
+from pgolf.common.folder import RunFolder
+from pgolf.common.progress import format_table
+from pgolf.common.runtime import World, start_world
 from pgolf.config import RunConfig
-from pgolf.folder import RunFolder
-from pgolf.loader import Batch
-from pgolf.model import GPT
-from pgolf.progress import format_table
-from pgolf.runtime import World, start_world
-from pgolf.train import build_model, load_weights, start
+from pgolf.data.loader import Batch
+from pgolf.model.build import build_model
+from pgolf.model.gpt import GPT
+from pgolf.model.weights import load_weights
+from pgolf.training.train import start
 
 Gradients = dict[str, torch.Tensor]
 WAYS = {

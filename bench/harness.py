@@ -20,8 +20,8 @@ import torch
 
 from bench.results_files import add_options, describe, read_entries, results_path, write
 from bench.timing import capture, chip_name, default_device, measure_ceilings, time_calls
+from pgolf.common.progress import format_table
 from pgolf.kernels.common.backend import set_backend
-from pgolf.progress import format_table
 
 OURS, REFERENCE = "pgolf", "eager"
 OURS_TOLERANCE, TOLERANCE = 1.5, 4.0  # a result's error against float64 may be so many times the reference's,

@@ -12,10 +12,10 @@ import sys
 
 import torch
 
-from pgolf.checkpoint import save_checkpoint
-from pgolf.folder import RunFolder
-from pgolf.runtime import start_world
-from pgolf.train import start
+from pgolf.common.folder import RunFolder
+from pgolf.common.runtime import start_world
+from pgolf.training.checkpoint import save_checkpoint
+from pgolf.training.train import start
 
 
 def moved(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

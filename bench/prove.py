@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.results_files import RESULTS, add_options, describe, read, read_entries, results_path, write
+from pgolf.common.folder import RunFolder
 from pgolf.config import ALIASES, FIELDS
-from pgolf.export import export_program
-from pgolf.folder import RunFolder
+from pgolf.submission.export import export_program
 
 ROOT = Path(__file__).resolve().parent.parent
 TREES = ("kernels", "pgolf")

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from bench.results_files import provenance, results_path, write
 from bench.timing import short_name
-from pgolf.folder import RunFolder
-from pgolf.progress import format_table
+from pgolf.common.folder import RunFolder
+from pgolf.common.progress import format_table
 
 TABLE_STEPS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 80, 100, 120, 140, 160, 200, 250, 300, 400, 500)
 FOR_160_STEPS = dict(iterations=160, max_wallclock_seconds=0, warmup_steps=0, ema_decay=0.95, train_log_every=10)

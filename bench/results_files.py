@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgolf.files import FileError, read_json, write_aside
+from pgolf.common.files import FileError, read_json, write_aside
 
 if TYPE_CHECKING:  # whoever only reads does not wait for it
     import torch
@@ -56,7 +56,7 @@ def describe(bench: str, device: torch.device, commit: str = "", processes: int 
 
     bench: the measuring module's name without the package. commit: tells it where this is not that checkout.
     """
-    from pgolf.runtime import World, describe_environment
+    from pgolf.common.runtime import World, describe_environment
 
     environment = describe_environment(World(0, processes, device))
     environment["git_commit"] = commit or environment["git_commit"]

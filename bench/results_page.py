@@ -27,7 +27,7 @@ from bench.results_sections import (
     parts_of,
     table,
 )
-from pgolf.files import write_aside
+from pgolf.common.files import write_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, README = Path("docs", "results.md"), Path("README.md")

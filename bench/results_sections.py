@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pgolf.progress import format_bytes
+from pgolf.common.progress import format_bytes
 
 Results = Mapping[str, Mapping[str, Any]]  # by <chip>/<name>, as read_all gives them
 Column = tuple[str, str, str | Callable[[Any], str]]  # header, path into a row, format

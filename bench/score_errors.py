@@ -19,15 +19,16 @@ from torch import Tensor
 
 from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name
-from pgolf import ttt
-from pgolf.bpb import ByteTable
+from pgolf.artifact.weights import load_artifact
+from pgolf.common.folder import RunFolder
+from pgolf.common.progress import format_table, progress
+from pgolf.common.runtime import World, start_world
 from pgolf.config import RunConfig
-from pgolf.evaluate import evaluate_packed
-from pgolf.folder import RunFolder
-from pgolf.progress import format_table, progress
-from pgolf.run import load_artifact
-from pgolf.runtime import World, start_world
-from pgolf.train import build_model, validation_data
+from pgolf.data.bpb import ByteTable
+from pgolf.data.validation import validation_data
+from pgolf.model.build import build_model
+from pgolf.scoring.evaluate import evaluate_packed
+from pgolf.scoring.ttt import engine
 
 WAYS = {
     "float32": dict(kernels="reference", compute_dtype="float32", attention_backend="sdpa"),
@@ -43,7 +44,7 @@ def losses(
     model = build_model(config, world, weights)
     model.looping_active = config.num_loops > 0
     mean, _ = evaluate_packed(model.eval(), config, tokens, table)
-    return mean, ttt.test_time_training(model, config, tokens, table, progress=progress).token_nats.double()
+    return mean, engine.test_time_training(model, config, tokens, table, progress=progress).token_nats.double()
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -22,16 +22,16 @@ import torch
 
 from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name, measure_ceilings
-from pgolf import ttt
-from pgolf.bpb import ByteTable
+from pgolf.artifact.weights import load_artifact
+from pgolf.common.folder import RunFolder
+from pgolf.common.progress import format_bytes, format_table
+from pgolf.common.runtime import peak_memory_bytes, reset_peak_memory, start_world
 from pgolf.config import RunConfig
-from pgolf.folder import RunFolder
-from pgolf.model import BOS_ID, GPT
-from pgolf.progress import format_bytes, format_table
-from pgolf.run import load_artifact
-from pgolf.runtime import peak_memory_bytes, reset_peak_memory, start_world
-from pgolf.shards import read_shard, shard_files
-from pgolf.train import build_model
+from pgolf.data.bpb import ByteTable
+from pgolf.data.shards import BOS_ID, read_shard, shard_files
+from pgolf.model.build import build_model
+from pgolf.model.gpt import GPT
+from pgolf.scoring.ttt import engine
 
 LENGTHS = (150, 250, 424, 800, 1440, 2600, 5700)  # tokens, BOS included
 QUICK_LENGTHS, QUICK_DOCUMENTS = (20, 100), 4
@@ -113,7 +113,7 @@ def time_lengths(
 
     reset_peak_memory(device)
     called = time.perf_counter()
-    ttt.test_time_training(model, config, tokens, table, progress=watch)
+    engine.test_time_training(model, config, tokens, table, progress=watch)
 
 
 def predict(seconds_per_token: Mapping[int, float], documents: Sequence[int]) -> dict[str, float]:

@@ -25,15 +25,15 @@ from torch.profiler import ProfilerActivity, profile
 from bench.compiled_model import compiled_blocks
 from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name, measure_ceilings
+from pgolf.common.progress import format_bytes, format_table
+from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory, start_world, stop_world
 from pgolf.config import PRESETS, RunConfig
-from pgolf.gradient import MeanGradient
-from pgolf.graphs import uses_graphs
-from pgolf.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
-from pgolf.model import GPT
-from pgolf.optim import ModelOptimizer
-from pgolf.progress import format_bytes, format_table
-from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory, start_world, stop_world
-from pgolf.train import build_model
+from pgolf.data.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
+from pgolf.model.build import build_model
+from pgolf.model.gpt import GPT
+from pgolf.model.graphs import uses_graphs
+from pgolf.training.gradient import MeanGradient
+from pgolf.training.optim import ModelOptimizer
 
 PROVIDERS = {
     "pgolf": dict(kernels="triton", cuda_graphs="on"),

@@ -20,15 +20,16 @@ import torch
 
 from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name
-from pgolf import ttt
-from pgolf.bpb import ByteTable
+from pgolf.artifact.weights import load_artifact
+from pgolf.common.folder import RunFolder
+from pgolf.common.progress import format_bytes, format_table, progress
+from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory, start_world
 from pgolf.config import RunConfig
-from pgolf.evaluate import find_documents
-from pgolf.folder import RunFolder
-from pgolf.progress import format_bytes, format_table, progress
-from pgolf.run import load_artifact
-from pgolf.runtime import World, peak_memory_bytes, reset_peak_memory, start_world
-from pgolf.train import build_model, validation_data
+from pgolf.data.bpb import ByteTable
+from pgolf.data.validation import validation_data
+from pgolf.model.build import build_model
+from pgolf.scoring.stream import find_documents
+from pgolf.scoring.ttt import engine
 
 BASE = "no phases"  # what others are compared with: phases add seconds that do not depend on the variant
 NO_PHASES = dict(phased_ttt_enabled=False)
@@ -69,7 +70,7 @@ def score(
     model = build_model(config, world, weights)
     reset_peak_memory(world.device)
     begun = time.perf_counter()
-    scored = ttt.test_time_training(model, config, tokens, table, progress=progress)
+    scored = engine.test_time_training(model, config, tokens, table, progress=progress)
     seconds = time.perf_counter() - begun
     starts, _ = find_documents(tokens)
     row = {

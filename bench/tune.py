@@ -22,8 +22,8 @@ from bench.__main__ import FAMILIES as MODULES
 from bench.harness import OURS, REFERENCE, Case, Tuning, as_tensors, check, limits, one_line, require
 from bench.results_files import describe, write
 from bench.timing import capture, chip_name, default_device, time_calls
+from pgolf.common.progress import format_table
 from pgolf.kernels.common import backend, launch
-from pgolf.progress import format_table
 
 FAMILIES: dict[str, Mapping[str, Tuning]] = {
     module.__name__.removeprefix("bench."): module.TUNING for module in MODULES

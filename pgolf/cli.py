@@ -1,4 +1,4 @@
-"""The command line: ``pgolf STAGE``, the same as ``python -m pgolf STAGE``."""
+"""The command line: ``pgolf STAGE`` or ``python -m pgolf STAGE``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import traceback
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgolf import __version__
+from pgolf.common.folder import RunFolder, RunFolderError
+from pgolf.common.progress import format_table
 from pgolf.config import FIELDS, PRESETS, ConfigError, RunConfig
-from pgolf.folder import RunFolder, RunFolderError
-from pgolf.progress import format_table
+
+if TYPE_CHECKING:
+    from pgolf.common.runtime import World
 
 DESCRIPTION = """\
 Train, quantise and score the best language model that fits in 16,000,000 bytes.
@@ -49,14 +52,17 @@ STAGE_HELP = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for an error with a message.
+    """Run the command line and return the exit status.
 
-    After SIGTERM, SIGINT and SIGHUP it is 128 and the signal's number. PGOLF_TRACEBACK=1 in the environment shows where
-    a message comes from.
+    The status is 0, 2 after an error with a message, and 128 plus the signal's number after SIGTERM, SIGINT or SIGHUP.
+    PGOLF_TRACEBACK=1 in the environment raises the errors behind messages.
     """
     arguments = _parser().parse_args(argv)
     try:
-        from pgolf.runtime import Interrupted, on_terminate  # here, so that --help does not wait for torch
+        from pgolf.common.runtime import (  # imported here, so that --help does not wait for torch
+            Interrupted,
+            on_terminate,
+        )
     except KeyboardInterrupt:
         return 130
 
@@ -72,30 +78,31 @@ def main(argv: list[str] | None = None) -> int:
         _complain(stopped)
         return stopped.status
     except BrokenPipeError:
-        # Python would try to write the rest at its end.
+        # Keep Python from writing the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _complain("nothing reads the output any more")
         return 2
     except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if not _is_a_message(error) or os.environ.get("PGOLF_TRACEBACK"):
             raise
+        message = str(error) or "there is not enough memory"
         if _raised_in(error).startswith("torch.distributed"):
-            error = f"another process has ended, or does not answer: {error}"
-        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("pgolf."):
-            error = f"this program was exported without {error.name}; install the package pgolf for it"
-        _complain(str(error) or "there is not enough memory")
+            message = f"another process has ended, or does not answer: {error}"
+        elif isinstance(error, ModuleNotFoundError) and str(error.name).startswith("pgolf."):
+            message = f"this program was exported without {error.name}; install the package pgolf for it"
+        _complain(message)
         return 2
 
 
 def _complain(message: object) -> None:
-    with suppress(OSError):  # nobody may be there to read it
+    with suppress(OSError):  # stderr may be closed
         print(f"pgolf: {message}", file=sys.stderr, flush=True)
 
 
 def _is_a_message(error: Exception) -> bool:
-    """True for errors that this package raises to tell the user something, and for those of the machine it runs on.
+    """Return whether an error is a message to the user: raised by this package on purpose, or caused by the machine.
 
-    Others are defects, and show where.
+    Any other error is a defect, which shows its traceback.
     """
     import torch
 
@@ -107,7 +114,7 @@ def _is_a_message(error: Exception) -> bool:
 
 
 def _raised_in(error: BaseException) -> str:
-    """Name of the module that raised an error."""
+    """Return the name of the module that raised an error."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "")
 
@@ -164,21 +171,21 @@ def _add_data(commands: Any) -> None:
     _add_folder(parser, "data")
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     try:
-        from pgolf import data_commands
-    except ImportError:  # the exported program is without it, and answers these actions with that error
+        from pgolf.data.commands import add_actions
+    except ImportError:  # the exported program lacks this module: its actions raise this error
         for name in ("fineweb", "build", "tokenizer"):
             absent = actions.add_parser(name, add_help=False, prefix_chars="+")
             absent.add_argument("rest", nargs="*")
-            absent.set_defaults(action=lambda arguments: import_module("pgolf.data_commands"))
+            absent.set_defaults(action=lambda arguments: import_module("pgolf.data.commands"))
     else:
-        data_commands.add_actions(actions)
+        add_actions(actions)
     check = actions.add_parser("check", help="read every shard strictly", epilog=SETTINGS_HELP)
     _add_settings(check)
     check.set_defaults(action=_check)
 
 
 def _config_from(arguments: argparse.Namespace, start: RunConfig) -> RunConfig:
-    """``start`` with the environment's and the command line's settings."""
+    """Apply the environment's and the command line's settings to ``start``."""
     settings: dict[str, str] = {}
     for text in arguments.settings:
         name, equals, value = text.partition("=")
@@ -190,15 +197,15 @@ def _config_from(arguments: argparse.Namespace, start: RunConfig) -> RunConfig:
 
 def _stage(arguments: argparse.Namespace) -> int:
     from pgolf import run
-    from pgolf.export import UNPACKED_FROM
-    from pgolf.runtime import describe_environment, seed_everything, start_world, stop_world
+    from pgolf.common.runtime import describe_environment, seed_everything, start_world, stop_world
+    from pgolf.submission.export import UNPACKED_FROM
 
     name, is_main = arguments.stage, os.environ.get("RANK", "0") == "0"
     started = arguments.run_dir is not None and RunFolder(arguments.run_dir).config_file.exists()
     if started and not arguments.fresh:
         before = RunFolder(arguments.run_dir)
         config = _config_of(arguments, before) if is_main else _config_from(arguments, before.config())
-    # An exported program has settings of its own.
+    # An exported program has its settings inside, and needs no preset to start.
     elif is_main and arguments.resume and not (arguments.run_dir and (arguments.preset or UNPACKED_FROM.is_file())):
         where = arguments.run_dir or "a --run-dir that you name"
         raise RunFolderError(f"--resume finds no run in {where}; with a --preset it starts one there")
@@ -210,7 +217,7 @@ def _stage(arguments: argparse.Namespace) -> int:
     config, started = world.share((config, started))  # other hosts may not see the folder
     seed_everything(config.seed)
     folder = RunFolder(arguments.run_dir or Path("runs") / world.share(_run_name(config)))
-    # A report only reads, also what a run that goes on has written so far.
+    # A report does not lock the folder: it may read a run that is still going on.
     with folder.locked() if world.is_main and name != "report" else nullcontext():
         if world.is_main and started != folder.config_file.exists():
             raise RunFolderError(f"another process has just changed {folder.path}; try again")
@@ -220,15 +227,15 @@ def _stage(arguments: argparse.Namespace) -> int:
         world.log(f"{folder.path}: preset {config.preset_name}, {world.size} process(es) on {world.device.type}")
         _log_choices(config, world)
         if name == "run":
-            run.run_stages(config, folder, world, arguments.resume)
+            run.run_stages(config, folder, world, resume=arguments.resume)
         else:
-            run.run_stage(name, run.STAGES[name], config, folder, world, arguments.resume)
-        stop_world(world)  # not after an error: the other ranks may wait elsewhere, and torchrun ends them
+            run.run_stage(name, run.STAGES[name], config, folder, world, resume=arguments.resume)
+        stop_world(world)  # not after an error: other ranks may be waiting elsewhere until torchrun ends them
     return 0
 
 
 def _config_of(arguments: argparse.Namespace, folder: RunFolder) -> RunConfig:
-    """The settings of a run that was started, where the stage may go on from what is there."""
+    """Return the settings of an existing run. Raises RunFolderError if the stage would overwrite its results."""
     config = folder.config()
     if arguments.preset and not (arguments.resume and arguments.preset == config.preset_name):
         raise RunFolderError("--preset starts a run; this one has its settings: change single ones with --set")
@@ -238,26 +245,22 @@ def _config_of(arguments: argparse.Namespace, folder: RunFolder) -> RunConfig:
     return _config_from(arguments, config)
 
 
-def _begin(config: RunConfig, folder: RunFolder, world: Any, environment: dict) -> None:
-    """Make the folder of a new run, in place of an earlier one's files."""
-    import torch
-
-    from pgolf.model import GPT
-    from pgolf.run import clear
+def _begin(config: RunConfig, folder: RunFolder, world: World, environment: dict[str, Any]) -> None:
+    """Create the folder of a new run, and delete an earlier run's files."""
+    from pgolf.model.gpt import meta_model
 
     if not world.is_main:
         return
-    clear(folder.path)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
+    folder.clear()
+    parameters = sum(parameter.numel() for parameter in meta_model(config).parameters())
     about = {"run_id": folder.path.name, "preset": config.preset_name, "world_size": world.size}
     folder.create(config, environment, {**about, "device": environment["chip"], "parameters": parameters})
 
 
-def _log_choices(config: RunConfig, world: Any) -> None:
-    """Which settings differ from the preset, and which code will run."""
+def _log_choices(config: RunConfig, world: World) -> None:
+    """Log the settings that differ from the preset, and the code that will run."""
     from pgolf.kernels.common.backend import backend, set_backend
-    from pgolf.model import attention_core
+    from pgolf.model.gpt import attention_core
 
     set_backend(config.kernels)
     preset = dataclasses.asdict(RunConfig.preset(config.preset_name))
@@ -279,7 +282,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from pgolf.run import check_data
+    from pgolf.data.stage import check_data
 
     config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
     print(format_table([(name.replace("_", " "), f"{count:,}") for name, count in check_data(config)[0].items()]))
@@ -287,7 +290,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from pgolf.artifact import CAP_BYTES, describe
+    from pgolf.artifact.container import CAP_BYTES
+    from pgolf.artifact.sizes import describe
 
     rows = describe(arguments.artifact)
     table = [(r.name, r.stored, r.tensors, f"{r.numbers:,}", f"{r.bits_per_number:.3f}", f"{r.bytes:,}") for r in rows]
@@ -300,7 +304,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _environment(arguments: argparse.Namespace) -> int:
     import torch
 
-    from pgolf.runtime import World, describe_environment
+    from pgolf.common.runtime import World, describe_environment
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(json.dumps(describe_environment(World(0, 1, device)), indent=1))

@@ -1,10 +1,11 @@
 """The settings of a run: one frozen dataclass whose fields are the challenge's own variables.
 
-A field ``ttt_lora_rank`` is set by ``--set ttt_lora_rank=96``, by the environment variable ``TTT_LORA_RANK`` or by
-``config.replace(ttt_lora_rank=96)``; fields whose names other programs use (``NOT_FROM_ENVIRONMENT``) have no variable.
-Unknown names, wrong types and values out of range are errors that say what to do; every field is read somewhere. The
-defaults are the record values of parameter-golf PR #1874 with the defects of its code mended; where mending changes
-numbers, a field gives the original back (preset ``public_1874`` sets them all).
+The field ``ttt_lora_rank`` is set by ``--set ttt_lora_rank=96``, by the environment variable ``TTT_LORA_RANK`` or by
+``config.replace(ttt_lora_rank=96)``. Fields in ``NOT_FROM_ENVIRONMENT`` have no environment variable. Unknown names,
+wrong types and values out of range raise ConfigError with a message that says what to do.
+
+The defaults are the record values of parameter-golf PR #1874 with the defects of its code corrected. Where a correction
+changes numbers, a field restores the original behaviour; the preset ``public_1874`` sets all of these.
 """
 
 from __future__ import annotations
@@ -13,17 +14,13 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 ALIASES = {"lqer_group_size": "lqer_asym_group"}  # PR #1874's command line says the former; its code read the latter
-NOT_FROM_ENVIRONMENT = (
-    "device",
-    "cuda_graphs",
-    "kernels",
-    "preset_name",
-)  # common names; PGOLF_KERNELS is the kernels'
+# Other programs use variables of these names, so none of them sets a field. PGOLF_KERNELS overrides ``kernels``.
+NOT_FROM_ENVIRONMENT = ("device", "cuda_graphs", "kernels", "preset_name")
 CONTROL_TENSORS = (
     "attn_scale,mlp_scale,resid_mix,q_gain,attn_gate_proj,skip_weights,skip_gates,parallel_post_lambdas,"
     "parallel_resid_lambdas,smear_gate,smear_lambda"
@@ -31,7 +28,7 @@ CONTROL_TENSORS = (
 
 
 class ConfigError(ValueError):
-    """A setting that does not exist or cannot be what it was set to."""
+    """A setting does not exist, or its value is not allowed."""
 
 
 def _field(default: Any, help: str, *, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
@@ -39,15 +36,15 @@ def _field(default: Any, help: str, *, choices: tuple = (), low: float | None = 
 
 
 class _FromEnv:
-    """``RunConfig.from_env()`` starts from the defaults, ``config.from_env()`` from that configuration."""
+    """Makes ``RunConfig.from_env()`` start from the defaults and ``config.from_env()`` from ``config``."""
 
-    def __get__(self, instance: RunConfig | None, owner: type[RunConfig]):
+    def __get__(self, instance: RunConfig | None, owner: type[RunConfig]) -> Callable[..., RunConfig]:
         start = owner() if instance is None else instance
 
         def from_env(environ: Mapping[str, str] | None = None) -> RunConfig:
-            """Apply every environment variable that names a field (upper case) or an alias.
+            """Apply every environment variable whose name is a field's or an alias's in upper case.
 
-            Raises ConfigError for a bad value, and for a variable that looks like one of ours but is none.
+            Raises ConfigError for a bad value, and for a variable that resembles a setting's name but is none.
             """
             return _apply_environment(start, os.environ if environ is None else environ)
 
@@ -304,20 +301,22 @@ class RunConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Return the width of one attention head."""
         return self.model_dim // self.num_heads
 
     def chunks_by_length(self) -> list[tuple[int, int]]:
-        """(length, chunk) pairs of ttt_chunks_by_length: a document takes the first whose length it does not reach.
+        """Read ttt_chunks_by_length as (length, chunk) pairs, in ascending order.
 
-        Raises ConfigError where that cannot be read.
+        The chunk of a document is that of the first pair whose length exceeds the document's; without such a pair it is
+        ttt_chunk_size. Raises ConfigError if the setting is not a list of such pairs.
         """
         text = self.ttt_chunks_by_length.strip()
+        parts = [part.split(":") for part in text.split(",")] if text else []
         try:
-            pairs = [tuple(map(int, part.split(":"))) for part in text.split(",")] if text else []
-        except ValueError:
-            pairs = [()]
-        if any(len(pair) != 2 or min(pair) < 1 for pair in pairs) or pairs != sorted(pairs):
+            pairs = [(int(length), int(chunk)) for length, chunk in parts]
+        except ValueError:  # not two, or not numbers
+            pairs = [(0, 0)]
+        if any(min(pair) < 1 for pair in pairs) or pairs != sorted(pairs):
             raise ConfigError(
                 "ttt_chunks_by_length must be lengths and chunks in ascending order, like 256:8,2000:24, and "
                 f"{self.ttt_chunks_by_length!r} is not"
@@ -326,11 +325,14 @@ class RunConfig:
 
     @property
     def mlp_dim(self) -> int:
-        """Hidden width of the MLP."""
+        """Return the hidden width of the MLP."""
         return int(self.mlp_mult * self.model_dim)
 
     def gradient_accumulation(self, world_size: int) -> int:
-        """Micro-batches of one rank in one optimizer step. Raises ConfigError where they cannot be dealt evenly."""
+        """Return the micro-batches of one rank in one optimizer step.
+
+        Raises ConfigError if the micro-batches of a step cannot be dealt evenly to ``world_size`` ranks.
+        """
         micro_batches = self.train_batch_tokens // self.micro_batch_tokens
         if micro_batches % world_size:
             raise ConfigError(
@@ -342,13 +344,16 @@ class RunConfig:
 
     @classmethod
     def preset(cls, name: str) -> RunConfig:
-        """A complete configuration by name: ``record``, ``public_1874`` or ``demo``."""
+        """Return the configuration of a preset. Raises ConfigError for a name that is not in PRESETS."""
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; presets: {', '.join(PRESETS)}")
         return cls(**PRESETS[name], preset_name=name)
 
     def replace(self, **fields: Any) -> RunConfig:
-        """A copy with ``fields`` changed. Strings are read as the field's type. Raises ConfigError."""
+        """Return a copy with ``fields`` changed; a string is converted to the field's type.
+
+        Raises ConfigError for a name that is no setting and for a value that is not allowed.
+        """
         resolved: dict[str, Any] = {}
         for name, value in fields.items():
             target = ALIASES.get(name, name)
@@ -360,7 +365,7 @@ class RunConfig:
         return dataclasses.replace(self, **resolved)
 
     def to_json(self) -> str:
-        """The configuration as JSON, fields in their order."""
+        """Return the configuration as JSON, with the fields in order of definition."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
 
@@ -414,7 +419,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def nearest_field(name: str) -> str:
-    """A phrase that names the settings closest to ``name``."""
+    """Return a phrase that names the settings closest to ``name``."""
     close = difflib.get_close_matches(name.lower(), [*FIELDS, *ALIASES], n=3, cutoff=0.5)
     if not close:
         return "`pgolf config` lists them all"
@@ -422,7 +427,7 @@ def nearest_field(name: str) -> str:
 
 
 def _coerce(spec: dataclasses.Field, value: Any) -> Any:
-    """``value`` as the field's type; text is read as a person would write it."""
+    """Convert ``value`` to the field's type; text may be what a person would write, such as ``on`` or ``1_000``."""
     kind = str(spec.type)
     shown = f"{spec.name} must be {kind}, and {value!r} is none"
     if kind == "str":
@@ -447,7 +452,7 @@ def _coerce(spec: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, bool):
         raise ConfigError(shown)
     text = str(value).strip().replace("_", "")
-    try:  # a large whole number would be rounded on its way through float
+    try:  # int() first: float() would round a large whole number
         number = int(text) if kind == "int" and text.isdecimal() else float(text)
     except ValueError:
         raise ConfigError(shown) from None
@@ -470,7 +475,7 @@ def _check_range(spec: dataclasses.Field, value: Any) -> None:
         raise ConfigError(f"{spec.name} must be at most {high:g}, and {value!r} is more")
 
 
-# Beginnings of names that only our variables have; what starts so and is no field is a slip of the pen.
+# Only settings begin like this: an environment variable that does and names no field is a mistake.
 _FAMILIES = (
     "TTT_",
     "GLOBAL_TTT",

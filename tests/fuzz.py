@@ -33,19 +33,21 @@ import brotli
 import numpy as np
 import torch
 
-from pgolf import artifact
-from pgolf.checkpoint import load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from pgolf.artifact import container
+from pgolf.artifact.quantized import ASYMMETRIC_KEYS, CODES, SCALE, QuantizedModel
+from pgolf.common.files import FileError
+from pgolf.common.folder import RunFolder
+from pgolf.common.runtime import World
+from pgolf.common.tensors import load_tensors, save_tensors
 from pgolf.config import RunConfig
-from pgolf.corpus import embedded_documents
-from pgolf.dataset import build_dataset
-from pgolf.files import FileError
-from pgolf.folder import RunFolder
-from pgolf.manifest import check_dataset
-from pgolf.quantize import ASYMMETRIC_KEYS, CODES, SCALE, QuantizedModel
-from pgolf.runtime import World
-from pgolf.shards import tokenizer_path
-from pgolf.tokenizer import train_tokenizer
-from pgolf.train import final_weights, load_weights, start
+from pgolf.data.corpus import embedded_documents
+from pgolf.data.dataset import build_dataset
+from pgolf.data.manifest import check_dataset
+from pgolf.data.shards import tokenizer_path
+from pgolf.data.tokenizer import train_tokenizer
+from pgolf.model.weights import load_weights
+from pgolf.training.checkpoint import load_checkpoint, save_checkpoint
+from pgolf.training.train import final_weights, start
 
 CPU = World(0, 1, torch.device("cpu"))
 VOCAB = 400
@@ -134,9 +136,9 @@ class Examples:
         path, run = self.path, self.run
         found: dict[str, list[bytes]] = {"artifact": []}
         for compressor in ("brotli", "lzma"):
-            artifact.save(path, self.model, compressor)
+            container.save(path, self.model, compressor)
             found["artifact"].append(path.read_bytes())
-        found["archive"] = [artifact.byte_unshuffle(lzma.decompress(found["artifact"][1]))]
+        found["archive"] = [container.byte_unshuffle(lzma.decompress(found["artifact"][1]))]
         with zipfile.ZipFile(io.BytesIO(found["archive"][0])) as archive:
             self.members = {name: archive.read(name) for name in archive.namelist()}
         found["pickle"] = [content for name, content in self.members.items() if name.endswith("data.pkl")]
@@ -169,7 +171,7 @@ class Examples:
     def read_artifact(self, content: bytes) -> bool:
         """Read a compressed artifact."""
         self.path.write_bytes(content)
-        found = artifact.load(self.path)
+        found = container.load(self.path)
         return found.meta == self.model.meta and same(found.tensors, self.model.tensors)
 
     def read_archive(self, content: bytes) -> bool:
@@ -263,7 +265,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def _packed(archive: bytes) -> bytes:
-    return brotli.compress(artifact.byte_shuffle(archive), quality=0)
+    return brotli.compress(container.byte_shuffle(archive), quality=0)
 
 
 def _quantized_model() -> QuantizedModel:

@@ -32,9 +32,11 @@ from typing import Any
 import torch  # noqa: F401  imported before the forks, as all of this is
 
 import pgolf.run  # noqa: F401
-from pgolf import dataset, report, report_plots, squeeze  # noqa: F401
 from pgolf.cli import main as pgolf_main
-from pgolf.corpus import embedded_documents
+from pgolf.data import dataset
+from pgolf.data.corpus import embedded_documents
+from pgolf.report import page, plots  # noqa: F401
+from pgolf.submission import squeeze
 
 SETTINGS = dict(
     data_dir="data",
@@ -175,7 +177,7 @@ class Kills:
         documents = [document[:500] for document in embedded_documents()[:50]]
         sources = {"pgolf/__init__.py": ""}
         dataset.embedded_documents, squeeze.package_sources = lambda: documents, lambda: sources
-        report_plots.draw_plots = lambda *_: {}
+        plots.draw_plots = lambda *_: {}
         squeeze.packed_package()  # kept for the processes that are forked
         whole, counted = root / "whole", root / "writes.json"
         killer = Killer(whole)

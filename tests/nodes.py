@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 
 from bench.distributed import process_of_rank
-from pgolf.corpus import embedded_documents
-from pgolf.dataset import build_dataset
-from pgolf.folder import RunFolder
-from pgolf.shards import tokenizer_path
-from pgolf.tokenizer import train_tokenizer
+from pgolf.common.folder import RunFolder
+from pgolf.data.corpus import embedded_documents
+from pgolf.data.dataset import build_dataset
+from pgolf.data.shards import tokenizer_path
+from pgolf.data.tokenizer import train_tokenizer
 from tests.kills import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent

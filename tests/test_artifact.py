@@ -16,21 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf import artifact
-from pgolf.artifact import (
-    ArtifactError,
-    ArtifactSize,
-    byte_shuffle,
-    byte_unshuffle,
-    bytes_by_class,
-    class_sizes,
-    code_entropy,
-    describe,
-    load,
-    save,
-)
+from pgolf.artifact import container
+from pgolf.artifact.container import ArtifactError, byte_shuffle, byte_unshuffle, load, save
+from pgolf.artifact.quantize import dequantize_model
+from pgolf.artifact.quantized import QuantizedModel
+from pgolf.artifact.sizes import ArtifactSize, bytes_by_class, class_sizes, code_entropy, describe
 from pgolf.kernels.dequant import MAX_RANK
-from pgolf.quantize import QuantizedModel, dequantize_model
 
 PUBLIC = Path(__file__).parent / "golden" / "pr1874_tiny.int6.ptz"
 
@@ -227,7 +218,7 @@ def test_a_wrong_weight_is_an_error_that_names_it(tmp_path, compressor):
 @pytest.mark.parametrize("compress", [partial(lzma.compress, preset=0), brotli.compress])
 def test_decompression_is_bounded(tmp_path, monkeypatch, compress):
     """By 8 bytes for each of the cap, or of the file; the rest is never decompressed."""
-    monkeypatch.setattr(artifact, "CAP_BYTES", 1000)
+    monkeypatch.setattr(container, "CAP_BYTES", 1000)
     path = tmp_path / "bomb.ptz"
     path.write_bytes(compress(bytes(10_000_000)))
     tracemalloc.start()

@@ -31,9 +31,9 @@ from bench import (
 )
 from bench.__main__ import BENCHES
 from bench.train_step import PROVIDERS, main
-from pgolf.bpb import ByteTable
+from pgolf.common.folder import RunFolder
 from pgolf.config import RunConfig
-from pgolf.folder import RunFolder
+from pgolf.data.bpb import ByteTable
 from pgolf.kernels.common import launch
 
 ROOT = Path(__file__).resolve().parent.parent

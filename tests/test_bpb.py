@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.bpb import ByteTable, bits_per_byte
-from pgolf.tokenizer import load_tokenizer, train_tokenizer
+from pgolf.data.bpb import ByteTable, bits_per_byte
+from pgolf.data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXTS = [
     "Two  spaces,\ttabs and\n\nlines fold into one space",

@@ -16,14 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf import artifact, run, ttt
+from pgolf import run
+from pgolf.artifact import container
+from pgolf.artifact.quantize import dequantize_model
 from pgolf.cli import main
-from pgolf.corpus import embedded_documents
-from pgolf.evaluate import evaluate_packed, evaluate_sliding
-from pgolf.folder import RunFolder
-from pgolf.model import GPT, rebank, unbank
-from pgolf.quantize import dequantize_model
-from pgolf.train import load_weights, validation_data
+from pgolf.common.folder import RunFolder
+from pgolf.data.corpus import embedded_documents
+from pgolf.data.validation import validation_data
+from pgolf.model.gpt import GPT
+from pgolf.model.weights import load_weights, rebank, unbank
+from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
+from pgolf.scoring.ttt import engine
 
 TINY = dict(
     vocab_size=400,
@@ -121,7 +124,7 @@ def test_every_score_is_that_of_the_weights_it_is_named_after(finished: RunFolde
     tokens, table = validation_data(config)
     averaged = load_weights(finished.ema)
     layers = unbank(averaged, config.num_layers)
-    kept = rebank(dequantize_model(artifact.load(finished.path / "model.int6.ptz"), layers), averaged)
+    kept = rebank(dequantize_model(container.load(finished.path / "model.int6.ptz"), layers), averaged)
 
     def model(weights: dict[str, torch.Tensor]) -> GPT:
         model = GPT(config)
@@ -133,7 +136,7 @@ def test_every_score_is_that_of_the_weights_it_is_named_after(finished: RunFolde
         "before": evaluate_packed(model(averaged), config, tokens, table)[1],
         "quantized": evaluate_packed(model(kept), config, tokens, table)[1],
         "sliding": evaluate_sliding(model(kept), config, tokens, table)[1],
-        "ttt": ttt.test_time_training(model(kept), config, tokens, table).bits_per_byte,
+        "ttt": engine.test_time_training(model(kept), config, tokens, table).bits_per_byte,
     }
     scored = scores(summary)
     assert scored == pytest.approx(found, abs=1e-9)
@@ -237,7 +240,7 @@ def test_a_stage_before_its_time_names_the_one_before(
     assert list(RunFolder(folder).summary()) == ["run", "data"]
     assert main(["train", "--run-dir", str(folder)]) == 0
     assert "run `pgolf quantize" in fails(["eval", "--run-dir", str(folder)], capsys)
-    monkeypatch.setattr("pgolf.artifact.ArtifactSize.__init__.__defaults__", (1000,))
+    monkeypatch.setattr("pgolf.artifact.sizes.ArtifactSize.__init__.__defaults__", (1000,))
     message = fails(["quantize", "--run-dir", str(folder)], capsys)
     assert "bytes over the cap" in message and "embed_clip_sigmas" in message
 

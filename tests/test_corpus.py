@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.corpus import CorpusError, embedded_documents, read_documents
-from pgolf.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
+from pgolf.data.corpus import CorpusError, embedded_documents, read_documents
+from pgolf.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
 
 DOCUMENTS = ["first\nwith a line break", "zweites, café", "third " * 5000]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgolf.dataset import build_dataset, record_dataset
-from pgolf.shards import ShardError, dataset_dir, read_shard, shard_files, tokenizer_path
-from pgolf.tokenizer import load_tokenizer, train_tokenizer
+from pgolf.data.dataset import build_dataset, record_dataset
+from pgolf.data.shards import ShardError, dataset_dir, read_shard, shard_files, tokenizer_path
+from pgolf.data.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "mats", "while", "some", "dogs", "lay", "under", "logs", "and", "birds", "sang"]
 VOCAB = 300

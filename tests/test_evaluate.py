@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from pgolf.bpb import ByteTable
 from pgolf.config import RunConfig
-from pgolf.evaluate import _row_spans, evaluate_packed, evaluate_sliding, find_documents
-from pgolf.model import GPT
+from pgolf.data.bpb import ByteTable
+from pgolf.model.gpt import GPT
+from pgolf.scoring.evaluate import _row_spans, evaluate_packed, evaluate_sliding
+from pgolf.scoring.stream import find_documents
 
 VOCABULARY = 260
 ROUNDING = 2e-6  # four units of float32 at a loss of 7: processors differ in the order of sums

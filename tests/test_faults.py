@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-import pgolf.train
-from pgolf import files
-from pgolf.checkpoint import CheckpointError, DivergedError, load_tensors
+from pgolf.common import files
+from pgolf.common.files import FileError
+from pgolf.common.folder import RunFolder
+from pgolf.common.progress import TrainingProgress
+from pgolf.common.runtime import Interrupted, start_world
+from pgolf.common.tensors import DivergedError, TensorFileError, load_tensors, not_finite
 from pgolf.config import RunConfig
-from pgolf.files import FileError
-from pgolf.folder import RunFolder
-from pgolf.progress import TrainingProgress
-from pgolf.runtime import Interrupted, start_world
-from pgolf.shards import ShardError, shard_files, write_shard
-from pgolf.tensors import not_finite
-from pgolf.train import _Trainer, load_weights
+from pgolf.data.shards import ShardError, shard_files, write_shard
+from pgolf.model.weights import load_weights
+from pgolf.training import train as training
+from pgolf.training.train import _Trainer
 from tests.processes import run_processes
 from tests.test_train import assert_same, config, losses, trained, uninterrupted  # noqa: F401  fixtures
 
@@ -42,7 +42,7 @@ def strict_lines(path: Path) -> list[dict[str, Any]]:
 
 def damage_step(monkeypatch: pytest.MonkeyPatch, step: int, change) -> None:
     """Call ``change(state)`` in the backward pass of this step, before its update."""
-    backward = pgolf.train.MeanGradient.__call__
+    backward = training.MeanGradient.__call__
     done = [0]
 
     def damaged(self, batches):
@@ -52,7 +52,7 @@ def damage_step(monkeypatch: pytest.MonkeyPatch, step: int, change) -> None:
             change(self.model)
         return loss
 
-    monkeypatch.setattr(pgolf.train.MeanGradient, "__call__", damaged)
+    monkeypatch.setattr(training.MeanGradient, "__call__", damaged)
 
 
 def one_nan(model: torch.nn.Module) -> None:
@@ -84,14 +84,14 @@ def test_a_nan_stops_a_run_of_graphs_on_cuda(
     config = config.replace(device="cuda", cuda_graphs="on", checkpoint_minutes=1e-9, **sizes)
     poisoned = []
 
-    def poison(self, *arguments, step=pgolf.train._Trainer._scheduled_step):
+    def poison(self, *arguments, step=training._Trainer._scheduled_step):
         if self.state.step == 4:
             poisoned.append(self.gradient)
             with torch.no_grad():
                 self.state.model.skip_weights[0, 5] = float("nan")
         step(self, *arguments)
 
-    monkeypatch.setattr(pgolf.train._Trainer, "_scheduled_step", poison)
+    monkeypatch.setattr(training._Trainer, "_scheduled_step", poison)
     with pytest.raises(DivergedError, match="step 5 has the loss nan and the gradient norm nan"):
         trained(config, tmp_path, world=start_world(config))
     folder = RunFolder(tmp_path)
@@ -126,7 +126,7 @@ def test_weights_that_only_the_last_step_destroys_are_not_written(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its loss and norm are finite: the weights themselves are looked at before they are written."""
-    step = pgolf.train.ModelOptimizer.step
+    step = training.ModelOptimizer.step
     calls = [0]
 
     def last_breaks(self, *arguments):
@@ -137,7 +137,7 @@ def test_weights_that_only_the_last_step_destroys_are_not_written(
                 self.replicated[0].view(-1)[0] = float("inf")
         return norm
 
-    monkeypatch.setattr(pgolf.train.ModelOptimizer, "step", last_breaks)
+    monkeypatch.setattr(training.ModelOptimizer, "step", last_breaks)
     with pytest.raises(DivergedError, match="model.* not finite after step 6|validation loss after step 6"):
         trained(config, tmp_path)
     assert not RunFolder(tmp_path).checkpoint.exists()
@@ -244,7 +244,7 @@ def test_an_error_in_a_later_shard_leaves_a_checkpoint(
 def test_a_defect_in_the_reading_thread_is_shown_as_one(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgolf.loader._packed", lambda *_: 1 / 0)
+    monkeypatch.setattr("pgolf.data.loader._packed", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trained(config, tmp_path)
 
@@ -255,7 +255,7 @@ def test_the_average_is_written_before_the_last_validation(
     def out_of_memory(*_, **__) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(pgolf.train, "evaluate_packed", out_of_memory)
+    monkeypatch.setattr(training, "evaluate_packed", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         trained(config, tmp_path)
     assert_same(load_weights(RunFolder(tmp_path).ema), uninterrupted[1])
@@ -293,8 +293,8 @@ def test_killed_at_the_end_it_resumes_to_the_same_results(
     def write(path: Path, content) -> None:
         (kill if path.name == moment else files.write_aside)(path, content)
 
-    monkeypatch.setattr("pgolf.checkpoint.write_aside", write)
-    monkeypatch.setattr("pgolf.folder.write_aside", write)
+    monkeypatch.setattr("pgolf.common.tensors.write_aside", write)
+    monkeypatch.setattr("pgolf.common.folder.write_aside", write)
     if moment == "validation":
         monkeypatch.setattr(_Trainer, "_validate", kill)
     with pytest.raises(Killed):
@@ -328,7 +328,7 @@ def full_disk_for(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
         write(path, half if Path(path).name in names else content)
 
-    monkeypatch.setattr("pgolf.checkpoint.write_aside", limited)
+    monkeypatch.setattr("pgolf.common.tensors.write_aside", limited)
 
 
 def test_a_full_disk_costs_checkpoints_but_not_the_run(
@@ -410,7 +410,7 @@ def test_checkpoints_that_do_not_fit_are_messages(
     inner[last] = value(inner[last])
     folder = RunFolder(tmp_path)
     _saved(payload, folder.checkpoint)
-    with pytest.raises(CheckpointError, match=f"train_state.pt .*{words}"):
+    with pytest.raises(TensorFileError, match=f"train_state.pt .*{words}"):
         trained(config.replace(checkpoint_minutes=1000, iterations=2), tmp_path, resume=True)
 
 
@@ -429,10 +429,10 @@ def _saved(payload: dict, path: Path) -> Path:
     ],
 )
 def test_averages_of_something_else_are_messages(config: RunConfig, tmp_path: Path, content, words: str) -> None:
-    with pytest.raises(CheckpointError, match=f"ema.pt .*{words}"):
+    with pytest.raises(TensorFileError, match=f"ema.pt .*{words}"):
         load_weights(_saved(content, tmp_path / "ema.pt"), config)
     (tmp_path / "ema.pt").write_text("hello\n")
-    with pytest.raises(CheckpointError, match="ema.pt cannot be read"):
+    with pytest.raises(TensorFileError, match="ema.pt cannot be read"):
         load_weights(tmp_path / "ema.pt", config)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf.files import FileError, read_json, remove_leftovers, write_aside
-from pgolf.tensors import check_tensors, not_finite, read_tensors
+from pgolf.common.files import FileError, read_json, remove_leftovers, write_aside
+from pgolf.common.tensors import check_tensors, not_finite, read_tensors
 
 
 def fails_after(part: bytes, error: BaseException):

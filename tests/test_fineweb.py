@@ -11,10 +11,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from pgolf.fineweb import REPOSITORY, DownloadError, download
-from pgolf.manifest import check_dataset
-from pgolf.shards import ShardError, read_shard, shard_files, tokenizer_path, write_shard
-from pgolf.tokenizer import load_tokenizer, train_tokenizer
+from pgolf.data.fineweb import REPOSITORY, DownloadError, download
+from pgolf.data.manifest import check_dataset
+from pgolf.data.shards import ShardError, read_shard, shard_files, tokenizer_path, write_shard
+from pgolf.data.tokenizer import load_tokenizer, train_tokenizer
 
 VOCAB = 300
 WORDS = ["cat", "river", "mountain", "telescope", "fountain", "winter", "umbrella", "garden"]

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from pgolf.common.files import FileError
+from pgolf.common.folder import RunFolder, RunFolderError
 from pgolf.config import RunConfig
-from pgolf.files import FileError
-from pgolf.folder import RunFolder, RunFolderError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 HOLDS = """
 import sys
-from pgolf.folder import RunFolder
+from pgolf.common.folder import RunFolder
 with RunFolder(sys.argv[1]).locked():
     print("locked", flush=True)
     sys.stdin.readline()
@@ -71,7 +71,7 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 def test_a_run_is_one_once_all_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings come last: killed before them, the next start makes everything again."""
     written = []
-    monkeypatch.setattr("pgolf.folder.write_aside", lambda path, text: written.append(path.name))
+    monkeypatch.setattr("pgolf.common.folder.write_aside", lambda path, text: written.append(path.name))
     folder = RunFolder(tmp_path)
     folder.create(RunConfig(), {}, {"world_size": 1})
     assert written == ["environment.json", "summary.json", "config.json"] and folder.files()[0] == folder.config_file

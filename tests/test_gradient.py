@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pgolf.config import ConfigError, RunConfig
-from pgolf.gradient import MeanGradient
-from pgolf.graphs import uses_graphs
+from pgolf.data.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
 from pgolf.kernels.common.backend import INTERPRETED
-from pgolf.loader import SEGMENT_ENTRIES, Batch, segment_boundaries
-from pgolf.model import GPT
+from pgolf.model.gpt import GPT
+from pgolf.model.graphs import uses_graphs
+from pgolf.training.gradient import MeanGradient
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

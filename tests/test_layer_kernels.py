@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pgolf.config import RunConfig
+from pgolf.data.loader import segment_boundaries
 from pgolf.kernels import varlen_attention
 from pgolf.kernels.common.backend import INTERPRETED, using
-from pgolf.loader import segment_boundaries
-from pgolf.model import GPT
+from pgolf.model.gpt import GPT
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 SMALL = RunConfig.preset("record").replace(

@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.loader import (
-    SEGMENT_ENTRIES,
-    Batch,
-    DocumentPackingLoader,
-    calibration_batches,
-    load_validation_tokens,
-    segment_boundaries,
-)
-from pgolf.shards import ShardError, write_shard
+from pgolf.data.loader import SEGMENT_ENTRIES, Batch, DocumentPackingLoader, calibration_batches, segment_boundaries
+from pgolf.data.shards import ShardError, write_shard
+from pgolf.data.validation import load_validation_tokens
 
 L, SEGMENT = 64, 16
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgolf.dataset import build_dataset
-from pgolf.files import FileError
-from pgolf.loader import DocumentPackingLoader
-from pgolf.manifest import check_dataset, check_unchanged, manifest_path
-from pgolf.shards import ShardError, read_shard, shard_files, tokenizer_path, write_shard
-from pgolf.tokenizer import CHALLENGE_SETTINGS, TokenizerError, train_tokenizer
+from pgolf.common.files import FileError
+from pgolf.data.dataset import build_dataset
+from pgolf.data.loader import DocumentPackingLoader
+from pgolf.data.manifest import check_dataset, check_unchanged, manifest_path
+from pgolf.data.shards import ShardError, read_shard, shard_files, tokenizer_path, write_shard
+from pgolf.data.tokenizer import CHALLENGE_SETTINGS, TokenizerError, train_tokenizer
 from tests.test_dataset import VOCAB, texts
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pgolf import minify
-from pgolf.minify import (
+from pgolf.submission import minify
+from pgolf.submission.minify import (
     EXCLUDED,
     ExportError,
     absent_modules,

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf.artifact.hessians import hessian_group
 from pgolf.config import RunConfig
-from pgolf.model import GPT, PassUpdates, Updates, attention_core, rebank, unbank
-from pgolf.quantize import hessian_group
+from pgolf.model.blocks import PassUpdates
+from pgolf.model.gpt import GPT, Updates, attention_core
+from pgolf.model.weights import rebank, unbank
 from tests.golden.make import OPTIONS
 
 SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())

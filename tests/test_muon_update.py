@@ -20,7 +20,7 @@ from pgolf.kernels.muon_update import (
     squared_norm_reference,
 )
 from pgolf.kernels.muon_update.triton import MAX_TENSORS
-from pgolf.optim import Muon
+from pgolf.training.optim import Muon
 
 Tensor = torch.Tensor
 FLOOR = {torch.bfloat16: 1e-4, torch.float16: 1e-5, torch.float32: 3e-7, torch.float64: 1e-15}  # of a relative error

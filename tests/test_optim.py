@@ -7,8 +7,8 @@ import torch
 
 from pgolf.config import RunConfig
 from pgolf.kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, newton_schulz
-from pgolf.model import GPT
-from pgolf.optim import ModelOptimizer, Muon
+from pgolf.model.gpt import GPT
+from pgolf.training.optim import ModelOptimizer, Muon
 from tests.processes import run_processes
 
 CONFIG = RunConfig.preset("demo").replace(model_dim=64, vocab_size=300, gate_attn_width=12)

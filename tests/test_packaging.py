@@ -49,7 +49,7 @@ def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
 def importable(names: list[str]) -> list[str]:
     """``names`` without the module that needs matplotlib, where that is not installed."""
     missing = importlib.util.find_spec("matplotlib") is None
-    return [name for name in names if not (missing and name == "pgolf.report_plots")]
+    return [name for name in names if not (missing and name == "pgolf.report.plots")]
 
 
 def test_every_module_imports_from_the_root() -> None:
@@ -61,18 +61,20 @@ def test_an_artifact_becomes_a_model_without_drawing_or_compiling(tmp_path: Path
     script = """
 import sys
 import torch
-from pgolf import artifact
+from pgolf.artifact import container
 from pgolf.config import RunConfig
-from pgolf.folder import RunFolder
-from pgolf.model import GPT, unbank
-from pgolf.quantize import hessian_group, quantize_model
-from pgolf.run import load_artifact
-from pgolf.runtime import start_world
-from pgolf.train import build_model
+from pgolf.common.folder import RunFolder
+from pgolf.model.gpt import GPT
+from pgolf.model.weights import unbank
+from pgolf.artifact.hessians import hessian_group
+from pgolf.artifact.quantize import quantize_model
+from pgolf.artifact.weights import load_artifact
+from pgolf.common.runtime import start_world
+from pgolf.model.build import build_model
 config, folder = RunConfig.preset("demo").replace(embed_fp32_master=False, device="cpu"), RunFolder(sys.argv[1])
 tensors = unbank(GPT(config).state_dict(), config.num_layers)
 hessians = {hessian_group(name): torch.eye(t.size(1)) for name, t in tensors.items() if t.ndim == 2}
-artifact.save(folder.artifact(config), quantize_model(tensors, hessians, config, torch.device("cpu")), "lzma")
+container.save(folder.artifact(config), quantize_model(tensors, hessians, config, torch.device("cpu")), "lzma")
 world = start_world(config)
 given = load_artifact(config, folder, world)
 model = build_model(config, world, {name: value.float() for name, value in given.items()})

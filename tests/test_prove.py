@@ -18,9 +18,9 @@ import torch
 
 from bench import distributed, prove, results_files
 from bench import test_time_training as ttt_bench
+from pgolf.common.folder import RunFolder
 from pgolf.config import RunConfig
-from pgolf.folder import RunFolder
-from pgolf.shards import dataset_dir, write_shard
+from pgolf.data.shards import dataset_dir, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 META = {"date": "2026-11-29T10:00:00+00:00", "commit": "abc1234def", "dirty": False, "chip": "X1", "versions": {}}

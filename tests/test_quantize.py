@@ -8,25 +8,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import pgolf.quantize as quantize
+from pgolf.artifact import gptq as gptq_module
+from pgolf.artifact.gptq import gptq
+from pgolf.artifact.hessians import _gram, collect_hessians, hessian_group
+from pgolf.artifact.low_rank import fit_low_rank, low_rank_factors, lqer_pack, lqer_pack_symmetric, outputs_error
+from pgolf.artifact.quantize import dequantize_model, quantize_model, rule_for
+from pgolf.artifact.quantized import largest_code
 from pgolf.config import RunConfig
 from pgolf.kernels.dequant import LowRankFactors, dequantize
-from pgolf.model import GPT, unbank
-from pgolf.quantize import (
-    _gram,
-    collect_hessians,
-    dequantize_model,
-    fit_low_rank,
-    gptq,
-    hessian_group,
-    largest_code,
-    low_rank_factors,
-    lqer_pack,
-    lqer_pack_symmetric,
-    outputs_error,
-    quantize_model,
-    rule_for,
-)
+from pgolf.model.gpt import GPT
+from pgolf.model.weights import unbank
 
 
 @pytest.fixture
@@ -83,7 +74,7 @@ def test_blocks_give_what_one_block_gives(monkeypatch):
     weight, hessian = torch.randn(32, 100), correlated_hessian(100)
     blocked = {}
     for size in (1, 16, 33, 128):
-        monkeypatch.setattr(quantize, "BLOCK_COLUMNS", size)
+        monkeypatch.setattr(gptq_module, "BLOCK_COLUMNS", size)
         blocked[size] = gptq(weight, hessian, 6.0, 15)[0]
     for codes in blocked.values():
         assert (codes == blocked[128]).float().mean() > 0.998

@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-import pgolf.progress
+from pgolf.common import progress as progress_module
+from pgolf.common.files import FileError
+from pgolf.common.progress import TrainingProgress, format_bytes, format_duration, format_table, progress
 from pgolf.config import RunConfig
-from pgolf.files import FileError
-from pgolf.progress import TrainingProgress, format_bytes, format_duration, format_table, progress
-from pgolf.report import read_run, write_report
-from pgolf.results import summary_table
+from pgolf.report.page import read_run, write_report
+from pgolf.report.results import summary_table
 
 SUMMARY = {
     "run": {"run_id": "a<b", "preset": "demo", "world_size": 2, "device": "cpu", "parameters": 1_234_567},
@@ -172,7 +172,7 @@ def test_long_runs_stay_small(run_dir: Path) -> None:
 
 
 def test_without_matplotlib_the_page_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pgolf.report_plots", None)
+    monkeypatch.setitem(sys.modules, "pgolf.report.plots", None)
     text = report_text(run_dir)
     assert "pip install &#x27;pgolf[report]&#x27;" in text and "<svg" not in text and "1.8765" in text
 
@@ -269,7 +269,7 @@ def test_progress_in_a_log_is_sparse(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert list(progress(range(50), description="quick")) == list(range(50))
     assert capsys.readouterr().err == ""
     clock = iter(float(second) for second in range(1000))
-    monkeypatch.setattr(pgolf.progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     assert sum(progress(range(200), description="docs", unit="documents")) == sum(range(200))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "docs: 20 of 200 documents, 20.0 s, 3 min 00 s left"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import results_files
-from pgolf.files import FileError
+from pgolf.common.files import FileError
 
 PROVENANCE = ("bench", "chip", "versions", "commit", "date", "command")
 

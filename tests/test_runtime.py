@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf.common.files import FileError
+from pgolf.common.runtime import World, start_world, stop_world
 from pgolf.config import RunConfig
-from pgolf.files import FileError
-from pgolf.runtime import World, start_world, stop_world
 from tests.processes import run_processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def test_one_process_needs_no_group() -> None:
 
 WAITS = """
 import os, signal, sys
-from pgolf import runtime
+from pgolf.common import runtime
 from pgolf.config import RunConfig
 runtime.PULSE_SECONDS = 0.1
 world = runtime.start_world(RunConfig(device="cpu", dist_timeout_seconds=1))

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pgolf.config import ConfigError, RunConfig
-from pgolf.schedule import (
+from pgolf.training.schedule import (
     Clock,
     is_over,
     learning_rate_scale,

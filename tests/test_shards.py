@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgolf.shards import MAGIC, VERSION, ShardError, read_shard, shard_files, write_shard
+from pgolf.data.shards import MAGIC, VERSION, ShardError, read_shard, shard_files, write_shard
 
 
 def raw_shard(magic: int = MAGIC, version: int = VERSION, count: int = 3, tokens: tuple[int, ...] = (1, 7, 9)) -> bytes:

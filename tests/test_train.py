@@ -11,21 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import pgolf.train
 from bench import gradient_errors, moved_weights, results_files
-from pgolf.checkpoint import CheckpointError, load_tensors
+from pgolf.common.folder import RunFolder
+from pgolf.common.progress import TrainingProgress
+from pgolf.common.runtime import Interrupted, World, describe_environment, seed_everything, start_world
+from pgolf.common.tensors import TensorFileError, load_tensors
 from pgolf.config import RunConfig
-from pgolf.corpus import embedded_documents
-from pgolf.dataset import build_dataset
-from pgolf.folder import RunFolder
-from pgolf.loader import Batch, DocumentPackingLoader
-from pgolf.model import GPT
-from pgolf.optim import ModelOptimizer
-from pgolf.progress import TrainingProgress
-from pgolf.runtime import World, describe_environment, seed_everything, start_world
-from pgolf.shards import tokenizer_path
-from pgolf.tokenizer import train_tokenizer
-from pgolf.train import Interrupted, load_weights, train
+from pgolf.data.corpus import embedded_documents
+from pgolf.data.dataset import build_dataset
+from pgolf.data.loader import Batch, DocumentPackingLoader
+from pgolf.data.shards import tokenizer_path
+from pgolf.data.tokenizer import train_tokenizer
+from pgolf.model.gpt import GPT
+from pgolf.model.weights import load_weights
+from pgolf.training import train as training
+from pgolf.training.optim import ModelOptimizer
+from pgolf.training.train import train
 from tests.processes import run_processes
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -118,8 +119,8 @@ def test_steps_follow_the_schedule_and_the_average_follows_the_weights(
         return batches[-1]
 
     models = []
-    build = pgolf.train.build_model
-    monkeypatch.setattr(pgolf.train, "build_model", lambda *args: models.append(build(*args)) or models[-1])
+    build = training.build_model
+    monkeypatch.setattr(training, "build_model", lambda *args: models.append(build(*args)) or models[-1])
     monkeypatch.setattr(ModelOptimizer, "step", recorded)
     monkeypatch.setattr(DocumentPackingLoader, "next_batch", counted)
     weights = trained(config, tmp_path)
@@ -163,11 +164,11 @@ def test_resuming_gives_the_same_bytes(
 
 def test_checkpoints_of_other_settings_or_cut_short_are_errors(config: RunConfig, tmp_path: Path) -> None:
     trained(config.replace(checkpoint_minutes=1000), tmp_path)
-    with pytest.raises(CheckpointError, match="matrix_lr 0.026 → 0.5"):
+    with pytest.raises(TensorFileError, match="matrix_lr 0.026 → 0.5"):
         trained(config.replace(matrix_lr=0.5), tmp_path, resume=True)
     checkpoint = RunFolder(tmp_path).checkpoint
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(TensorFileError, match="cannot be read"):
         trained(config, tmp_path, resume=True)
 
 

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf import ttt
-from pgolf.bpb import ByteTable
 from pgolf.config import ConfigError, RunConfig
-from pgolf.evaluate import evaluate_packed, evaluate_sliding, find_documents
-from pgolf.model import GPT
-from pgolf.ttt import TTTResult, engine, inputs, scoring
-from pgolf.ttt.adapters import ADAM_EPS, AdapterBank
-from pgolf.ttt.base import rows_loss, train_base
-from pgolf.ttt.inputs import CachedChunks, Chunk
-from pgolf.ttt.ledger import ScoredLedger
-from pgolf.ttt.plan import (
+from pgolf.data.bpb import ByteTable
+from pgolf.model.gpt import GPT
+from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
+from pgolf.scoring.stream import find_documents
+from pgolf.scoring.ttt import engine, inputs, scorer
+from pgolf.scoring.ttt.adapters import ADAM_EPS, AdapterBank
+from pgolf.scoring.ttt.base import rows_loss, train_base
+from pgolf.scoring.ttt.engine import TTTResult
+from pgolf.scoring.ttt.inputs import CachedChunks, Chunk
+from pgolf.scoring.ttt.ledger import ScoredLedger
+from pgolf.scoring.ttt.plan import (
     batch_windows,
     chunk_sizes,
     chunk_windows,
@@ -32,7 +33,7 @@ from pgolf.ttt.plan import (
     plan_phases,
     sgd_schedule,
 )
-from pgolf.ttt.scoring import stream_lengths
+from pgolf.scoring.ttt.scorer import stream_lengths
 from tests.processes import run_processes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,7 +90,7 @@ def stream(documents: int | None = None) -> tuple[torch.Tensor, ByteTable]:
 
 def score(config: RunConfig = SMALL, documents: int | None = 13, **arguments) -> TTTResult:
     tokens, table = stream(documents)
-    return ttt.test_time_training(small_model(config), config, tokens, table, **arguments)
+    return engine.test_time_training(small_model(config), config, tokens, table, **arguments)
 
 
 @pytest.mark.parametrize(("kind", "mask"), [("lora_only", 0), ("phased", 0), ("phased", 1)])
@@ -102,7 +103,7 @@ def test_losses_are_golden(kind: str, mask: int) -> None:
     config = TINY.replace(phased_ttt_drop_next_bos=False, smear_gate_bos_mask=bool(mask), ttt_lanes=1)
     if kind == "lora_only":
         config = config.replace(phased_ttt_prefix_docs=0)
-    scored = ttt.test_time_training(golden_model(config), config, *stream(), adapter_init=adapter_init)
+    scored = engine.test_time_training(golden_model(config), config, *stream(), adapter_init=adapter_init)
     expected = SCALARS[f"ttt/{kind}_mask{mask}"]
     assert scored.loss == pytest.approx(expected["val_loss"], abs=1e-4)
     assert scored.bits_per_byte == pytest.approx(expected["val_bpb"], abs=1e-4)
@@ -174,7 +175,7 @@ def test_losses_depend_on_what_was_scored_before_only(kind: str, kv_cache: bool)
     for i, start in first_changed.items():
         other[start : starts[i + 1]] = (tokens[start : starts[i + 1]] - 2 + 100) % (320 - 2) + 2
     before, after = (
-        ttt.test_time_training(small_model(config), config, ids, table).token_nats for ids in (tokens, other)
+        engine.test_time_training(small_model(config), config, ids, table).token_nats for ids in (tokens, other)
     )
     untouched = [int(i) for documents in order[:3] for i in documents if i != changed]
     for i in untouched:
@@ -216,7 +217,7 @@ def test_captured_lengths_fit_what_streams_have() -> None:
 
 
 class Replayed:
-    """Stands in for `pgolf.graphs.Graphs`: calls what a graph would replay."""
+    """Stands in for `pgolf.model.graphs.Graphs`: calls what a graph would replay."""
 
     def __init__(self, device: torch.device) -> None:
         self.captured: dict = {}
@@ -235,11 +236,11 @@ class Replayed:
 def test_padded_streams_change_nothing(kv_cache: bool, fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SMALL.replace(ttt_kv_cache=kv_cache, **fields)
     exact = score(config).token_nats
-    monkeypatch.setattr(scoring, "uses_graphs", lambda config, model: True)
+    monkeypatch.setattr(scorer, "uses_graphs", lambda config, model: True)
     monkeypatch.setattr(inputs, "flash_takes", lambda *_: True)
-    monkeypatch.setattr(scoring, "Graphs", Replayed)
-    monkeypatch.setattr(scoring, "compiling_ahead", nullcontext)
-    monkeypatch.setattr(scoring, "TOKENS_MULTIPLE", 16)
+    monkeypatch.setattr(scorer, "Graphs", Replayed)
+    monkeypatch.setattr(scorer, "compiling_ahead", nullcontext)
+    monkeypatch.setattr(scorer, "TOKENS_MULTIPLE", 16)
     assert (score(config).token_nats - exact).abs().max() < 1e-4
 
 
@@ -298,7 +299,7 @@ def test_kernels_score_as_their_references_on_cuda(kv_cache: bool) -> None:
     def scored(dtype: str, device: str) -> torch.Tensor:
         config = SMALL.replace(compute_dtype=dtype, ttt_kv_cache=kv_cache)
         model = small_model(config).to(device)
-        return ttt.test_time_training(model, config, tokens, table, adapter_init=adapter_init).token_nats
+        return engine.test_time_training(model, config, tokens, table, adapter_init=adapter_init).token_nats
 
     exact = scored("float32", "cpu")
     assert (scored("float32", "cuda") - exact).abs().mean() < 1e-3
@@ -426,9 +427,9 @@ def test_weights_and_flags_are_put_back() -> None:
                 raise Stop
             yield step
 
-    ttt.test_time_training(model, SMALL, tokens, table)
+    engine.test_time_training(model, SMALL, tokens, table)
     with pytest.raises(Stop):
-        ttt.test_time_training(model, SMALL, tokens, table, progress=stop_when_trained)
+        engine.test_time_training(model, SMALL, tokens, table, progress=stop_when_trained)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["tok_emb.weight"]
@@ -464,7 +465,7 @@ def test_settings_that_do_not_fit_say_why(fields: dict, message: str) -> None:
 def test_a_stream_must_begin_with_a_document() -> None:
     tokens, table = stream(3)
     with pytest.raises(ValueError, match="must begin with a document's BOS"):
-        ttt.test_time_training(small_model(SMALL), SMALL, tokens[1:], table)
+        engine.test_time_training(small_model(SMALL), SMALL, tokens[1:], table)
 
 
 def test_phases_end_where_enough_is_scored() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from pgolf import squeeze, unpack
 from pgolf.config import RunConfig
-from pgolf.export import export_program
-from pgolf.squeeze import encode
-from pgolf.unpack import ALPHABET, DEPTHS, decode, leaves, state_tables
+from pgolf.submission import squeeze, unpack
+from pgolf.submission.export import export_program
+from pgolf.submission.squeeze import encode
+from pgolf.submission.unpack import ALPHABET, DEPTHS, decode, leaves, state_tables
 
 SMALL = {
     "pgolf/__init__.py": "",

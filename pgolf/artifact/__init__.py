@@ -1,0 +1,1 @@
+"""The stage ``quantize``: from trained weights to the artifact and back."""

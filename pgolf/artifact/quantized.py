@@ -1,0 +1,48 @@
+"""The content of an artifact: codes, scales and corrections, and the names of its entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pgolf.kernels.dequant import LowRankFactors
+
+SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number, so that a row of zeros does not divide by zero
+CODES, SCALE = ".q", ".scale"
+ASYMMETRIC_KEYS = (".lqA_a", ".lqAs_a", ".lqB_a", ".lqBs_a")
+SYMMETRIC_KEYS = (".lqA", ".lqAs", ".lqB", ".lqBs")
+PASSTHROUGH = "passthrough (float16)"
+
+
+class QuantizeError(ValueError):
+    """Weights cannot be quantised, or an artifact does not fit the model."""
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """The content of an artifact, on the CPU.
+
+    Attributes:
+        tensors: for a quantised matrix NAME its codes ``NAME.q``, int8, and scales ``NAME.scale``, float16, and the
+            factors of its correction (``NAME.lqA_a`` …); for any other tensor ``NAME``, float16.
+        meta: for each NAME ``gptq (int6)``, ``gptq (int6)+lqer_asym``, ``gptq (int6)+lqer`` or
+            ``passthrough (float16)``.
+    """
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, str]
+
+    def low_rank(self, name: str) -> LowRankFactors | None:
+        """Return the correction of matrix ``name``; None if it has none."""
+        for keys in (ASYMMETRIC_KEYS, SYMMETRIC_KEYS):
+            if name + keys[0] in self.tensors:
+                return LowRankFactors(*(self.tensors[name + key] for key in keys))
+        return None
+
+
+def largest_code(bits: int) -> int:
+    """Return 2^(bits-1) - 1, the largest code of a symmetric range. Raises ValueError unless bits are from 2 to 8."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"codes must have 2 to 8 bits, got {bits}")
+    return 2 ** (bits - 1) - 1

@@ -1,0 +1,116 @@
+"""The bytes of an artifact and its program against the cap, and the bytes of each class of tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgolf.artifact.container import CAP_BYTES, ArtifactError, load
+from pgolf.artifact.quantized import CODES, SCALE, QuantizedModel
+
+SHRINK_FIELDS = "raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower embed_bits or lqer_top_k"
+_CODE_CLASSES = {"tok_emb": "embedding", ".attn.": "attention", ".mlp.fc": "mlp fc", ".mlp.proj": "mlp proj"}
+_CLASS_ORDER = [*_CODE_CLASSES.values(), "other matrices", "scales", "low-rank factors", "small tensors"]
+
+
+@dataclass(frozen=True)
+class ArtifactSize:
+    """The bytes that count for the challenge: the weights' file, the program's file, and the cap on their sum."""
+
+    weight_bytes: int
+    code_bytes: int
+    cap_bytes: int = CAP_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of weights and code."""
+        return self.weight_bytes + self.code_bytes
+
+    @property
+    def share(self) -> float:
+        """The total divided by the cap."""
+        return self.total_bytes / self.cap_bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        """The bytes left under the cap; negative if the total exceeds it."""
+        return self.cap_bytes - self.total_bytes
+
+    def check(self) -> None:
+        """Raise ArtifactError, naming the settings that shrink the weights, if the total exceeds the cap."""
+        if self.margin_bytes < 0:
+            raise ArtifactError(
+                f"the artifact is {-self.margin_bytes:,} bytes over the cap: weights {self.weight_bytes:,} + code "
+                f"{self.code_bytes:,} = {self.total_bytes:,} of {self.cap_bytes:,}. To shrink it, {SHRINK_FIELDS}"
+            )
+
+
+class ClassSize(NamedTuple):
+    """One row of an artifact's table: a class of tensors.
+
+    Attributes:
+        name: ``embedding``, ``attention``, ``mlp fc``, ``mlp proj``, ``other matrices``, ``scales``,
+            ``low-rank factors`` or ``small tensors``.
+        stored: the type of its numbers, such as ``int6`` or ``float16``.
+        tensors, numbers: how many there are.
+        bits_per_number: for codes the order-0 entropy, averaged over numbers; else the bits before compression.
+        bytes: numbers · bits_per_number / 8, rounded.
+    """
+
+    name: str
+    stored: str
+    tensors: int
+    numbers: int
+    bits_per_number: float
+    bytes: int
+
+
+def code_entropy(codes: Tensor) -> float:
+    """Return the order-0 entropy of int8 codes in bits a code: the least that a coder without context needs."""
+    counts = torch.bincount(codes.reshape(-1).int() + 128).double()
+    shares = counts[counts > 0] / codes.numel()
+    return float(-(shares * shares.log2()).sum())
+
+
+def class_sizes(quantized: QuantizedModel) -> list[ClassSize]:
+    """Return an artifact's table by class of tensors, codes first; see `ClassSize` for the estimates."""
+    members: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for name, stored, numbers, bits in _entries(quantized):
+        members.setdefault((name, stored), []).append((numbers, bits))
+    rows = []
+    for (name, stored), entries in members.items():
+        numbers, bits = sum(count for count, _ in entries), sum(bits for _, bits in entries)
+        rows.append(ClassSize(name, stored, len(entries), numbers, bits / max(numbers, 1), round(bits / 8)))
+    return sorted(rows, key=lambda row: (_CLASS_ORDER.index(row.name), row.stored))
+
+
+def bytes_by_class(quantized: QuantizedModel) -> dict[str, int]:
+    """Return the bytes of each class of tensors, estimated as `ClassSize` says."""
+    sizes: dict[str, int] = {}
+    for row in class_sizes(quantized):
+        sizes[row.name] = sizes.get(row.name, 0) + row.bytes
+    return sizes
+
+
+def describe(path: str | os.PathLike) -> list[ClassSize]:
+    """Return the table of an artifact's file. Raises ArtifactError as `load` does."""
+    return class_sizes(load(path))
+
+
+def _entries(quantized: QuantizedModel) -> Iterator[tuple[str, str, int, float]]:
+    """Yield class, type of the numbers, their count, and their bits together, for each stored tensor."""
+    for key, tensor in quantized.tensors.items():
+        stored, raw = str(tensor.dtype).removeprefix("torch."), 8.0 * tensor.numel() * tensor.element_size()
+        if key in quantized.meta:
+            yield "small tensors", stored, tensor.numel(), raw
+        elif key.endswith(CODES):
+            kind = next((kind for part, kind in _CODE_CLASSES.items() if part in key), "other matrices")
+            width = quantized.meta[key.removesuffix(CODES)].partition("(")[2].partition(")")[0]
+            yield kind, width, tensor.numel(), code_entropy(tensor) * tensor.numel()
+        else:
+            yield "scales" if key.endswith(SCALE) else "low-rank factors", stored, tensor.numel(), raw

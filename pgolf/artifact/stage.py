@@ -1,0 +1,84 @@
+"""The stage ``quantize``: calibrate, quantise, write the artifact and the program, and check them against the cap."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from pgolf.artifact.container import CAP_BYTES, save
+from pgolf.artifact.hessians import collect_hessians
+from pgolf.artifact.quantize import quantize_model
+from pgolf.artifact.sizes import ArtifactSize, bytes_by_class
+from pgolf.common.files import remove_leftovers
+from pgolf.common.folder import RunFolder
+from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory
+from pgolf.config import RunConfig
+from pgolf.data.loader import calibration_batches
+from pgolf.data.shards import shard_files
+from pgolf.model.build import model_with
+from pgolf.model.weights import load_weights, unbank
+from pgolf.submission.export import export_program
+
+
+def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
+    """Calibrate; on rank 0 quantise, and write the artifact and the program.
+
+    Raises ArtifactError, after writing them, if they exceed the cap.
+    """
+    begun = time.perf_counter()
+    reset_peak_memory(world.device)
+    weights = world.on_main(lambda: load_weights(folder.need(folder.ema, "train"), config))
+    hessians = calibrate(config, world, weights)
+    results: dict[str, Any] = {"hessian_seconds": time.perf_counter() - begun}
+    if world.is_main:
+        results |= _quantize_and_save(config, folder, world, weights, hessians)
+        results |= {"peak_memory_bytes": peak_memory_bytes(world.device), "seconds": time.perf_counter() - begun}
+        folder.record("quantize", results)
+        size = ArtifactSize(results["weight_bytes"], results["code_bytes"])
+        world.log(f"artifact: {size.total_bytes:,} of {size.cap_bytes:,} bytes ({size.share:.2%})")
+        size.check()
+    world.barrier()
+
+
+def calibrate(config: RunConfig, world: World, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the Hessians of the products' inputs, averaged over all ranks' calibration batches."""
+    model = model_with(config, world, weights)
+    batches = calibration_batches(
+        shard_files(config.data_dir, config.vocab_size, "train"),
+        tokens=config.gptq_calibration_tokens,
+        max_segment=config.train_seq_len,
+        count=config.gptq_calibration_batches,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        seed=config.seed,
+        documents=config.gptq_calibration_documents,
+    )
+    return collect_hessians(model, batches)
+
+
+def _quantize_and_save(
+    config: RunConfig, folder: RunFolder, world: World, weights: dict, hessians: dict
+) -> dict[str, Any]:
+    begun = time.perf_counter()
+    quantized = quantize_model(unbank(weights, config.num_layers), hessians, config, world.device)
+    solved = time.perf_counter()
+    path = folder.artifact(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    world.log(f"compressing with {config.compressor}")
+    weight_bytes = save(path, quantized, config.compressor)
+    compressed = time.perf_counter()
+    code_bytes = export_program(folder.program, config)
+    return {
+        "gptq_seconds": solved - begun,
+        "compress_seconds": compressed - solved,
+        "weight_bytes": weight_bytes,
+        "code_bytes": code_bytes,
+        "total_bytes": weight_bytes + code_bytes,
+        "cap_bytes": CAP_BYTES,
+        "bytes_by_class": bytes_by_class(quantized),
+        "lqer_tensors": [name for name, mark in quantized.meta.items() if "+lqer" in mark],
+    }

@@ -1,0 +1,1 @@
+"""What all stages use: files, tensors, a run's folder, processes and progress."""

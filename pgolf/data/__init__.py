@@ -1,0 +1,1 @@
+"""The stage ``data``, and everything that reads or makes tokens."""

@@ -1,0 +1,115 @@
+"""Bits per byte: the bytes of text that a target token stands for, and the score.
+
+The challenge divides the summed loss by the UTF-8 bytes of the *normalised* text (NFKC, white space collapsed). These
+bytes follow from the tokens: each piece has a fixed number, and its leading space counts only after other text.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+from pgolf.common.files import FileError
+
+SPACE = "\u2581"  # stands for a space in SentencePiece's pieces
+
+
+class ByteTable:
+    """The bytes of every token of a vocabulary.
+
+    Attributes:
+        base_bytes: int16 [V], bytes of the piece without its leading space (1 for a byte piece, 0 for control pieces).
+        leading_space: bool [V], whether the piece begins with a space.
+        boundary: bool [V], control, unknown and unused pieces, after which a leading space is not part of the text.
+    """
+
+    def __init__(self, base_bytes: Any, leading_space: Any, boundary: Any) -> None:
+        """Take three arrays, tensors or sequences [V]. Raises ValueError unless they are vectors of one length."""
+        self.base_bytes = torch.as_tensor(base_bytes, dtype=torch.int16)
+        self.leading_space = torch.as_tensor(leading_space, dtype=torch.bool)
+        self.boundary = torch.as_tensor(boundary, dtype=torch.bool)
+        shapes = [tuple(field.shape) for field in (self.base_bytes, self.leading_space, self.boundary)]
+        if len(shapes[0]) != 1 or len(set(shapes)) != 1:
+            raise ValueError(f"a byte table needs three vectors with one entry a token, got the shapes {shapes}")
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens in the table."""
+        return self.base_bytes.numel()
+
+    @classmethod
+    def from_sentencepiece(cls, path: str | os.PathLike) -> ByteTable:
+        """Build the table of a SentencePiece model, on the CPU.
+
+        Raises FileError if the model cannot be read, has no piece for a single space, or has a piece with a space
+        inside: a table cannot count the bytes of such a model.
+        """
+        processor = load_sentencepiece(path)
+        if processor.piece_to_id(SPACE) == processor.unk_id():
+            raise FileError(f"the tokenizer {path} has no piece for a single space: bytes cannot be counted with it")
+        entries = [_piece_bytes(processor, token) for token in range(processor.vocab_size())]
+        return cls(*zip(*entries, strict=True))
+
+    def to(self, device: torch.device | str) -> ByteTable:
+        """Return the table on ``device``."""
+        return ByteTable(self.base_bytes.to(device), self.leading_space.to(device), self.boundary.to(device))
+
+    def count(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Count the bytes of each target y after its input x: base_bytes[y] + (leading_space[y] and not boundary[x]).
+
+        Args:
+            inputs, targets: token ids of any integer dtype and one shape, on the table's device.
+
+        Returns int64 of the same shape. Raises ValueError for different shapes and, for CPU tensors only, for ids out
+        of range: on a GPU the check would wait for the device.
+        """
+        if inputs.shape != targets.shape:
+            raise ValueError(f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} must have one shape")
+        before, target = inputs.long(), targets.long()
+        for name, ids in (("input", before), ("target", target)):
+            if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+                raise ValueError(
+                    f"{name} ids run from {int(ids.min())} to {int(ids.max())}, and the byte table has "
+                    f"{self.vocab_size} tokens: data and tokenizer do not belong together"
+                )
+        spaces = self.leading_space[target] & ~self.boundary[before]
+        return self.base_bytes[target].long() + spaces.long()
+
+
+def bits_per_byte(total_nats: float, total_bytes: float) -> float:
+    """Return total_nats / (ln 2 · total_bytes). Raises ValueError unless ``total_bytes`` is positive."""
+    if not total_bytes > 0:
+        raise ValueError(f"bits per byte need at least one byte, got {total_bytes}")
+    return total_nats / math.log(2.0) / total_bytes
+
+
+def load_sentencepiece(path: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
+    """Open a SentencePiece model. Raises FileError if the file is missing or holds anything else."""
+    if not Path(path).is_file():
+        raise FileError(
+            f"there is no tokenizer {path}: get the published one with `pgolf data fineweb`, "
+            "or train one with `pgolf data tokenizer`"
+        )
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise FileError(f"{path} is not a SentencePiece model: {error}") from error
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, token: int) -> tuple[int, bool, bool]:
+    """Return (base bytes, leading space, boundary) of one token."""
+    if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
+        return 0, False, True
+    if processor.is_byte(token):
+        return 1, False, False
+    piece = processor.id_to_piece(token)
+    text = piece.removeprefix(SPACE)
+    if SPACE in text:
+        raise FileError(f"piece {token} ({piece!r}) has a space inside: its bytes cannot be counted by a table")
+    return len(text.encode()), piece.startswith(SPACE), False

@@ -1,0 +1,1 @@
+"""The stage ``report``: the table of results and the page."""

@@ -1,0 +1,1 @@
+"""The stages ``eval`` and ``ttt``: bits per byte of the validation documents."""

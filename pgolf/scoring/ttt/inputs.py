@@ -1,0 +1,182 @@
+"""The model's inputs in one step: the documents' windows, or their chunks after cached keys and values.
+
+One int32 tensor holds all inputs of a step, so that one copy moves them to the device. A stream may be longer than its
+windows; the padding belongs to no document.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.config import ConfigError, RunConfig
+from pgolf.kernels.gated_attention import KVCache, flash_takes
+from pgolf.model.gpt import GPT, Continuation
+from pgolf.scoring.ttt.adapters import AdapterBank
+
+
+class Chunk(NamedTuple):
+    """One chunk of each slot's document, int64 [slots] each; zeros for a document that has ended."""
+
+    start: np.ndarray  # first input of the window, in the stream of all documents
+    skipped: np.ndarray  # the document's inputs before the window
+    length: np.ndarray  # inputs in the window, of which the chunk's are the last
+    scored: np.ndarray  # targets in the chunk
+    learning: np.ndarray  # bool, whether the adapters are updated on it
+
+
+class _Rows:
+    """The place of each target of a chunk, in the stream and in the windows, for a step of ``rows`` rows."""
+
+    def __init__(self, chunk: Chunk, stream: np.ndarray, rows: int) -> None:
+        self.offsets = np.append(0, chunk.scored.cumsum())  # each slot's first row
+        self.count = self.offsets[-1]  # rows of documents; the others are padding
+        self.bounds = np.append(0, chunk.length.cumsum())  # of the joined windows
+        self.used = self.bounds[-1]
+        self.inputs = np.full(rows, stream.size - 1)  # each row's input in the stream
+        self.inputs[: self.count] = self._last(chunk, chunk.start + chunk.length)
+        self.in_windows = self._last(chunk, self.bounds[1:])
+
+    def _last(self, chunk: Chunk, ends: np.ndarray) -> np.ndarray:
+        """Return the last ``scored`` numbers before each of the ``ends``, joined."""
+        return np.repeat(ends - self.offsets[1:], chunk.scored) + np.arange(self.count)
+
+
+class Windows:
+    """Computes the whole window of every chunk anew, as PR #1874 does."""
+
+    capturable = True  # whether a CUDA graph can capture a step, if it can capture the model
+
+    def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
+        self.model, self.slots = model, slots
+        self.limit = max(config.ttt_micro_batch_tokens, config.ttt_eval_seq_len)  # window tokens of one step
+        self.longest = min(self.limit, slots * config.ttt_eval_seq_len)  # that a step can have
+
+    def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
+        """Split a step's tensor into its parts.
+
+        They are learning [slots], row_offsets [slots + 1], weights [rows], targets [rows], chosen [rows],
+        segments [slots + 2] and ids [tokens].
+        """
+        return list(whole.split(self._sizes(tokens, rows)))
+
+    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
+        return self.slots, self.slots + 1, rows, rows, rows, self.slots + 2, tokens
+
+    def fill(self, chunk: Chunk, stream: np.ndarray, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
+        """Return a step's tensor, and the place of each row's input in ``stream`` (for padding the stream's last)."""
+        whole, found = torch.zeros(sum(self._sizes(tokens, rows)), dtype=torch.int32), _Rows(chunk, stream, rows)
+        learning, row_offsets, weights, targets, chosen, segments, ids = (
+            part.numpy() for part in self.parts(whole, tokens, rows)
+        )
+        _fill_rows(chunk, stream, found, learning, row_offsets, weights, targets)
+        segments[:-1], segments[-1] = found.bounds, tokens
+        ids[: found.used] = stream[np.repeat(chunk.start - found.bounds[:-1], chunk.length) + np.arange(found.used)]
+        chosen[:] = tokens - 1
+        chosen[: found.count] = found.in_windows
+        return whole, found.inputs
+
+    def losses(self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int) -> Tensor:
+        """Compute the nats of every row, float32 [rows], with the adapters in ``leaves``."""
+        _, row_offsets, _, targets, chosen, segments, ids = self.parts(whole, tokens, rows)
+        first = segments.diff() - F.pad(row_offsets.diff(), (0, 1))  # the chunk's start in its window; padding has none
+        (losses,) = self.model.token_losses(
+            ids[None].long(),
+            targets[None].long(),
+            segments,
+            tokens,
+            sequences=segments,
+            updates=bank.updates(leaves, segments[:-1], row_offsets),
+            rows=chosen.long(),
+            first_queries=first,
+        )
+        return losses
+
+
+class CachedChunks:
+    """Computes only the chunks, and keeps the keys and values of earlier tokens as they were when computed."""
+
+    def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
+        self.model, self.slots, self.capacity = model, slots, config.ttt_eval_seq_len
+        self.limit = self.longest = slots * self.capacity  # all windows fit, because only their chunks are computed
+        passes = sum(len(part) for part in model.execution_lists(looping=config.num_loops > 0))
+        places = slots * self.capacity + 1  # the last one is for padding
+        shape = passes, 2, places, config.num_kv_heads, config.head_dim
+        device, dtype = model.qo_bank.device, model.compute_dtype
+        # Without FlashAttention the host reads the lengths of segments.
+        self.capturable = config.attention_backend != "sdpa" and flash_takes(device, dtype, config.head_dim)
+        if config.cuda_graphs == "on" and not self.capturable:
+            raise ConfigError(f"cuda_graphs=on with ttt_kv_cache needs half precision, and this is {dtype}; use auto")
+        self._kept = torch.zeros(shape, dtype=dtype, device=device)
+
+    def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
+        """Split a step's tensor into its parts.
+
+        They are learning, row_offsets, weights and targets as in `Windows.parts`, then ids, previous, positions, places
+        and stored [rows], bounds [slots + 2] and sources [tokens + rows].
+        """
+        return list(whole.split(self._sizes(tokens, rows)))
+
+    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
+        # After the windows, the stream of keys has a place for each padding row, which attends to itself.
+        return self.slots, self.slots + 1, *[rows] * 7, self.slots + 2, tokens + rows
+
+    def fill(self, chunk: Chunk, stream: np.ndarray, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
+        """Return what `Windows.fill` returns."""
+        whole, found = torch.zeros(sum(self._sizes(tokens, rows)), dtype=torch.int32), _Rows(chunk, stream, rows)
+        learning, row_offsets, weights, targets, ids, previous, positions, places, stored, bounds, sources = (
+            part.numpy() for part in self.parts(whole, tokens, rows)
+        )
+        _fill_rows(chunk, stream, found, learning, row_offsets, weights, targets)
+        count, used, pad = found.count, found.used, rows - found.count
+        in_document = np.repeat(chunk.skipped - found.bounds[:-1], chunk.length) + np.arange(used)
+        slot = np.repeat(np.arange(self.slots), chunk.length)
+        sources[:] = self.slots * self.capacity
+        sources[:used] = slot * self.capacity + in_document % self.capacity  # a ring buffer for each slot
+        bounds[:-1], bounds[-1] = found.bounds, used + pad
+        places[:count], places[count:] = found.in_windows, used + np.arange(pad)
+        stored[:] = sources[places]
+        positions[:count] = in_document[found.in_windows]
+        ids[:count], previous[:count] = stream[found.inputs[:count]], stream[np.maximum(found.inputs[:count] - 1, 0)]
+        return whole, found.inputs
+
+    def losses(self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int) -> Tensor:
+        """Compute what `Windows.losses` computes."""
+        _, row_offsets, _, targets, ids, previous, positions, places, stored, bounds, sources = self.parts(
+            whole, tokens, rows
+        )
+        longest = max(self.capacity, rows)
+        where = sources, places.long(), stored.long(), bounds, longest
+        continuation = Continuation(
+            previous[None].long(), positions.long(), [KVCache(keys, values, *where) for keys, values in self._kept]
+        )
+        segments = F.pad(row_offsets, (0, 1), value=rows)
+        (losses,) = self.model.token_losses(
+            ids[None].long(),
+            targets[None].long(),
+            segments,
+            rows,
+            updates=bank.updates(leaves, row_offsets, row_offsets),
+            continuation=continuation,
+        )
+        return losses
+
+
+def _fill_rows(
+    chunk: Chunk,
+    stream: np.ndarray,
+    found: _Rows,
+    learning: np.ndarray,
+    row_offsets: np.ndarray,
+    weights: np.ndarray,
+    targets: np.ndarray,
+) -> None:
+    """Fill the parts that both classes have. A target's weight is 1 / targets of its chunk, or 0 without learning."""
+    learning[:], row_offsets[:] = chunk.learning, found.offsets
+    shares = (chunk.learning / np.maximum(chunk.scored, 1)).astype(np.float32)
+    weights[: found.count] = np.repeat(shares, chunk.scored).view(np.int32)
+    targets[: found.count] = stream[found.inputs[: found.count] + 1]

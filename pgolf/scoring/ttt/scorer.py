@@ -1,0 +1,147 @@
+"""Scoring one chunk of each document of a batch, and then updating the adapters.
+
+The documents' windows are joined in a packed stream (see `inputs`), so that a document that has ended costs nothing. A
+step is several hundred launches, which Python issues more slowly than the device executes them; CUDA graphs replay
+them. Graphs are captured with random tokens for a few lengths of the stream, and streams are padded to these lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf.common.tensors import to_device
+from pgolf.config import RunConfig
+from pgolf.kernels.common.compiling import compiling_ahead
+from pgolf.model.gpt import GPT
+from pgolf.model.graphs import Graphs, uses_graphs
+from pgolf.scoring.ttt.adapters import AdapterBank, Stack
+from pgolf.scoring.ttt.inputs import CachedChunks, Chunk, Windows
+
+# Arguments ``exact`` and ``factor`` of `stream_lengths`, for steps with an update and for the one in a batch without.
+LEARNING_LENGTHS, SCORING_LENGTHS = (12, 1.1), (4, 1.35)
+TOKENS_MULTIPLE = 128  # of a stream's length, so that its tiles are full
+
+
+class ChunkScorer:
+    """Scores chunks of a batch's documents with the adapters of a bank, and updates the adapters."""
+
+    def __init__(self, model: GPT, config: RunConfig, bank: AdapterBank, stream: np.ndarray) -> None:
+        """Compile, and capture graphs if the model uses them. ``stream`` holds the int32 tokens of all documents."""
+        self.model, self.config, self.bank, self.stream = model, config, bank, stream
+        self.device = model.qo_bank.device
+        self._inputs = (CachedChunks if config.ttt_kv_cache else Windows)(model, config, bank.slots)
+        self._chunk_sizes = sorted({config.ttt_chunk_size, *(size for _, size in config.chunks_by_length())})
+        # Of lower priority than the stream of graphs, so that updates only use what the backward leaves idle.
+        self._updates = torch.cuda.Stream(self.device, priority=0) if self.device.type == "cuda" else None
+        self._lengths: dict[bool, list[int]] = {}  # of captured streams, with and without an update
+        if uses_graphs(config, model) and self._inputs.capturable:
+            self._capture()
+
+    def parts(self, chunk: Chunk) -> Iterator[Chunk]:
+        """Yield the chunk in parts that fit in one step, each of at least one document."""
+        ends = chunk.length.cumsum()
+        first = 0
+        while first < ends.size:
+            before = ends[first - 1] if first else 0
+            last = max(int(np.searchsorted(ends, before + self._inputs.limit, side="right")), first + 1)
+            inside = (np.arange(ends.size) >= first) & (np.arange(ends.size) < last)
+            if chunk.length[inside].any():
+                yield Chunk(*(np.where(inside, field, 0) for field in chunk))
+            first = last
+
+    def step(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Score a chunk of the documents, then update the adapters of those that learn from it.
+
+        Returns float32 losses in nats, and int64 places in the stream of the tokens before their targets. Both may have
+        more rows than there are targets; the place of such a row is the last of the stream.
+        """
+        learning = bool(chunk.learning.any())
+        tokens, rows = int(chunk.length.sum()), int(chunk.scored.sum())
+        if self._lengths:
+            tokens = min(length for length in self._lengths[learning] if length >= tokens)
+            rows = self._rows(tokens)
+        whole, inputs = self._inputs.fill(chunk, self.stream, tokens, rows)
+        whole, places = to_device(whole, self.device), to_device(torch.from_numpy(inputs), self.device)
+        if self._lengths:
+            return self._graphs.replay((tokens, learning), whole), places
+        return self._compute(whole, tokens, rows, learning), places
+
+    def _compute(self, whole: Tensor, tokens: int, rows: int, learning: bool) -> Tensor:
+        leaves = self.bank.leaves(learning)
+        with torch.set_grad_enabled(learning):
+            losses = self._inputs.losses(self.bank, leaves, whole, tokens, rows)
+        if learning:
+            learns, _, weights, *_ = self._inputs.parts(whole, tokens, rows)
+            learns = learns.bool()
+            for stack, leaf in zip(self.bank.stacks, leaves, strict=True):
+                leaf.register_hook(partial(self._update, stack, learns))
+            # Differentiate a scalar: given output gradients, autograd imports sympy, which takes a second.
+            gradients = torch.autograd.grad((losses * weights.view(torch.float32)).sum(), leaves)
+            if self._updates is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._updates)
+            del gradients  # the updates have read them
+        return losses.detach()
+
+    def _update(self, stack: Stack, learning: Tensor, gradient: Tensor) -> None:
+        """Update a stack concurrently with the backward of earlier layers: memory limits one, arithmetic the other."""
+        if self._updates is None:
+            self.bank.update(stack, gradient, learning)
+            return
+        self._updates.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._updates):
+            self.bank.update(stack, gradient, learning)
+
+    def _capture(self) -> None:
+        """Capture a graph for each length, the longest first. This overwrites the bank's adapters."""
+        units = [self.bank.slots * size for size in self._chunk_sizes]
+        for learning, (exact, factor) in ((True, LEARNING_LENGTHS), (False, SCORING_LENGTHS)):
+            self._lengths[learning] = stream_lengths(units, self._inputs.longest, exact, factor)[::-1]
+        with compiling_ahead():
+            self._warm_up()
+        self._warm_up()
+        self._graphs = Graphs(self.device)
+        for learning, lengths in self._lengths.items():
+            for tokens in lengths:
+                step = partial(self._compute, tokens=tokens, rows=self._rows(tokens), learning=learning)
+                self._graphs.capture((tokens, learning), step, self._random_step(tokens), loaded=True)
+
+    def _warm_up(self) -> None:
+        """Launch the kernels that graphs will contain, for short and for long streams."""
+        for learning, lengths in self._lengths.items():
+            for tokens in (lengths[0], lengths[-1]):
+                self._compute(self._random_step(tokens), tokens, self._rows(tokens), learning)
+
+    def _rows(self, tokens: int) -> int:
+        """Return the most rows that a stream of ``tokens`` tokens can have."""
+        return min(tokens, self.bank.slots * self._chunk_sizes[-1])
+
+    def _random_step(self, tokens: int) -> Tensor:
+        """Return a step's inputs for ``tokens`` random tokens, dealt evenly to all slots, on the device."""
+        bounds = np.arange(self.bank.slots + 1) * tokens // self.bank.slots
+        length = np.diff(bounds)
+        scored = np.minimum(length, self._chunk_sizes[-1])
+        chunk = Chunk(bounds[:-1], np.zeros_like(length), length, scored, np.ones_like(length, dtype=bool))
+        stream = np.random.default_rng(0).integers(self.config.vocab_size, size=tokens + 1)
+        return self._inputs.fill(chunk, stream, tokens, self._rows(tokens))[0].to(self.device)
+
+
+def stream_lengths(units: Sequence[int], longest: int, exact: int, factor: float) -> list[int]:
+    """Return the ascending lengths of captured streams, multiples of TOKENS_MULTIPLE up to ``longest``.
+
+    Args:
+        units: ascending; each is the tokens of one chunk of all slots. Its lengths end at the next unit.
+        exact: the first ``exact`` multiples of a unit are lengths.
+        factor: later lengths grow by this factor.
+    """
+    lengths = []
+    for unit, end in zip(units, [*units[1:], longest], strict=True):
+        multiples = [count * unit for count in range(1, exact + 1)]
+        while multiples[-1] < end:
+            multiples.append(int(multiples[-1] * factor) + 1)
+        lengths += [length for length in multiples if length < end]
+    return sorted({-(-length // TOKENS_MULTIPLE) * TOKENS_MULTIPLE for length in (*lengths, longest)})

@@ -1,0 +1,1 @@
+"""The program that is submitted with the artifact."""

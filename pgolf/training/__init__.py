@@ -1,0 +1,1 @@
+"""The stage ``train``: from a configuration to the averaged weights."""

@@ -1,0 +1,336 @@
+"""Optimizers: Muon for the matrix banks, sharded over ranks, and AdamW for the rest.
+
+A step reduces gradients over ranks, clips their norm, updates the weights, and updates their moving averages. Banks are
+reduce-scattered, so that a rank orthogonalises only its share of the matrices, of all banks together. The updates are
+all-gathered one bank after another, while AdamW runs and the first banks are updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pgolf.config import RunConfig
+from pgolf.kernels.muon_update import apply_update, clip_factor, momentum_update, squared_norm
+from pgolf.kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, Coefficients, newton_schulz_banks
+from pgolf.model.gpt import GPT
+
+# torch 2.13 renamed the two collectives; 2.11 knows the old names only.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan 2024), for banks of matrices [N, rows, columns] or matrices.
+
+        buf = μ buf + g;   u = g + μ buf (Nesterov) or buf;   u /= max(‖u_row‖₂, 1e-7) if row_normalize (MuonEq-R)
+        p ← p (1 - lr weight_decay) - lr max(1, rows / columns)^½ newton_schulz(u)
+
+    Args:
+        params: 2-D or 3-D parameters, float32 or lower.
+        lr, momentum, weight_decay: as above; weight decay is decoupled.
+        steps: Newton-Schulz iterations.
+        nesterov: as above.
+        row_normalize: as above.
+        coefficients: of Newton-Schulz, one tuple for each iteration or one for all.
+        dtype: of gradients, momentum and the iteration.
+        process_group: the ranks to shard over; None: all ranks, if torch.distributed is initialised.
+
+    `step` averages gradients over ranks; every rank must call it, and `state_dict`, at the same time.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        steps: int = 5,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        row_normalize: bool = False,
+        *,
+        coefficients: Coefficients = POLAR_EXPRESS,
+        dtype: torch.dtype = torch.bfloat16,
+        process_group: Any = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            steps=steps,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            row_normalize=row_normalize,
+        )
+        super().__init__(params, defaults)
+        for parameter in self._ordered():
+            if parameter.ndim not in (2, 3):
+                raise ValueError(f"Muon takes matrices or banks of them, got shape {tuple(parameter.shape)}")
+        self.coefficients, self.dtype, self.process_group = coefficients, dtype, process_group
+        distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size(process_group) if distributed else 1
+        self.rank = dist.get_rank(process_group) if distributed else 0
+        self._reduced: dict[Tensor, tuple[Any, Tensor]] = {}
+        # Updates that are computed and not yet applied: group, parameters, updates, and what to wait for.
+        self._updates: list[tuple[dict[str, Any], list[Tensor], Sequence[Tensor], Sequence[Any]]] = []
+
+    def _ordered(self) -> list[Tensor]:
+        """Return the parameters, largest first, because more work is left to hide their communication."""
+        return sorted((p for g in self.param_groups for p in g["params"]), key=Tensor.numel, reverse=True)
+
+    def _share(self, bank: Tensor) -> int:
+        """Return the number of matrices in a rank's shard; the last shards are padded with zeros."""
+        return -(-bank.size(0) // self.world_size)
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Start to average the gradients over ranks; each rank receives its shard."""
+        for parameter in self._ordered():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = _as_bank(gradient)
+            if self.world_size == 1:
+                self._reduced[parameter] = (None, gradient)
+                continue
+            count, share = gradient.size(0), self._share(gradient)
+            shape = (share * self.world_size, *gradient.shape[1:])
+            padded = torch.empty(shape, dtype=self.dtype, device=gradient.device)
+            padded[:count], padded[count:] = gradient, 0
+            shard = torch.empty_like(padded[:share])
+            work = _reduce_scatter(shard, padded, group=self.process_group, async_op=True)
+            self._reduced[parameter] = (work, shard)
+
+    @torch.no_grad()
+    def shards(self) -> list[Tensor]:
+        """Wait for the reduction and return this rank's shards of the gradients."""
+        waiting = {p: (work, shard) for p, (work, shard) in self._reduced.items() if work is not None}
+        for parameter, (work, shard) in waiting.items():
+            work.wait()
+            self._reduced[parameter] = (None, shard)
+        if waiting:
+            torch._foreach_div_([shard for _, shard in waiting.values()], self.world_size)
+        return [shard for _, shard in self._reduced.values()]
+
+    def step(  # type: ignore[override]  # it takes no closure
+        self,
+        closure: None = None,
+        *,
+        gradient_scale: Tensor | float = 1.0,
+        averages: Mapping[Tensor, Tensor] | None = None,
+        decay: float = 0.0,
+    ) -> None:
+        """Update the parameters, after reducing the gradients if `reduce_gradients` has not been called.
+
+        Args:
+            gradient_scale: factor of the gradients, as of clipping.
+            averages: a moving average for each parameter; becomes decay · average + (1 - decay) · parameter.
+        """
+        self.begin_step(gradient_scale)
+        self.end_step(averages, decay)
+
+    @torch.no_grad()
+    def begin_step(self, gradient_scale: Tensor | float = 1.0) -> None:
+        """Do the first half of `step`: compute the updates and start to gather them."""
+        if not self._reduced:
+            self.reduce_gradients()
+        self.shards()
+        for group in self.param_groups:
+            banks = sorted(group["params"], key=Tensor.numel, reverse=True)
+            gradients = [self._reduced[parameter][1] for parameter in banks]
+            updates = newton_schulz_banks(
+                momentum_update(
+                    gradients,
+                    [self._momentum_buffer(*pair) for pair in zip(banks, gradients, strict=True)],
+                    group["momentum"],
+                    gradient_scale,
+                    group["nesterov"],
+                ),
+                group["steps"],
+                self.coefficients,
+                dtype=self.dtype,
+                row_normalize=group["row_normalize"],
+            )
+            gathered = [(update, None) for update in updates]
+            if self.world_size > 1:
+                gathered = [self._gather(update) for update in updates]
+            whole, works = zip(*gathered, strict=True)
+            self._updates.append((group, banks, whole, works))
+        self._reduced.clear()
+
+    def _momentum_buffer(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient, dtype=self.dtype)
+        return state["momentum_buffer"]
+
+    def _gather(self, shard: Tensor) -> tuple[Tensor, Any]:
+        update = shard.new_empty(shard.size(0) * self.world_size, *shard.shape[1:])
+        return update, _all_gather(update, shard, group=self.process_group, async_op=True)
+
+    @torch.no_grad()
+    def end_step(self, averages: Mapping[Tensor, Tensor] | None = None, decay: float = 0.0) -> None:
+        """Do the second half of `step`: apply all updates at once, or with several ranks each as it arrives."""
+        for group, parameters, updates, works in self._updates:
+            banks = [_as_bank(parameter) for parameter in parameters]
+            means = None if averages is None else [_as_bank(averages[parameter]) for parameter in parameters]
+            updates = [update[: bank.size(0)] for bank, update in zip(banks, updates, strict=True)]
+            size = len(banks) if self.world_size == 1 else 1
+            for i in range(0, len(banks), size):
+                if works[i] is not None:
+                    works[i].wait()
+                now = slice(i, i + size)
+                apply_update(banks[now], updates[now], group["lr"], group["weight_decay"], means and means[now], decay)
+        self._updates.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch.optim does, with whole momentum banks; every rank must call it."""
+        state = super().state_dict()
+        if self.world_size == 1:
+            return state
+        indexed = [p for g in self.param_groups for p in g["params"]]
+        whole = {}
+        for index, entry in sorted(state["state"].items()):
+            shard = entry["momentum_buffer"]
+            bank = shard.new_empty(shard.size(0) * self.world_size, *shard.shape[1:])
+            _all_gather(bank, shard, group=self.process_group)
+            whole[index] = {"momentum_buffer": bank[: _as_bank(indexed[index]).size(0)].clone()}
+        return {**state, "state": whole}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that any number of ranks saved with `state_dict`, and keep this rank's shards."""
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.clear()
+        indexed = [p for g in self.param_groups for p in g["params"]]
+        for index, entry in state_dict["state"].items():
+            bank, parameter = entry["momentum_buffer"], indexed[index]
+            share = self._share(bank)
+            shard = torch.zeros(share, *bank.shape[1:], dtype=self.dtype, device=parameter.device)
+            mine = bank[self.rank * share : (self.rank + 1) * share]
+            shard[: mine.size(0)] = mine
+            self.state[parameter]["momentum_buffer"] = shard
+
+
+def _as_bank(matrices: Tensor) -> Tensor:
+    return matrices if matrices.ndim == 3 else matrices[None]
+
+
+class ModelOptimizer:
+    """The optimizer of a model: Muon for the banks, AdamW for the embedding and for gains, scales and gates."""
+
+    def __init__(self, model: GPT, config: RunConfig, world_size: int = 1) -> None:
+        self.config, self.world_size = config, world_size
+        parameters = dict(model.named_parameters())
+        banks = [p for name, p in parameters.items() if name.endswith("_bank")]
+        embedding, head = parameters["tok_emb.weight"], parameters.get("lm_head.weight")
+        rest = [p for n, p in parameters.items() if not n.endswith(("_bank", "tok_emb.weight", "lm_head.weight"))]
+        embed_lr = config.tied_embed_lr if config.tie_embeddings else config.embed_lr
+        groups = [
+            dict(params=[embedding], lr=embed_lr, weight_decay=config.embed_wd),
+            dict(params=rest, lr=config.scalar_lr, weight_decay=config.adam_wd),
+        ]
+        if head is not None:
+            groups.append(dict(params=[head], lr=config.tied_embed_lr, weight_decay=config.embed_wd))
+        self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+        self.muon = Muon(
+            banks,
+            lr=config.matrix_lr,
+            momentum=config.muon_momentum,
+            steps=config.muon_backend_steps,
+            weight_decay=config.muon_wd,
+            row_normalize=config.muon_row_normalize,
+            coefficients=POLAR_EXPRESS if config.polar_express_ns else (QUINTIC,),
+            dtype=model.compute_dtype,
+        )
+        self.replicated: list[Tensor] = [p for group in self.adamw.param_groups for p in group["params"]]
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+        for group in (*self.adamw.param_groups, *self.muon.param_groups):
+            group["base_lr"] = group["lr"]
+
+    def zero_grad(self) -> None:
+        """Set the gradients to None."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.muon.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(
+        self, lr_scale: float, momentum: float, averages: Mapping[str, Tensor] | None = None, decay: float = 0.0
+    ) -> Tensor:
+        """Reduce and clip the gradients and update the parameters.
+
+        Args:
+            averages: a float32 moving average for each parameter, by name; becomes
+                decay · average + (1 - decay) · parameter.
+
+        Returns the norm of the reduced gradient before clipping, a float32 scalar on the device.
+        """
+        for group in (*self.adamw.param_groups, *self.muon.param_groups):
+            group["lr"] = group["base_lr"] * lr_scale
+        for group in self.muon.param_groups:
+            group["momentum"] = momentum
+        self.muon.reduce_gradients()
+        self._reduce_replicated()
+        norm, scale = self._clip()
+        self.muon.begin_step(scale)
+        self.adamw.step()
+        means: dict[Tensor, Tensor] | None = None
+        if averages is not None:
+            means = {parameter: averages[name] for parameter, name in self.names.items()}
+            weights = [parameter.float() for parameter in self.replicated]
+            torch._foreach_lerp_([means[parameter] for parameter in self.replicated], weights, 1 - decay)
+        self.muon.end_step(means, decay)
+        return norm
+
+    def _reduce_replicated(self) -> None:
+        """Average the gradients of replicated parameters: small ones in one message, each large one in its own."""
+        for parameter in self.replicated:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world_size == 1:
+            return
+        gradients = self._replicated_gradients()
+        small = [g for g in gradients if g.numel() <= 32_768]
+        large = [g for g in gradients if g.numel() > 32_768]
+        flat = torch.cat([g.flatten().float() for g in small])
+        for message in (flat, *large):
+            dist.all_reduce(message)
+        torch._foreach_div_([flat, *large], self.world_size)
+        parts = flat.split([g.numel() for g in small])
+        torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
+
+    def _replicated_gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.replicated if p.grad is not None]
+
+    def _clip(self) -> tuple[Tensor, Tensor | float]:
+        """Return the norm of the reduced gradient and the factor of clipping.
+
+        The factor has been applied to the replicated gradients, but not to Muon's shards.
+        """
+        replicated = self._replicated_gradients()
+        # The sum over ranks counts each shard, and the replicated gradients of rank 0 only.
+        squares = squared_norm([*self.muon.shards(), *(replicated if self.muon.rank == 0 else [])])
+        if self.world_size > 1:
+            dist.all_reduce(squares)
+        if self.config.grad_clip_norm <= 0:
+            return squares.sqrt(), 1.0
+        norm, scale = clip_factor(squares, self.config.grad_clip_norm)
+        torch._foreach_mul_(replicated, scale)
+        return norm, scale
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of both optimizers, the same for any number of ranks; every rank must call it."""
+        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on any number of ranks. Raises ValueError for tensors of other shapes."""
+        for optimizer, shape_of in ((self.adamw, torch.Tensor.size), (self.muon, lambda bank: _as_bank(bank).size())):
+            loaded = state["adamw" if optimizer is self.adamw else "muon"]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for index, entry in loaded["state"].items():
+                for name, value in entry.items():
+                    expected = () if name == "step" else shape_of(parameters[index])
+                    if value.shape != expected:
+                        shapes = f"{list(value.shape)}, expected {list(expected)}"
+                        raise ValueError(f"{name} of {self.names[parameters[index]]} has the shape {shapes}")
+            optimizer.load_state_dict(loaded)
