@@ -128,7 +128,7 @@ def test_the_simulation_sees_what_is_wrong() -> None:
     a, b = torch.empty(1, 832).half(), torch.empty(128, 832).half()
     if hopper.gluon:
         with pytest.raises(ValueError, match="stages must be 2 or more, .* got 1 for K = 832"):
-            hopper.ping_pong(family.SQUARE.value, a, b, a, a, 6, False)
+            hopper.ping_pong(family.SQUARE.value, a, b, a, a, stages=6)
     with pytest.raises(AssertionError):  # the second tile's consumer takes a new barrier for its stage's second use
         for seed in range(50):
             simulate(6, 0, 1, 8, 6, random.Random(seed), turns=False)
@@ -159,7 +159,7 @@ def run(epilogue: int, a, b, aux, stages: int = 6, copies: bool = False) -> torc
     """The product, in the middle of a matrix whose other rows stay as they are."""
     room = torch.full((a.size(0) + 256, b.size(0)), torch.nan, device="cuda", dtype=a.dtype)
     out = room[128:-128]
-    hopper.ping_pong(epilogue, a, b, out if aux is None else aux, out, stages, copies)
+    hopper.ping_pong(epilogue, a, b, out if aux is None else aux, out, stages=stages, copies=copies)
     assert room[:128].isnan().all() and room[-128:].isnan().all() and not out.isnan().any()
     return out
 
@@ -240,8 +240,8 @@ def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype, update
     given = *projection(T, H, K, period, dtype), update
     room = torch.full((T + 256, width + rest), torch.nan, device="cuda", dtype=dtype)
     inverse = torch.full((H + K + 2, T), torch.nan, device="cuda")
-    assert hopper.projects(*given[:3], room, H, K, 64, 6)
-    hopper.project(*given, room[128:-128], inverse[1:-1], eps, unit, 6)
+    assert hopper.projection_fits(*given[:3], room, H, K, 64, 6)
+    hopper.normalised_projection(*given, room[128:-128], inverse[1:-1], eps=eps, unit=unit, stages=6)
     assert room[:128].isnan().all() and room[-128:].isnan().all() and room[:, width:].isnan().all()
     assert inverse[0].isnan().all() and inverse[-1].isnan().all()
     expected, of_rms = projected_reference(*given, H, K, eps, unit)
@@ -251,5 +251,5 @@ def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype, update
     torch.testing.assert_close(inverse[1:-1].double(), of_rms, rtol=1e-5, atol=0)
     again = torch.full_like(room, torch.nan)
     for _ in range(20):
-        hopper.project(*given, again[128:-128], inverse[1:-1], eps, unit, 6)
+        hopper.normalised_projection(*given, again[128:-128], inverse[1:-1], eps=eps, unit=unit, stages=6)
         assert torch.equal(again[128:-128, :width], room[128:-128, :width])
