@@ -86,8 +86,7 @@ def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
         frozen = dict(need_x=False) if variant[2] else dict(need_x0=False, need_parameters=False)
         backward, lanes_backward = partial(backward, **frozen), partial(lanes_backward, **frozen)
     later = None if variant[1] else x
-    u_and_n, joined_and_ns = dict(keep_u=True, keep_n=True), dict(keep_joined=True, keep_n=True, keep_n1=True)
-    same_skip = partial(backward, skip_is_x=True)
+    u_and_n = dict(keep_u=True, keep_n=True)
     {
         "mix_forward": lambda: stream.mix_forward(x, x, mix, *none, scale, EPS, **u_and_n),
         "join_mix_forward": lambda: stream.mix_forward(x, x, mix, *join, scale, EPS, **u_and_n),

@@ -12,7 +12,7 @@ the number of ended phases differs from x modulo 2; so waiting for parity 1 at a
     barrier        who arrives, and when                               who waits for which phase
     full[stage]    the producer, with the bytes of b's part and,       the step's consumer, for that of this use
                    in the first tile of a row, of a's part
-    empty[stage]   the step's consumer, after the product              the producer before step p, for that of p - STAGES
+    empty[stage]   the step's consumer, after the product              the producer before step p, for step p - STAGES
     turn[which]    the other consumer, after starting the last         consumer `which` before its tile, for that of the
                    product of its tile                                 previous tile; the first tile does not wait
 
@@ -228,7 +228,7 @@ def _consume(
     EPILOGUE: gl.constexpr,
     HEADS: gl.constexpr,
 ):
-    """Compute every other tile. aux is a matrix, or for `NORMALISE` a tuple of its operands; HEADS are its constants."""
+    """Compute every other tile. For `NORMALISE`, aux is a tuple of its operands and HEADS are its constants."""
     ACROSS: gl.constexpr = N // 128
     start, tiles = _share(M, ACROSS)
     for tile in range(WHICH, tiles, 2):

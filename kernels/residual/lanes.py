@@ -279,6 +279,12 @@ def lanes_sums(lane0: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Ten
     return sums_width(lane0, mix, skip, gate) + 6
 
 
+def _empty_gradients(lane0: Tensor, mix: Tensor | None, skip: Tensor | None, need_x0: bool) -> tuple[Tensor, ...]:
+    """Return uninitialised gradients of x0, lane0, lane1, attention, mlp and skip, empty if not needed."""
+    always = (True,) * 4
+    return empty(lane0, need_x0 and mix is not None, *always, skip is not None)
+
+
 def lanes_backward(
     dx0_next: Tensor | None,
     dout0: Tensor | None,
@@ -308,7 +314,7 @@ def lanes_backward(
     empty.
     """
     width = lanes_sums(lane0, mix, skip, gate) * need_parameters
-    outputs = empty(lane0, need_x0 and mix is not None, True, True, True, True, skip is not None)
+    outputs = _empty_gradients(lane0, mix, skip, need_x0)
     if not lane0.numel():
         return *outputs, lane0.new_zeros(width, dtype=accumulator(lane0))
     grid, extent, settings = plan(_lanes_case(mix, dout0 is None, "backward"), lane0)
@@ -324,7 +330,7 @@ def lanes_backward(
 
 def _fake_lanes_backward(*args: Any) -> tuple[Tensor, ...]:
     lane0, (mix, skip, _, gate), (need_x0, need_parameters) = args[6], args[12:16], args[18:]
-    outputs = empty(lane0, need_x0 and mix is not None, True, True, True, True, skip is not None)
+    outputs = _empty_gradients(lane0, mix, skip, need_x0)
     return *outputs, empty_sums(lane0, lanes_sums(lane0, mix, skip, gate) if need_parameters else 0)
 
 
