@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench.timing import capture
-from pgolf.kernels import residual_mlp as family
 from pgolf.kernels.common import hopper_product as hopper
 from pgolf.kernels.common.backend import INTERPRETED
+from pgolf.kernels.residual_mlp import triton as family
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and hopper.gluon and not INTERPRETED
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and Triton 3.6")
@@ -166,7 +166,7 @@ def run(epilogue: int, a, b, aux, stages: int = 6, copies: bool = False) -> torc
 
 def operands(epilogue: int, M: int, N: int, K: int, dtype: torch.dtype) -> tuple:
     a, b = (torch.randn(rows, K, device="cuda").to(dtype) for rows in (M, N))
-    marked = family._plain_product(family.MARKED_SQUARE.value, a.flip(0), b, None)
+    marked = family.unfused_product(family.MARKED_SQUARE.value, a.flip(0), b, None)
     return a, b, marked if epilogue == family.GRADIENT.value else None
 
 
@@ -178,7 +178,7 @@ def operands(epilogue: int, M: int, N: int, K: int, dtype: torch.dtype) -> tuple
 )
 def test_ping_pong(epilogue: int, dtype: torch.dtype, M: int, N: int, K: int) -> None:
     given = operands(epilogue, M, N, K, dtype)
-    got, plain = run(epilogue, *given), family._plain_product(epilogue, *given)
+    got, plain = run(epilogue, *given), family.unfused_product(epilogue, *given)
     # The sums are of one precision in another order: one unit in the last place, more where a sum is nearly zero.
     unit, largest = torch.finfo(dtype).eps, plain.double().abs().max()
     assert ((got.double() - plain.double()).abs() <= 2 * unit * plain.double().abs() + 1e-4 * largest).all()
@@ -196,7 +196,7 @@ def test_parameters_and_repeats_bit_for_bit(stages: int, copies: bool) -> None:
 @needs_hopper
 def test_in_a_graph() -> None:
     a, b, aux = operands(family.GRADIENT.value, 1000, 512, 512, torch.bfloat16)
-    graph, out = capture(lambda: family._product("gradient", family.GRADIENT.value, a, b, aux))
+    graph, out = capture(lambda: family.fused_product("gradient", family.GRADIENT.value, a, b, aux))
     expected = out.clone().fill_(torch.nan)
     graph.replay()
     expected.copy_(out)

@@ -351,7 +351,7 @@ def ping_pong(
     (M, K), N = a.shape, b.size(0)
     stages = _stages(K, stages)
     if stages < min(2, K // STEP):
-        raise ValueError(f"stages must be 2 or more beside all of K, or the kernel hangs; got {stages} for K = {K}")
+        raise ValueError(f"stages must be 2 or more, beside all of K, or the kernel hangs; got {stages} for K = {K}")
     if epilogue == NORMALISE.value:
         rows, block = b.view(N // 64, 4, 2, 4, 2, K).permute(0, 2, 3, 1, 4, 5).reshape(N, K), [BLOCK, STEP]
     else:
