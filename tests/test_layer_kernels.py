@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pgolf.config import RunConfig
-from pgolf.kernels.varlen_attention import segments
 from pgolf.kernels.common.backend import INTERPRETED, using
+from pgolf.kernels.varlen_attention import segments
 from pgolf.loader import segment_boundaries
 from pgolf.model import GPT
 

@@ -136,7 +136,7 @@ def may_overwrite(args: tuple) -> bool:
     return args[0] is not None and args[0].is_contiguous() and not _traced(args)
 
 
-def _traced(args: tuple) -> bool:
+def _traced(args: Iterable) -> bool:
     """Return whether a compiler, tracer or dispatch mode (such as selective checkpointing) records the call."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
