@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import low_rank as family
 from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.low_rank import LowRank, low_rank, low_rank_reference
+from pgolf.kernels.low_rank import triton as family
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # of a relative error: one unit of bf16
 NAMES = ("value", "x", "A", "B")
@@ -186,7 +186,7 @@ def test_an_x_without_gradient_costs_none(monkeypatch, trained: tuple[int, ...])
     dout = random_like(leaves[0], 40).bfloat16()
     expected = results(low_rank, leaves, dout, arguments)[1:]
     made = []
-    for name in ("_hidden", "_input", "_weights"):
+    for name in ("_write_dh", "_write_dx", "_write_dweight"):
         kernel = getattr(family, name)
         monkeypatch.setattr(family, name, lambda *a, name=name, kernel=kernel: made.append(name) or kernel(*a))
     leaves = [leaf.detach().requires_grad_(i in trained) for i, leaf in enumerate(leaves)]
@@ -195,7 +195,7 @@ def test_an_x_without_gradient_costs_none(monkeypatch, trained: tuple[int, ...])
     got = torch.autograd.grad(y, [residual, *(leaves[i] for i in trained)], dout)[1:]
     assert x is leaves[0] and not x.requires_grad
     assert all(torch.equal(gradient, expected[i]) for i, gradient in zip(trained, got, strict=True))
-    assert made == ["_hidden"] * (1 in trained) + ["_weights"] * len(trained)
+    assert made == ["_write_dh"] * (1 in trained) + ["_write_dweight"] * len(trained)
 
 
 def test_columns_and_rows_of_nobody_are_zero(device) -> None:
@@ -363,9 +363,9 @@ def test_offsets_that_are_wrong_stay_inside(monkeypatch, bounds: list[int]) -> N
     monkeypatch.setattr(family, "_fake_forward", lambda *a: tuple(guarded(*t.shape) for t in fakes[0](*a)))
     monkeypatch.setattr(family, "_fake_backward", lambda *a: tuple(guarded(*t.shape) for t in fakes[1](*a)))
     x, A, B = leaves
-    y, h = family._forward(x, A, B, offsets, None, 1.0, (24,), 24, True)
-    family._forward(x, A, B, offsets, y, 1.0, (24,), 24, True)
-    family._backward(x, y, x, A, B, offsets, h.nan_to_num(0), 1.0, (24,), True, True, True)
+    y, h = family.low_rank_forward(x, A, B, offsets, None, 1.0, (24,), 24, keep=True)
+    family.low_rank_forward(x, A, B, offsets, y, 1.0, (24,), 24, keep=True)
+    family.low_rank_backward(x, y, x, A, B, offsets, h.nan_to_num(0), 1.0, (24,))
     assert len(guards) == 7 and all(bool((guard == 7).all()) for pair in guards for guard in pair)
 
 

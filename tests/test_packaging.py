@@ -19,7 +19,11 @@ MODULES = [
     for path in sorted((ROOT / "pgolf").rglob("*.py"))
     if path.stem[0] != "_"
 ]
-KERNELS = [f"pgolf.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py")) if path.stem != "__init__"]
+KERNELS = [
+    ".".join(("pgolf", *path.relative_to(ROOT).with_suffix("").parts))
+    for path in sorted((ROOT / "kernels").rglob("*.py"))
+    if path.stem != "__init__"
+]
 IMPORT_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:
