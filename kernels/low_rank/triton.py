@@ -264,7 +264,7 @@ def _weights_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write a tile of out [G, TOTAL, WIDTH]: factor leftᵀ right[:, j WIDTH :][:, :WIDTH] for part j's columns of left."""
+    """Write a tile of out [G, TOTAL, WIDTH]: factor leftᵀ right[:, j WIDTH :][:, :WIDTH] for part j's columns."""
     ACROSS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     group, tile = program // TILES, program % TILES
