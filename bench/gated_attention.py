@@ -110,11 +110,11 @@ def prologue(device: torch.device, quick: bool) -> Case:
     def ours() -> Function:
         if device.type != "cuda" and not INTERPRETED:
             return provider()
-        own = projected.clone()
+        buffer = projected.clone()
 
         def run() -> Tensor:
-            prologue_kernel(own, cos, sin, gain, HEADS, KEYS, DIM, eps=RMS_EPS, unit=0.18)
-            return own[:, :columns]
+            prologue_kernel(buffer, cos, sin, gain, HEADS, KEYS, DIM, eps=RMS_EPS, unit=0.18)
+            return buffer[:, :columns]
 
         return run
 

@@ -66,7 +66,7 @@ def _gradient(dout: Tensor, weight: Tensor, pre: Tensor) -> Tensor:
 
 
 def build_product(name: str, device: torch.device, quick: bool) -> Case:
-    """One product with its epilogue, as the forward with a gradient wanted and the backward have it."""
+    """One product with its epilogue, as in a forward that needs gradients and in the backward."""
     residual, x, up, _ = _inputs(TOKENS, WIDTH, HIDDEN, device, quick)
     operands = {"up": (x, up), "gradient": (residual, up, F.linear(x, up))}
     plain = {"up": _square, "gradient": _gradient}[name]

@@ -198,8 +198,8 @@ def by_hand(p: Problem, exclude: bool, gated: bool) -> torch.Tensor:
                 values = [row[s, (p.heads + K + j) * D : (p.heads + K + j + 1) * D] for s in past]
                 o = scores.softmax(0) @ torch.stack(values)
                 if exclude:
-                    own = values[-1] / values[-1].norm()
-                    o = o - (o @ own) * own
+                    u = values[-1] / values[-1].norm()
+                    o = o - (o @ u) * u
                 logit = row[t, (p.heads + 2 * K) * D + h] if gated else torch.zeros_like(q[0])
                 out[t, h * D : (h + 1) * D] = 2 * torch.sigmoid(logit) * o
     return y
@@ -236,7 +236,7 @@ def test_precision(device, shape: str, gated: bool, exclude: bool) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long without a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_precision_at_the_record_model_s_width(device, dtype) -> None:
-    """Where q^ and k^ are made in the product's epilogue, if the GPU is Hopper."""
+    """With q^ and k^ computed in the product's epilogue, if the GPU is Hopper."""
     bounds = (0, 3, 150, 150, 700)
     Problem("record", bounds=bounds, tokens=700, gate_width=24, width=512).to(dtype).assert_as_precise()
 
@@ -339,7 +339,7 @@ def test_gates_shut_and_open(device, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_values_far_from_zero(device, dtype) -> None:
-    """Nearly all of the attention's result lies along the own value."""
+    """The attention's result is nearly parallel to the token's value."""
     p = Problem("plain", device, direct=True).to(dtype)
     first = (p.heads + p.keys) * p.dim
     p.update[:, :, first : first + p.keys * p.dim] += 30
@@ -431,8 +431,8 @@ def test_cached_tokens_are_those_of_before(exclude: bool, gated: bool) -> None:
 
 def test_errors_of_cached_tokens() -> None:
     p = Problem("plain", "cpu")
-    held, every = torch.zeros(20, p.keys, p.dim, dtype=torch.float64), torch.arange(13)
-    cache = KVCache(held, held.clone(), every, every, every, p.cu, 8)
+    empty, every = torch.zeros(20, p.keys, p.dim, dtype=torch.float64), torch.arange(13)
+    cache = KVCache(empty, empty.clone(), every, every, every, p.cu, 8)
 
     def call(n=p.n, cu=p.cu, longest=8, **changes):
         return cached_gated_attention(
@@ -515,20 +515,20 @@ def test_any_launch_parameters(monkeypatch, tokens: int, warps: int) -> None:
 @needs_kernels
 def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
     """With segments that end within tiles of keys, with rows, and where exponentials need their maximum after all."""
-    tuned, described, made = segments.launch_parameters, attention.TensorDescriptor, []
-    monkeypatch.setattr(attention, "TensorDescriptor", lambda *x: made.append(x) or described(*x))
+    tuned, describe, descriptors = segments.launch_parameters, attention.TensorDescriptor, []
+    monkeypatch.setattr(attention, "TensorDescriptor", lambda *x: descriptors.append(x) or describe(*x))
     shape = 4, 2, 16, 8, 4  # rows of whole 16 bytes
     large = Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80)
     large.gain *= 100
     for p in (Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80), Problem(shape, bounds=None, rows=3), large):
         p.to(torch.bfloat16)
         results = []
-        for wanted in (0, 1):
-            found = lambda *case, wanted=wanted: tuned(*case) | dict(descriptors=wanted)  # noqa: E731
+        for choice in (0, 1):
+            found = lambda *case, choice=choice: tuned(*case) | dict(descriptors=choice)  # noqa: E731
             monkeypatch.setattr(segments, "launch_parameters", found)
             results.append(p.results(p.call()))
         assert same(*results)
-    assert len(made) == 12, "of k and v, in both kernels of each problem"
+    assert len(descriptors) == 12, "of k and v, in both kernels of each problem"
 
 
 @needs_kernels

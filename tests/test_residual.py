@@ -144,9 +144,9 @@ def results(function: Callable, leaves, seed: int = 1, frozen: frozenset[int] = 
     douts = [
         torch.randn(out.shape, generator=generator).to(out.device, torch.bfloat16).to(out.dtype) for out in outputs
     ]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    needed = [leaf for leaf in leaves if leaf.requires_grad]
     pairs = [(out, dout) for out, dout in zip(outputs, douts, strict=True) if out.requires_grad]
-    gradients = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [dout for _, dout in pairs]))
+    gradients = iter(torch.autograd.grad([out for out, _ in pairs], needed, [dout for _, dout in pairs]))
     return [*(out.detach() for out in outputs), *(next(gradients) if leaf.requires_grad else None for leaf in leaves)]
 
 
@@ -179,8 +179,8 @@ def test_formulas() -> None:
     got = residual_mix_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
     assert got.x is None
     got = *got[:2], got.x0, *enter_lanes_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
-    wanted = u, plain_norm(u) * SCALE, x0, joined, x, plain_norm(u) * SCALE, plain_norm(x) * SCALE, x0
-    for a, b in zip(got, wanted, strict=True):
+    expected = u, plain_norm(u) * SCALE, x0, joined, x, plain_norm(u) * SCALE, plain_norm(x) * SCALE, x0
+    for a, b in zip(got, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-12, rtol=1e-6)
     assert torch.allclose(join_skip(x, skip, weight), x + weight * skip, atol=1e-12)
     assert torch.allclose(scaled_rms_norm(x, None, x0), plain_norm(0.5 * (x + x0)), atol=1e-12)

@@ -273,7 +273,7 @@ def test_segments_that_are_wrong_where_nobody_reads_them(monkeypatch, device, bo
 def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
     monkeypatch, device, bounds: list[int], first_queries: bool
 ) -> None:
-    """As if what is outside were segments of their own, whose y and gradients are zero."""
+    """Tokens in no segment are as in segments whose y and gradients are zero."""
     if device.type == "cpu" and not INTERPRETED:
         pytest.skip("the reference of PyTorch's attention takes right segments only")
     monkeypatch.setattr(segments, "readable", lambda *_: False)
@@ -299,7 +299,7 @@ def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
     "tiles, heads", [*zip(TILES, [(1, 1), (4, 1), (4, 2), (8, 1)], strict=True)], ids=str, indirect=["tiles"]
 )
 def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> None:
-    """The exclusion of the own value and the gates, against the formula in float64."""
+    """The exclusion of the token's value and the gates, against the formula in float64."""
     leaves, dy, cu_seqlens, _ = inputs(DEVICE, [31, 2, 37, 0, 16], *heads, 16)
     cut = tiles_for(*leaves[:2], cu_seqlens)
     fused = torch.randn(86, heads[0] + 3, device=DEVICE)
@@ -326,8 +326,8 @@ def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> No
     if parts[0]:
         v = leaves[2].double()
         o = by_segments(*double[:3], cu_seqlens, 0.3)
-        own = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
-        assert (components.T - (o * own).sum(-1)).abs().max() < 1e-5
+        u = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
+        assert (components.T - (o * u).sum(-1)).abs().max() < 1e-5
 
 
 @needs_kernels

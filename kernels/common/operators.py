@@ -92,10 +92,10 @@ def carrying(
 ) -> Callable:
     """Register an `operator` whose function also returns its first ``carried`` arguments, after the outputs.
 
-    A later reader takes such an argument from the results. In eager mode its gradient then reaches ``backward`` behind
-    the gradients of the outputs, and the op's own kernel can add it; without this autograd adds the two in a kernel of
-    its own. An argument that requires no gradient is returned as it is, and its gradient is None. Under a compiler or
-    tracer all arguments are returned as they are, since an operator must not return its inputs.
+    Pass the returned arguments to later readers. In eager mode their gradients then reach ``backward`` behind those of
+    the outputs, where a kernel can add them; otherwise autograd launches an addition for each. An argument that
+    requires no gradient is returned unchanged, and its gradient is None. Under a compiler or tracer all arguments are
+    returned unchanged, since an operator must not return its inputs.
     """
     op = operator(schema, implementation, fake, setup_context=setup_context, backward=backward)
 

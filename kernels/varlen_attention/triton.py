@@ -643,7 +643,7 @@ def _row_strides(*tensors: torch.Tensor | None) -> list[int]:
 
 
 class Prologue(NamedTuple):
-    """The operands of the normalisation and rotation that made q and k from rows x, see `gated_attention`.
+    """The operands of the normalisation and rotation that compute q and k from rows x, see `gated_attention`.
 
     q = unit gain R(x / rms(x)), k = R(x / rms(x)), with unit = scale log2(e): q · k is a score to the base 2.
     """
@@ -693,7 +693,7 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return o [T, H, D] and lse, the base 2 logarithm of each row's sum of exponentials, float32 [H, T].
 
-    ``base_2`` means that q is as made by a `Prologue`. ``components``, contiguous float32 [H, T], requests the
+    ``base_2`` means that q contains the factor of a `Prologue`. ``components``, contiguous float32 [H, T], requests the
     exclusion: o - <o, u> u is returned for o, with u = v / max(|v|, 1e-12) of the same token, and <o, u> is written
     into components. ``logits`` [T, H] with contiguous rows then multiply the result by 2 σ(logits). With
     ``first_queries``, contiguous int32 [S], only tokens from that index in their segment on are queries: o of the
@@ -752,7 +752,7 @@ def attention_backward(
     o and lse are the results of `attention_forward`, do is the gradient of o. Pass the same ``components`` (with the
     values written there), ``logits`` and ``first_queries``: dlogits is then written; components or logits need H / K to
     be one of `GROUPS`; rows of do before the first query are not read, and get zeros in dq and dlogits. With the
-    ``prologue`` that made q and k, dq and dk are the gradients of its inputs, and dgain, float32 [H], is written.
+    ``prologue`` from which q and k come, dq and dk are the gradients of its inputs, and dgain, float32 [H], is written.
     ``padding`` [T, columns] gets zeros. D is a power of two from 16 to 128, here and in `attention_forward`.
     """
     tokens, heads, _ = q.shape
