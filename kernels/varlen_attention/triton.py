@@ -622,9 +622,8 @@ def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
         STAGES=tuned["stages"],
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tuned["warps"],
-        maxnreg=tuned["maxnreg"]
-        if heads_per_tile == tuned["heads"]
-        else 255,  # with fewer heads a tile has more tokens, whose addresses take registers
+        # With fewer heads a tile has more tokens, whose addresses take registers.
+        maxnreg=tuned["maxnreg"] if heads_per_tile == tuned["heads"] else 255,
     )
 
 
