@@ -15,9 +15,15 @@ import torch
 
 from bench.harness import Builder, Case, Function, Tuning, compiled, main
 from bench.smear_gate import with_backward
-from pgolf.kernels import gated_attention as family
+from pgolf.kernels.common import RMS_EPS
 from pgolf.kernels.common.backend import INTERPRETED
-from pgolf.kernels.gated_attention import gated_attention, gated_attention_reference, kernels
+from pgolf.kernels.gated_attention import (
+    gated_attention,
+    gated_attention_reference,
+    prologue_reference,
+)
+from pgolf.kernels.gated_attention.projection import gate_logits as logits_kernel
+from pgolf.kernels.gated_attention.projection import prologue as prologue_kernel
 
 TOKENS, WIDTH, HEADS, KEYS, DIM, HALF = 98_304, 512, 8, 4, 64, 8
 GATE_WIDTH = 24
@@ -95,7 +101,7 @@ def prologue(device: torch.device, quick: bool) -> Case:
 
     def function(projected: Tensor) -> Tensor:
         q, k = (x.unflatten(-1, (-1, DIM)) for x in projected[None, :, :columns].split([HEADS * DIM, KEYS * DIM], 2))
-        return torch.cat(family.prologue_reference(q, k, cos, sin, gain), 2).flatten(2)[0]
+        return torch.cat(prologue_reference(q, k, cos, sin, gain), 2).flatten(2)[0]
 
     def provider(compiles: bool = False, dtype: torch.dtype = torch.bfloat16) -> Function:
         run = compiled(function, device) if compiles else function
@@ -104,11 +110,11 @@ def prologue(device: torch.device, quick: bool) -> Case:
     def ours() -> Function:
         if device.type != "cuda" and not INTERPRETED:
             return provider()
-        own = projected.clone()
+        buffer = projected.clone()
 
         def run() -> Tensor:
-            kernels.prologue(own, cos, sin, gain, HEADS, KEYS, DIM, family.RMS_EPS, 0.18)
-            return own[:, :columns]
+            prologue_kernel(buffer, cos, sin, gain, HEADS, KEYS, DIM, eps=RMS_EPS, unit=0.18)
+            return buffer[:, :columns]
 
         return run
 
@@ -131,7 +137,7 @@ def gate_logits(device: torch.device, quick: bool) -> Case:
     ours = device.type == "cuda" or INTERPRETED
     providers = {
         "eager": lambda: provider(product),
-        "pgolf": lambda: provider(partial(kernels.gate_logits, out=out) if ours else product),
+        "pgolf": lambda: provider(partial(logits_kernel, out=out) if ours else product),
     }
     return Case(providers, lambda: n.double() @ weight.double().T, n.nbytes + out.nbytes)
 

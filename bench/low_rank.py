@@ -67,7 +67,7 @@ def build(
 
     def loop(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         triples = zip(x.split(lengths), A.split(1), B.split(1), strict=True)
-        return added(torch.cat([dense(own[None], a, b)[0] for own, a, b in triples]))
+        return added(torch.cat([dense(part[None], a, b)[0] for part, a, b in triples]))
 
     def batched(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         if equal:

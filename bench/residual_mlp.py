@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from bench.harness import Builder, Case, Function, Tuning, compiled, main
 from bench.smear_gate import with_backward
-from pgolf.kernels import residual_mlp as family
 from pgolf.kernels.residual_mlp import residual_mlp, residual_mlp_reference
+from pgolf.kernels.residual_mlp import triton as family
 
 TOKENS, WIDTH, HIDDEN = 98_304, 512, 2048
 Tensor = torch.Tensor
@@ -66,7 +66,7 @@ def _gradient(dout: Tensor, weight: Tensor, pre: Tensor) -> Tensor:
 
 
 def build_product(name: str, device: torch.device, quick: bool) -> Case:
-    """One product with its epilogue, as the forward with a gradient wanted and the backward have it."""
+    """One product with its epilogue, as in a forward that needs gradients and in the backward."""
     residual, x, up, _ = _inputs(TOKENS, WIDTH, HIDDEN, device, quick)
     operands = {"up": (x, up), "gradient": (residual, up, F.linear(x, up))}
     plain = {"up": _square, "gradient": _gradient}[name]
@@ -77,8 +77,8 @@ def build_product(name: str, device: torch.device, quick: bool) -> Case:
             return partial(plain, *operands[name])
         a, b, *aux = operands[name]
         if name == "gradient":  # from hidden instead of pre
-            aux = [family._product("up", family.MARKED_SQUARE.value, x, up)]
-        return partial(family._product, name, epilogue.value, a, b, *aux)
+            aux = [family.fused_product("up", family.MARKED_SQUARE.value, x, up)]
+        return partial(family.fused_product, name, epilogue.value, a, b, *aux)
 
     providers = {
         "eager": lambda: partial(plain, *operands[name]),

@@ -128,16 +128,16 @@ CASES: dict[str, Builder] = {
 _CHOICES = dict(
     rows=(32, 64, 128, 256), heads=(1, 2), keys=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4), maxnreg=(128, 168, 255)
 )
-_PLAIN, _HELD = dict(plain=(0, 1)), dict(held=(0, 1))
+_MAXIMUM, _K_IN_REGISTERS = dict(plain=(0, 1)), dict(held=(0, 1))
 TUNING = {
     f"{entry}{name}": Tuning(CASES[f"{case}{name}"], _CHOICES | switch)
     for name in ("", "_wide")
     for entry, case, switch in (
-        ("forward", "forward", _PLAIN),
+        ("forward", "forward", _MAXIMUM),
         ("queries", "forward_backward", {}),
-        ("keys", "forward_backward", _HELD),
+        ("keys", "forward_backward", _K_IN_REGISTERS),
     )
-} | {"float32": Tuning(partial(build, True, 16_384, 512, 8, 4, 64, dtype=torch.float32), _CHOICES | _PLAIN)}
+} | {"float32": Tuning(partial(build, True, 16_384, 512, 8, 4, 64, dtype=torch.float32), _CHOICES | _MAXIMUM)}
 
 
 def _flash(module: str) -> Callable:

@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import gated_attention as family
-from pgolf.kernels import varlen_attention
 from pgolf.kernels.common.backend import INTERPRETED, using
 from pgolf.kernels.gated_attention import (
     KVCache,
@@ -18,11 +16,14 @@ from pgolf.kernels.gated_attention import (
     cached_gated_attention,
     gated_attention,
     gated_attention_reference,
-    kernels,
+    projection,
+    reference,
     resolve_core,
 )
+from pgolf.kernels.gated_attention import triton as family
 from pgolf.kernels.smear_gate import RMS_EPS
-from pgolf.kernels.varlen_attention import tiles_shape
+from pgolf.kernels.varlen_attention import segments
+from pgolf.kernels.varlen_attention import triton as attention
 
 FLOOR = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6, torch.float64: 1e-13}  # of a relative error
 NOISE = 1e-6
@@ -197,8 +198,8 @@ def by_hand(p: Problem, exclude: bool, gated: bool) -> torch.Tensor:
                 values = [row[s, (p.heads + K + j) * D : (p.heads + K + j + 1) * D] for s in past]
                 o = scores.softmax(0) @ torch.stack(values)
                 if exclude:
-                    own = values[-1] / values[-1].norm()
-                    o = o - (o @ own) * own
+                    u = values[-1] / values[-1].norm()
+                    o = o - (o @ u) * u
                 logit = row[t, (p.heads + 2 * K) * D + h] if gated else torch.zeros_like(q[0])
                 out[t, h * D : (h + 1) * D] = 2 * torch.sigmoid(logit) * o
     return y
@@ -235,7 +236,7 @@ def test_precision(device, shape: str, gated: bool, exclude: bool) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long without a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_precision_at_the_record_model_s_width(device, dtype) -> None:
-    """Where q^ and k^ are made in the product's epilogue, if the GPU is Hopper."""
+    """With q^ and k^ computed in the product's epilogue, if the GPU is Hopper."""
     bounds = (0, 3, 150, 150, 700)
     Problem("record", bounds=bounds, tokens=700, gate_width=24, width=512).to(dtype).assert_as_precise()
 
@@ -338,7 +339,7 @@ def test_gates_shut_and_open(device, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_values_far_from_zero(device, dtype) -> None:
-    """Nearly all of the attention's result lies along the own value."""
+    """The attention's result is nearly parallel to the token's value."""
     p = Problem("plain", device, direct=True).to(dtype)
     first = (p.heads + p.keys) * p.dim
     p.update[:, :, first : first + p.keys * p.dim] += 30
@@ -373,14 +374,14 @@ def test_no_tokens(device, shape) -> None:
 
 
 def test_reference_keeps_to_flash_whatever_kernels_are_on(monkeypatch) -> None:
-    monkeypatch.setattr(family, "flash_takes", lambda *_: True)
-    monkeypatch.setattr(family, "flash_attention", lambda q, *_: q + 1)
+    monkeypatch.setattr(reference, "flash_takes", lambda *_: True)
+    monkeypatch.setattr(reference, "flash_attention", lambda q, *_: q + 1)
     q, k, v = torch.zeros(3, 1, 8, 2, 16)
     bounds = torch.tensor([0, 8], dtype=torch.int32)
     for choice in ("reference", "triton"):
         with using(choice):
-            assert (family.attention_reference(q, k, v, bounds, 8) == 1).all()
-    assert (family.attention_reference(q, k, v, bounds, 8, "sdpa") == 0).all()
+            assert (reference.attention_reference(q, k, v, bounds, 8) == 1).all()
+    assert (reference.attention_reference(q, k, v, bounds, 8, "sdpa") == 0).all()
 
 
 @pytest.mark.parametrize("exclude, gated", [(True, True), (False, False)])
@@ -430,8 +431,8 @@ def test_cached_tokens_are_those_of_before(exclude: bool, gated: bool) -> None:
 
 def test_errors_of_cached_tokens() -> None:
     p = Problem("plain", "cpu")
-    held, every = torch.zeros(20, p.keys, p.dim, dtype=torch.float64), torch.arange(13)
-    cache = KVCache(held, held.clone(), every, every, every, p.cu, 8)
+    empty, every = torch.zeros(20, p.keys, p.dim, dtype=torch.float64), torch.arange(13)
+    cache = KVCache(empty, empty.clone(), every, every, every, p.cu, 8)
 
     def call(n=p.n, cu=p.cu, longest=8, **changes):
         return cached_gated_attention(
@@ -507,27 +508,27 @@ def test_everything_else_takes_the_reference(core: str, shape: str) -> None:
 def test_any_launch_parameters(monkeypatch, tokens: int, warps: int) -> None:
     p = Problem("padded").to(torch.float32)
     expected = p.value()
-    monkeypatch.setattr(kernels, "launch_parameters", lambda *_: dict(tokens=tokens, warps=warps, ping_pong=0))
+    monkeypatch.setattr(projection, "launch_parameters", lambda *_: dict(tokens=tokens, warps=warps, ping_pong=0))
     assert torch.allclose(p.value(), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
 def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
     """With segments that end within tiles of keys, with rows, and where exponentials need their maximum after all."""
-    tuned, described, made = varlen_attention.launch_parameters, varlen_attention.TensorDescriptor, []
-    monkeypatch.setattr(varlen_attention, "TensorDescriptor", lambda *x: made.append(x) or described(*x))
+    tuned, describe, descriptors = segments.launch_parameters, attention.TensorDescriptor, []
+    monkeypatch.setattr(attention, "TensorDescriptor", lambda *x: descriptors.append(x) or describe(*x))
     shape = 4, 2, 16, 8, 4  # rows of whole 16 bytes
     large = Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80)
     large.gain *= 100
     for p in (Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80), Problem(shape, bounds=None, rows=3), large):
         p.to(torch.bfloat16)
         results = []
-        for wanted in (0, 1):
-            found = lambda *case, wanted=wanted: tuned(*case) | dict(descriptors=wanted)  # noqa: E731
-            monkeypatch.setattr(varlen_attention, "launch_parameters", found)
+        for choice in (0, 1):
+            found = lambda *case, choice=choice: tuned(*case) | dict(descriptors=choice)  # noqa: E731
+            monkeypatch.setattr(segments, "launch_parameters", found)
             results.append(p.results(p.call()))
         assert same(*results)
-    assert len(made) == 12, "of k and v, in both kernels of each problem"
+    assert len(descriptors) == 12, "of k and v, in both kernels of each problem"
 
 
 @needs_kernels
@@ -542,7 +543,7 @@ def test_gate_logits(dtype, tokens: int, depth: int, columns: int) -> None:
     weight[columns // 2 + 1 :] = 0  # padding
     whole = torch.full((tokens, columns + 9), 7.0, device=DEVICE, dtype=dtype)
     out = whole[:, 4 : 4 + columns]
-    assert kernels.gate_logits(n, weight, out) is out
+    assert projection.gate_logits(n, weight, out) is out
     exact, plain = n.double() @ weight.double().T, n @ weight.T
     error, allowed = (float((x.double() - exact).norm()) for x in (out, plain))
     assert error <= 1.02 * allowed + 1e-7 * float(exact.norm())
@@ -569,7 +570,9 @@ def test_offsets_beyond_32_bits() -> None:
     projected.copy_(torch.randn(3, 66))
     near = projected.clone()
     angles, gain = torch.randn(3, 4, device=DEVICE), torch.ones(2, device=DEVICE)
-    far_rms, near_rms = (kernels.prologue(x, angles, angles, gain, 2, 1, 16, 1e-7, 0.5) for x in (projected, near))
+    far_rms, near_rms = (
+        projection.prologue(x, angles, angles, gain, 2, 1, 16, eps=1e-7, unit=0.5) for x in (projected, near)
+    )
     assert torch.equal(projected, near) and torch.equal(far_rms, near_rms)
 
 
@@ -583,7 +586,7 @@ def test_operators_are_registered_as_they_behave(update: bool, first_queries: li
     tiles, first = p.tiles(), p.options.get("first_queries")
     arguments = n, weight, p.cos, p.sin, gain, tiles, added, first, *sizes, None, 1e-7
     library.opcheck(torch.ops.pgolf.gated_attention.default, arguments)
-    saved = family._gated_attention_triton(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
+    saved = family.gated_attention_forward(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
     arguments = (p.dy, p.cos, p.sin, p.gain, tiles, *saved, first, *sizes)
     library.opcheck(torch.ops.pgolf.gated_attention_backward.default, arguments)
 
@@ -695,7 +698,7 @@ def test_errors_name_the_argument() -> None:
         ValueError, "cu_seqlens must go from 0 to the number of tokens, 13, got 0 to 12", cu_seqlens=p.cu - p.cu // 13
     )
     refused(ValueError, "cu_seqlens must ascend, got 4 after 5", cu_seqlens=p.cu[[0, 3, 2, 4]])
-    tiles = torch.zeros(tiles_shape(p.cu, 13, torch.float32, 16, 2), dtype=torch.int32)
+    tiles = torch.zeros(segments.tiles_shape(p.cu, 13, torch.float32, 16, 2), dtype=torch.int32)
     refused(TypeError, "tiles must be int32, got torch.int64", tiles=tiles.long())
     refused(ValueError, r"tiles must be \(\d, \d, 4\) on cpu, .*, got \(\d, \d, 3\)", tiles=tiles[..., 1:])
     refused(ValueError, r"tiles must be \(\d, \d, 4\) on cpu, .* on meta", tiles=tiles.to("meta"))

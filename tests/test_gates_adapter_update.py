@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import adapter_update as family
+from pgolf.kernels.adapter_update.triton import launch_update
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -24,7 +24,7 @@ def compile_one(adamw: bool, moments: bool, scaled: bool, shape=(4, 96, 512), ca
     learning, step = torch.ones(shape[0], dtype=torch.bool), torch.ones(())
     with compiling(capability) as kernels:
         for lr in (0.1, 0.01):  # one compilation
-            family._adapter_update_triton(
+            launch_update(
                 master, copy, copy, learning, step, first, second, row_scale, adamw, lr, 0.9 * moments, lr, lr, lr
             )
     (kernel,) = kernels

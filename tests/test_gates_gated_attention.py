@@ -11,7 +11,7 @@ if INTERPRETED:
     pytest.skip("the compiler is for the process without the interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from pgolf.kernels._gated_attention_kernels import gate_logits, prologue
+from pgolf.kernels.gated_attention.projection import gate_logits, prologue
 from tests.gates import check, compiling
 
 TOKENS = 98_304  # the record's micro-step
@@ -20,7 +20,7 @@ TOKENS = 98_304  # the record's micro-step
 def launch(dtype, H=8, K=4, D=64, half=8, padding=8, period=TOKENS):
     projected = torch.empty(TOKENS, (H + 2 * K) * D + H + padding, dtype=dtype)
     angles = torch.empty(period, half, dtype=dtype)
-    prologue(projected, angles, angles, torch.empty(H), H, K, D, 1e-7, 0.18)
+    prologue(projected, angles, angles, torch.empty(H), H, K, D, eps=1e-7, unit=0.18)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

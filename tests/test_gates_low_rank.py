@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import low_rank as family
 from pgolf.kernels.common.launch import launch_parameters
+from pgolf.kernels.low_rank import triton as family
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -51,9 +51,9 @@ def compile_all(capability: int, shape: str, dtype: torch.dtype = torch.bfloat16
     A, B = (torch.empty(GROUPS, *sizes, dtype=dtype) for sizes in ((len(parts) * rank, D), (sum(parts), rank)))
     offsets = torch.zeros(GROUPS + 1, dtype=torch.int32)
     with compiling(capability) as kernels:
-        y, _ = family._forward(x, A, B, offsets, None, 1.0, parts, width, True)
-        family._forward(x, A, B, offsets, y, 1.0, parts, width, True)
-        family._backward(x, y, x, A, B, offsets, h, 1.0, parts, True, True, True)
+        y, _ = family.low_rank_forward(x, A, B, offsets, None, 1.0, parts, width, keep=True)
+        family.low_rank_forward(x, A, B, offsets, y, 1.0, parts, width, keep=True)
+        family.low_rank_backward(x, y, x, A, B, offsets, h, 1.0, parts)
     assert [kernel.name for kernel in kernels] == ["_forward_kernel", *KERNELS, "_weights_kernel"]
     return kernels
 
@@ -83,6 +83,6 @@ def test_rows_and_groups_are_no_constants() -> None:
             x, h = torch.empty(rows, D).bfloat16(), torch.empty(rows, rank).bfloat16()
             A, B = torch.empty(groups, rank, D).bfloat16(), torch.empty(groups, *parts, rank).bfloat16()
             offsets = torch.zeros(groups + 1, dtype=torch.int32)
-            y, _ = family._forward(x, A, B, offsets, None, 1.0, parts, width, True)
-            family._backward(None, y, x, A, B, offsets, h, 1.0, parts, True, True, True)
+            y, _ = family.low_rank_forward(x, A, B, offsets, None, 1.0, parts, width, keep=True)
+            family.low_rank_backward(None, y, x, A, B, offsets, h, 1.0, parts)
     assert len(kernels) == 5

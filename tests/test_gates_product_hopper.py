@@ -22,10 +22,11 @@ def test_project_on_an_h100(updated: bool) -> None:
     cos, sin, out = (torch.empty(tokens, columns).bfloat16() for columns in (8, 8, 1040))
     update = torch.empty(tokens, 1024).bfloat16() if updated else None
     with compiling(90) as kernels:
-        assert hopper.projects(x, weight, cos, out, heads, kv_heads, 64, 6)
-        assert not hopper.projects(x, weight, cos[:, :4], out, heads, kv_heads, 64, 6)
-        assert not hopper.projects(x, weight, cos, out, heads, kv_heads, 32, 6)
-        hopper.project(x, weight, cos, sin, torch.empty(heads), update, out, torch.empty(12, tokens), 1e-7, 0.18, 6)
+        assert hopper.projection_fits(x, weight, cos, out, heads, kv_heads, 64, 6)
+        assert not hopper.projection_fits(x, weight, cos[:, :4], out, heads, kv_heads, 64, 6)
+        assert not hopper.projection_fits(x, weight, cos, out, heads, kv_heads, 32, 6)
+        given = x, weight, cos, sin, torch.empty(heads), update, out, torch.empty(12, tokens)
+        hopper.normalised_projection(*given, eps=1e-7, unit=0.18, stages=6)
     (kernel,) = kernels
     check(kernel, registers=168, matrix_products=True)
     assert kernel.count(r"HGMMA\.64x128x16") == kernel.count("HGMMA") == 2 * 2 * 8

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from pgolf.kernels import _residual_kernels as kernels
+from pgolf.kernels.residual import lanes as two_lanes
+from pgolf.kernels.residual import triton as stream
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -80,34 +81,39 @@ def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
     x, vector, scale = torch.empty(1, TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype), torch.ones(())
     mix, join, rstd = torch.empty(2, width, dtype=dtype), (x, vector, vector), torch.empty(1, TOKENS)
     none, lanes = (None,) * 3, (x, x, x, x, torch.empty(2, 2), torch.empty(2))
-    backward, lanes_backward, variant = kernels.mix_backward, kernels.lanes_backward, name.partition("_frozen")
+    backward, lanes_backward, variant = stream.mix_backward, two_lanes.lanes_backward, name.partition("_frozen")
     if variant[1]:  # a frozen x0 has no later gradient to add
         frozen = dict(need_x=False) if variant[2] else dict(need_x0=False, need_parameters=False)
         backward, lanes_backward = partial(backward, **frozen), partial(lanes_backward, **frozen)
     later = None if variant[1] else x
+    u_and_n = dict(keep_u=True, keep_n=True)
     {
-        "mix_forward": lambda: kernels.mix_forward(x, x, mix, *none, scale, EPS, False, True, True, False),
-        "join_mix_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, False, True, True, False),
-        "enter_lanes_forward": lambda: kernels.mix_forward(x, x, mix, *join, scale, EPS, True, False, True, True),
-        "join_forward": lambda: kernels.mix_forward(x, None, None, *join, None, EPS, True, False, False, False),
+        "mix_forward": lambda: stream.mix_forward(x, x, mix, *none, scale, EPS, **u_and_n),
+        "join_mix_forward": lambda: stream.mix_forward(x, x, mix, *join, scale, EPS, **u_and_n),
+        "enter_lanes_forward": lambda: stream.mix_forward(
+            x, x, mix, *join, scale, EPS, keep_joined=True, keep_n=True, keep_n1=True
+        ),
+        "join_forward": lambda: stream.mix_forward(x, None, None, *join, None, EPS, keep_joined=True),
         "mix_backward": lambda: backward(None, x, x, None, None, None, x, x, mix, *none, scale, EPS),
         "mix_backward_carry": lambda: backward(None, x, x, None, x, later, x, x, mix, *none, scale, EPS),
         "join_mix_backward": lambda: backward(None, x, x, None, None, later, x, x, mix, *join, scale, EPS),
-        "mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *none, scale, EPS, True),
-        "join_mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *join, scale, EPS, False, True),
+        "mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *none, scale, EPS, x0_is_x=True),
+        "join_mix_backward_one": lambda: backward(
+            None, x, x, None, None, x, x, x, mix, *join, scale, EPS, skip_is_x=True
+        ),
         "enter_lanes_backward": lambda: backward(x, None, x, x, x, later, x, x, mix, *join, scale, EPS),
         "join_backward": lambda: backward(x, None, None, None, None, None, x, None, None, *join, None, EPS),
-        "norm_forward": lambda: kernels.norm_forward(x, None, scale, EPS),
-        "norm_forward_mean": lambda: kernels.norm_forward(x, x, None, EPS),
-        "norm_backward": lambda: kernels.norm_backward(x, x, x, rstd, scale, False),
-        "norm_backward_mean": lambda: kernels.norm_backward(None, x, x, rstd, None, True),
-        "lanes_forward": lambda: kernels.lanes_forward(None, *lanes, None, *none, None, EPS, False),
+        "norm_forward": lambda: stream.norm_forward(x, None, scale, EPS),
+        "norm_forward_mean": lambda: stream.norm_forward(x, x, None, EPS),
+        "norm_backward": lambda: stream.norm_backward(x, x, x, rstd, scale),
+        "norm_backward_mean": lambda: stream.norm_backward(None, x, x, rstd, None, mean=True),
+        "lanes_forward": lambda: two_lanes.lanes_forward(None, *lanes, None, *none, None, EPS),
         "lanes_backward": lambda: lanes_backward(None, x, x, *none, *lanes, None, *none, None, EPS),
-        "lanes_norm_forward": lambda: kernels.lanes_forward(x, *lanes, mix, *none, scale, EPS, False),
-        "lanes_norm_join_forward": lambda: kernels.lanes_forward(x, *lanes, mix, *join, scale, EPS, False),
+        "lanes_norm_forward": lambda: two_lanes.lanes_forward(x, *lanes, mix, *none, scale, EPS),
+        "lanes_norm_join_forward": lambda: two_lanes.lanes_forward(x, *lanes, mix, *join, scale, EPS),
         "lanes_norm_backward": lambda: lanes_backward(later, *[x] * 5, *lanes, mix, *none, scale, EPS),
         "lanes_norm_join_backward": lambda: lanes_backward(later, *[x] * 5, *lanes, mix, *join, scale, EPS),
-        "lanes_mean_forward": lambda: kernels.lanes_forward(None, *lanes, None, *none, None, EPS, True),
+        "lanes_mean_forward": lambda: two_lanes.lanes_forward(None, *lanes, None, *none, None, EPS, mean=True),
         "lanes_mean_backward": lambda: lanes_backward(*none, x, None, None, *lanes, None, *none, None, EPS),
     }[variant[0]]()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import residual_mlp as family
 from pgolf.kernels.common import hopper_product as hopper
 from pgolf.kernels.common.launch import launch_parameters
+from pgolf.kernels.residual_mlp import triton as family
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -29,7 +29,7 @@ def compile_product(
     up = torch.empty(m, d, dtype=dtype)
     operands = (x, up, hidden) if name == "gradient" else (x, up)
     with compiling(capability) as kernels:
-        family._product(name.replace("plain", "up"), EPILOGUES[name].value, *operands)
+        family.fused_product(name.replace("plain", "up"), EPILOGUES[name].value, *operands)
     (kernel,) = kernels
     return kernel
 

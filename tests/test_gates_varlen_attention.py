@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels import varlen_attention
 from pgolf.kernels.common import launch
+from pgolf.kernels.varlen_attention import attention_tiles
+from pgolf.kernels.varlen_attention import triton as family
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -44,19 +45,19 @@ def compile_all(
     logits = fused[:, 16 * width : 16 * width + heads]
     forward, backward = {}, {}
     if epilogue:
-        forward = dict(along=lse, logits=logits)
+        forward = dict(components=lse, logits=logits)
         padding = fused[:, 16 * width + heads :]
         backward = dict(dq=q, dk=k, dv=v, dlogits=logits, padding=padding, **forward)
     if first_queries:
         forward["first_queries"] = backward["first_queries"] = bounds[1:]
     if epilogue and half is not None:
         angles, gain = torch.empty(TOKENS, half, dtype=dtype), torch.empty(heads)
-        made_by = varlen_attention.Prologue(torch.empty(heads + 4, TOKENS), gain, angles, angles)
+        made_by = family.Prologue(torch.empty(heads + 4, TOKENS), gain, angles, angles)
         backward |= dict(prologue=made_by, dgain=gain)
     with compiling(capability) as kernels:
-        tiles = varlen_attention.attention_tiles(bounds, TOKENS, dtype, width, heads // 4)
-        varlen_attention._forward(q, k, v, tiles, 0.125, base_2=epilogue, **forward)
-        varlen_attention._backward(q, q, k, v, q, lse, tiles, 0.125, **backward)
+        tiles = attention_tiles(bounds, TOKENS, dtype, width, heads // 4)
+        family.attention_forward(q, k, v, tiles, 0.125, base_2=epilogue, **forward)
+        family.attention_backward(q, q, k, v, q, lse, tiles, 0.125, **backward)
     for kernel in kernels:
         check(kernel)
     small = "_attention_bounds_kernel", "_attention_tiles_kernel", "_partial_sums_kernel"

@@ -9,8 +9,8 @@ import torch
 
 from pgolf.config import RunConfig
 from pgolf.data.loader import segment_boundaries
-from pgolf.kernels import varlen_attention
 from pgolf.kernels.common.backend import INTERPRETED, using
+from pgolf.kernels.varlen_attention import segments
 from pgolf.model.gpt import GPT
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -70,8 +70,8 @@ on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter a m
 def test_gradients_in_float32(looping: bool, monkeypatch) -> None:
     """All layers share attention's tiles, forward and backward: one kernel makes them."""
     launches = MagicMock()
-    launches.__getitem__.side_effect = varlen_attention._attention_tiles_kernel.__getitem__
-    monkeypatch.setattr(varlen_attention, "_attention_tiles_kernel", launches)
+    launches.__getitem__.side_effect = segments._attention_tiles_kernel.__getitem__
+    monkeypatch.setattr(segments, "_attention_tiles_kernel", launches)
     model = small_model(compute_dtype="float32")
     model.looping_active = looping
     data = batch(44)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import low_rank as family
 from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.low_rank import LowRank, low_rank, low_rank_reference
+from pgolf.kernels.low_rank import triton as family
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # of a relative error: one unit of bf16
 NAMES = ("value", "x", "A", "B")
@@ -181,21 +181,21 @@ def test_strides_of_the_residual(device) -> None:
 @needs_kernels
 @pytest.mark.parametrize("trained", [(), (1,), (2,), (1, 2)], ids=str)
 def test_an_x_without_gradient_costs_none(monkeypatch, trained: tuple[int, ...]) -> None:
-    """It comes back itself; dx is not made, nor is dh where only B needs a gradient."""
+    """It is returned itself; neither dx nor, if only B needs a gradient, dh is computed."""
     leaves, arguments = inputs(DEVICE, "small")
     dout = random_like(leaves[0], 40).bfloat16()
     expected = results(low_rank, leaves, dout, arguments)[1:]
-    made = []
-    for name in ("_hidden", "_input", "_weights"):
+    launched = []
+    for name in ("_write_dh", "_write_dx", "_write_dweight"):
         kernel = getattr(family, name)
-        monkeypatch.setattr(family, name, lambda *a, name=name, kernel=kernel: made.append(name) or kernel(*a))
+        monkeypatch.setattr(family, name, lambda *a, name=name, kernel=kernel: launched.append(name) or kernel(*a))
     leaves = [leaf.detach().requires_grad_(i in trained) for i, leaf in enumerate(leaves)]
     residual = torch.randn(19, 40, device=DEVICE).bfloat16().requires_grad_()
     y, x = low_rank(*leaves, **arguments, residual=residual)
     got = torch.autograd.grad(y, [residual, *(leaves[i] for i in trained)], dout)[1:]
     assert x is leaves[0] and not x.requires_grad
     assert all(torch.equal(gradient, expected[i]) for i, gradient in zip(trained, got, strict=True))
-    assert made == ["_hidden"] * (1 in trained) + ["_weights"] * len(trained)
+    assert launched == ["_write_dh"] * (1 in trained) + ["_write_dweight"] * len(trained)
 
 
 def test_columns_and_rows_of_nobody_are_zero(device) -> None:
@@ -244,7 +244,7 @@ def test_tiles_that_are_not_square(monkeypatch, case: str) -> None:
 
 @needs_kernels
 def test_many_groups() -> None:
-    """More of them than a program looks at together."""
+    """More of them than a program reads at a time."""
     lengths = torch.randint(0, 3, (140,)) * (torch.rand(140) < 0.1)
     offsets = torch.cat([torch.tensor([2]), 2 + lengths.cumsum(0)]).to(DEVICE, torch.int32)
     rows = int(offsets[-1]) + 3
@@ -259,14 +259,14 @@ def test_many_groups() -> None:
 def test_strides(device, kind: str) -> None:
     """Of the gradient of y, and inputs that are not contiguous."""
     leaves, arguments = inputs(device, "small")
-    made = torch.randn(19, 40, device=device).bfloat16()
+    base = torch.randn(19, 40, device=device).bfloat16()
     dout = {
-        "wider": torch.cat([made, made + torch.nan], 1)[:, :40],
-        "transposed": made.T.contiguous().T,
-        "expanded": made[:1].expand(19, 40),
-        "unaligned": torch.cat([made[:, :1], made], 1)[:, 1:],
+        "wider": torch.cat([base, base + torch.nan], 1)[:, :40],
+        "transposed": base.T.contiguous().T,
+        "expanded": base[:1].expand(19, 40),
+        "unaligned": torch.cat([base[:, :1], base], 1)[:, 1:],
     }[kind]
-    assert dout.stride() != made.stride()
+    assert dout.stride() != base.stride()
     expected = results(low_rank, leaves, dout.contiguous(), arguments)
     strided = [torch.stack([leaf, leaf], -1)[..., 0].requires_grad_() for leaf in leaves]
     y = low_rank(*strided, **arguments).y
@@ -290,14 +290,14 @@ def test_gradient_of_later_readers_alone(device) -> None:
     assert torch.equal(dx, later) and others == [None, None]
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2), (0, 2)], ids=str)
-def test_gradients_that_are_not_needed(device, wanted: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2), (0, 2)], ids=str)
+def test_gradients_that_are_not_needed(device, needed: tuple[int, ...]) -> None:
     leaves, arguments = inputs(device, "small")
     dout = torch.randn(19, 40, device=device)
     expected = results(low_rank, leaves, dout, arguments)[1:]
-    leaves = [leaf.detach().requires_grad_(i in wanted) for i, leaf in enumerate(leaves)]
-    got = torch.autograd.grad(low_rank(*leaves, **arguments).y, [leaves[i] for i in wanted], dout.bfloat16())
-    assert all(torch.equal(gradient, expected[i]) for i, gradient in zip(wanted, got, strict=True))
+    leaves = [leaf.detach().requires_grad_(i in needed) for i, leaf in enumerate(leaves)]
+    got = torch.autograd.grad(low_rank(*leaves, **arguments).y, [leaves[i] for i in needed], dout.bfloat16())
+    assert all(torch.equal(gradient, expected[i]) for i, gradient in zip(needed, got, strict=True))
 
 
 def test_what_is_behind_or_before_the_groups_is_not_read(device) -> None:
@@ -363,9 +363,9 @@ def test_offsets_that_are_wrong_stay_inside(monkeypatch, bounds: list[int]) -> N
     monkeypatch.setattr(family, "_fake_forward", lambda *a: tuple(guarded(*t.shape) for t in fakes[0](*a)))
     monkeypatch.setattr(family, "_fake_backward", lambda *a: tuple(guarded(*t.shape) for t in fakes[1](*a)))
     x, A, B = leaves
-    y, h = family._forward(x, A, B, offsets, None, 1.0, (24,), 24, True)
-    family._forward(x, A, B, offsets, y, 1.0, (24,), 24, True)
-    family._backward(x, y, x, A, B, offsets, h.nan_to_num(0), 1.0, (24,), True, True, True)
+    y, h = family.low_rank_forward(x, A, B, offsets, None, 1.0, (24,), 24, keep=True)
+    family.low_rank_forward(x, A, B, offsets, y, 1.0, (24,), 24, keep=True)
+    family.low_rank_backward(x, y, x, A, B, offsets, h.nan_to_num(0), 1.0, (24,))
     assert len(guards) == 7 and all(bool((guard == 7).all()) for pair in guards for guard in pair)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench.timing import capture
-from pgolf.kernels import residual_mlp as family
 from pgolf.kernels.common import hopper_product as hopper
 from pgolf.kernels.common.backend import INTERPRETED
+from pgolf.kernels.residual_mlp import triton as family
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and hopper.gluon and not INTERPRETED
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and Triton 3.6")
@@ -128,7 +128,7 @@ def test_the_simulation_sees_what_is_wrong() -> None:
     a, b = torch.empty(1, 832).half(), torch.empty(128, 832).half()
     if hopper.gluon:
         with pytest.raises(ValueError, match="stages must be 2 or more, .* got 1 for K = 832"):
-            hopper.ping_pong(family.SQUARE.value, a, b, a, a, 6, False)
+            hopper.ping_pong(family.SQUARE.value, a, b, a, a, stages=6)
     with pytest.raises(AssertionError):  # the second tile's consumer takes a new barrier for its stage's second use
         for seed in range(50):
             simulate(6, 0, 1, 8, 6, random.Random(seed), turns=False)
@@ -159,14 +159,14 @@ def run(epilogue: int, a, b, aux, stages: int = 6, copies: bool = False) -> torc
     """The product, in the middle of a matrix whose other rows stay as they are."""
     room = torch.full((a.size(0) + 256, b.size(0)), torch.nan, device="cuda", dtype=a.dtype)
     out = room[128:-128]
-    hopper.ping_pong(epilogue, a, b, out if aux is None else aux, out, stages, copies)
+    hopper.ping_pong(epilogue, a, b, out if aux is None else aux, out, stages=stages, copies=copies)
     assert room[:128].isnan().all() and room[-128:].isnan().all() and not out.isnan().any()
     return out
 
 
 def operands(epilogue: int, M: int, N: int, K: int, dtype: torch.dtype) -> tuple:
     a, b = (torch.randn(rows, K, device="cuda").to(dtype) for rows in (M, N))
-    marked = family._plain_product(family.MARKED_SQUARE.value, a.flip(0), b, None)
+    marked = family.unfused_product(family.MARKED_SQUARE.value, a.flip(0), b, None)
     return a, b, marked if epilogue == family.GRADIENT.value else None
 
 
@@ -178,7 +178,7 @@ def operands(epilogue: int, M: int, N: int, K: int, dtype: torch.dtype) -> tuple
 )
 def test_ping_pong(epilogue: int, dtype: torch.dtype, M: int, N: int, K: int) -> None:
     given = operands(epilogue, M, N, K, dtype)
-    got, plain = run(epilogue, *given), family._plain_product(epilogue, *given)
+    got, plain = run(epilogue, *given), family.unfused_product(epilogue, *given)
     # The sums are of one precision in another order: one unit in the last place, more where a sum is nearly zero.
     unit, largest = torch.finfo(dtype).eps, plain.double().abs().max()
     assert ((got.double() - plain.double()).abs() <= 2 * unit * plain.double().abs() + 1e-4 * largest).all()
@@ -196,7 +196,7 @@ def test_parameters_and_repeats_bit_for_bit(stages: int, copies: bool) -> None:
 @needs_hopper
 def test_in_a_graph() -> None:
     a, b, aux = operands(family.GRADIENT.value, 1000, 512, 512, torch.bfloat16)
-    graph, out = capture(lambda: family._product("gradient", family.GRADIENT.value, a, b, aux))
+    graph, out = capture(lambda: family.fused_product("gradient", family.GRADIENT.value, a, b, aux))
     expected = out.clone().fill_(torch.nan)
     graph.replay()
     expected.copy_(out)
@@ -240,8 +240,8 @@ def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype, update
     given = *projection(T, H, K, period, dtype), update
     room = torch.full((T + 256, width + rest), torch.nan, device="cuda", dtype=dtype)
     inverse = torch.full((H + K + 2, T), torch.nan, device="cuda")
-    assert hopper.projects(*given[:3], room, H, K, 64, 6)
-    hopper.project(*given, room[128:-128], inverse[1:-1], eps, unit, 6)
+    assert hopper.projection_fits(*given[:3], room, H, K, 64, 6)
+    hopper.normalised_projection(*given, room[128:-128], inverse[1:-1], eps=eps, unit=unit, stages=6)
     assert room[:128].isnan().all() and room[-128:].isnan().all() and room[:, width:].isnan().all()
     assert inverse[0].isnan().all() and inverse[-1].isnan().all()
     expected, of_rms = projected_reference(*given, H, K, eps, unit)
@@ -251,5 +251,5 @@ def test_project(T: int, H: int, K: int, period: int, dtype: torch.dtype, update
     torch.testing.assert_close(inverse[1:-1].double(), of_rms, rtol=1e-5, atol=0)
     again = torch.full_like(room, torch.nan)
     for _ in range(20):
-        hopper.project(*given, again[128:-128], inverse[1:-1], eps, unit, 6)
+        hopper.normalised_projection(*given, again[128:-128], inverse[1:-1], eps=eps, unit=unit, stages=6)
         assert torch.equal(again[128:-128, :width], room[128:-128, :width])

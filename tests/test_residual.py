@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import _residual_kernels as kernels
 from pgolf.kernels import residual as family
 from pgolf.kernels.common.backend import INTERPRETED
+from pgolf.kernels.common.compiling import tl
 from pgolf.kernels.residual import (
     RMS_EPS,
     enter_lanes_norm,
@@ -144,9 +144,9 @@ def results(function: Callable, leaves, seed: int = 1, frozen: frozenset[int] = 
     douts = [
         torch.randn(out.shape, generator=generator).to(out.device, torch.bfloat16).to(out.dtype) for out in outputs
     ]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    needed = [leaf for leaf in leaves if leaf.requires_grad]
     pairs = [(out, dout) for out, dout in zip(outputs, douts, strict=True) if out.requires_grad]
-    gradients = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [dout for _, dout in pairs]))
+    gradients = iter(torch.autograd.grad([out for out, _ in pairs], needed, [dout for _, dout in pairs]))
     return [*(out.detach() for out in outputs), *(next(gradients) if leaf.requires_grad else None for leaf in leaves)]
 
 
@@ -179,8 +179,8 @@ def test_formulas() -> None:
     got = residual_mix_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
     assert got.x is None
     got = *got[:2], got.x0, *enter_lanes_norm(x, x0, mix, scale_of(x), skip=skip, weight=weight, gate=gate)
-    wanted = u, plain_norm(u) * SCALE, x0, joined, x, plain_norm(u) * SCALE, plain_norm(x) * SCALE, x0
-    for a, b in zip(got, wanted, strict=True):
+    expected = u, plain_norm(u) * SCALE, x0, joined, x, plain_norm(u) * SCALE, plain_norm(x) * SCALE, x0
+    for a, b in zip(got, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-12, rtol=1e-6)
     assert torch.allclose(join_skip(x, skip, weight), x + weight * skip, atol=1e-12)
     assert torch.allclose(scaled_rms_norm(x, None, x0), plain_norm(0.5 * (x + x0)), atol=1e-12)
@@ -338,8 +338,8 @@ def test_backward_computes_what_is_needed(monkeypatch) -> None:
 
         return call
 
-    monkeypatch.setattr(family.ops, "_mix_backward_op", spied(family.ops._mix_backward_op))
-    monkeypatch.setattr(family.ops, "_lanes_backward_op", spied(family.ops._lanes_backward_op))
+    monkeypatch.setattr(family.triton, "_mix_backward_op", spied(family.triton._mix_backward_op))
+    monkeypatch.setattr(family.lanes, "_lanes_backward_op", spied(family.lanes._lanes_backward_op))
     for case in ("mix_norm", "join_mix_norm", "enter_lanes_join", "lanes_norm", "lanes_norm_join"):
         leaves, lanes = leaves_of(case, (1, 2, 8)), case.startswith("lanes")
         parameters = {4, 5, 7, 9, 10} if lanes else {2, 4, 5}
@@ -447,9 +447,9 @@ def test_offsets_beyond_32_bits() -> None:
         x = torch.zeros(rows, width, device=DEVICE, dtype=torch.float16)
     x[:, :8] = torch.randn(rows, 8)
     expected, weight = 3 * x[:, :8].float(), torch.full((8,), 2.0, device=DEVICE)
-    settings = dict(EPS=0.0, D=width, BLOCK=8, STAGES=1, ACC=kernels.tl.float32, num_warps=1)
+    settings = dict(EPS=0.0, D=width, BLOCK=8, STAGES=1, ACC=tl.float32, num_warps=1)
     unused = (None,) * 4
-    kernels._residual_kernel[(2,)](x, None, None, x, weight, None, None, x, *unused, rows, 2, **settings)
+    family.triton._residual_kernel[(2,)](x, None, None, x, weight, None, None, x, *unused, rows, 2, **settings)
     assert torch.allclose(x[:, :8].float(), expected, atol=1e-2)
 
 

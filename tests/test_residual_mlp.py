@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels import residual_mlp as family
 from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.common.compiling import jit, tl
 from pgolf.kernels.residual_mlp import residual_mlp, residual_mlp_reference
+from pgolf.kernels.residual_mlp import triton as family
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # of a relative error: one unit of bf16
 NAMES = ("residual", "x", "up", "down")
@@ -131,7 +131,9 @@ def test_onto_the_residual(device) -> None:
 def test_the_last_bit_of_hidden_is_the_sign_before(dtype) -> None:
     """And hidden is as near as that allows, without a bias."""
     x, up = (torch.randn(rows, 16, device=DEVICE).to(dtype) for rows in (257, 150))
-    marked, plain = (family._product("up", epilogue.value, x, up) for epilogue in (family.MARKED_SQUARE, family.SQUARE))
+    marked, plain = (
+        family.fused_product("up", epilogue.value, x, up) for epilogue in (family.MARKED_SQUARE, family.SQUARE)
+    )
     pre = x.double() @ up.double().T
     exact = torch.where(pre < 0, pre / 2, pre) ** 2
     bits = marked.view(torch.int32 if dtype == torch.float32 else torch.int16) & 1
@@ -183,7 +185,7 @@ def test_gradients_of_some(device, which: str) -> None:
 
 @needs_kernels
 def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
-    out, hidden = family._forward(*inputs(DEVICE), False)
+    out, hidden = family.mlp_forward(*inputs(DEVICE), False)
     assert hidden.numel() == 0 and torch.ops.pgolf.residual_mlp(*inputs(DEVICE), True)[1].shape == (10, 24)
 
 
@@ -242,7 +244,7 @@ def test_operators_are_registered_as_they_behave() -> None:
     library.opcheck(ops.residual_mlp.default, (None, *leaves[1:], True))
     leaves = [leaf.detach() for leaf in leaves]
     library.opcheck(ops.residual_mlp.default, (*leaves, False))
-    out, hidden = family._forward(*leaves, True)
+    out, hidden = family.mlp_forward(*leaves, True)
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         library.opcheck(ops.residual_mlp_backward.default, (out, *leaves[1:], hidden, *needs))
 

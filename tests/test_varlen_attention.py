@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import library
 
 from pgolf.kernels import gated_attention as sublayer
-from pgolf.kernels import varlen_attention as family
 from pgolf.kernels.common import launch
 from pgolf.kernels.common.backend import INTERPRETED
-from pgolf.kernels.varlen_attention import varlen_attention, varlen_attention_reference
+from pgolf.kernels.varlen_attention import segments, varlen_attention, varlen_attention_reference
+from pgolf.kernels.varlen_attention import triton as family
 from tests.test_gated_attention import BOUNDS, EVERY_WAY, Problem, close, same
 
 FLOOR = {torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float32: 1e-6}  # of a relative error
@@ -51,7 +51,7 @@ def inputs(device, lengths: list[int], heads: int, key_heads: int, width: int, d
 
 def tiles_for(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """What the kernels of these queries and keys take for the segments."""
-    return family.attention_tiles(cu_seqlens, q.size(0), q.dtype, q.size(2), q.size(1) // k.size(1))
+    return segments.attention_tiles(cu_seqlens, q.size(0), q.dtype, q.size(2), q.size(1) // k.size(1))
 
 
 def by_segments(q, k, v, cu_seqlens, scale=None):
@@ -93,7 +93,7 @@ def tiles(request, monkeypatch) -> None:
     rows, keys = request.param
     parameters = dict(rows=rows, heads=min(4, rows // 16), keys=keys, warps=4, stages=2, maxnreg=255)
     parameters |= dict(plain=keys == 16, held=keys == 32, descriptors=0)
-    monkeypatch.setattr(family, "launch_parameters", lambda *_: parameters)
+    monkeypatch.setattr(segments, "launch_parameters", lambda *_: parameters)
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
@@ -179,17 +179,17 @@ def test_low_level(dtype) -> None:
     """lse to the base 2; gradients into slices of one tensor; zeros beside them."""
     (q, k, v), do, cu_seqlens, _ = inputs(DEVICE, [37, 3, 60], 2, 1, 16, dtype)
     tiles = tiles_for(q, k, cu_seqlens)
-    o, lse = family._forward(q, k, v, tiles, 0.3)
+    o, lse = family.attention_forward(q, k, v, tiles, 0.3)
     for low, high in ((0, 37), (37, 40), (40, 100)):
         keys = k[low:high].double().repeat_interleave(2, 1)
         scores = 0.3 * torch.einsum("ihd,jhd->hij", q[low:high].double(), keys)
         later = torch.ones(high - low, high - low, dtype=torch.bool, device=DEVICE).triu(1)
         one = scores.masked_fill(later, -math.inf).logsumexp(-1) / math.log(2)
         assert (lse[:, low:high] - one).abs().max() < 2e-5
-    expected = family._backward(do, q, k, v, o, lse, tiles, 0.3)
+    expected = family.attention_backward(do, q, k, v, o, lse, tiles, 0.3)
     fused = torch.full((100, 70), 7, device=DEVICE, dtype=dtype)
     into = [fused[:, a:b].unflatten(1, (-1, 16)) for a, b in ((0, 32), (33, 49), (50, 66))]
-    got = family._backward(do, q, k, v, o, lse, tiles, 0.3, *into, padding=fused[:, 66:69])
+    got = family.attention_backward(do, q, k, v, o, lse, tiles, 0.3, *into, padding=fused[:, 66:69])
     for a, b, c in zip(got, into, expected, strict=True):
         assert a is b and torch.equal(a, c)
     assert (fused[:, [32, 49, 69]] == 7).all() and not fused[:, 66:69].any()
@@ -207,17 +207,17 @@ def test_tiles(monkeypatch, lengths: list[int], group: int) -> None:
         pytest.skip("takes the interpreter half a minute, and sorting knows nothing of groups")
     tokens, cu_seqlens = sum(lengths) + 50 * bool(lengths), boundaries(lengths, DEVICE)
     arguments = tokens, torch.bfloat16, 64, group
-    monkeypatch.setattr(family, "readable", lambda *_: False)
-    got = family.attention_tiles(cu_seqlens, *arguments)
-    sizes = family._tile_sizes(*arguments[1:], cu_seqlens.device)
-    assert got.shape == family.tiles_shape(cu_seqlens, *arguments) and got.size(0) == len(sizes)
-    segments = [(start, length, s) for s, (start, length) in enumerate(zip(cu_seqlens.tolist(), lengths, strict=False))]
-    segments.sort(key=lambda segment: (-segment[1], segment[0]))
+    monkeypatch.setattr(segments, "readable", lambda *_: False)
+    got = segments.attention_tiles(cu_seqlens, *arguments)
+    sizes = segments.tile_sizes(*arguments[1:], cu_seqlens.device)
+    assert got.shape == segments.tiles_shape(cu_seqlens, *arguments) and got.size(0) == len(sizes)
+    parts = [(start, length, s) for s, (start, length) in enumerate(zip(cu_seqlens.tolist(), lengths, strict=False))]
+    parts.sort(key=lambda part: (-part[1], part[0]))
     q, k = (torch.empty(tokens, heads, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (group, 1))
     for size in sizes:
-        want = [[start, length, first, s] for start, length, s in segments for first in range(0, length, size)]
+        want = [[start, length, first, s] for start, length, s in parts for first in range(0, length, size)]
         want += [[tokens - 50, -50, first, 0] for first in range(0, 50 * bool(lengths), size)]
-        tiles = family._of_size(got, size, q, k)
+        tiles = segments.tiles_of_size(got, size, q, k)
         assert tiles.size(0) == tokens // size + len(lengths) + 2
         assert tiles.tolist() == want + [[0] * 4] * (tiles.size(0) - len(want))
 
@@ -245,7 +245,7 @@ def guarded(device, *shape: int, value: float) -> tuple[torch.Tensor, list[torch
 @pytest.mark.parametrize("bounds", WRONG, ids=str)
 def test_segments_that_are_wrong_where_nobody_reads_them(monkeypatch, device, bounds: list[int]) -> None:
     """Tokens in no segment get zeros, forward and backward, and nothing around the tensors is read or written."""
-    monkeypatch.setattr(family, "readable", lambda *_: False)
+    monkeypatch.setattr(segments, "readable", lambda *_: False)
     cu_seqlens, right, inside = wrong_segments(bounds, device)
     tokens = len(inside)
     leaves = [guarded(device, tokens, heads, 16, value=math.nan)[0] for heads in (2, 1, 1, 2)]
@@ -261,9 +261,9 @@ def test_segments_that_are_wrong_where_nobody_reads_them(monkeypatch, device, bo
         assert torch.allclose(a, b, atol=1e-5)
     if device.type == "cuda" or INTERPRETED:
         cut = tiles_for(*leaves[:2], cu_seqlens)
-        o, lse = family._forward(*leaves, cut, 0.25)
+        o, lse = family.attention_forward(*leaves, cut, 0.25)
         into, guards = zip(*(guarded(device, tokens, heads, 16, value=math.nan) for heads in (2, 1, 1)), strict=True)
-        family._backward(do, *leaves, o, lse, cut, 0.25, *into)
+        family.attention_backward(do, *leaves, o, lse, cut, 0.25, *into)
         assert all(torch.equal(a, b) for a, b in zip((o, *into), got, strict=True))
         assert all((guard == 7).all() for pair in guards for guard in pair)
 
@@ -273,10 +273,10 @@ def test_segments_that_are_wrong_where_nobody_reads_them(monkeypatch, device, bo
 def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
     monkeypatch, device, bounds: list[int], first_queries: bool
 ) -> None:
-    """As if what is outside were segments of their own, whose y and gradients are zero."""
+    """Tokens in no segment are as in segments whose y and gradients are zero."""
     if device.type == "cpu" and not INTERPRETED:
         pytest.skip("the reference of PyTorch's attention takes right segments only")
-    monkeypatch.setattr(family, "readable", lambda *_: False)
+    monkeypatch.setattr(segments, "readable", lambda *_: False)
     monkeypatch.setattr(sublayer, "readable", lambda *_: False)
     cu_seqlens, right, inside = wrong_segments(bounds, device)
     p = Problem("plain", device, bounds=[0, *right, len(inside)], tokens=len(inside)).to(torch.float32)
@@ -299,12 +299,12 @@ def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
     "tiles, heads", [*zip(TILES, [(1, 1), (4, 1), (4, 2), (8, 1)], strict=True)], ids=str, indirect=["tiles"]
 )
 def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> None:
-    """The exclusion of the own value and the gates, against the formula in float64."""
+    """The exclusion of the token's value and the gates, against the formula in float64."""
     leaves, dy, cu_seqlens, _ = inputs(DEVICE, [31, 2, 37, 0, 16], *heads, 16)
     cut = tiles_for(*leaves[:2], cu_seqlens)
     fused = torch.randn(86, heads[0] + 3, device=DEVICE)
     logits = fused[:, 2 : 2 + heads[0]] if parts[1] else None
-    along = torch.empty(heads[0], 86, device=DEVICE) if parts[0] else None
+    components = torch.empty(heads[0], 86, device=DEVICE) if parts[0] else None
 
     def formula(q, k, v, logits=None):
         o = by_segments(q, k, v, cu_seqlens, 0.3)
@@ -315,19 +315,19 @@ def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> No
 
     double = [x.double() for x in (*leaves, *([logits] if parts[1] else []))]
     y, dq, dk, dv, *dlogits = gradients(formula, double, dy)
-    got, lse = family._forward(*leaves, cut, 0.3, along=along, logits=logits)
+    got, lse = family.attention_forward(*leaves, cut, 0.3, components=components, logits=logits)
     dfused = torch.full_like(fused, 7)
     into = dfused[:, 2 : 2 + heads[0]] if parts[1] else None
-    given = dict(along=along, logits=logits, dlogits=into)
-    results = family._backward(dy, *leaves, got, lse, cut, 0.3, **given)
+    given = dict(components=components, logits=logits, dlogits=into)
+    results = family.attention_backward(dy, *leaves, got, lse, cut, 0.3, **given)
     for a, b in zip((got, *results, into), (y, dq, dk, dv, *dlogits), strict=False):
         assert (a - b).norm() <= 1e-5 * b.norm()
     assert (dfused[:, [0, 1, -1]] == 7).all()
     if parts[0]:
         v = leaves[2].double()
         o = by_segments(*double[:3], cu_seqlens, 0.3)
-        own = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
-        assert (along.T - (o * own).sum(-1)).abs().max() < 1e-5
+        u = torch.nn.functional.normalize(v, dim=-1).repeat_interleave(heads[0] // heads[1], 1)
+        assert (components.T - (o * u).sum(-1)).abs().max() < 1e-5
 
 
 @needs_kernels
@@ -351,16 +351,16 @@ def test_first_queries(tiles, heads: tuple[int, int], excluded: bool) -> None:
         return o
 
     want = gradients(formula, [x.double() for x in leaves], dy)
-    options = dict(along=torch.empty(heads[0], dy.size(0), device=DEVICE) if excluded else None)
-    of_all, _ = family._forward(*leaves, cut, 0.3, **options)
+    options = dict(components=torch.empty(heads[0], dy.size(0), device=DEVICE) if excluded else None)
+    of_all, _ = family.attention_forward(*leaves, cut, 0.3, **options)
     options["first_queries"] = torch.tensor(first, dtype=torch.int32, device=DEVICE)
-    o, lse = family._forward(*leaves, cut, 0.3, **options)
+    o, lse = family.attention_forward(*leaves, cut, 0.3, **options)
     assert torch.equal(o, of_all.masked_fill(~asked[:, None, None], 0))
     lse[:, ~asked] = torch.nan
     dy[~asked] = torch.nan
     if excluded:
-        options["along"][:, ~asked] = torch.nan
-    dq, dk, dv = family._backward(dy, *leaves, o, lse, cut, 0.3, **options)
+        options["components"][:, ~asked] = torch.nan
+    dq, dk, dv = family.attention_backward(dy, *leaves, o, lse, cut, 0.3, **options)
     assert not dq[~asked].any()
     for a, b in zip((dq, dk, dv), want[1:], strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
@@ -478,15 +478,15 @@ def test_exponentials_without_their_maximum(monkeypatch, dtype, shipped: bool, s
     else:
         tuned = dict(rows=16, heads=1, keys=16, warps=4, stages=2, maxnreg=255, plain=True)
         (q, k, v), _, cu_seqlens, _ = inputs(DEVICE, [40, 1, 23], 2, 1, 16, dtype)
-    monkeypatch.setattr(family, "launch_parameters", lambda *_: tuned)
+    monkeypatch.setattr(segments, "launch_parameters", lambda *_: tuned)
     k[..., 0], q[..., 0] = 8, shift * math.log(2) / 8  # q k = shift ln 2 and the rest
     v = v * of_values
     tiles = tiles_for(q, k, cu_seqlens)
-    o, lse = family._forward(q, k, v, tiles, 1.0)
+    o, lse = family.attention_forward(q, k, v, tiles, 1.0)
     exact = by_segments(q.double(), k.double(), v.double(), cu_seqlens, 1.0)
     plain = dict(tuned, plain=False)
-    monkeypatch.setattr(family, "launch_parameters", lambda *_: plain)
-    usual, usual_lse = family._forward(q, k, v, tiles, 1.0)
+    monkeypatch.setattr(segments, "launch_parameters", lambda *_: plain)
+    usual, usual_lse = family.attention_forward(q, k, v, tiles, 1.0)
     error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (o, usual))
     assert error <= 1.5 * allowed + FLOOR[dtype]
     assert torch.allclose(lse, usual_lse, rtol=1e-6, atol=1e-4)
@@ -505,8 +505,8 @@ def test_offsets_beyond_32_bits() -> None:
     q, k, v = rows
     cu_seqlens, do = boundaries([1030, 14], DEVICE), torch.randn(tokens, 1, 16, device=DEVICE).to(dtype)
     tiles = tiles_for(q, k, cu_seqlens)
-    o, lse = family._forward(q, k, v, tiles, 0.25)
-    got = [o, *family._backward(do, q, k, v, o, lse, tiles, 0.25)]
+    o, lse = family.attention_forward(q, k, v, tiles, 0.25)
+    got = [o, *family.attention_backward(do, q, k, v, o, lse, tiles, 0.25)]
     last = [x[1030:].contiguous() for x in (q, k, v)]
     want = gradients(lambda *x: varlen_attention_reference(*x, boundaries([14], DEVICE), 14), last, do[1030:])
     assert all(torch.allclose(a[1030:], b, rtol=1e-2, atol=2e-3) for a, b in zip(got, want, strict=True))
@@ -560,9 +560,9 @@ def test_second_derivative_is_refused() -> None:
 def test_errors_name_the_argument() -> None:
     (q, k, v), _, cu_seqlens, longest = inputs("cpu", [5, 4], 4, 2, 16)
     with pytest.raises(ValueError, match=r"cu_seqlens must be \[segments \+ 1\], got shape \(1,\)"):
-        family.attention_tiles(cu_seqlens[:1], 9, q.dtype, 16, 2)
+        segments.attention_tiles(cu_seqlens[:1], 9, q.dtype, 16, 2)
     with pytest.raises(TypeError, match="cu_seqlens must be int32, got torch.int64"):
-        family.attention_tiles(cu_seqlens.long(), 9, q.dtype, 16, 2)
+        segments.attention_tiles(cu_seqlens.long(), 9, q.dtype, 16, 2)
     cases = [
         (ValueError, r"q must be \[T, heads, D\], got shape \(9, 64\)", dict(q=q.flatten(1))),
         (TypeError, "q must be bfloat16, float16, float32 or float64, got torch.int64", dict(q=q.long())),

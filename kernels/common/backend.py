@@ -1,9 +1,8 @@
-"""The choice of the code that computes an op: Triton kernels, or their PyTorch references.
+"""The choice between an op's implementations: Triton kernels or their PyTorch references.
 
-Every op lists its implementations and asks `select` at each call. ``auto`` takes Triton for CUDA tensors where the op
-has a kernel, and the reference otherwise. ``triton`` insists, and raises an error where there is no kernel. The
-environment variable ``PGOLF_KERNELS`` overrides what the program chose with `set_backend`. Under
-``TRITON_INTERPRET=1`` kernels take CPU tensors, too.
+Every op lists its implementations and calls `select` at each call. ``auto`` selects Triton for CUDA tensors where the
+op has a kernel, and the reference otherwise. ``triton`` raises an error where there is no kernel. The environment
+variable ``PGOLF_KERNELS`` overrides `set_backend`. Under ``TRITON_INTERPRET=1`` kernels also accept CPU tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 try:
     import triton
-except ImportError:  # no Triton for this platform: the references serve
+except ImportError:  # no Triton for this platform: the references are used
     triton = None
 
 BACKENDS = ("auto", "reference", "triton")
@@ -32,13 +31,13 @@ def set_backend(name: str) -> None:
 
 
 def backend() -> str:
-    """The choice in force: that of `using`, else ``PGOLF_KERNELS`` if set, else what `set_backend` was given last."""
+    """Return the choice in force: that of `using`, else of ``PGOLF_KERNELS``, else of the last `set_backend`."""
     return _forced or _checked(os.environ.get("PGOLF_KERNELS") or _chosen, "PGOLF_KERNELS")
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Inside, ``name`` is the choice in force, whatever was chosen before or in the environment."""
+    """Put ``name`` in force inside the context, whatever `set_backend` or the environment say."""
     global _forced
     before, _forced = _forced, _checked(name, "using")
     try:
@@ -48,16 +47,16 @@ def using(name: str) -> Iterator[None]:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether the choice in force computes ops that have a kernel with Triton on ``device``."""
+    """Return whether ops that have a kernel run it on ``device`` under the choice in force."""
     name = backend()
     return name == "triton" or (name == "auto" and device.type == "cuda" and triton is not None)
 
 
 def select(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> Callable:
-    """The implementation of ``op`` to run on ``tensor``.
+    """Return the implementation of ``op`` to run on ``tensor``, of those named ``reference`` and ``triton``.
 
-    Raises RuntimeError when Triton is asked for and is not installed, the family has no kernel, or the tensor is not
-    on a GPU.
+    Raises RuntimeError if the choice is ``triton`` and Triton is not installed, the op has no kernel, or the tensor is
+    not on a GPU.
     """
     kernel = implementations.get("triton")
     if not runs_kernels(tensor.device) or (kernel is None and backend() == "auto"):

@@ -1,4 +1,4 @@
-"""Triton's compiler, where there is one: `jit`, constants of modules, and compiling many kernels at once."""
+"""Triton's compiler: `jit`, module constants, and compiling many kernels at once; importable without Triton."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ else:
 if not TYPE_CHECKING and tl is None:
 
     class constexpr:
-        """A number that kernels read from their module."""
+        """A number that kernels read from their module; this class replaces Triton's where there is no Triton."""
 
         def __init__(self, value: float) -> None:
             self.value = value
@@ -32,30 +32,30 @@ else:
     class constexpr(tl.constexpr):
         """A number that kernels read from their module."""
 
-        # Triton compares a kernel's constants with those it was compiled with at each launch: a microsecond for each.
+        # At each launch Triton compares the constants with those of the compilation; its own comparison takes 1 µs.
         def __ne__(self, other: object) -> bool:
             return self.value != getattr(other, "value", other)
 
 
 def jit(function: Callable | None = None, **options: Any) -> Any:
-    """`triton.jit`; where there is no Triton the function stays as it is and is never called."""
+    """Apply `triton.jit`; without Triton, return the function, which is then never called."""
     if function is None:
         return partial(jit, **options)
     return function if triton is None else compiled_ahead(triton.jit(function, **options))
 
 
-_compiling: Any = None  # Triton's mode of compiling by threads, inside `compiling_ahead`
+_compiling: Any = None  # Triton's asynchronous compile mode, inside `compiling_ahead`
 
 
 def compiled_ahead(kernel: Any) -> Any:
-    """The kernel, which `compiling_ahead` can compile without launching it."""
+    """Make a kernel one that `compiling_ahead` compiles without launching, and return it."""
     if INTERPRETED:
         return kernel
 
     def run(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if _compiling is None:
             return type(kernel).run(kernel, *args, grid=grid, warmup=warmup, **options)
-        token = active_mode.set(_compiling)  # the backward runs in a thread of its own
+        token = active_mode.set(_compiling)  # set here, as autograd runs backward in another thread
         try:
             return type(kernel).run(kernel, *args, grid=grid, warmup=True, **options)
         finally:
@@ -67,11 +67,10 @@ def compiled_ahead(kernel: Any) -> Any:
 
 @contextmanager
 def compiling_ahead() -> Iterator[None]:
-    """Inside, Triton kernels are compiled by as many threads as there are cores, and not launched.
+    """Compile the kernels launched inside the context, by as many threads as there are cores, without running them.
 
-    Run in it once what will be launched later, for its results mean nothing: kernels leave outputs as they were. Ends
-    when all are compiled and loaded. Compiling them one after the other, as they are launched, takes several times as
-    long.
+    Run the program's step once inside: its outputs are uninitialised. The context ends when all kernels are compiled
+    and loaded. Compiling each kernel at its first launch instead takes several times as long.
     """
     global _compiling
     if triton is None or INTERPRETED:
@@ -83,11 +82,11 @@ def compiling_ahead() -> Iterator[None]:
             yield
         finally:
             _compiling = None
-            mode.__exit__(None, None, None)  # waits, and takes over what was compiled
+            mode.__exit__(None, None, None)  # waits for all, and puts them into the kernels' caches
         list(threads.map(partial(_load, torch.cuda.current_device()), mode.future_kernels.values()))
 
 
 def _load(device: int, compiled: Any) -> None:
-    """Load a kernel, for which Triton has a C compiler make the function that launches it."""
+    """Load a kernel onto the device; Triton compiles its launcher with a C compiler here."""
     torch.cuda.set_device(device)
-    compiled.result().run  # noqa: B018  a property that loads
+    compiled.result().run  # noqa: B018  reading the property loads the kernel

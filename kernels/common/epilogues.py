@@ -1,18 +1,18 @@
-"""What products do with a tile before they write it, shared by kernels for Hopper and for all chips."""
+"""Elementwise functions that products apply to a tile before they store it, shared by kernels for all chips."""
 
 from __future__ import annotations
 
 from .compiling import constexpr, jit, tl
 
-# hidden is cut to the even bf16 below, to the odd one next to it for a negative pre: too small by one unit in the last
-# place for a positive pre, 0.56 % on average, by which those are made larger before.
+# Marking truncates hidden to an even bf16 for a positive pre: 0.56 % too small on average. Multiplying the root by this
+# factor first removes the bias.
 EVENED = constexpr(1.0028136)
-SQUARE, MARKED_SQUARE, GRADIENT = (constexpr(k) for k in range(3))  # epilogues; the last reads a matrix
+SQUARE, MARKED_SQUARE, GRADIENT = (constexpr(k) for k in range(3))  # epilogues; GRADIENT reads a second matrix
 
 
 @jit
 def _square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
-    """leaky_relu(pre, 0.5)² in dtype, with MARK the sign of pre in its last bit."""
+    """leaky_relu(pre, 0.5)² in dtype; MARK stores the sign of pre in the last mantissa bit."""
     if MARK and dtype == tl.bfloat16:
         root = tl.maximum(pre * EVENED, pre * 0.5)
         bits, sign = (root * root).to(tl.int32, bitcast=True), pre.to(tl.int32, bitcast=True) >> 15
@@ -28,24 +28,27 @@ def _square(pre, MARK: tl.constexpr, dtype: tl.constexpr):
 
 @jit
 def _slope(hidden):
-    """The derivative of leaky_relu(pre, 0.5)² by pre, from hidden as `_square` marks it."""
+    """The derivative of leaky_relu(pre, 0.5)² with respect to pre, from hidden as marked by `_square`."""
     negative = hidden.to(tl.int16, bitcast=True) & 1
     root = tl.sqrt(hidden.to(tl.float32))
     return tl.where(negative != 0, -root, 2 * root)
 
 
 @jit
-def finish(product, other, EPILOGUE: tl.constexpr, dtype: tl.constexpr):
-    """What an epilogue makes of a product, and of the elements of another matrix there, in dtype."""
+def finish(product, hidden, EPILOGUE: tl.constexpr, dtype: tl.constexpr):
+    """Apply an epilogue to a tile of a product, for GRADIENT with the same tile of a second matrix; result in dtype."""
     if EPILOGUE < GRADIENT:
         result = _square(product, EPILOGUE == MARKED_SQUARE, dtype)
     else:
-        result = (product * _slope(other)).to(dtype)
+        result = (product * _slope(hidden)).to(dtype)
     return result
 
 
 @jit
 def away_from_zero(gain):
-    """A gain in fp32, at least ±2⁻²⁴: then q^ has the direction of q, and logits are zero in fp32 all the same."""
+    """Return a gain in fp32, clamped to magnitude 2⁻²⁴ or more.
+
+    q^ then keeps the direction of q, from which backward divides the gain out; logits still round to zero in fp32.
+    """
     gain = gain.to(tl.float32)
     return tl.where(tl.abs(gain) < 2**-24, tl.where(gain < 0, -(2**-24), 2**-24), gain)

@@ -1,34 +1,35 @@
-"""Products with an epilogue for Hopper: warps with roles, an epilogue under the next tile's product.
+"""Products with an epilogue for Hopper: specialised warps overlap a tile's epilogue with the next tile's product.
 
-out = epilogue(a bᵀ), a [M, K] and b [N, K], for a depth K so small that an epilogue takes a good part of a tile's time
-and that 128 rows of a, all K of them, stay in shared memory for a whole row of tiles. One program a multiprocessor has
-a run of tiles, N first. A producer warp loads, two consumers of four warps take every other tile of 128 by 128.
+out = epilogue(a bᵀ), a [M, K] and b [N, K], for a small depth K: the epilogue takes a good part of a tile's time, and
+128 whole rows of a stay in shared memory for a whole row of tiles. Each multiprocessor runs one program on consecutive
+tiles, N first. A producer warp loads; two consumers of four warps each take every other tile of 128 by 128.
 
-What waits for what. A program's steps count through its tiles: step p = tile DEPTH + k is the k-th part of the depth of
-a tile, has b's part in stage p % STAGES, in its use p // STAGES, and a's part in slot k. A barrier's phase is over when
-one thread has arrived and, for `full`, all bytes have; to wait for parity x is to wait until the number of phases that
-are over is not x modulo 2, so that parity 1 does not wait at a barrier that is new.
+Synchronisation. A program's steps are numbered through its tiles: step p = tile DEPTH + k multiplies the k-th part of
+the depth of a tile. It reads b's part from stage p % STAGES, in that stage's use p // STAGES, and a's part from slot k.
+A phase of a barrier ends when one thread has arrived and, for `full`, all bytes have. Waiting for parity x waits until
+the number of ended phases differs from x modulo 2; so waiting for parity 1 at a new barrier returns at once.
 
-    barrier        is arrived at by                                    is awaited
-    full[stage]    the producer, with the bytes of b's part and,       by the step's consumer: this use's phase
-                   in the first tile of a row, of a's
-    empty[stage]   the step's consumer, its product done               by the producer before step p: step p - STAGES's
-    turn[which]    the other consumer, its tile's last product begun   by consumer `which` before its tile: that of the
-                                                                       tile before, which the very first has not
+    barrier        who arrives, and when                               who waits for which phase
+    full[stage]    the producer, with the bytes of b's part and,       the step's consumer, for that of this use
+                   in the first tile of a row, of a's part
+    empty[stage]   the step's consumer, after the product              the producer before step p, for step p - STAGES
+    turn[which]    the other consumer, after starting the last         consumer `which` before its tile, for that of the
+                   product of its tile                                 previous tile; the first tile does not wait
 
-- No phase is missed: use n + 1 of a stage needs use n read, and a consumer's turn needs its tile before.
-- No phase is taken for the next but one, which parity does not tell apart: who waits for a stage's use has seen the use
-  before, of its own tile, or, being of the tile before, the other consumer had seen it when it passed the turn on.
-- Nobody waits for ever: the producer's steps are the consumers', and every wait is for earlier ones. A step is seen
-  done when the next has begun, if that is of the same tile: STAGES >= 2, but for DEPTH = 1.
-- STAGES <= DEPTH: when the producer loads for step p it has seen all steps up to p - STAGES >= p - DEPTH done, that is
-  all that read slot k before. So a's part k of the next row of tiles overwrites nothing, and in the row's other tiles
-  it is there when b's is: the tile before has waited for it and was seen done.
-- Turns also keep the consumers half a period apart; they could fall into step, to multiply and write at the same time.
+- No phase is missed: use n + 1 of a stage starts after use n was read, and a consumer's turn after its previous tile.
+- No phase is confused with the one two later, which has the same parity: whoever waits for a use of a stage has seen
+  the previous use end, or the other consumer saw it end before passing the turn on.
+- No deadlock: producer and consumers take the steps in the same order, and every wait is for earlier steps. A step is
+  known to be done when the next step of the same tile has started: STAGES >= 2, except for DEPTH = 1.
+- STAGES <= DEPTH: before loading for step p the producer has seen all steps up to p - STAGES >= p - DEPTH done, which
+  include all earlier readers of slot k. So loading a's part k for the next row of tiles overwrites nothing in use. In
+  the other tiles of a row a's part is in place when b's is: the previous tile waited for it and was seen done.
+- Turns also keep the consumers half a period apart; without them both could multiply and store at the same time.
 
-A thread's accumulators are pairs of columns 8 apart. b's rows are taken in an order (of 32: 0 1 8 9 16 17 24 25, 2 3 10
-11 ...) in which four pairs are eight neighbours: it reads aux and writes out in 16 bytes, without shared memory. In the
-order for `NORMALISE` a thread has 16 neighbours, and so both dimensions of the pairs that are rotated.
+A thread's accumulators are pairs of columns, 8 columns apart. b's rows are loaded in a permuted order (of each 32: 0 1
+8 9 16 17 24 25, 2 3 10 11 ...), which makes four pairs eight neighbouring columns of the result: a thread reads aux and
+writes out in 16 bytes without shared memory. In the order for `NORMALISE` a thread has 16 neighbours, and so both
+dimensions of each rotated pair.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ from .launch import multiprocessors
 
 try:
     if not triton.__version__.startswith("3.6."):
-        raise ImportError("Gluon changes with every version, and this is written for that of Triton 3.6")
+        raise ImportError("Gluon changes with every version; this code is for Triton 3.6")
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except (ImportError, AttributeError):  # no Triton, or another one: the kernel for all chips serves
+except (ImportError, AttributeError):  # no Triton, or another version: families use their kernel for all chips
     gluon = gl = None
 
-BLOCK, STEP = 128, 64  # rows and columns of a tile, depth of a step
-PARTS = 14  # of 16 KB in shared memory, a's and b's; what is left of 227 KB is for barriers
-FEWEST_STAGES = 4  # with which loads keep ahead
-REGISTERS, FEW_REGISTERS = 240, 24  # of a consumer's and the producer's thread
-NORMALISE = constexpr(GRADIENT.value + 1)  # the epilogue of `project`
-HEAD, PAIRS = 64, 8  # columns of a head and how many pairs of them are rotated, in `project`
+BLOCK, STEP = 128, 64  # rows and columns of a tile; depth of a step
+PARTS = 14  # parts of a and b, 16 KB each, in 227 KB of shared memory; the rest is for barriers
+FEWEST_STAGES = 4  # with fewer the product waits for loads
+REGISTERS, FEW_REGISTERS = 240, 24  # per thread of a consumer, and of the producer
+NORMALISE = constexpr(GRADIENT.value + 1)  # the epilogue of `normalised_projection`
+HEAD, PAIRS = 64, 8  # columns of a head, and rotated pairs of columns, in `normalised_projection`
 
 if gluon is not None:
 
@@ -66,7 +67,7 @@ if gluon is not None:
 
     @gluon.constexpr_function
     def _layout(EPILOGUE):
-        """Of a tile in registers: rows as the accumulators have them, and eight or 16 neighbours in a row."""
+        """Layout of a tile in registers: the accumulators' rows, and eight or 16 neighbouring columns per thread."""
         near, far = (8, 32) if EPILOGUE == NORMALISE else (32, 8)
         registers = [[0, 1], [0, 2], [0, 4], [8, 0], [0, near], [0, 64], [64, 0]]
         lanes = [[0, 16 if near == 8 else 8], [0, 32 if near == 8 else 16], [1, 0], [2, 0], [4, 0]]
@@ -74,7 +75,7 @@ if gluon is not None:
 
     @gluon.constexpr_function
     def _angles_layout():
-        """Of angles [rows, quarters of a head, pairs], as the first pairs of a tile of `NORMALISE` lie."""
+        """Layout of angles [rows, quarters of a head, pairs]: that of the rotated pairs in a tile of `NORMALISE`."""
         registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [8, 0, 0], [64, 0, 0]]
         lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
         return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [128, 4, 8])
@@ -82,13 +83,13 @@ if gluon is not None:
 else:
 
     def jit(function):
-        """Nothing calls it."""
+        """Return the function, which is never called without Triton."""
         return function
 
 
 @jit
 def _share(M, ACROSS: gl.constexpr):
-    """First tile of this program's run, and how many."""
+    """The first tile of this program, and the number of its tiles."""
     tiles = (M + 127) // 128 * ACROSS
     each, more, program = tiles // gl.num_programs(0), tiles % gl.num_programs(0), gl.program_id(0)
     return program * each + gl.minimum(program, more), each + (program < more).to(gl.int32)
@@ -126,7 +127,7 @@ def _produce(
             hopper.mbarrier.expect(ready, a.block_type.nbytes + b.block_type.nbytes, pred=first)
             hopper.mbarrier.expect(ready, b.block_type.nbytes, pred=first == 0)
             hopper.tma.async_copy_global_to_shared(a, [row, k * 64], ready, left.index(k), pred=first)
-            if len(b.block_type.shape) == 2:  # the rows are in order already
+            if len(b.block_type.shape) == 2:  # the rows are already permuted
                 hopper.tma.async_copy_global_to_shared(b, [column, k * 64], ready, part)
             else:
                 hopper.tma.async_copy_global_to_shared(b, [column // 32, 0, 0, 0, k * 64], ready, part)
@@ -135,7 +136,7 @@ def _produce(
 
 @jit
 def _place(matrix, row, column, M, STRIDE: gl.constexpr, EPILOGUE: gl.constexpr):
-    """Pointers to a tile and which of its rows are inside."""
+    """Pointers to a tile, and a mask of its rows inside the matrix."""
     rows = gl.arange(0, 128, gl.SliceLayout(1, _layout(EPILOGUE)))[:, None]
     columns = gl.arange(0, 128, gl.SliceLayout(0, _layout(EPILOGUE)))[None, :]
     start = matrix + row.to(gl.int64) * STRIDE + column
@@ -144,7 +145,7 @@ def _place(matrix, row, column, M, STRIDE: gl.constexpr, EPILOGUE: gl.constexpr)
 
 @jit
 def _neighbours(product, EPILOGUE: gl.constexpr):
-    """A product with its columns in order, which moves nothing."""
+    """Relabel a product's columns to their order in the result; no data moves between threads."""
     if EPILOGUE == NORMALISE:
         product = product.reshape(128, 2, 2, 4, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(128, 128)
     else:
@@ -153,14 +154,14 @@ def _neighbours(product, EPILOGUE: gl.constexpr):
 
 
 @jit
-def _angles(table, row, column, M, period, NORMALISED: gl.constexpr, OTHER: gl.constexpr):
-    """Cosines or sines of the tile's rows, or, where nothing is rotated, another number."""
+def _angles(table, row, column, M, period, NORMALISED: gl.constexpr, FILL: gl.constexpr):
+    """Cosines or sines for the tile's rows; FILL where nothing is rotated."""
     S: gl.constexpr = _angles_layout()
     rows = row + gl.arange(0, 128, gl.SliceLayout(1, gl.SliceLayout(2, S)))[:, None, None]
     part = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, S)))[None, :, None]
     pair = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, S)))[None, None, :]
     mask = (rows < M) & (part == 0) & (column < NORMALISED * 64)
-    return gl.load(table + (rows % period * 8 + pair), mask=mask, other=OTHER)
+    return gl.load(table + (rows % period * 8 + pair), mask=mask, other=FILL)
 
 
 @jit
@@ -175,9 +176,9 @@ def _normalise(
     M,
     HEADS: gl.constexpr,
 ):
-    """UNIT gain R(x / rms(x)) of the two heads of a tile, R(x / rms(x)) of keys, x of values.
+    """Return UNIT gain R(x / rms(x)) for the two query heads of a tile, R(x / rms(x)) for keys, x for values.
 
-    Stores 1 / rms(x).
+    Also stores 1 / rms(x) of queries and keys.
     """
     H: gl.constexpr = HEADS[0]
     NORMALISED: gl.constexpr = HEADS[1]
@@ -202,7 +203,7 @@ def _normalise(
 
 @jit
 def _step(product, left, right, full, k, stage, phase):
-    """Begin a step's product and see the one before done."""
+    """Start a step's product and wait for that of the previous step."""
     hopper.mbarrier.wait(full.index(stage), phase)
     part = right.index(stage).reshape((128, 64)).permute((1, 0))
     product = hopper.warpgroup_mma(left.index(k), part, product, use_acc=k != 0, is_async=True)
@@ -227,20 +228,20 @@ def _consume(
     EPILOGUE: gl.constexpr,
     HEADS: gl.constexpr,
 ):
-    """``aux`` is a matrix, or for `NORMALISE` all that it needs, and HEADS its constants."""
+    """Compute every other tile. For `NORMALISE`, aux is a tuple of its operands and HEADS are its constants."""
     ACROSS: gl.constexpr = N // 128
     start, tiles = _share(M, ACROSS)
     for tile in range(WHICH, tiles, 2):
         row, column = (start + tile) // ACROSS * 128, (start + tile) % ACROSS * 128
         pointers, inside = _place(out, row, column, M, STRIDE, EPILOGUE)
-        other = None
+        second = None
         if EPILOGUE == NORMALISE:
             cos, sin, update, gain, inverse_rms, period = aux
             c = _angles(cos, row, column, M, period, HEADS[1], 1)
             s = _angles(sin, row, column, M, period, HEADS[1], 0)
-        elif EPILOGUE == GRADIENT:  # on its way to registers during the product
+        elif EPILOGUE == GRADIENT:  # loads to registers during the product
             sources, _ = _place(aux, row, column, M, N, EPILOGUE)
-            other = gl.load(sources, mask=inside, other=0)
+            second = gl.load(sources, mask=inside, other=0)
         stage, phase = tile * DEPTH % STAGES, tile * DEPTH // STAGES & 1
         hopper.mbarrier.wait(turn.index(WHICH), (tile // 2 & 1) ^ (1 - WHICH))
         product = gl.zeros((128, 128), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
@@ -248,14 +249,14 @@ def _consume(
         if DEPTH == 1:
             hopper.mbarrier.arrive(turn.index(1 - WHICH))
         for k in range(1, DEPTH):
-            before = stage
+            previous = stage
             stage, phase = _next(stage, phase, STAGES)
             product = _step(product, left, right, full, k, stage, phase)
-            hopper.mbarrier.arrive(empty.index(before))
+            hopper.mbarrier.arrive(empty.index(previous))
             hopper.mbarrier.arrive(turn.index(1 - WHICH), pred=k == DEPTH - 1)
         product = hopper.warpgroup_mma_wait(0, deps=(product,))
         hopper.mbarrier.arrive(empty.index(stage))
-        if row < M:  # as it always is: no instruction of the epilogue comes before the arrival
+        if row < M:  # always true; keeps the compiler from moving the epilogue's instructions above the arrival
             ordered = _neighbours(product, EPILOGUE)
             if EPILOGUE == NORMALISE:
                 if update is not None:
@@ -265,8 +266,8 @@ def _consume(
                     ordered += more.to(gl.float32)
                 result = _normalise(ordered, c, s, gain, inverse_rms, row, column, M, HEADS)
                 gl.store(pointers, result.to(out.dtype.element_ty), mask=inside)
-            else:  # read again long after it has left the cache
-                result = finish(ordered, other, EPILOGUE, out.dtype.element_ty)
+            else:  # streamed past the cache: it is read again much later
+                result = finish(ordered, second, EPILOGUE, out.dtype.element_ty)
                 gl.store(pointers, result, mask=inside, cache_modifier=".cs")
 
 
@@ -297,7 +298,7 @@ def _ping_pong_kernel(
         hopper.mbarrier.init(empty.index(stage), count=1)
     for which in gl.static_range(2):
         hopper.mbarrier.init(turn.index(which), count=1)
-    hopper.fence_async_shared()  # tensor memory access must see them
+    hopper.fence_async_shared()  # makes the barriers visible to tensor memory access
     gl.warp_specialize(
         [
             (_consume, (0, aux, out, left, right, full, empty, turn, M, N, STRIDE, DEPTH, STAGES, EPILOGUE, HEADS)),
@@ -309,24 +310,24 @@ def _ping_pong_kernel(
     )
 
 
-def _stages(K: int, wanted: int) -> int:
-    """How many of b's parts fit beside all of a's, no more than a has."""
-    return min(wanted, K // STEP, PARTS - K // STEP)
+def _stages(K: int, limit: int) -> int:
+    """Return how many of b's parts fit beside all of a's, at most ``limit`` and as many as a has."""
+    return min(limit, K // STEP, PARTS - K // STEP)
 
 
 @lru_cache
 def _is_hopper(device: torch.device) -> bool:
-    """A CPU stands in for it where kernels are only compiled."""
+    """Return whether a device is a Hopper GPU; a CPU counts as one where kernels are only compiled."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] == 9
     return not INTERPRETED
 
 
 def fits(a: torch.Tensor, b: torch.Tensor, stages: int) -> bool:
-    """Whether the kernel runs here and is made for these shapes, with at most so many stages."""
+    """Return whether the kernel runs on this device and supports these shapes with at most ``stages`` stages."""
     (M, K), N = a.shape, b.size(0)
-    made = not K % STEP and not N % BLOCK and _stages(K, stages) >= FEWEST_STAGES and M < 2**31 - BLOCK
-    return made and gluon is not None and _is_hopper(a.device)
+    supported = not K % STEP and not N % BLOCK and _stages(K, stages) >= FEWEST_STAGES and M < 2**31 - BLOCK
+    return supported and gluon is not None and _is_hopper(a.device)
 
 
 def ping_pong(
@@ -335,14 +336,17 @@ def ping_pong(
     b: torch.Tensor,
     aux: torch.Tensor | tuple,
     out: torch.Tensor,
+    *,
     stages: int,
-    copies: bool,
+    copies: bool = False,
     heads: tuple[int, int, float, float] = (0, 0, 0.0, 0.0),
 ) -> None:
-    """out = ``epilogue`` of a bᵀ and, where it reads a matrix, aux; rows contiguous, of 16-bit numbers.
+    """Write ``epilogue`` of a bᵀ into out [M, N]; a [M, K] and b [N, K] are contiguous, of 16-bit numbers.
 
-    Launches on the current device. ``copies``: b's rows are put in order by a copy of it instead of by the loads, as
-    for `NORMALISE` always.
+    aux is out's shape for `GRADIENT`, and the operands of `NORMALISE` for that, whose constants are ``heads``; other
+    epilogues ignore it. ``stages`` is the most to use. ``copies`` permutes b's rows by a copy instead of by the loads;
+    `NORMALISE` always copies. Launches on the current device, for shapes that `fits` accepts. Raises ValueError for
+    too few stages.
     """
     (M, K), N = a.shape, b.size(0)
     stages = _stages(K, stages)
@@ -377,16 +381,16 @@ def ping_pong(
     )
 
 
-def projects(
+def projection_fits(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, out: torch.Tensor, H: int, K: int, D: int, stages: int
 ) -> bool:
-    """Whether `project` runs here and is made for these shapes, weight [(H + 2 K) D, d]."""
-    made = D == HEAD and cos.size(1) == PAIRS and not (H + K) % 2 and x.element_size() == 2
+    """Return whether `normalised_projection` runs on this device and supports these shapes, weight [(H + 2 K) D, d]."""
+    supported = D == HEAD and cos.size(1) == PAIRS and not (H + K) % 2 and x.element_size() == 2
     aligned = all(t.stride(1) == 1 and not t.stride(0) % 8 and not t.data_ptr() % 16 for t in (x, weight, out))
-    return made and aligned and x.is_contiguous() and weight.is_contiguous() and fits(x, weight, stages)
+    return supported and aligned and x.is_contiguous() and weight.is_contiguous() and fits(x, weight, stages)
 
 
-def project(
+def normalised_projection(
     x: torch.Tensor,
     weight: torch.Tensor,
     cos: torch.Tensor,
@@ -395,18 +399,18 @@ def project(
     update: torch.Tensor | None,
     out: torch.Tensor,
     inverse_rms: torch.Tensor,
+    *,
     eps: float,
     unit: float,
     stages: int,
 ) -> None:
-    """The columns of out [T, N] that are unit q^, k^ and v: x weightᵀ with heads of 64 columns normalised and rotated.
+    """Write unit q^, k^ and v into the first columns of out [T, N]: x weightᵀ, heads of q and k normalised and rotated.
 
-    update [T, (H + 2 K) 64] is added to the product before that.
-
-    weight [(H + 2 K) 64, d] of H = ``q_gain.numel()`` and H + K = ``inverse_rms.size(0)``, which is even; see
-    `gated_attention`. cos, sin [period, 8] and q_gain are contiguous, inverse_rms is float32 [H + K, T].
+    Heads have 64 columns. x is [T, d], weight [(H + 2 K) 64, d] with H = ``q_gain.numel()``, H + K even; ``update``
+    [T, (H + 2 K) 64] is added to the product first. cos and sin [period, 8] and q_gain [H] are contiguous. 1 / rms of
+    q and k is written into inverse_rms, float32 [H + K, T]. The formula is that of `gated_attention`.
     """
     heads = q_gain.numel(), inverse_rms.size(0), eps, unit
     update = None if update is None else update.contiguous()
     aux = cos, sin, update, q_gain, inverse_rms, cos.size(0)
-    ping_pong(NORMALISE.value, x, weight, aux, out, stages, True, heads)
+    ping_pong(NORMALISE.value, x, weight, aux, out, stages=stages, heads=heads)

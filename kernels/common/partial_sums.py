@@ -1,4 +1,4 @@
-"""The last step of sums over a whole GPU: programs leave their parts, one small kernel adds them in a fixed order."""
+"""The last step of a sum over a whole GPU: one small kernel adds the programs' partial sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def _partial_sums_kernel(
 
 
 def partial_sums(parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The sum over rows of parts [count, width], float32 or float64, one of whose dimensions is contiguous."""
+    """Return the sums over the rows of parts [count, width], in ``out`` [width] if given.
+
+    parts is float32 or float64 with one contiguous dimension. Every sum is taken in the same order at every call.
+    """
     count, width = parts.shape
     out = parts.new_empty(width) if out is None else out
     rows, columns = (256, 16) if parts.stride(1) == 1 else (1024, 1)

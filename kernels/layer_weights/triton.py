@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common.compiling import jit, tl
 from ..common.launch import launch_parameters, odd_addresses
-from ..common.operators import _traced, operator
+from ..common.operators import operator, traced
 from .reference import Matrices
 
 
@@ -345,7 +345,7 @@ def layer_weights_triton(
 ) -> list[Matrices]:
     """Compute `layer_weights` with kernels."""
     inputs = qo_bank, kv_bank, up_bank, down_bank, scales, gates, dtype
-    if _traced(inputs) or not torch.is_grad_enabled():
+    if traced(inputs) or not torch.is_grad_enabled():
         return list(_matrices(_blocks_op(*inputs), up_bank.size(1), order))
     matrices = _Passes.apply(order, *inputs)
     return list(zip(*(matrices[kind::4] for kind in range(4)), strict=True))

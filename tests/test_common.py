@@ -1,4 +1,4 @@
-"""Which code runs an op, how it is registered, and whose launch parameters a chip takes."""
+"""What kernel families share: the choice of an implementation, operators, launch parameters by chip."""
 
 from __future__ import annotations
 
