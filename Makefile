@@ -26,7 +26,7 @@ help:
 	@echo "make test    install, then the whole test suite"
 	@echo "make fuzz    install, then COUNT damaged artifacts and a tenth of that of every other file (8 to 17 minutes on 2 cores)"
 	@echo "make kills   install, then runs that are killed at every write and at moments, and go on (about 20 minutes)"
-	@echo "make lint    install, then ruff check and ruff format --check"
+	@echo "make lint    install, then ruff check, ruff format --check and mypy"
 	@echo "make clean   remove $(VENV), caches and build products; runs/ and data/ stay"
 	@echo "Variables: COUNT=$(COUNT)  PYTHON=$(PYTHON)  TORCH=$(TORCH)  TORCH_INDEX=$(TORCH_INDEX)  TRITON=$(TRITON)  RUN_DIR=$(RUN_DIR)"
 
@@ -46,9 +46,10 @@ kills: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Reuses a torch >= 2.11 of $(PYTHON); the packages of that Python are visible in .venv only in this case.

@@ -1,16 +1,32 @@
 """Metadata. The package pgolf.kernels is the folder kernels/, to which the symbolic link pgolf/kernels points."""
 
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
+if not (ROOT / "pgolf" / "kernels").is_dir():
+    sys.exit(
+        "pgolf/kernels must be a symbolic link to kernels/, and this checkout has none: "
+        "clone again with `git clone -c core.symlinks=true` (Windows needs Developer Mode for symbolic links)"
+    )
 EXTRAS = {
     "data": ["huggingface_hub", "zstandard"],
     "report": ["matplotlib"],
     "progress": ["tqdm"],
-    "test": ["pytest>=8", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff>=0.17,<0.18"],
+    "test": [
+        "pytest>=8",
+        "pytest-benchmark",
+        "pytest-timeout",
+        "pytest-xdist",
+        "hypothesis",
+        "mypy>=2.4,<3",
+        "ruff>=0.17,<0.18",
+    ],
 }
 
 
@@ -29,6 +45,17 @@ def long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.is_file() else ""
 
 
+class LinkedSdist(sdist):
+    """Packs a source distribution that has kernels/ and the link pgolf/kernels, as a checkout has."""
+
+    def make_release_tree(self, base_dir: str, files: Iterable[str]) -> None:
+        """Copy the files, which setuptools finds through the link, and then put the link back."""
+        super().make_release_tree(base_dir, files)
+        package = Path(base_dir) / "pgolf" / "kernels"
+        package.rename(Path(base_dir) / "kernels")
+        package.symlink_to("../kernels")
+
+
 setup(
     name="pgolf",
     version=version(),
@@ -36,6 +63,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="MIT",
+    cmdclass={"sdist": LinkedSdist},
     packages=find_packages(include=["pgolf", "pgolf.*"]),
     package_dir={"": "."},  # so that an editable install is a plain path, which editors and type checkers follow
     package_data={"pgolf": ["py.typed"], "pgolf.kernels": ["tuned/*.json"]},

@@ -1,11 +1,13 @@
-"""The package as others meet it: fresh processes, other folders, the wheel, and the name ``kernels``."""
+"""The package as others meet it: fresh processes, other folders, distributions, and the name ``kernels``."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -23,6 +25,12 @@ KERNELS = [
     ".".join(("pgolf", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
     for path in sorted((ROOT / "kernels").rglob("*.py"))
 ]
+# What the source distribution carries.
+PACKED = (
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".ci", ".pre-commit-config.yaml"),
+    *("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("pgolf", "kernels", "tests", "bench", "docs"),
+)
 IMPORT_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:
@@ -36,13 +44,13 @@ print(pgolf.__file__, *pgolf.kernels.__path__, sep="\\n")
 """
 
 
-def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
-    """What a fresh Python that sees no GPU prints; ``path`` is its PYTHONPATH."""
-    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path or "")}
+def python(*arguments: str, cwd: Path, path: Path | None = None, **environment: str) -> str:
+    """Run a fresh Python that sees no GPU and return what it prints; ``path`` is its PYTHONPATH."""
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path or ""), **environment}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
@@ -110,25 +118,93 @@ def test_a_second_copy_of_the_kernels_is_refused() -> None:
     assert "import pgolf.kernels" in python("-c", script, cwd=ROOT)
 
 
-def test_wheel_carries_kernels(tmp_path: Path) -> None:
-    setuptools = pytest.importorskip("setuptools")
-    if int(setuptools.__version__.split(".")[0]) < 64:
-        pytest.skip("needs setuptools 64")
-    source = tmp_path / "source"
+def test_mypy_finds_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    options = ("--config-file=", f"--cache-dir={os.devnull}", "--follow-imports=skip")
+    script = "import pgolf.kernels.residual.triton, pgolf.kernels.common.launch"
+    assert "no issues" in python("-m", "mypy", *options, "-c", script, cwd=tmp_path, MYPYPATH=str(ROOT))
+
+
+def test_without_triton_every_kernel_module_imports_and_references_run() -> None:
+    script = """
+import importlib, sys
+sys.modules["triton"] = None
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import torch
+from pgolf.kernels.residual_mlp import residual_mlp
+x = torch.ones(2, 8, requires_grad=True)
+residual_mlp(None, x, torch.ones(4, 8), torch.ones(8, 4)).sum().backward()
+print(x.grad[0, 0].item())
+"""
+    assert float(python("-c", script, *KERNELS, cwd=ROOT)) == 8 * 4 * 2 * 8  # outputs, hidden units, slope 2 x · 1
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked; built from a copy, because building leaves files behind."""
+    pytest.importorskip("setuptools", minversion="64")
+    folder = tmp_path_factory.mktemp("sdist")
+    source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "pgolf", "kernels"):  # a copy: the build leaves things behind
-        subprocess.run(["cp", "-RP", str(ROOT / name), str(source)], check=True)
-    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
-    wheel = source / python("-c", build, cwd=source).splitlines()[-1]
-    with zipfile.ZipFile(wheel) as archive:
+    for place in (ROOT / name for name in PACKED):
+        if place.is_dir():
+            shutil.copytree(place, source / place.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(place, source)
+    archive = source / build("sdist", source)
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def build(kind: str, source: Path) -> str:
+    """Build a distribution of ``source`` into it and return its name: an ``sdist``, a ``wheel`` or an ``editable``."""
+    if kind != "sdist" and not any(map(importlib.util.find_spec, ("setuptools.command.bdist_wheel", "wheel"))):
+        pytest.skip("needs wheel, or setuptools 70.1")
+    script = f"from setuptools.build_meta import build_{kind}; print(build_{kind}('.'))"
+    return python("-c", script, cwd=source).splitlines()[-1]
+
+
+def test_the_sdist_is_a_checkout(unpacked: Path) -> None:
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for name in PACKED
+        for path in (ROOT / name, *(ROOT / name).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in files if not (unpacked / name).is_file()} == set()
+    assert os.readlink(unpacked / "pgolf" / "kernels") == os.readlink(ROOT / "pgolf" / "kernels")
+    python("-m", "pytest", "tests/test_architecture.py", cwd=unpacked)
+
+
+def test_the_wheel_carries_kernels(unpacked: Path) -> None:
+    with zipfile.ZipFile(unpacked / build("wheel", unpacked)) as archive:
         files = set(archive.namelist())
         (entry_points,) = (archive.read(name).decode() for name in files if name.endswith("entry_points.txt"))
         (metadata,) = (archive.read(name).decode() for name in files if name.endswith("METADATA"))
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pgolf").rglob("*.py")}
-    expected |= {f"pgolf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")} | {
-        "pgolf/py.typed"
-    }
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pgolf").rglob("*.py")} | {"pgolf/py.typed"}
+    expected |= {f"pgolf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     expected |= {f"pgolf/kernels/tuned/{path.name}" for path in (ROOT / "kernels" / "tuned").glob("*.json")}
     assert {name for name in files if ".dist-info/" not in name} == expected
     assert "pgolf = pgolf.cli:main" in entry_points
     assert f"Version: {pgolf.__version__}" in metadata and "Requires-Python: >=3.11" in metadata
+
+
+def test_an_editable_install_is_one_line_of_a_path_file(unpacked: Path) -> None:
+    """An import hook in its place would hide the package from editors and type checkers."""
+    with zipfile.ZipFile(unpacked / build("editable", unpacked)) as archive:
+        (name,) = (name for name in archive.namelist() if ".dist-info/" not in name)
+        line = archive.read(name).decode().strip()
+    assert name.endswith(".pth") and Path(line) == unpacked
+    script = "import importlib.util; print(importlib.util.find_spec('pgolf.kernels.common').origin)"
+    origin = python("-c", script, cwd=unpacked.parent, path=Path(line))
+    assert Path(origin) == unpacked / "pgolf" / "kernels" / "common" / "__init__.py"
+
+
+def test_a_checkout_without_symbolic_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pgolf").mkdir()
+    (tmp_path / "pgolf" / "kernels").write_text("../kernels")
+    (tmp_path / "setup.py").write_bytes((ROOT / "setup.py").read_bytes())
+    done = subprocess.run([sys.executable, "setup.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "git clone -c core.symlinks=true" in done.stderr
