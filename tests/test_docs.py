@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -39,3 +40,18 @@ def test_every_family_is_described() -> None:
     families = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")} - {"common"}
     titles = re.findall(r"^## (\w+)$", (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(titles) == families
+
+
+def test_the_three_ways_through_the_code_name_what_exists() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text.partition("## Three ways through the code\n")[2].partition("\n## ")[0]
+    ways = [re.findall(r"^\d+\. (.*)$", way, re.MULTILINE) for way in section.split("\n**")[1:]]
+    assert [len(way) for way in ways] == [12, 12, 12]
+    for name in (name for way in ways for step in way for name in re.findall(r"`(.*?)`", step)):
+        assert callable(pkgutil.resolve_name(f"pgolf.{name}")), name
+
+
+def test_the_design_lists_every_folder() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    folders = {f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "pgolf").rglob("__init__.py")} - {"pgolf/"}
+    assert folders - set(re.findall(r"`(\w[\w/]*/)`", text)) == set()
