@@ -31,18 +31,12 @@ EXTRAS = {
 
 
 def version() -> str:
-    """The version that pgolf/__init__.py states, read without importing it."""
+    """Return the version that pgolf/__init__.py states, read without importing it."""
     text = (ROOT / "pgolf" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
         raise RuntimeError('pgolf/__init__.py has no line __version__ = "..."')
     return found[1]
-
-
-def long_description() -> str:
-    """README.md, where there is one."""
-    readme = ROOT / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
 
 
 class LinkedSdist(sdist):
@@ -60,7 +54,7 @@ setup(
     name="pgolf",
     version=version(),
     description="Train, quantise and score the best language model that fits in 16,000,000 bytes",
-    long_description=long_description(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     cmdclass={"sdist": LinkedSdist},
