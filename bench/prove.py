@@ -72,16 +72,18 @@ class PartSkipped(RuntimeError):
 
 
 def tree_hash(folder: Path) -> str:
-    """Compute git's hash of a folder, as it is on disk: of every file but caches and symbolic links."""
+    """Compute git's hash of a folder, as it is on disk: of every file and symbolic link but caches."""
     return _tree(folder).hex()
 
 
 def _tree(folder: Path) -> bytes:
     entries = []
     for path in folder.iterdir():
-        if path.is_symlink() or path.name == "__pycache__" or path.name.startswith(".") or path.suffix == ".pyc":
+        if path.name == "__pycache__" or path.name.startswith(".") or path.suffix == ".pyc":
             continue
-        if path.is_dir():
+        if path.is_symlink():
+            entries.append((path.name, b"120000", _object(b"blob", os.fsencode(os.readlink(path)))))
+        elif path.is_dir():
             if any(file.is_file() and "__pycache__" not in file.parts for file in path.rglob("*")):
                 entries.append((path.name + "/", b"40000", _tree(path)))
         else:
