@@ -19,6 +19,10 @@ from pgolf.submission.sources import absent_modules, package_sources
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
     vocab_size=400,
+    num_layers=4,
+    loop_start=1,
+    loop_end=2,
+    parallel_start_layer=2,
     model_dim=32,
     num_heads=2,
     num_kv_heads=1,
@@ -178,12 +182,12 @@ def test_a_spawned_worker_imports_it(program: Path, root: Path, tmp_path: Path) 
 
 def test_a_run_has_the_package_s_results_and_exports_the_same_program(program: Path, tmp_path: Path) -> None:
     documents, data = tmp_path / "docs.jsonl", tmp_path / "data"
-    texts = [document[:1500] for document in embedded_documents()[:50]]
+    texts = [document[:800] for document in embedded_documents()[:40]]
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     model = data / "my.model"
     assert main(["data", "tokenizer", "--docs", str(documents), "--vocab-size", "400", "--out", str(model)]) == 0
     build = ["data", "build", "--docs", str(documents), "--tokenizer", str(model), "--out", str(data)]
-    assert main([*build, "--val-docs", "6"]) == 0
+    assert main([*build, "--val-docs", "3"]) == 0
     settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
     command = ["run", "--preset", "demo", "--set", f"data_dir={data}", *settings, "--run-dir"]
     assert main([*command, str(tmp_path / "package")]) == 0
