@@ -7,7 +7,7 @@ Kills come
 
     at writes    before every opening for writing, renaming, removing and making of a file or folder; where one is
                  renamed or appended to, a second time with half of it written
-    at moments   of the clock, also while the program is packed, which the other runs find done
+    at moments   of the clock
 
 Processes are forked, so that they need not import torch again, pack a program of one module, and draw no plots.
 """
@@ -36,7 +36,7 @@ from pgolf.cli import main as pgolf_main
 from pgolf.data import dataset
 from pgolf.data.corpus import embedded_documents
 from pgolf.report import page, plots  # noqa: F401
-from pgolf.submission import squeeze
+from pgolf.submission import sources
 
 SETTINGS = dict(
     data_dir="data",
@@ -112,7 +112,7 @@ class Killer:
             os.truncate(path, path.stat().st_size // 2)
 
 
-def start(folder: Path, prepare: Callable[[], object], finish: Callable[[], object] = int) -> int:
+def start(folder: Path, prepare: Callable[[], object] = int, finish: Callable[[], object] = int) -> int:
     """Fork a process that runs the command in ``folder``, with a call before and one after it. Returns its id."""
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -175,19 +175,12 @@ class Kills:
     def __init__(self, root: Path, seed: int = 0) -> None:
         self.root, self.seed, self.kills, self.runs = root, seed, 0, 0
         documents = [document[:500] for document in embedded_documents()[:50]]
-        sources = {"pgolf/__init__.py": ""}
-        dataset.embedded_documents, squeeze.package_sources = lambda: documents, lambda: sources
+        dataset.embedded_documents, sources.package_sources = lambda: documents, lambda: {"pgolf/__init__.py": ""}
         plots.draw_plots = lambda *_: {}
-        squeeze.packed_package()  # kept for the processes that are forked
         whole, counted = root / "whole", root / "writes.json"
         killer = Killer(whole)
-
-        def prepare() -> None:
-            squeeze.encode.cache_clear()
-            sys.addaudithook(killer)
-
         begun = time.monotonic()
-        process = start(whole, prepare, lambda: counted.write_text(json.dumps(killer.seen)))
+        process = start(whole, partial(sys.addaudithook, killer), lambda: counted.write_text(json.dumps(killer.seen)))
         assert ended(process), (whole / "log").read_text()
         self.seconds = time.monotonic() - begun
         self.expected = results(whole)
@@ -217,7 +210,7 @@ class Kills:
 
         def processes() -> Iterator[bool]:
             for kill in range(most + 1):
-                process = start(folder, squeeze.encode.cache_clear)
+                process = start(folder)
                 if kill < most:
                     time.sleep(generator.uniform(0, self.seconds))
                     os.kill(process, signal.SIGKILL)

@@ -2,16 +2,17 @@
 
     #!/usr/bin/env python3
     {"SEED": "7", …}              the run's settings, one line
-    the packed sources            what `pgolf.submission.minify` leaves of them, packed by `pgolf.submission.squeeze`
-    a zip archive                 ``__main__.py``: `pgolf.submission.unpack`, shortened
+    5f0c…                         SHA-256 of the archive, in hexadecimal
+    a zip archive                 ``__main__.py``, which is `pgolf.submission.program`; ``package.json``, the sources
 
-Python runs the archive at a file's end (PEP 441). The same sources give the same bytes. The exported program lacks the
-modules that made it and exports what it was unpacked from, with its own run's settings.
+Python runs an archive with a ``__main__.py`` that lies at the end of a file (PEP 441). The exported program lacks
+`pgolf.submission.sources`, and exports the archive that it was unpacked from with its own run's settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,37 +21,36 @@ import pgolf
 from pgolf.common.files import write_aside
 from pgolf.config import RunConfig
 
-# Settings of one machine or one run folder, which the program does not take along.
+# Settings of one machine or one run folder, which the program does not contain.
 LOCAL_SETTINGS = ("preset_name", "run_id", "artifact_dir", "device", "cuda_graphs", "kernels", "dist_timeout_seconds")
-# What an exported program was unpacked from, as `pgolf.submission.unpack` leaves it; the package itself has none.
+# The archive of an exported program, as `pgolf.submission.program` leaves it; the package itself has none.
 UNPACKED_FROM = Path(pgolf.__file__).parents[1] / "program"
 
 
 def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> int:
     """Write the package as one program and return its bytes, which count against the cap.
 
-    It takes some ten seconds, once in a process.
-
     Args:
-        path: the file, usually ``train_gpt.py``; written aside and renamed.
+        path: the file, usually ``train_gpt.py``; written to a temporary file and renamed.
         config: settings the program runs with unless its own environment, ``--set`` or ``--preset`` says otherwise;
             None: the defaults.
 
-    Raises `pgolf.submission.minify.ExportError` naming a source file that cannot be exported.
+    Raises FileError if the file cannot be written.
     """
     if UNPACKED_FROM.is_file():
-        body = UNPACKED_FROM.read_bytes()
+        archive = UNPACKED_FROM.read_bytes()
     else:
-        from pgolf.submission.squeeze import packed_package  # here, as the exported program goes without it
+        from pgolf.submission.sources import packed_package  # imported here because the exported program lacks it
 
-        body = packed_package()
-    program = b"\n".join((b"#!/usr/bin/env python3", json.dumps(_settings(config)).encode(), body))
-    write_aside(path, program)
-    return len(program)
+        archive = packed_package()
+    settings, digest = json.dumps(_settings(config)), hashlib.sha256(archive).hexdigest()
+    content = b"\n".join((b"#!/usr/bin/env python3", settings.encode(), digest.encode(), archive))
+    write_aside(path, content)
+    return len(content)
 
 
 def _settings(config: RunConfig | None) -> dict[str, str]:
-    """The settings that differ from the defaults, as environment variables."""
+    """Return the settings that differ from the defaults, as environment variables."""
     if config is None:
         return {}
     defaults, chosen = (dataclasses.asdict(settings) for settings in (RunConfig(), config))
