@@ -336,7 +336,7 @@ def run_figures(summary: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second_before_loop",
         "tokens_per_second_after_loop",
     )
-    sizes = ("weight_bytes", "code_bytes", "total_bytes", "compress_seconds")
+    sizes = ("weight_bytes", "code_bytes", "total_bytes", "quantize_seconds", "compress_seconds")
     return {
         "stage_seconds": {name: results.get("seconds") for name, results in stages.items()},
         "peak_memory_bytes": {n: r["peak_memory_bytes"] for n, r in stages.items() if "peak_memory_bytes" in r},

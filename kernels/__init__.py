@@ -14,6 +14,7 @@ newton_schulz         orthogonalisation of the updates of the Muon optimizer
 
 After training:
 
+trellis               integer codes on a trellis by GPTQ, for the artifact
 dequant               weights from integer codes, scales and low-rank corrections
 low_rank              low-rank adapters of linear layers, one set for each group of rows
 adapter_update        one optimizer step of a stack of such adapters

@@ -174,6 +174,16 @@ class RunConfig:
     eval_stride: int = _field(64, "tokens the sliding window moves", low=1)
 
     # Quantisation and artifact
+    quantizer: str = _field(
+        "trellis",
+        "trellis: steps by sensitivity, codes on a trellis, to a number of bytes; gptq: a clip a class, as public",
+        choices=("trellis", "gptq"),
+    )
+    weight_bytes: int = _field(0, "bytes of the trellis artifact; 0: what the program leaves of the cap", low=0)
+    trellis_states: int = _field(128, "states of the trellis; 1: none", choices=(1, 4, 8, 16, 32, 64, 128))
+    trellis_rows: int = _field(512, "rows of a path through the trellis, a multiple of 16", low=16)
+    sensitivity_sequences: int = _field(1024, "training sequences whose gradients say what rounding costs", low=1)
+    sensitivity_tokens: int = _field(128, "tokens of one of them", low=1)
     matrix_bits: int = _field(6, "bits of matrices", low=2, high=8)
     attn_bits: int = _field(0, "bits of attention matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
     mlp_bits: int = _field(0, "bits of MLP matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
@@ -376,6 +386,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "public_1874": dict(
         smear_gate_bos_mask=False,
         eval_public_truncation=True,
+        quantizer="gptq",
         gptq_calibration_documents=False,
         lqer_weighted=False,
         embed_fp32_master=False,
@@ -403,6 +414,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         train_log_every=25,
         val_loss_every=0,
         gptq_passthrough_numel=4096,
+        weight_bytes=520_000,
+        trellis_states=8,
+        trellis_rows=64,
+        sensitivity_sequences=64,
         gptq_calibration_batches=16,
         gptq_calibration_tokens=2048,
         ttt_lora_rank=16,

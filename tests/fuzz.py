@@ -19,6 +19,7 @@ import argparse
 import io
 import lzma
 import resource
+import struct
 import sys
 import tempfile
 import time
@@ -28,12 +29,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import brotli
 import numpy as np
 import torch
 
-from pgolf.artifact import container
+from pgolf.artifact import container, public_format
 from pgolf.artifact.quantized import ASYMMETRIC_KEYS, CODES, SCALE, QuantizedModel
 from pgolf.common.files import FileError
 from pgolf.common.folder import RunFolder
@@ -53,7 +55,7 @@ CPU = World(0, 1, torch.device("cpu"))
 VOCAB = 400
 BOMB_BYTES = 400_000_000
 # For how many damaged artifacts there is one of another kind; bombs take long to decompress.
-ONE_IN = {"artifact": 1, "archive": 1, "pickle": 10, "bomb": 100}
+ONE_IN = {"artifact": 1, "packed": 1, "sealed": 1, "archive": 1, "pickle": 10, "bomb": 100}
 
 
 def damaged(content: bytes, generator: np.random.Generator) -> bytes:
@@ -115,7 +117,7 @@ class Examples:
         )
         self.state = start(self.config, CPU)
         self._train_state()
-        self.path = folder / "file"
+        self.path = folder / "file.int6.ptz"
         self.run = RunFolder(folder / "run")
         self.run.create(self.config, {}, {"world_size": 1})
         self.run.record("data", {"files": self.checked[1]})
@@ -138,10 +140,13 @@ class Examples:
         for compressor in ("brotli", "lzma"):
             container.save(path, self.model, compressor)
             found["artifact"].append(path.read_bytes())
-        found["archive"] = [container.byte_unshuffle(lzma.decompress(found["artifact"][1]))]
+        found["archive"] = [public_format.byte_unshuffle(lzma.decompress(found["artifact"][1]))]
         with zipfile.ZipFile(io.BytesIO(found["archive"][0])) as archive:
             self.members = {name: archive.read(name) for name in archive.namelist()}
         found["pickle"] = [content for name, content in self.members.items() if name.endswith("data.pkl")]
+        packed = self.folder / "file.pgolf"
+        container.save(packed, self.model)
+        found["packed"] = found["sealed"] = [packed.read_bytes()]
         save_checkpoint(path, self.state, self.config, CPU)
         found["checkpoint"] = [path.read_bytes()]
         self.checkpoint = load_tensors(path)
@@ -173,6 +178,15 @@ class Examples:
         self.path.write_bytes(content)
         found = container.load(self.path)
         return found.meta == self.model.meta and same(found.tensors, self.model.tensors)
+
+    def read_packed(self, content: bytes) -> bool:
+        """Read an entropy-coded artifact."""
+        return self.read_artifact(content)
+
+    def read_sealed(self, content: bytes) -> bool:
+        """Read an entropy-coded artifact whose checksum is right, whatever it is of."""
+        self.read_artifact(content[:6] + struct.pack("<I", crc32(content[10:])) + content[10:])
+        return True
 
     def read_archive(self, content: bytes) -> bool:
         """Read an artifact of this archive."""
@@ -265,7 +279,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def _packed(archive: bytes) -> bytes:
-    return brotli.compress(container.byte_shuffle(archive), quality=0)
+    return brotli.compress(public_format.byte_shuffle(archive), quality=0)
 
 
 def _quantized_model() -> QuantizedModel:
@@ -284,7 +298,20 @@ def _quantized_model() -> QuantizedModel:
     return QuantizedModel(tensors, {"a": "gptq (int6)+lqer_asym", "b": "passthrough (float16)"})
 
 
-KINDS = ("artifact", "archive", "pickle", "bomb", "checkpoint", "average", "data", "settings", "summary", "metrics")
+KINDS = (
+    "artifact",
+    "packed",
+    "sealed",
+    "archive",
+    "pickle",
+    "bomb",
+    "checkpoint",
+    "average",
+    "data",
+    "settings",
+    "summary",
+    "metrics",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf.artifact import container
-from pgolf.artifact.container import ArtifactError, byte_shuffle, byte_unshuffle, load, save
+from pgolf.artifact import public_format
+from pgolf.artifact.container import ArtifactError, load, save
+from pgolf.artifact.public_format import byte_shuffle, byte_unshuffle
 from pgolf.artifact.quantize import dequantize_model
 from pgolf.artifact.quantized import QuantizedModel
 from pgolf.artifact.sizes import ArtifactSize, bytes_by_class, class_sizes, code_entropy, describe
@@ -87,14 +88,14 @@ def test_equal_models_give_equal_bytes(public, tmp_path):
     )
     files = []
     for index, model in enumerate((public, copied, views, load(PUBLIC))):
-        save(tmp_path / f"{index}.ptz", model, "lzma")
-        files.append((tmp_path / f"{index}.ptz").read_bytes())
+        save(tmp_path / f"{index}.int6.ptz", model, "lzma")
+        files.append((tmp_path / f"{index}.int6.ptz").read_bytes())
     assert len(set(files)) == 1
 
 
 @pytest.fixture(scope="module")
 def blobs(public, tmp_path_factory) -> dict[str, bytes]:
-    path = tmp_path_factory.mktemp("xz") / "model"
+    path = tmp_path_factory.mktemp("xz") / "model.int6.ptz"
     save(path, public, "lzma")
     return {"brotli": PUBLIC.read_bytes(), "lzma": path.read_bytes()}
 
@@ -151,7 +152,7 @@ NAN, INF = torch.tensor(float("nan")), torch.tensor(float("inf"))
 
 
 def test_every_kind_of_tensor_is_accepted(tmp_path):
-    path = tmp_path / "model.ptz"
+    path = tmp_path / "model.int6.ptz"
     save(path, QuantizedModel(MATRIX, MARKS), "lzma")
     assert load(path).low_rank("a").sB.shape == (3,)
     symmetric = {key.replace("_a", ""): value for key, value in MATRIX.items()}
@@ -195,31 +196,31 @@ def test_every_kind_of_tensor_is_accepted(tmp_path):
     ],
 )
 def test_tensors_that_do_not_fit_their_marks_are_errors(tmp_path, changed, marks, words):
-    path = tmp_path / "model.ptz"
+    path = tmp_path / "model.int6.ptz"
     path.write_bytes(lzma.compress(pickled({"w": {**MATRIX, **changed}, "m": {**MARKS, **marks}})))
-    with pytest.raises(ArtifactError, match=f"model.ptz .*{words}"):
+    with pytest.raises(ArtifactError, match=f"model.int6.ptz .*{words}"):
         load(path)
 
 
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
 def test_a_wrong_weight_is_an_error_that_names_it(tmp_path, compressor):
     """torch's reader does not look at the checksums, and neither brotli nor the shuffle has any."""
-    path = tmp_path / "model.ptz"
+    path = tmp_path / "model.int6.ptz"
     save(path, QuantizedModel(MATRIX, MARKS), compressor)
     blob = path.read_bytes()
     data = bytearray(byte_unshuffle(lzma.decompress(blob) if compressor == "lzma" else brotli.decompress(blob)))
     data[data.index(bytes(24))] = 1  # a code of matrix a
     shuffled = byte_shuffle(bytes(data))
     path.write_bytes(lzma.compress(shuffled) if compressor == "lzma" else brotli.compress(shuffled))
-    with pytest.raises(ArtifactError, match=r"model.ptz .*tensor a.q .*does not have its checksum .CRC-32"):
+    with pytest.raises(ArtifactError, match=r"model.int6.ptz .*tensor a.q .*does not have its checksum .CRC-32"):
         load(path)
 
 
 @pytest.mark.parametrize("compress", [partial(lzma.compress, preset=0), brotli.compress])
 def test_decompression_is_bounded(tmp_path, monkeypatch, compress):
     """By 8 bytes for each of the cap, or of the file; the rest is never decompressed."""
-    monkeypatch.setattr(container, "CAP_BYTES", 1000)
-    path = tmp_path / "bomb.ptz"
+    monkeypatch.setattr(public_format, "CAP_BYTES", 1000)
+    path = tmp_path / "bomb.int6.ptz"
     path.write_bytes(compress(bytes(10_000_000)))
     tracemalloc.start()
     with pytest.raises(ArtifactError, match="more than [0-9,]+ bytes"):
@@ -233,15 +234,15 @@ def test_decompression_is_bounded(tmp_path, monkeypatch, compress):
 
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
 def test_what_follows_the_compressed_data_is_an_error(blobs, tmp_path, compressor):
-    path = tmp_path / "model.ptz"
+    path = tmp_path / "model.int6.ptz"
     path.write_bytes(blobs[compressor] + b"more")
-    with pytest.raises(ArtifactError, match="model.ptz"):
+    with pytest.raises(ArtifactError, match="model.int6.ptz"):
         load(path)
 
 
 def test_other_compressors_and_a_missing_brotli(public, tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match="must be brotli or lzma, got 'zip'"):
-        save(tmp_path / "x", public, "zip")
+        save(tmp_path / "x.int6.ptz", public, "zip")
     imported = builtins.__import__
 
     def without_brotli(name, *rest):
@@ -252,8 +253,8 @@ def test_other_compressors_and_a_missing_brotli(public, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_brotli)
     with pytest.raises(ImportError, match="pip install .brotli>=1.2"):
         load(PUBLIC)
-    save(tmp_path / "x", public, "lzma")
-    assert load(tmp_path / "x").meta == public.meta
+    save(tmp_path / "x.int6.ptz", public, "lzma")
+    assert load(tmp_path / "x.int6.ptz").meta == public.meta
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none")
 

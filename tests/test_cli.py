@@ -97,7 +97,7 @@ def test_a_run_leaves_everything(finished: RunFolder) -> None:
         "metrics.jsonl",
         "summary.json",
         "ema.pt",
-        "model.int6.ptz",
+        "model.pgolf",
         "train_gpt.py",
         "tokenizer.model",
         "report.html",
@@ -105,7 +105,7 @@ def test_a_run_leaves_everything(finished: RunFolder) -> None:
     summary = finished.summary()
     assert list(summary) == ["run", "data", "train", "quantize", "eval", "ttt"]
     assert summary["ttt"]["tokens"] == summary["data"]["val_tokens"] - 1
-    size = (finished.path / "model.int6.ptz").stat().st_size + finished.program.stat().st_size
+    size = (finished.path / "model.pgolf").stat().st_size + finished.program.stat().st_size
     assert summary["quantize"]["total_bytes"] == size
     assert all(summary[stage]["seconds"] > 0 for stage in ("data", "train", "quantize", "eval", "ttt"))
 
@@ -124,7 +124,7 @@ def test_every_score_is_that_of_the_weights_it_is_named_after(finished: RunFolde
     tokens, table = validation_data(config)
     averaged = load_weights(finished.ema)
     layers = unbank(averaged, config.num_layers)
-    kept = rebank(dequantize_model(container.load(finished.path / "model.int6.ptz"), layers), averaged)
+    kept = rebank(dequantize_model(container.load(finished.path / "model.pgolf"), layers), averaged)
 
     def model(weights: dict[str, torch.Tensor]) -> GPT:
         model = GPT(config)
@@ -196,9 +196,9 @@ def test_the_shipped_program_scores_the_same(finished: RunFolder, data: Path, tm
 
 
 def test_inspect_shows_the_classes(finished: RunFolder, capsys: pytest.CaptureFixture) -> None:
-    assert main(["inspect", str(finished.path / "model.int6.ptz")]) == 0
+    assert main(["inspect", str(finished.path / "model.pgolf")]) == 0
     shown = capsys.readouterr().out
-    assert "attention" in shown and "int6" in shown and "int7" in shown and "of the cap" in shown
+    assert "attention" in shown and "trellis" in shown and "of the cap" in shown
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -226,7 +226,7 @@ def test_errors_say_what_to_do(
         main(["run", "--fresh", "--run-dir", str(tmp_path / "c"), "--set", f"data_dir={tmp_path}"])
     monkeypatch.delenv("PGOLF_TRACEBACK")
     broken = tmp_path / "broken.ptz"
-    broken.write_bytes((finished.path / "model.int6.ptz").read_bytes()[:-100])
+    broken.write_bytes((finished.path / "model.pgolf").read_bytes()[:-100])
     assert "cut short" in fails(["inspect", str(broken)], capsys)
     monkeypatch.setenv("TTT_LORA_RNK", "3")
     assert "TTT_LORA_RNK looks like a setting" in fails([*run, str(tmp_path / "d")], capsys)

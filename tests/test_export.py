@@ -81,7 +81,7 @@ def test_the_same_bytes_every_time_and_all_counted(program: Path, tmp_path: Path
     again = tmp_path / "other_name.py"
     assert export_program(again) == again.stat().st_size
     assert again.read_bytes() == program.read_bytes(), "the record's settings are the defaults"
-    assert len(program.read_bytes()) < 115_000, "the code's share of the cap"
+    assert len(program.read_bytes()) < 125_000, "the code's share of the cap"
     assert str(ROOT).encode() not in program.read_bytes()
 
 
@@ -199,7 +199,7 @@ def test_a_run_has_the_package_s_results_and_exports_the_same_program(program: P
     assert package["ttt"]["bits_per_byte"] == shipped["ttt"]["bits_per_byte"]
     files = [
         [(tmp_path / name / file).read_bytes() for name in ("package", "program")]
-        for file in ("model.int6.ptz", "train_gpt.py")
+        for file in ("model.pgolf", "train_gpt.py")
     ]
     assert all(one == other for one, other in files), "the same weights and the same program"
     assert (tmp_path / "package" / "report.html").is_file() and not (tmp_path / "program" / "report.html").exists()

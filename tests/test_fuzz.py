@@ -14,12 +14,14 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_refused(examples: Examples, kind: str) -> None:
-    count = {"artifact": 500, "archive": 500, "bomb": 6}.get(kind, 100)
+    count = {"artifact": 500, "archive": 500, "packed": 500, "sealed": 500, "bomb": 6}.get(kind, 100)
     results = examples.try_kind(kind, count, seed=0)
     assert sum(results.values()) == count and results["refused"] > 0.7 * count
 
 
-@pytest.mark.parametrize("kind", ["artifact", "archive", "checkpoint", "average", "data", "settings"])
+@pytest.mark.parametrize(
+    "kind", ["artifact", "archive", "packed", "sealed", "checkpoint", "average", "data", "settings"]
+)
 def test_files_that_are_not_damaged_are_read(examples: Examples, kind: str) -> None:
     for number, content in enumerate(examples.originals[kind]):
         read = getattr(examples, f"read_{kind}")

@@ -331,7 +331,7 @@ class TestEachPart:
             assert sorted(path.name for path in scored.path.iterdir() if path != scored.summary_file) == [
                 "config.json",
                 "ema.pt",
-                "model.int6.ptz",
+                "model.pgolf",
             ]
             figures = SUMMARY[command[1]]
             scored.record(command[1], figures if command[1] == "eval" else {"bits_per_byte": 1.81 + off})

@@ -1,85 +1,84 @@
-"""The artifact's file: the quantised model, serialised and compressed, in the format of parameter-golf PR #1874.
+"""The artifact's file: writing and reading a quantised model, in the format that the file's ending names.
 
-    torch.save of {"w": tensors by entry name, "m": how each was made}
-    → byte shuffle: b"BSHF", one byte with the stride 2, then the bytes at even places, then those at odd ones
-    → brotli (quality 11) or xz (preset 6)
-
-A code takes one byte; the entropy coder packs it. The same tensors give the same bytes.
+.pgolf        entropy-coded, for every model (`packed_format`)
+.int6.ptz     that of parameter-golf PR #1874, for models that `gptq` has quantised (`public_format`)
 """
 
 from __future__ import annotations
 
-import io
-import lzma
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf.artifact import packed_format, public_format
+from pgolf.artifact.public_format import CAP_BYTES
 from pgolf.artifact.quantized import (
     ASYMMETRIC_KEYS,
     CODES,
+    COLUMN_STEP,
     PASSTHROUGH,
+    ROW_STEP,
     SCALE,
     SYMMETRIC_KEYS,
+    TRELLIS,
+    ArtifactError,
     QuantizedModel,
     largest_code,
 )
 from pgolf.common.files import FileError, write_aside
-from pgolf.common.tensors import check_tensor, read_tensors
+from pgolf.common.tensors import check_tensor
 from pgolf.kernels.dequant import MAX_RANK
 
-CAP_BYTES = 16_000_000  # of the challenge, for code and compressed weights together
-MOST_EXPANSION = 8  # decompressed bytes for each compressed one: a code is one byte, and takes at least a bit
-XZ_MEMORY = 1 << 27  # bytes; a decoder of the largest preset takes half of it
-SHUFFLE_MAGIC = b"BSHF"
-SHUFFLE_STRIDE = 2
-BROTLI_QUALITY, BROTLI_WINDOW = 11, 24
-XZ_MAGIC, XZ_PRESET = b"\xfd7zXZ\x00", 6
-ZIP_MAGIC = b"PK"  # torch.save writes a zip archive
 MARK = re.compile(r"gptq \(int([2-8])\)(\+lqer(?:_asym)?)?")
+MOST_EXPONENT = 512  # of steps, in sixteenths: 2^32
+PACKED, PUBLIC = ".pgolf", ".int6.ptz"
 
-
-class ArtifactError(FileError):
-    """A file is no artifact, or an artifact is too large."""
+__all__ = ["CAP_BYTES", "ArtifactError", "content", "load", "save"]
 
 
 def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "brotli") -> int:
-    """Write the artifact atomically and return its size in bytes.
-
-    Brotli takes about a minute for the record model. Raises ArtifactError if ``compressor`` is neither ``brotli`` nor
-    ``lzma`` or `load` would refuse the model, and ImportError if brotli is not installed.
-    """
-    quantized = QuantizedModel(_pooled(quantized.tensors), quantized.meta)
-    _check(quantized)
-    data = byte_shuffle(_serialize(quantized))
-    blob = _compress(data, compressor)
-    if len(data) >= _most_bytes(blob):
-        raise ArtifactError(f"{len(data):,} bytes are too many for an artifact")
+    """Write the artifact atomically and return its size in bytes; see `content` for its formats and errors."""
+    blob = content(path, quantized, compressor)
     write_aside(path, blob)
     return len(blob)
 
 
-def load(path: str | os.PathLike) -> QuantizedModel:
-    """Read an artifact that either compressor wrote. No code in it is run.
+def content(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "brotli") -> bytes:
+    """Return what the artifact ``path`` would hold, in the format of its ending.
 
-    Decompresses at most MOST_EXPANSION bytes for each byte of the file, or of the cap if that is more.
+    Args:
+        compressor: of the public format, ``brotli`` or ``lzma``.
+
+    Raises ArtifactError for another ending, a model that the format cannot hold, and one that `load` would refuse.
+    """
+    quantized = QuantizedModel(public_format.pooled(quantized.tensors), quantized.meta)
+    _check(quantized)
+    if str(path).endswith(PACKED):
+        return packed_format.pack(quantized)
+    if not str(path).endswith(PUBLIC):
+        raise ArtifactError(f"{path} must end in {PACKED} or {PUBLIC}, which says its format")
+    if any(TRELLIS.fullmatch(how) for how in quantized.meta.values()):
+        raise ArtifactError(f"{path}: the format {PUBLIC} has no place for codes on a trellis; write a {PACKED} file")
+    return public_format.serialize(quantized, compressor)
+
+
+def load(path: str | os.PathLike) -> QuantizedModel:
+    """Read an artifact of any format. No code in it is run, and memory is bounded by its length.
+
     Raises ArtifactError, naming the file and the tensor, if the file is cut short, damaged or no artifact;
     FileNotFoundError if there is none; ImportError if it needs brotli and that is not installed.
     """
     path = Path(path)
     blob = path.read_bytes()
     try:
-        archive = byte_unshuffle(_decompress(blob))
-        if not archive.startswith(ZIP_MAGIC):
-            raise ArtifactError("it was not written by torch.save")
-        return _checked(read_tensors(io.BytesIO(archive), len(archive)))
+        packed = blob.startswith(packed_format.MAGIC[:-1])
+        quantized = packed_format.unpack(blob) if packed else public_format.deserialize(blob)
+        _check(quantized)
+        return quantized
     except FileError as error:
         raise ArtifactError(
             f"{path} ({len(blob):,} bytes) is no artifact, or is cut short or damaged: {error}. "
@@ -87,57 +86,49 @@ def load(path: str | os.PathLike) -> QuantizedModel:
         ) from error
 
 
-def _serialize(quantized: QuantizedModel) -> bytes:
-    # Pickle writes a string object that it has written before as a reference. Interning makes equal strings one object,
-    # so that the bytes depend on the content only.
-    tensors = {sys.intern(name): tensor for name, tensor in quantized.tensors.items()}
-    meta = {sys.intern(name): sys.intern(how) for name, how in quantized.meta.items()}
-    buffer = io.BytesIO()
-    torch.save({"w": tensors, "m": meta}, buffer)
-    return buffer.getvalue()
-
-
-def _pooled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the tensors into one storage for each dtype, because each storage costs about 50 compressed bytes."""
-    pooled: dict[str, Tensor] = {}
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
-        members = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor.dtype == dtype}
-        pool = torch.cat([tensor.reshape(-1) for tensor in members.values()])
-        parts = pool.split([tensor.numel() for tensor in members.values()])
-        pooled |= {name: part.view(members[name].shape) for name, part in zip(members, parts, strict=True)}
-    return {name: pooled[name] for name in tensors}
-
-
-def _checked(content: object) -> QuantizedModel:
-    tensors, meta = (content.get(key) for key in ("w", "m")) if isinstance(content, dict) else (None, None)
-    if not (isinstance(tensors, dict) and isinstance(meta, dict)):
-        raise ArtifactError('it lacks the dictionaries "w" and "m"')
-    quantized = QuantizedModel(tensors, meta)
-    _check(quantized)
-    return quantized
-
-
 def _check(quantized: QuantizedModel) -> None:
     """Raise FileError if tensors disagree with the meta strings: missing, unlisted, of another dtype, out of range."""
     unlisted = set(quantized.tensors)
     for name, how in quantized.meta.items():
-        mark = MARK.fullmatch(how) if isinstance(name, str) and isinstance(how, str) else None
-        if mark is None and (how != PASSTHROUGH or not isinstance(name, str)):
-            raise ArtifactError(f"it lists {name!r} as {how!r}, which is unknown")
-        keys: tuple[str, ...] = (name,)
-        if mark is not None:
-            correction = {"+lqer": SYMMETRIC_KEYS, "+lqer_asym": ASYMMETRIC_KEYS, None: ()}[mark[2]]
-            keys = tuple(name + key for key in (CODES, SCALE, *correction))
+        keys = (name, *_keys(name, how))
+        keys = keys[1:] or keys
         for key in keys:
             if key not in unlisted:
                 raise ArtifactError(f"it lists {name} as {how!r} and lacks the tensor {key}")
         unlisted -= set(keys)
-        if mark is None:
+        if mark := MARK.fullmatch(how):
+            _check_matrix(keys, quantized.tensors, int(mark[1]), mark[2] == "+lqer_asym")
+        elif how == PASSTHROUGH:
             check_tensor(name, quantized.tensors[name], None, torch.float16)
         else:
-            _check_matrix(keys, quantized.tensors, int(mark[1]), mark[2] == "+lqer_asym")
+            _check_trellis(keys, quantized.tensors)
     if unlisted:
         raise ArtifactError(f"it does not list {min(map(str, unlisted))}")
+
+
+def _keys(name: object, how: object) -> tuple[str, ...]:
+    """Return the entries of a tensor that is no entry by itself. Raises ArtifactError for an unknown meta string."""
+    if isinstance(name, str) and isinstance(how, str):
+        if mark := MARK.fullmatch(how):
+            correction = {"+lqer": SYMMETRIC_KEYS, "+lqer_asym": ASYMMETRIC_KEYS, None: ()}[mark[2]]
+            return tuple(name + key for key in (CODES, SCALE, *correction))
+        if TRELLIS.fullmatch(how):
+            return tuple(name + key for key in (CODES, ROW_STEP, COLUMN_STEP))
+        if how == PASSTHROUGH:
+            return ()
+    raise ArtifactError(f"it lists {name!r} as {how!r}, which is unknown")
+
+
+def _check_trellis(keys: tuple[str, ...], tensors: Mapping[str, Tensor]) -> None:
+    """Raise FileError if codes on a trellis and the exponents of their steps do not fit together."""
+    codes, rows, columns = (check_tensor(key, tensors[key], None, torch.int16) for key in keys)
+    if codes.ndim != 2 or not codes.numel() or (rows.shape, columns.shape) != (codes.shape[:1], codes.shape[1:]):
+        raise ArtifactError(
+            f"its shapes do not fit together: {', '.join(f'{k} {list(tensors[k].shape)}' for k in keys)}"
+        )
+    for key, exponents in zip(keys[1:], (rows, columns), strict=True):
+        if exponents.abs().max() > MOST_EXPONENT:
+            raise ArtifactError(f"{key} has exponents beyond {MOST_EXPONENT}")
 
 
 def _check_matrix(keys: tuple[str, ...], tensors: Mapping[str, Tensor], bits: int, asymmetric: bool) -> None:
@@ -165,77 +156,3 @@ def _check_codes(key: str, codes: Tensor, low: int, high: int) -> tuple[int, ...
     if codes.ndim != 2 or not codes.numel() or codes.min() < low or codes.max() > high:
         raise ArtifactError(f"{key} is no matrix of codes from {low} to {high}")
     return tuple(codes.shape)
-
-
-def byte_shuffle(data: bytes) -> bytes:
-    """Reorder ``data``: a header of five bytes, the bytes at even places, then those at odd places.
-
-    This separates the two bytes of 16-bit numbers; each half compresses better alone.
-    """
-    array = np.frombuffer(data, np.uint8)
-    planes = [array[plane::SHUFFLE_STRIDE] for plane in range(SHUFFLE_STRIDE)]
-    return SHUFFLE_MAGIC + bytes([SHUFFLE_STRIDE]) + np.concatenate(planes).tobytes()
-
-
-def byte_unshuffle(data: bytes) -> bytes:
-    """Invert `byte_shuffle` for any stride; return data without its header unchanged.
-
-    Raises ArtifactError for a stride of 0 or a header without a stride.
-    """
-    if not data.startswith(SHUFFLE_MAGIC):
-        return data
-    stride = data[len(SHUFFLE_MAGIC)] if len(data) > len(SHUFFLE_MAGIC) else 0
-    if stride == 0:
-        raise ArtifactError("its byte shuffle has no stride")
-    shuffled = np.frombuffer(data, np.uint8, offset=len(SHUFFLE_MAGIC) + 1)
-    restored, start = np.empty_like(shuffled), 0
-    for plane in range(stride):
-        places = restored[plane::stride]
-        places[:] = shuffled[start : start + places.size]
-        start += places.size
-    return restored.tobytes()
-
-
-def _compress(data: bytes, compressor: str) -> bytes:
-    if compressor == "brotli":
-        return _brotli().compress(data, quality=BROTLI_QUALITY, lgwin=BROTLI_WINDOW)
-    if compressor == "lzma":
-        return lzma.compress(data, preset=XZ_PRESET)
-    raise ArtifactError(f"compressor must be brotli or lzma, got {compressor!r}")
-
-
-def _most_bytes(blob: bytes) -> int:
-    """Return the most bytes that a compressed file of this length may hold."""
-    return MOST_EXPANSION * max(CAP_BYTES, len(blob))
-
-
-def _decompress(blob: bytes) -> bytes:
-    most = _most_bytes(blob)
-    try:
-        if blob.startswith(XZ_MAGIC):
-            decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
-            data = decoder.decompress(blob, max_length=most)
-            whole = decoder.eof and not decoder.unused_data
-        else:  # brotli data has no magic
-            decoder = _brotli().Decompressor()
-            data = decoder.process(blob, output_buffer_limit=most)
-            whole = decoder.is_finished()
-    except ImportError:
-        raise
-    except Exception as error:  # each library raises its own
-        raise ArtifactError(f"it is neither xz nor brotli data ({error})") from error
-    if not whole:
-        raise ArtifactError(f"it ends too early, is followed by other data, or holds more than {most:,} bytes")
-    return data
-
-
-def _brotli() -> ModuleType:
-    try:
-        import brotli
-
-        if tuple(map(int, brotli.__version__.split(".")[:2])) < (1, 2):
-            raise ImportError("an older one cannot bound what it decompresses")
-    except ImportError as error:
-        advice = "`pip install 'brotli>=1.2'`, or set compressor=lzma to write without it"
-        raise ImportError(f"the artifact needs the package brotli: {advice}") from error
-    return brotli

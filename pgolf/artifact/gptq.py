@@ -39,7 +39,7 @@ def gptq(
     scales = _row_scales(weight, clip_sigmas, clip_range)
     _warn_of_clipping(name, weight, scales.float() * clip_range)
     with exact_float32_products():
-        factor, order, dead = _inverse_factor(hessian, name)
+        factor, order, dead = inverse_factor(hessian, name)
         work = weight.T[order]  # transposed, so that a column is contiguous
         work[dead] = 0
         codes = _round_columns(work, factor, scales.float(), clip_range)
@@ -86,7 +86,7 @@ def _warn_of_clipping(name: str, weight: Tensor, reach: Tensor) -> None:
         )
 
 
-def _inverse_factor(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def inverse_factor(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, with UᵀU = H⁻¹ in the order of decreasing diagonal; the order; the columns without input."""
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()

@@ -16,7 +16,18 @@ from torch import Tensor
 from pgolf.artifact.gptq import gptq
 from pgolf.artifact.hessians import hessian_group
 from pgolf.artifact.low_rank import pack_correction, worth_correcting
-from pgolf.artifact.quantized import CODES, PASSTHROUGH, SCALE, QuantizedModel, QuantizeError, largest_code
+from pgolf.artifact.quantized import (
+    CODES,
+    COLUMN_STEP,
+    PASSTHROUGH,
+    ROW_STEP,
+    SCALE,
+    TRELLIS,
+    QuantizedModel,
+    QuantizeError,
+    largest_code,
+)
+from pgolf.artifact.steps import dequantize_codes
 from pgolf.common.progress import progress
 from pgolf.config import RunConfig
 from pgolf.kernels.dequant import LowRankFactors, dequantize
@@ -67,7 +78,7 @@ def quantize_model(
     for name in progress(tensors, description="GPTQ", unit="tensors"):
         rule = rule_for(name, tensors[name], config)
         if rule is None:
-            stored[name], meta[name] = _half(name, tensors[name]), PASSTHROUGH
+            stored[name], meta[name] = half(name, tensors[name]), PASSTHROUGH
             continue
         weight = tensors[name].to(device, torch.float32)
         try:
@@ -99,7 +110,8 @@ def _hessian_for(name: str, weight: Tensor, hessians: Mapping[str, Tensor], conf
     return hessians[group].to(weight.device)
 
 
-def _half(name: str, tensor: Tensor) -> Tensor:
+def half(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor in float16, on the CPU. Raises QuantizeError, naming it, for numbers that do not fit."""
     kept = tensor.detach().to("cpu", torch.float16)
     if not torch.isfinite(kept).all():
         raise QuantizeError(f"{name} has numbers that do not fit float16 (largest {tensor.abs().max():.3g})")
@@ -134,6 +146,9 @@ def _dequantized(quantized: QuantizedModel, name: str, like: Tensor) -> Tensor:
         )
     if kept is not None:
         return kept.to(like)
+    if mark := TRELLIS.fullmatch(quantized.meta[name]):
+        rows, columns = (quantized.tensors[name + key] for key in (ROW_STEP, COLUMN_STEP))
+        return dequantize_codes(stored.to(like.device), rows, columns, states=int(mark[1])).to(like.dtype)
     low_rank = quantized.low_rank(name)
     if low_rank is not None:
         low_rank = LowRankFactors(*(factor.to(like.device) for factor in low_rank))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from pgolf.common.files import FileError
 from pgolf.kernels.dequant import LowRankFactors
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number, so that a row of zeros does not divide by zero
-CODES, SCALE = ".q", ".scale"
+CODES, SCALE, ROW_STEP, COLUMN_STEP = ".q", ".scale", ".row", ".column"
 ASYMMETRIC_KEYS = (".lqA_a", ".lqAs_a", ".lqB_a", ".lqBs_a")
 SYMMETRIC_KEYS = (".lqA", ".lqAs", ".lqB", ".lqBs")
 PASSTHROUGH = "passthrough (float16)"
+TRELLIS = re.compile(r"trellis \((\d{1,3}) states, (\d{1,5}) rows\)")
+
+
+class ArtifactError(FileError):
+    """A file is no artifact, or an artifact is too large."""
 
 
 class QuantizeError(ValueError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.container import CAP_BYTES, ArtifactError, load
-from pgolf.artifact.quantized import CODES, SCALE, QuantizedModel
+from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, TRELLIS, QuantizedModel
 
 SHRINK_FIELDS = "raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower embed_bits or lqer_top_k"
 _CODE_CLASSES = {"tok_emb": "embedding", ".attn.": "attention", ".mlp.fc": "mlp fc", ".mlp.proj": "mlp proj"}
@@ -71,10 +71,17 @@ class ClassSize(NamedTuple):
 
 
 def code_entropy(codes: Tensor) -> float:
-    """Return the order-0 entropy of int8 codes in bits a code: the least that a coder without context needs."""
-    counts = torch.bincount(codes.reshape(-1).int() + 128).double()
+    """Return the order-0 entropy of codes in bits a code: the least that a coder without context needs."""
+    counts = torch.bincount(codes.reshape(-1).int() - int(codes.min())).double()
     shares = counts[counts > 0] / codes.numel()
     return float(-(shares * shares.log2()).sum())
+
+
+def trellis_entropy(codes: Tensor) -> float:
+    """Return the bits a code that codes on a trellis take without context: the parity is known, and costs nothing."""
+    odd = (codes & 1).bool()
+    parts = [codes[chosen] for chosen in (odd, ~odd) if chosen.any()]
+    return sum(code_entropy(part) * part.numel() for part in parts) / codes.numel()
 
 
 def class_sizes(quantized: QuantizedModel) -> list[ClassSize]:
@@ -110,7 +117,15 @@ def _entries(quantized: QuantizedModel) -> Iterator[tuple[str, str, int, float]]
             yield "small tensors", stored, tensor.numel(), raw
         elif key.endswith(CODES):
             kind = next((kind for part, kind in _CODE_CLASSES.items() if part in key), "other matrices")
-            width = quantized.meta[key.removesuffix(CODES)].partition("(")[2].partition(")")[0]
-            yield kind, width, tensor.numel(), code_entropy(tensor) * tensor.numel()
+            how = quantized.meta[key.removesuffix(CODES)]
+            mark = TRELLIS.fullmatch(how)
+            entropy = trellis_entropy if mark and mark[1] != "1" else code_entropy
+            width = "trellis" if mark else how.partition("(")[2].partition(")")[0]
+            yield kind, width, tensor.numel(), entropy(tensor) * tensor.numel()
         else:
-            yield "scales" if key.endswith(SCALE) else "low-rank factors", stored, tensor.numel(), raw
+            yield (
+                "scales" if key.endswith((SCALE, ROW_STEP, COLUMN_STEP)) else "low-rank factors",
+                stored,
+                tensor.numel(),
+                raw,
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +11,21 @@ import torch
 from pgolf.artifact.container import CAP_BYTES, save
 from pgolf.artifact.hessians import collect_hessians
 from pgolf.artifact.quantize import quantize_model
+from pgolf.artifact.rate import prepare, quantize_by_rate
+from pgolf.artifact.sensitivity import Sensitivities, collect_sensitivities
 from pgolf.artifact.sizes import ArtifactSize, bytes_by_class
 from pgolf.common.files import remove_leftovers
 from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory
 from pgolf.config import RunConfig
 from pgolf.data.loader import calibration_batches
-from pgolf.data.shards import shard_files
+from pgolf.data.shards import read_shard, shard_files
 from pgolf.model.build import model_with
+from pgolf.model.gpt import GPT
 from pgolf.model.weights import load_weights, unbank
 from pgolf.submission.export import export_program
+
+SENSITIVITY_TOKENS = 10_000_000  # of the first training shard: where sequences come from, and tokens' frequencies
 
 
 def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: bool) -> None:
@@ -30,10 +36,18 @@ def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: boo
     begun = time.perf_counter()
     reset_peak_memory(world.device)
     weights = world.on_main(lambda: load_weights(folder.need(folder.ema, "train"), config))
-    hessians = calibrate(config, world, weights)
+    model = model_with(config, world, weights)
+    hessians = calibrate(model, config, world)
     results: dict[str, Any] = {"hessian_seconds": time.perf_counter() - begun}
+    sensitivities = None
+    if config.quantizer == "trellis":
+        started = time.perf_counter()
+        tokens = torch.from_numpy(read_shard(_training_files(config)[0], config.vocab_size)[:SENSITIVITY_TOKENS].copy())
+        sensitivities = collect_sensitivities(model, config, tokens, world)
+        results["sensitivity_seconds"] = time.perf_counter() - started
+    del model
     if world.is_main:
-        results |= _quantize_and_save(config, folder, world, weights, hessians)
+        results |= _quantize_and_save(config, folder, world, weights, hessians, sensitivities)
         results |= {"peak_memory_bytes": peak_memory_bytes(world.device), "seconds": time.perf_counter() - begun}
         folder.record("quantize", results)
         size = ArtifactSize(results["weight_bytes"], results["code_bytes"])
@@ -42,11 +56,10 @@ def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: boo
     world.barrier()
 
 
-def calibrate(config: RunConfig, world: World, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def calibrate(model: GPT, config: RunConfig, world: World) -> dict[str, torch.Tensor]:
     """Return the Hessians of the products' inputs, averaged over all ranks' calibration batches."""
-    model = model_with(config, world, weights)
     batches = calibration_batches(
-        shard_files(config.data_dir, config.vocab_size, "train"),
+        _training_files(config),
         tokens=config.gptq_calibration_tokens,
         max_segment=config.train_seq_len,
         count=config.gptq_calibration_batches,
@@ -59,22 +72,38 @@ def calibrate(config: RunConfig, world: World, weights: dict[str, torch.Tensor])
     return collect_hessians(model, batches)
 
 
+def _training_files(config: RunConfig) -> list[Path]:
+    return shard_files(config.data_dir, config.vocab_size, "train")
+
+
 def _quantize_and_save(
-    config: RunConfig, folder: RunFolder, world: World, weights: dict, hessians: dict
+    config: RunConfig,
+    folder: RunFolder,
+    world: World,
+    weights: dict[str, torch.Tensor],
+    hessians: dict[str, torch.Tensor],
+    sensitivities: Sensitivities | None,
 ) -> dict[str, Any]:
-    begun = time.perf_counter()
-    quantized = quantize_model(unbank(weights, config.num_layers), hessians, config, world.device)
-    solved = time.perf_counter()
     path = folder.artifact(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    world.log(f"compressing with {config.compressor}")
-    weight_bytes = save(path, quantized, config.compressor)
-    compressed = time.perf_counter()
+    begun = time.perf_counter()
     code_bytes = export_program(folder.program, config)
+    exported = time.perf_counter()
+    tensors = unbank(weights, config.num_layers)
+    if sensitivities is None:
+        quantized = quantize_model(tensors, hessians, config, world.device)
+        world.log(f"compressing with {config.compressor}")
+    else:
+        matrices = prepare(tensors, hessians, sensitivities, config, world.device)
+        target = config.weight_bytes or CAP_BYTES - code_bytes
+        quantized = quantize_by_rate(tensors, matrices, config, world.device, path, target)
+    solved = time.perf_counter()
+    weight_bytes = save(path, quantized, config.compressor)
     return {
-        "gptq_seconds": solved - begun,
-        "compress_seconds": compressed - solved,
+        "export_seconds": exported - begun,
+        "quantize_seconds": solved - exported,
+        "compress_seconds": time.perf_counter() - solved,
         "weight_bytes": weight_bytes,
         "code_bytes": code_bytes,
         "total_bytes": weight_bytes + code_bytes,

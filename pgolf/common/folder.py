@@ -28,7 +28,7 @@ class RunFolder:
     summary.json        results of each stage
     train_state.pt      training checkpoint
     ema.pt              final weights: the moving average
-    model.int6.ptz      artifact
+    model.pgolf         artifact (model.int6.ptz with quantizer=gptq)
     train_gpt.py        program that is submitted with the artifact
     tokenizer.model     copy of the tokenizer
     report.html         report
@@ -49,12 +49,20 @@ class RunFolder:
 
     def artifact(self, config: RunConfig) -> Path:
         """Return the artifact's path: in ``artifact_dir`` if that is set, else in the run's folder."""
-        return Path(config.artifact_dir or self.path) / "model.int6.ptz"
+        name = "model.pgolf" if config.quantizer == "trellis" else "model.int6.ptz"
+        return Path(config.artifact_dir or self.path) / name
 
     def files(self) -> list[Path]:
         """Return the paths of all of a run's files; config.json, which marks the folder as a run's, comes first."""
         small = [self.config_file, self.environment, self.metrics, self.summary_file, self.tokenizer, self.report]
-        return [*small, self.checkpoint, self.ema, self.program, self.path / "model.int6.ptz"]
+        return [
+            *small,
+            self.checkpoint,
+            self.ema,
+            self.program,
+            self.path / "model.pgolf",
+            self.path / "model.int6.ptz",
+        ]
 
     def clear(self) -> None:
         """Delete the files of an earlier run, and no others."""

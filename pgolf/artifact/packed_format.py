@@ -1,0 +1,175 @@
+"""The artifact's file with entropy-coded codes, ``.pgolf``: any quantised model, in the fewest bytes.
+
+    6 bytes    the magic b"pgolf" and the version 1
+    4          CRC-32 of all that follows
+    16         lengths in bytes, uint32: side block, the same unpacked, words, escapes
+    32         SHA-256 of all codes, in the order of the entries, int16, row by row
+    ...        side block: xz data of a JSON header, the rows' classes, and all tensors that are no codes
+    ...        states of the coders, words and escapes of `pgolf.artifact.entropy`
+
+Numbers are little-endian. The header has the marks of `QuantizedModel.meta` and names, dtypes and shapes of all entries
+in their order. Nothing in a file is run, a length that does not fit is refused before memory is taken for it, and the
+same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import math
+import struct
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf.artifact.entropy import LANES, EntropyError, Layout, Stream, decode, encode, row_classes
+from pgolf.artifact.quantized import CODES, TRELLIS, ArtifactError, QuantizedModel
+
+MAGIC = b"pgolf\x01"
+HEAD = struct.Struct("<6sIIIII32s")
+MOST_NUMBERS = 1 << 26  # of all entries together
+MOST_SIDE_BYTES = 1 << 26
+DTYPES = {name: getattr(torch, name) for name in ("float16", "float32", "int8", "int16")}
+
+
+def pack(quantized: QuantizedModel) -> bytes:
+    """Return the file's content. Raises ArtifactError for codes that are on no path of their trellis."""
+    header, side, matrices = [], [], []
+    digest = hashlib.sha256()
+    for name, tensor in quantized.tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        header.append([name, dtype, list(tensor.shape)])
+        array = tensor.contiguous().numpy()
+        if not name.endswith(CODES):
+            side.append(_planes(array))
+            continue
+        codes = array.astype("<i2")
+        digest.update(codes.tobytes())
+        classes = row_classes(codes)
+        side.append(classes.tobytes())
+        matrices.append((codes, _layout(name, tensor.shape, classes, quantized.meta)))
+    text = json.dumps({"meta": quantized.meta, "entries": header}, separators=(",", ":")).encode()
+    unpacked = struct.pack("<I", len(text)) + text + b"".join(side)
+    block = lzma.compress(unpacked, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME)
+    try:
+        stream = encode(matrices)
+    except EntropyError as error:
+        raise ArtifactError(f"its codes cannot be packed: {error}") from error
+    tail = [part.astype(kind).tobytes() for part, kind in zip(stream, ("<u2", "<u4", "<i2"), strict=True)]
+    words, states, escapes = tail
+    body = struct.pack("<IIII", len(block), len(unpacked), len(words), len(escapes)) + digest.digest()
+    body += block + states + words + escapes
+    return MAGIC + struct.pack("<I", crc32(body)) + body
+
+
+def unpack(blob: bytes) -> QuantizedModel:
+    """Return the model of a file's content. Raises ArtifactError if it is cut short, damaged or no such file."""
+    if len(blob) < HEAD.size or not blob.startswith(MAGIC):
+        raise ArtifactError("it does not begin as a .pgolf file of version 1 does")
+    _, crc, length, unpacked, words, escapes, digest = HEAD.unpack_from(blob)
+    states = 4 * LANES
+    if HEAD.size + length + states + words + escapes != len(blob) or words % 2 or escapes % 2:
+        raise ArtifactError("its lengths do not add up: it is cut short, or followed by other data")
+    if crc32(memoryview(blob)[10:]) != crc:
+        raise ArtifactError("its checksum is wrong")
+    if unpacked > MOST_SIDE_BYTES:
+        raise ArtifactError(f"its side block claims {unpacked:,} bytes")
+    places = np.cumsum([HEAD.size, length, states, words, escapes])
+    block, states_bytes, words_bytes, escapes_bytes = (blob[a:b] for a, b in zip(places[:-1], places[1:], strict=True))
+    meta, entries, rest = _side(block, unpacked)
+    tensors, layouts = _entries(meta, entries, rest)
+    stream = Stream(
+        *(
+            np.frombuffer(part, kind)
+            for part, kind in ((words_bytes, "<u2"), (states_bytes, "<u4"), (escapes_bytes, "<i2"))
+        )
+    )
+    try:
+        decoded = decode(stream, list(layouts.values()))
+    except EntropyError as error:
+        raise ArtifactError(f"its codes do not decode: {error}") from error
+    if hashlib.sha256(b"".join(codes.astype("<i2").tobytes() for codes in decoded)).digest() != digest:
+        raise ArtifactError("its codes have another digest")
+    for name, codes in zip(layouts, decoded, strict=True):
+        tensors[name] = torch.from_numpy(codes)
+    ordered = {}
+    for name, dtype, _ in entries:
+        value = tensors[name].to(DTYPES[dtype])
+        if name in layouts and not torch.equal(value.to(torch.int16), tensors[name]):
+            raise ArtifactError(f"{name} has codes that are no {dtype}")
+        ordered[name] = value
+    return QuantizedModel(ordered, meta)
+
+
+def _layout(name: str, shape: tuple[int, ...] | torch.Size, classes: np.ndarray, meta: dict[str, str]) -> Layout:
+    mark = TRELLIS.fullmatch(meta.get(name.removesuffix(CODES), ""))
+    states, length = (int(mark[1]), int(mark[2])) if mark else (1, 1)
+    return Layout(shape[0], shape[1], classes, states, length)
+
+
+def _planes(array: np.ndarray) -> bytes:
+    """An array's bytes, the low ones of all numbers first: each plane is more alike than the numbers."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    flat = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
+    return flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
+
+
+def _side(block: bytes, length: int) -> tuple[dict[str, str], list[tuple[str, str, tuple[int, ...]]], bytes]:
+    """Marks, entries and the bytes behind them. Raises ArtifactError for a block that is damaged."""
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 28)
+    try:
+        data = decoder.decompress(block, max_length=length + 1)
+    except lzma.LZMAError as error:
+        raise ArtifactError(f"its side block is no xz data ({error})") from error
+    if len(data) != length or not decoder.eof or decoder.unused_data or length < 4:
+        raise ArtifactError("its side block has another length than it claims")
+    (size,) = struct.unpack_from("<I", data)
+    try:
+        header = json.loads(data[4 : 4 + size])
+        meta, listed = header["meta"], header["entries"]
+        entries = [(str(name), str(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in listed]
+        if not all(isinstance(text, str) for pair in meta.items() for text in pair):
+            raise ValueError("marks are text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"its header is damaged ({error})") from error
+    if len({name for name, _, _ in entries}) != len(entries):
+        raise ArtifactError("its header lists an entry twice")
+    return meta, entries, data[4 + size :]
+
+
+def _entries(
+    meta: dict[str, str], entries: list[tuple[str, str, tuple[int, ...]]], data: bytes
+) -> tuple[dict[str, Tensor], dict[str, Layout]]:
+    """The tensors that are no codes, and the layouts of those that are, by name."""
+    tensors: dict[str, Tensor] = {}
+    layouts: dict[str, Layout] = {}
+    place = numbers = 0
+    for name, dtype, shape in entries:
+        count = math.prod(shape)
+        numbers += count
+        if dtype not in DTYPES or min(shape, default=1) < 0 or numbers > MOST_NUMBERS:
+            raise ArtifactError(f"{name} is {dtype} {list(shape)}")
+        is_codes = name.endswith(CODES)
+        if is_codes and (len(shape) != 2 or not count or dtype not in ("int8", "int16")):
+            raise ArtifactError(f"{name} is no matrix of codes: {dtype} {list(shape)}")
+        size = shape[0] if is_codes else count * DTYPES[dtype].itemsize
+        part = data[place : place + size]
+        place += size
+        if len(part) != size:
+            raise ArtifactError(f"its side block ends in {name}")
+        if is_codes:
+            try:
+                layouts[name] = _layout(name, shape, np.frombuffer(part, np.int8), meta)
+                layouts[name].check()
+            except EntropyError as error:
+                raise ArtifactError(f"{name}: {error}") from error
+        else:
+            plane = np.frombuffer(part, np.uint8).reshape(DTYPES[dtype].itemsize, -1)
+            array = np.ascontiguousarray(plane.T).reshape(-1).view(f"<{dtype[0]}{DTYPES[dtype].itemsize}")
+            tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).view(shape)
+    if place != len(data):
+        raise ArtifactError("its side block goes on behind the last entry")
+    return tensors, layouts

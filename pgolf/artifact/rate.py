@@ -1,0 +1,224 @@
+"""Quantisation by rate: every byte is spent where it lowers the loss most, and the artifact fits a number of bytes.
+
+The loss grows with the square of a row's step and the bytes with its logarithm, so at the best allocation all rows lose
+the same by a bit more or less: step² times the row's sensitivity is the same everywhere (`allocate`). One number, the
+level, moves all steps; it is searched for until the coded bytes are what is wanted (`quantize_by_rate`). Codes lie on a
+trellis and are chosen as in GPTQ (`pgolf.kernels.trellis`).
+
+Steps are whole powers of 2^(1/16), of a row times of a column; columns have steps in inverse proportion to their
+pivots, so that all columns of a row add the same to the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgolf.artifact.container import content
+from pgolf.artifact.gptq import inverse_factor
+from pgolf.artifact.hessians import exact_float32_products, hessian_group
+from pgolf.artifact.quantize import half, rule_for
+from pgolf.artifact.quantized import CODES, COLUMN_STEP, PASSTHROUGH, ROW_STEP, QuantizedModel, QuantizeError
+from pgolf.artifact.sensitivity import Sensitivities
+from pgolf.artifact.steps import OCTAVE, step_sizes
+from pgolf.config import RunConfig
+from pgolf.kernels.trellis import trellis_gptq
+
+COARSEST = 1.0  # a step is at most this many standard deviations of its row: a trellis has no code 0 in half its states
+FINEST = 2.0**-5  # and at least this many: codes of more than 7 bits are worth nothing
+SLACK_BYTES = 4000  # that an artifact may stay below what it is given
+ATTEMPTS = 12
+# Bits of a code: log2 of its row's standard deviation in steps, plus log2 √(2πe), for codes that are many steps wide.
+GAUSSIAN_BITS = 2.047
+
+
+class Matrix(NamedTuple):
+    """A matrix on its way to codes, its columns in the order in which they are coded."""
+
+    weight: Tensor  # float32 [R, C]
+    factor: Tensor  # float32 [C, C], of the inverse second moments with trace C
+    order: Tensor  # int64 [C]
+    slope: Tensor  # float64 [R]: the loss's second derivative by a row's errors at a column step of 1, nats a token
+    column_exponent: Tensor  # int16 [C]: log2 of the columns' steps, in sixteenths
+
+
+def prepare(
+    tensors: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    sensitivities: Sensitivities,
+    config: RunConfig,
+    device: torch.device,
+) -> dict[str, Matrix]:
+    """Return what `allocate` and `code` need of every matrix that is quantised, by per-layer name.
+
+    Raises QuantizeError for a matrix without a Hessian or with numbers that are not finite.
+    """
+    factors: dict[str | None, tuple[Tensor, Tensor, Tensor]] = {}
+    matrices = {}
+    for name, tensor in tensors.items():
+        if rule_for(name, tensor, config) is None:
+            continue
+        if not torch.isfinite(tensor).all():
+            raise QuantizeError(f"{name} has numbers that are not finite: training has diverged")
+        weight = tensor.to(device, torch.float32)
+        group = hessian_group(name, tied=config.tie_embeddings)
+        if group not in factors:
+            factors[group] = _factor(group, weight.size(1), hessians, device)
+        factor, order, dead = factors[group]
+        logs = -torch.log2(factor.diagonal().double())  # of the pivots
+        exponent = torch.round(OCTAVE * (logs.mean() - logs)).to(torch.int16)
+        # Steps of columns are taken out of the pivots: what is left of them is the same for all, 2^(2 mean).
+        slope = sensitivities.rows[name].to(device) / weight.size(1) * torch.exp2(2 * logs.mean())
+        if group == "tok_emb":
+            head = sensitivities.head.to(device) / weight.size(1) * torch.exp2(2 * logs.mean())
+            inputs = sensitivities.rows["tok_emb.weight"].to(device) / weight.size(1)
+            slope = head + inputs if name == "tok_emb.weight" else head
+        weight = weight[:, order]
+        weight[:, dead] = 0
+        matrices[name] = Matrix(weight, factor, order, slope, exponent)
+    return matrices
+
+
+def _factor(
+    group: str | None, columns: int, hessians: Mapping[str, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    if group is None:  # a lookup table
+        return torch.eye(columns, device=device), torch.arange(columns, device=device), torch.zeros(0, dtype=torch.long)
+    if group not in hessians:
+        raise QuantizeError(f"there is no Hessian of group {group!r}; there are {', '.join(sorted(hessians))}")
+    hessian = hessians[group].to(device, torch.float32)
+    with exact_float32_products():
+        return inverse_factor(hessian * (columns / hessian.diagonal().sum().clamp_min(1e-30)), group)
+
+
+def allocate(matrix: Matrix, level: float) -> Tensor:
+    """Return the rows' steps at a level, int16 [R]: log2 in sixteenths, of the finest that loses as much as others.
+
+    A level of one more doubles all steps, but for rows that would get none or all too many bits.
+    """
+    deviation = torch.log2((matrix.weight / step_sizes(matrix.column_exponent)).double().std(1).clamp_min(1e-12))
+    wanted = level - 0.5 * torch.log2(matrix.slope.clamp_min(1e-30))
+    wanted = torch.clamp(wanted, deviation + torch.tensor(FINEST).log2(), deviation + torch.tensor(COARSEST).log2())
+    return torch.round(OCTAVE * wanted).to(torch.int16)
+
+
+def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> QuantizedModel:
+    """Quantise all matrices at a level; those of one shape go through the kernel together."""
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, matrix in matrices.items():
+        shapes.setdefault(tuple(matrix.weight.shape), []).append(name)
+    states, length = config.trellis_states, config.trellis_rows
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, str] = {}
+    for names in shapes.values():
+        exponents = [allocate(matrices[name], level) for name in names]
+        codes = trellis_gptq(
+            torch.stack([matrices[name].weight for name in names]),
+            torch.stack([matrices[name].factor for name in names]),
+            torch.stack([step_sizes(exponent - (OCTAVE if states > 1 else 0)) for exponent in exponents]),
+            torch.stack([step_sizes(matrices[name].column_exponent) for name in names]),
+            states=states,
+            path_length=length,
+        )
+        for name, exponent, own in zip(names, exponents, codes, strict=True):
+            order = matrices[name].order
+            natural, columns = torch.empty_like(own), torch.empty_like(matrices[name].column_exponent)
+            natural[:, order], columns[order] = own, matrices[name].column_exponent
+            tensors |= {name + CODES: natural.cpu(), name + ROW_STEP: exponent.cpu(), name + COLUMN_STEP: columns.cpu()}
+            meta[name] = f"trellis ({states} states, {length} rows)"
+    return QuantizedModel(tensors, meta)
+
+
+def code_bytes(quantized: QuantizedModel, device: torch.device) -> float:
+    """Estimate the bytes that coding takes, by each row's own and its columns' running variance; within a percent."""
+    bits = 0.0
+    for name, tensor in quantized.tensors.items():
+        if name.endswith(CODES):
+            u = tensor.to(device).float()
+            spacing = 2.0 if "trellis (1 " not in quantized.meta[name.removesuffix(CODES)] else 1.0
+            row = u.square().mean(1, keepdim=True).clamp_min(1e-3)
+            normal = u.square() / row
+            count = torch.arange(len(u), device=device)[:, None] + 16.0
+            column = (normal.cumsum(0) - normal + 16) / count
+            deviation = (row * column).sqrt() * 2**0.5
+            half_width = spacing / 2
+            share = 0.5 * (torch.erf((u + half_width) / deviation) - torch.erf((u - half_width) / deviation))
+            bits -= float(share.clamp_min(2.0**-15).log2().sum())
+    return bits / 8
+
+
+def quantize_by_rate(
+    tensors: Mapping[str, Tensor],
+    matrices: Mapping[str, Matrix],
+    config: RunConfig,
+    device: torch.device,
+    path: Path,
+    target: int,
+) -> QuantizedModel:
+    """Quantise a model so that its artifact has ``target`` bytes or up to `SLACK_BYTES` fewer.
+
+    A model that has fewer bytes at its finest steps gets those.
+
+    Args:
+        tensors: float32 weights by per-layer name; those that are no matrices are kept in float16.
+        matrices: of `prepare`.
+        path: of the artifact, whose ending names the format that counts.
+
+    Raises QuantizeError if the coarsest steps give more bytes than ``target``.
+    """
+    kept = {name: half(name, tensor) for name, tensor in tensors.items() if name not in matrices}
+    a_bit = sum(matrix.weight.numel() for matrix in matrices.values()) / 8  # bytes that a level of one more saves
+    level, aim = _first_level(matrices, target / a_bit), target - SLACK_BYTES / 2
+    overhead: float | None = None  # of the file over the estimate
+    before: tuple[float, float] | None = None
+    best, smallest = None, 1 << 60
+    for _ in range(ATTEMPTS):
+        quantized = _in_order(tensors, kept, code(matrices, level, config))
+        size = code_bytes(quantized, device) + (overhead or 0)
+        settled = before is not None and abs(before[1] - size) < 1  # all rows are at their finest or coarsest step
+        if overhead is None or settled or abs(size - aim) < SLACK_BYTES / 4:
+            exact = len(content(path, quantized))
+            overhead, size = exact - size + (overhead or 0), exact
+            smallest = min(smallest, exact)
+            if exact <= target and (best is None or exact > best[0]):
+                best = exact, quantized
+            if settled or target - SLACK_BYTES <= exact <= target:
+                break
+        # Rows at their coarsest or finest step do not move: by the last two points, within reason.
+        slope = a_bit
+        if before is not None and before[0] != level:
+            slope = min(max((before[1] - size) / (level - before[0]), 0.1 * a_bit), 1.2 * a_bit)
+        before = level, size
+        level += min(max((size - aim) / slope, -4), 4)
+    if best is None:
+        raise QuantizeError(
+            f"the artifact does not fit {target:,} bytes: it takes {smallest:,} with steps of a standard deviation"
+        )
+    return best[1]
+
+
+def _in_order(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor], coded: QuantizedModel) -> QuantizedModel:
+    """The whole model, its entries in the order of ``tensors``."""
+    entries: dict[str, Tensor] = {}
+    for name in tensors:
+        parts = {name: kept[name]} if name in kept else {name + key: coded.tensors[name + key] for key in _KEYS}
+        entries |= parts
+    return QuantizedModel(entries, {name: coded.meta.get(name, PASSTHROUGH) for name in tensors})
+
+
+_KEYS = (CODES, ROW_STEP, COLUMN_STEP)
+
+
+def _first_level(matrices: Mapping[str, Matrix], bits: float) -> float:
+    """The level at which Gaussian codes have so many bits in the mean."""
+    total, numbers = 0.0, 0
+    for matrix in matrices.values():
+        deviation = (matrix.weight / step_sizes(matrix.column_exponent)).double().std(1).clamp_min(1e-12)
+        ideal = torch.log2(deviation) + 0.5 * torch.log2(matrix.slope.clamp_min(1e-30)) + GAUSSIAN_BITS
+        total += float(ideal.sum()) * matrix.weight.size(1)
+        numbers += matrix.weight.numel()
+    return total / max(numbers, 1) - bits

@@ -1,0 +1,139 @@
+"""Quantisation by rate: steps by sensitivity, a number of bytes, and weights that come back near."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.artifact import rate
+from pgolf.artifact.container import content, load, save
+from pgolf.artifact.quantize import dequantize_model
+from pgolf.artifact.quantized import QuantizeError
+from pgolf.artifact.sensitivity import Sensitivities, collect_sensitivities
+from pgolf.artifact.steps import OCTAVE, dequantize_codes, step_sizes
+from pgolf.common.runtime import start_world
+from pgolf.config import RunConfig
+from pgolf.model.gpt import GPT
+from pgolf.model.weights import unbank
+
+CPU = torch.device("cpu")
+CONFIG = RunConfig.preset("demo").replace(
+    device="cpu", trellis_states=4, trellis_rows=32, sensitivity_sequences=6, sensitivity_tokens=24
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def sensitivities(model: GPT) -> Sensitivities:
+    tokens = torch.randint(1, CONFIG.vocab_size, (4000,), generator=torch.Generator().manual_seed(1))
+    return collect_sensitivities(model, CONFIG, tokens, start_world(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def tensors(model: GPT) -> dict[str, torch.Tensor]:
+    return {name: value.float() for name, value in unbank(model.state_dict(), CONFIG.num_layers).items()}
+
+
+@pytest.fixture(scope="module")
+def matrices(tensors, sensitivities) -> dict[str, rate.Matrix]:
+    hessians = {}
+    for name, tensor in tensors.items():
+        group = rate.hessian_group(name)
+        if tensor.ndim == 2 and group is not None and group not in hessians:
+            x = torch.randn(512, tensor.size(1)) * (0.2 + torch.rand(tensor.size(1)))
+            hessians[group] = x.T @ x
+    return rate.prepare(tensors, hessians, sensitivities, CONFIG, CPU)
+
+
+def test_steps_are_exact_powers() -> None:
+    exponents = torch.tensor([-33, -16, -1, 0, 1, 8, 16, 31], dtype=torch.int16)
+    assert torch.allclose(step_sizes(exponents).double(), torch.exp2(exponents.double() / OCTAVE), rtol=1e-7)
+    codes = torch.tensor([[3, -2]], dtype=torch.int16)
+    zero = torch.zeros(1, dtype=torch.int16), torch.tensor([0, 16], dtype=torch.int16)
+    assert dequantize_codes(codes, *zero, states=1).tolist() == [[3.0, -4.0]]
+    assert dequantize_codes(codes, *zero, states=4).tolist() == [[1.5, -2.0]]
+
+
+def test_sensitivities_predict_what_noise_costs(model: GPT, sensitivities: Sensitivities) -> None:
+    """Kullback-Leibler divergence of small white noise on one bank against half the variance times the Fisher sums."""
+    ids = torch.randint(1, CONFIG.vocab_size, (24, 24), generator=torch.Generator().manual_seed(2))
+    model.eval()
+    model.looping_active = CONFIG.num_loops > 0
+    bank, scale = model.mlp_down_bank, 2e-3
+    expected = sum(float(v.sum()) for name, v in sensitivities.rows.items() if ".mlp.proj" in name) * scale**2 / 2
+    kept, found = bank.detach().clone(), []
+    with torch.no_grad():
+        p = model.forward_logits(ids).double().log_softmax(-1)
+        for _ in range(4):
+            bank += scale * torch.randn_like(bank)
+            q = model.forward_logits(ids).double().log_softmax(-1)
+            bank.copy_(kept)
+            found.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert expected == pytest.approx(sum(found) / len(found), rel=0.5)
+
+
+def test_ranks_share_the_sequences(model: GPT, sensitivities: Sensitivities) -> None:
+    tokens = torch.randint(1, CONFIG.vocab_size, (4000,), generator=torch.Generator().manual_seed(1))
+    again = collect_sensitivities(model, CONFIG, tokens, start_world(CONFIG))
+    assert all(torch.equal(again.rows[name], value) for name, value in sensitivities.rows.items())
+    assert torch.equal(again.head, sensitivities.head)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="more than 24 training tokens"):
+        collect_sensitivities(model, CONFIG, tokens[:24], start_world(CONFIG))
+
+
+def test_rows_lose_alike(matrices: dict[str, rate.Matrix]) -> None:
+    """Step² times sensitivity is one number for all rows of all matrices that are within the bounds."""
+    costs = []
+    for matrix in matrices.values():
+        exponents = rate.allocate(matrix, rate._first_level(matrices, 4.5))
+        deviation = (matrix.weight / step_sizes(matrix.column_exponent)).std(1)
+        ratio = step_sizes(exponents) / deviation
+        within = (ratio < 0.95 * rate.COARSEST) & (ratio > 1.05 * rate.FINEST)
+        assert ((ratio < 1.03 * rate.COARSEST) & (ratio > 0.97 * rate.FINEST)).all()
+        costs.append((step_sizes(exponents).double().square() * matrix.slope)[within])
+    costs = torch.cat(costs)
+    assert len(costs) > 1000 and costs.max() / costs.min() < 2 ** (2.1 / OCTAVE)
+
+
+@pytest.mark.parametrize("target", [560_000, 700_000])
+def test_the_artifact_has_the_bytes_it_is_given(tensors, matrices, tmp_path: Path, target: int) -> None:
+    path = tmp_path / "model.pgolf"
+    quantized = rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, path, target)
+    size = save(path, quantized)
+    assert target - rate.SLACK_BYTES <= size <= target
+    weights = dequantize_model(load(path), tensors)
+    for name, matrix in matrices.items():
+        error = (weights[name] - tensors[name]).square().mean(1).sqrt()
+        limit = step_sizes(quantized.tensors[name + ".row"]) * step_sizes(matrix.column_exponent).mean()
+        assert (error < 0.8 * limit).all(), name
+    kept = [name for name in tensors if name not in matrices]
+    assert kept and all(torch.equal(weights[name], tensors[name].half().float()) for name in kept)
+
+
+def test_bounds_of_size(tensors, matrices, tmp_path: Path) -> None:
+    path = tmp_path / "model.pgolf"
+    finest = rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, path, 50_000_000)
+    assert 800_000 < len(content(path, finest)) < 2_000_000
+    with pytest.raises(QuantizeError, match="does not fit 100,000 bytes: it takes [0-9,]+ with steps of a standard"):
+        rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, path, 100_000)
+
+
+def test_numbers_that_are_not_finite_are_named(tensors, sensitivities) -> None:
+    name = "blocks.0.mlp.fc.weight"
+    broken = tensors | {name: torch.full_like(tensors[name], float("nan"))}
+    with pytest.raises(QuantizeError, match="blocks.0.mlp.fc.weight has numbers that are not finite"):
+        rate.prepare({name: broken[name]}, {}, sensitivities, CONFIG, CPU)
+    with pytest.raises(QuantizeError, match="there is no Hessian of group 'blocks.0.mlp.fc'"):
+        rate.prepare({name: tensors[name]}, {}, sensitivities, CONFIG, CPU)
