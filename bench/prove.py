@@ -50,12 +50,8 @@ RUN_SETTINGS = dict(
     warmup_steps=1,
     ema_decay=0.9,
     train_log_every=10,
-    embed_clip_sigmas=20.0,  # clips wider than the record's: weights of so few steps have more entropy
-    mlp_clip_sigmas=17.0,
-    attn_clip_sigmas=18.0,
     phased_ttt_prefix_docs=64,
     phased_ttt_num_phases=1,
-    compressor="lzma",  # brotli takes a processor a minute and a half, and the GPU waits
 )
 STAGES = ("data", "train", "quantize", "eval", "ttt")
 # The program's bits per byte may differ by so much from the run's. Scoring a fixed model only rounds, but an order of
