@@ -72,5 +72,5 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml
 	@echo "$(VENV): installing pgolf"
-	@$(BIN)/python -m pip install --quiet -e '.[report,progress,data,test]'
+	@$(BIN)/python -m pip install --quiet -e '.[report,progress,data,convert,test]'
 	@touch $@

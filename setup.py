@@ -18,6 +18,7 @@ EXTRAS = {
     "data": ["huggingface_hub", "zstandard"],
     "report": ["matplotlib"],
     "progress": ["tqdm"],
+    "convert": ["safetensors"],
     "test": [
         "pytest>=8",
         "pytest-benchmark",

@@ -133,7 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(action=_config)
     inspect = commands.add_parser("inspect", help="what an artifact holds, class by class")
     inspect.add_argument("artifact", type=Path, help="an artifact's file")
+    inspect.add_argument("--json", action="store_true", help="print the table as JSON")
     inspect.set_defaults(action=_inspect)
+    convert = commands.add_parser(
+        "convert", help="write an artifact in another format: .pgolf, .int6.ptz, or its weights as .safetensors"
+    )
+    convert.add_argument("artifact", type=Path, help="an artifact's file")
+    convert.add_argument("target", type=Path, help="the file to write, whose ending names the format")
+    convert.add_argument("--compressor", choices=("brotli", "lzma"), default="brotli", help="of .int6.ptz")
+    convert.set_defaults(action=_convert)
     environment = commands.add_parser("env", help="versions and chip, for a bug report")
     environment.set_defaults(action=_environment)
     return parser
@@ -294,10 +302,22 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from pgolf.artifact.sizes import describe
 
     rows = describe(arguments.artifact)
+    if arguments.json:
+        file = {"bytes": arguments.artifact.stat().st_size, "cap_bytes": CAP_BYTES}
+        print(json.dumps({**file, "classes": [row._asdict() for row in rows]}, indent=1))
+        return 0
     table = [(r.name, r.stored, r.tensors, f"{r.numbers:,}", f"{r.bits_per_number:.3f}", f"{r.bytes:,}") for r in rows]
     print(format_table(table, ("class", "stored as", "tensors", "numbers", "bits/number", "bytes")))
     size = arguments.artifact.stat().st_size
     print(f"\nfile: {size:,} bytes, {size / CAP_BYTES:.2%} of the cap without code")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from pgolf.artifact.convert import convert
+
+    size = convert(arguments.artifact, arguments.target, arguments.compressor)
+    print(f"{arguments.target}: {size:,} bytes ({arguments.artifact}: {arguments.artifact.stat().st_size:,})")
     return 0
 
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "cli": {"config", "common", "data", "model", "artifact", "submission", "run"},
     "__main__": {"cli"},
 }
-EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard"}  # not installed everywhere
+EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard", "safetensors"}  # not installed everywhere
 KERNEL_IMPORTS = {"torch", "triton", "numpy"}
 BUILDS_ON = {"gated_attention": {"varlen_attention"}}  # one family on another
 
