@@ -35,6 +35,11 @@ for _variable in ("PGOLF_KERNELS", *(name.upper() for name in (*FIELDS, *ALIASES
     os.environ.pop(_variable, None)  # the caller's settings are not the tests'
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.stem != "test_interpreter")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same seeds."""

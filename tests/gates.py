@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,14 @@ class Compiled:
         return len(re.findall(rf"\b{instruction}", self.sass))
 
 
+@cache  # Triton gives one object for all launches with the same constants, and disassembling takes as long as compiling
 def _read(kernel, capability: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage, sass = (
-            subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
+            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "--print-code", "--no-dataflow"))
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
@@ -90,13 +92,13 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
     """Inside, a Triton launch compiles for ``capability`` and is not run; the list fills with what was compiled."""
     if not triton.__version__.startswith(f"{TUNED_WITH}."):
         pytest.skip(f"the limits are those of Triton {TUNED_WITH}, and this is {triton.__version__}")
-    compiled, run = {}, JITFunction.run
+    compiled, run = set(), JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in compiled:
-            compiled[kernel.hash] = _read(kernel, capability)
-            kernels.append(compiled[kernel.hash])
+            compiled.add(kernel.hash)
+            kernels.append(_read(kernel, capability))
         return kernel
 
     kernels: list[Compiled] = []

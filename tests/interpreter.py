@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where it is wrong; import this before any kernel, in a process of its own.
+"""Triton's interpreter, mended where it is wrong or slow; import this before any kernel, in a process of its own.
 
 Triton 3.6 multiplies bf16 operands of `tl.dot` as integers, truncates fp32 to bf16 where a GPU rounds, writes raw
 integers into bf16, and needs numpy < 2.4 for loops with a loaded bound. Arithmetic on bf16 blocks outside `tl.dot`
@@ -8,6 +8,8 @@ stays wrong: kernels load, convert to fp32, compute and convert back.
 from __future__ import annotations
 
 import os
+from functools import cached_property
+from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
 # With AMX, oneDNN's bfloat16 products read what lies between a matrix's rows, times zero: NaN from `torch.empty`.
@@ -56,3 +58,30 @@ def _cast(self, source, target):
 interpreter._patch_lang_tensor = _patch_tensor
 interpreter._convert_float = _convert_float
 Builder.create_dot, Builder.cast_impl = _dot, _cast
+
+# Faster, to the same bits: patched once and not at every call of a device function; without the 64-bit arithmetic for
+# assertions of overflow, which are off; numpy's equivalents of types are remembered; tuples, and so shapes, find their
+# type when it is asked for.
+numpy_dtype, numpy_dtypes = interpreter._get_np_dtype, {}
+
+
+def _numpy_dtype(dtype: tl.dtype) -> np.dtype:
+    name = dtype.scalar.name
+    if name not in numpy_dtypes:
+        numpy_dtypes[name] = numpy_dtype(dtype)
+    return numpy_dtypes[name]
+
+
+def _make_tuple(self, values, type=None):
+    self.values = list(values)
+    if type is not None:
+        self.type = type if isinstance(type, tl.core.tuple_type) else tl.core.tuple_type(type)
+
+
+interpreter._get_np_dtype = _numpy_dtype
+tl.core.tuple.__init__ = _make_tuple
+tl.core.tuple.type = cached_property(lambda self: tl.core._type_for_tuple_values(self.values))
+tl.core.tuple.type.__set_name__(tl.core.tuple, "type")
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+interpreter._patch_lang = lambda function: interpreter._LangPatchScope()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import fuzz
 from tests.fuzz import KINDS, Examples, main
 
 
@@ -28,9 +29,12 @@ def test_files_that_are_not_damaged_are_read(examples: Examples, kind: str) -> N
         assert read(content, number) if kind == "data" else read(content)
 
 
-def test_what_is_accepted_wrongly_is_shown(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_accepted_wrongly_is_shown(
+    examples: Examples, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzz, "Examples", lambda folder: examples)
     assert main(["--count", "20", "--kinds", "average"]) == 0
     assert "average: 2 in" in capsys.readouterr().out
-    monkeypatch.setattr(Examples, "read_average", lambda self, content: False)
+    monkeypatch.setattr(examples, "read_average", lambda content: False)
     assert main(["--count", "20", "--kinds", "average"]) == 1
     assert "FAILED': 'average 0 of seed 0: accepted with other content" in capsys.readouterr().out

@@ -33,8 +33,7 @@ def test_forward(capability: int) -> None:
     assert kernel.count("STG") == kernel.count(r"STG\.E\S*\.128"), "stores narrower than 16 bytes"
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order, capability", [("plain", 90), ("looped", 90), ("plain", 80), ("plain", 100)])
 def test_backward(order: str, capability: int) -> None:
     passes = len(ORDERS[order])
     shapes = [(1040, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)] * passes

@@ -56,6 +56,7 @@ LAUNCHES = {
 FROZEN = [name for name in LAUNCHES if "frozen" in name]
 
 
+# The largest of each sort: for other dtypes and widths, and some of them for other widths and chips.
 FOR_OTHERS = [
     "join_mix_forward",
     "join_mix_backward",
@@ -67,8 +68,18 @@ FOR_OTHERS = [
     "enter_lanes_backward_frozen",
     "lanes_norm_join_backward_frozen",
 ]
-
-
+OF_WIDTH_768 = ["join_mix_forward", "join_mix_backward", "norm_backward", "lanes_norm_join_backward"]
+ON_OTHER_CHIPS = [
+    ("join_mix_forward", 80),
+    ("join_mix_backward", 80),
+    ("lanes_norm_join_forward", 80),
+    ("lanes_norm_join_backward", 80),
+    ("enter_lanes_forward", 100),
+    ("enter_lanes_backward", 100),
+    ("norm_backward", 100),
+    ("lanes_norm_join_backward", 100),
+    ("lanes_norm_join_backward_frozen", 100),
+]
 SUMS = ["_partial_sums_kernel"]
 
 
@@ -146,8 +157,7 @@ def test_frozen_inputs_take_less(name: str) -> None:
     assert frozen[1] < whole[1]
 
 
-@pytest.mark.parametrize("capability", [80, 100])
-@pytest.mark.parametrize("name", FOR_OTHERS)
+@pytest.mark.parametrize("name, capability", ON_OTHER_CHIPS)
 def test_other_chips(name: str, capability: int) -> None:
     with compiling(capability) as compiled:
         launch(name, torch.bfloat16)
@@ -157,8 +167,15 @@ def test_other_chips(name: str, capability: int) -> None:
         check(of_parts)
 
 
-@pytest.mark.parametrize("dtype, width", [(torch.float32, 512), (torch.bfloat16, 768), (torch.bfloat16, 1024)], ids=str)
-@pytest.mark.parametrize("name", FOR_OTHERS)
+@pytest.mark.parametrize(
+    "name, dtype, width",
+    [
+        *((name, torch.float32, WIDTH) for name in FOR_OTHERS),
+        *((name, torch.bfloat16, 768) for name in OF_WIDTH_768),
+        *((name, torch.bfloat16, 1024) for name in FOR_OTHERS),
+    ],
+    ids=str,
+)
 def test_other_dtypes_and_widths(name: str, dtype: torch.dtype, width: int) -> None:
     with compiling(90) as compiled:
         launch(name, dtype, width)

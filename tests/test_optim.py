@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -180,9 +182,8 @@ def _steps(rank: int, size: int) -> dict[str, torch.Tensor]:
     return {**model_again.state_dict(), **averages, "momentum": state["muon"]["state"][0]["momentum_buffer"]}
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_ranks_gives_the_same_step(size: int, tmp_path) -> None:
+def test_several_ranks_give_the_same_step(tmp_path: Path) -> None:
     alone = _steps(0, 1)
-    for result in run_processes(_steps, size, tmp_path):
+    for result in run_processes(_steps, 3, tmp_path):
         for name, value in alone.items():
             assert (result[name] - value).abs().max() < 2e-5, name
