@@ -9,12 +9,15 @@ import torch
 
 from pgolf.artifact import rate
 from pgolf.artifact.container import content, load, save
+from pgolf.artifact.hessians import collect_hessians
 from pgolf.artifact.quantize import dequantize_model
 from pgolf.artifact.quantized import QuantizeError
 from pgolf.artifact.sensitivity import Sensitivities, collect_sensitivities
 from pgolf.artifact.steps import OCTAVE, dequantize_codes, step_sizes
 from pgolf.common.runtime import start_world
 from pgolf.config import RunConfig
+from pgolf.data.loader import Batch
+from pgolf.model.build import model_with
 from pgolf.model.gpt import GPT
 from pgolf.model.weights import unbank
 
@@ -137,3 +140,73 @@ def test_numbers_that_are_not_finite_are_named(tensors, sensitivities) -> None:
         rate.prepare({name: broken[name]}, {}, sensitivities, CONFIG, CPU)
     with pytest.raises(QuantizeError, match="there is no Hessian of group 'blocks.0.mlp.fc'"):
         rate.prepare({name: tensors[name]}, {}, sensitivities, CONFIG, CPU)
+
+
+# The same on a GPU, part by part, in the size of `tests.test_stages`.
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+GPU_CONFIG = CONFIG.replace(
+    device="cuda",
+    vocab_size=400,
+    model_dim=64,
+    num_heads=2,
+    num_kv_heads=1,
+    gate_attn_width=8,
+    smear_gate_width=4,
+    gptq_passthrough_numel=500,
+    trellis_states=8,
+    trellis_rows=64,
+    sensitivity_sequences=24,
+    sensitivity_tokens=128,
+)
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, tuple]:
+    """On the CPU and on the GPU: the model's tensors, its sensitivities and Hessians."""
+    torch.manual_seed(0)
+    drawn = GPT(GPU_CONFIG)
+    state = {name: value + 0.02 * torch.randn_like(value) for name, value in drawn.state_dict().items()}
+    tokens = torch.randint(1, 400, (4000,))
+    found = {}
+    for device in ("cpu", "cuda"):
+        config = GPU_CONFIG.replace(device=device)
+        world = start_world(config)
+        model = model_with(config, world, state)
+        batch = Batch(
+            tokens[None, :1024].to(device),
+            tokens[None, 1:1025].to(device),
+            torch.arange(0, 1025, 64, dtype=torch.int32, device=device),
+            64,
+        )
+        hessians = collect_hessians(model, [batch])
+        found[device] = hessians, collect_sensitivities(model, config, tokens, world)
+    found["tensors"] = unbank({name: value.float() for name, value in state.items()}, GPU_CONFIG.num_layers)
+    return found
+
+
+@needs_cuda
+def test_hessians_on_a_gpu(parts: dict[str, tuple]) -> None:
+    for group, hessian in parts["cuda"][0].items():
+        exact = parts["cpu"][0][group]
+        assert (hessian.cpu() - exact).norm() < 0.05 * exact.norm(), group
+
+
+@needs_cuda
+def test_sensitivities_on_a_gpu(parts: dict[str, tuple]) -> None:
+    found, exact = parts["cuda"][1], parts["cpu"][1]
+    assert (found.head - exact.head).norm() < 0.02 * exact.head.norm()
+    for name, rows in found.rows.items():
+        assert torch.isfinite(rows).all(), name
+        if name.endswith(".weight") and "gate" not in name:
+            assert rows.sum() == pytest.approx(float(exact.rows[name].sum()), rel=0.2), name
+
+
+@needs_cuda
+def test_codes_on_a_gpu(parts: dict[str, tuple]) -> None:
+    tensors, codes = parts["tensors"], {}
+    for device in ("cpu", "cuda"):
+        matrices = rate.prepare(tensors, *parts["cpu"], GPU_CONFIG, torch.device(device))
+        codes[device] = rate.code(matrices, rate._first_level(matrices, 3.0), GPU_CONFIG)
+    for name, exact in codes["cpu"].tensors.items():
+        found = codes["cuda"].tensors[name]
+        assert (found != exact).float().mean() < (0.05 if name.endswith(".q") else 0.02), name

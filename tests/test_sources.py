@@ -99,3 +99,19 @@ def test_a_source_that_cannot_be_read_is_named() -> None:
     with pytest.raises(SyntaxError) as error:
         stripped("x = = 1", "pgolf/bad.py")
     assert error.value.filename == "pgolf/bad.py"
+
+
+def test_kernels_keep_what_triton_reads() -> None:
+    """A parameter that is no ``constexpr`` any more is a number of the device, which no shape can be made of."""
+
+    def constants(source: str) -> list[tuple[str, str]]:
+        functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+        arguments = [
+            (function.name, a) for function in functions for a in function.args.args + function.args.kwonlyargs
+        ]
+        return [(name, a.arg) for name, a in arguments if a.annotation and "constexpr" in ast.unparse(a.annotation)]
+
+    files = {name: file.read_text("utf-8") for name, file in package_files().items() if file.suffix == ".py"}
+    kept = {name: constants(stripped(source)) for name, source in files.items()}
+    assert kept == {name: constants(source) for name, source in files.items()}
+    assert any("gl.constexpr" in source for source in files.values()) and sum(map(len, kept.values())) > 200

@@ -64,6 +64,8 @@ def prepare(
             continue
         if not torch.isfinite(tensor).all():
             raise QuantizeError(f"{name} has numbers that are not finite: training has diverged")
+        if not torch.isfinite(sensitivities.rows[name]).all() or not torch.isfinite(sensitivities.head).all():
+            raise QuantizeError(f"{name}: its sensitivities are not finite: gradients of the average's loss are not")
         weight = tensor.to(device, torch.float32)
         group = hessian_group(name, tied=config.tie_embeddings)
         if group not in factors:
@@ -79,6 +81,8 @@ def prepare(
             slope = head + inputs if name == "tok_emb.weight" else head
         weight = weight[:, order]
         weight[:, dead] = 0
+        if not (torch.isfinite(slope).all() and torch.isfinite(factor).all()):
+            raise QuantizeError(f"{name}: its Hessian's factor or its sensitivities are not finite")
         matrices[name] = Matrix(weight, factor, order, slope, exponent)
     return matrices
 
@@ -91,6 +95,8 @@ def _factor(
     if group not in hessians:
         raise QuantizeError(f"there is no Hessian of group {group!r}; there are {', '.join(sorted(hessians))}")
     hessian = hessians[group].to(device, torch.float32)
+    if not torch.isfinite(hessian).all():
+        raise QuantizeError(f"the Hessian of group {group!r} has numbers that are not finite: calibration has failed")
     with exact_float32_products():
         return inverse_factor(hessian * (columns / hessian.diagonal().sum().clamp_min(1e-30)), group)
 
@@ -116,14 +122,15 @@ def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> Qua
     meta: dict[str, str] = {}
     for names in shapes.values():
         exponents = [allocate(matrices[name], level) for name in names]
-        codes = trellis_gptq(
-            torch.stack([matrices[name].weight for name in names]),
-            torch.stack([matrices[name].factor for name in names]),
-            torch.stack([step_sizes(exponent - (OCTAVE if states > 1 else 0)) for exponent in exponents]),
-            torch.stack([step_sizes(matrices[name].column_exponent) for name in names]),
-            states=states,
-            path_length=length,
-        )
+        with exact_float32_products():
+            codes = trellis_gptq(
+                torch.stack([matrices[name].weight for name in names]),
+                torch.stack([matrices[name].factor for name in names]),
+                torch.stack([step_sizes(exponent - (OCTAVE if states > 1 else 0)) for exponent in exponents]),
+                torch.stack([step_sizes(matrices[name].column_exponent) for name in names]),
+                states=states,
+                path_length=length,
+            )
         for name, exponent, own in zip(names, exponents, codes, strict=True):
             order = matrices[name].order
             natural, columns = torch.empty_like(own), torch.empty_like(matrices[name].column_exponent)

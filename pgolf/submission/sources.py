@@ -57,8 +57,8 @@ def absent_modules() -> list[str]:
 def stripped(source: str, name: str = "<source>") -> str:
     """Return a module's source without comments, docstrings and the annotations of functions.
 
-    Annotations of classes stay because they define the fields of dataclasses and named tuples. ``tl.constexpr`` stays
-    because Triton reads it.
+    Annotations of classes stay because they define the fields of dataclasses and named tuples. ``tl.constexpr`` and
+    ``gl.constexpr`` stay because Triton reads them.
 
     Raises SyntaxError, which names the module ``name``.
     """
@@ -69,7 +69,7 @@ def stripped(source: str, name: str = "<source>") -> str:
             node.body = node.body[documented:] or [ast.Pass()]
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node.returns = None
-        elif isinstance(node, ast.arg) and node.annotation and ast.unparse(node.annotation) != "tl.constexpr":
+        elif isinstance(node, ast.arg) and getattr(node.annotation, "attr", "") != "constexpr":
             node.annotation = None
     return ast.unparse(tree)
 
