@@ -60,9 +60,10 @@ interpreter._convert_float = _convert_float
 Builder.create_dot, Builder.cast_impl = _dot, _cast
 
 # Faster, to the same bits: patched once and not at every call of a device function; without the 64-bit arithmetic for
-# assertions of overflow, which are off; numpy's equivalents of types are remembered; tuples, and so shapes, find their
-# type when it is asked for.
+# assertions of overflow, which are off; numpy's equivalents of types are remembered, and so is what a block's type and
+# a tensor find out about a shape; tuples, and so shapes, find their type when it is asked for.
 numpy_dtype, numpy_dtypes = interpreter._get_np_dtype, {}
+make_block_type, block_types = tl.block_type.__init__, {}
 
 
 def _numpy_dtype(dtype: tl.dtype) -> np.dtype:
@@ -78,6 +79,23 @@ def _make_tuple(self, values, type=None):
         self.type = type if isinstance(type, tl.core.tuple_type) else tl.core.tuple_type(type)
 
 
+def _make_block_type(self, element_ty, shape):
+    sizes = tuple(getattr(size, "value", size) for size in shape)
+    key = element_ty.name, sizes
+    if key not in block_types:
+        make_block_type(self, element_ty, shape)
+        self.of_tensors = tl.constexpr(self.numel), tl.core.tuple([tl.constexpr(size) for size in sizes])
+        block_types[key] = vars(self)
+    self.__dict__.update(block_types[key])
+
+
+def _make_tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.numel, self.shape = type.of_tensors if type.is_block() else OF_SCALARS
+
+
+OF_SCALARS = tl.constexpr(1), tl.core.tuple([])
+tl.block_type.__init__, tl.tensor.__init__ = _make_block_type, _make_tensor
 interpreter._get_np_dtype = _numpy_dtype
 tl.core.tuple.__init__ = _make_tuple
 tl.core.tuple.type = cached_property(lambda self: tl.core._type_for_tuple_values(self.values))

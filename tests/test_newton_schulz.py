@@ -99,6 +99,8 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(2, 64, 64), (70, 150), (200, 40)], ids=str)
 def test_error_is_at_most_that_of_plain_bf16(device, algorithm, spectrum, shape) -> None:
+    if INTERPRETED and len(shape) == 2 and spectrum not in ("gaussian", "rank one"):
+        pytest.skip("(2, 64, 64) shows it")
     G = matrices(spectrum, *shape).to(device, torch.bfloat16)
     expected = exact(G)
     plain = relative_error(newton_schulz_reference(G, algorithm="standard"), expected)
@@ -193,8 +195,9 @@ def test_banks_go_together_or_one_by_one_to_the_same_bits(device) -> None:
     assert newton_schulz_banks([]) == []
 
 
-@pytest.mark.parametrize("algorithm", ["standard", "symmetric", "gram"])
-@pytest.mark.parametrize("case", ["large", "small"])
+@pytest.mark.parametrize(
+    "case, algorithm", [("large", "standard"), ("large", "gram"), ("small", "symmetric"), ("small", "gram")]
+)
 def test_parameters_of_the_h100(device, monkeypatch, case: str, algorithm: str) -> None:
     if not INTERPRETED and device.type == "cpu":
         pytest.skip("needs the kernels")
