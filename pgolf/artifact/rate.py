@@ -132,6 +132,8 @@ def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> Qua
                 path_length=length,
             )
         for name, exponent, own in zip(names, exponents, codes, strict=True):
+            if not own.any() and matrices[name].weight.any():  # which no step of a standard deviation does
+                raise QuantizeError(f"{name}: all of its codes are 0; its steps are {exponent.unique().tolist()[:8]}")
             order = matrices[name].order
             natural, columns = torch.empty_like(own), torch.empty_like(matrices[name].column_exponent)
             natural[:, order], columns[order] = own, matrices[name].column_exponent
