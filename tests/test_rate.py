@@ -185,7 +185,7 @@ def parts() -> dict[str, tuple]:
         batch = Batch(
             tokens[None, :1024].to(device),
             tokens[None, 1:1025].to(device),
-            torch.arange(0, 1025, 64, dtype=torch.int32, device=device),
+            torch.arange(0, 64 * 256, 64, dtype=torch.int32, device=device).clamp(max=1024),  # padded, as by the loader
             64,
         )
         hessians = collect_hessians(model, [batch])
