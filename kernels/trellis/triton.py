@@ -103,6 +103,7 @@ def _trellis_gptq_kernel(
         for k in range(j + 1, columns):
             later = work + k * R + rows
             tl.store(later, tl.load(later, mask=inside) - tl.load(factor + j * columns + k) * error, mask=inside)
+        tl.debug_barrier()  # a load's layout may differ from a store's: others read what a thread has written
 
 
 @cache
