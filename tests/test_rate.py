@@ -14,7 +14,7 @@ from pgolf.artifact.quantize import dequantize_model
 from pgolf.artifact.quantized import QuantizeError
 from pgolf.artifact.sensitivity import Sensitivities, collect_sensitivities
 from pgolf.artifact.steps import OCTAVE, dequantize_codes, step_sizes
-from pgolf.common.runtime import start_world
+from pgolf.common.runtime import World, start_world
 from pgolf.config import RunConfig
 from pgolf.data.loader import Batch
 from pgolf.model.build import model_with
@@ -93,17 +93,22 @@ def test_sensitivities_predict_what_noise_costs(model: GPT, sensitivities: Sensi
             q = model.forward_logits(ids).double().log_softmax(-1)
             bank.copy_(kept)
             found.append(float((p.exp() * (p - q)).sum(-1).mean()))
-    assert expected == pytest.approx(sum(found) / len(found), rel=0.5)
+    assert expected == pytest.approx(sum(found) / len(found), rel=0.15)  # 0.975 here
 
 
-def test_ranks_share_the_sequences(model: GPT, sensitivities: Sensitivities) -> None:
+def test_ranks_share_the_sequences(model: GPT, sensitivities: Sensitivities, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(1, CONFIG.vocab_size, (4000,), generator=torch.Generator().manual_seed(1))
     again = collect_sensitivities(model, CONFIG, tokens, start_world(CONFIG))
     assert all(torch.equal(again.rows[name], value) for name, value in sensitivities.rows.items())
-    assert torch.equal(again.head, sensitivities.head)
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="more than 24 training tokens"):
         collect_sensitivities(model, CONFIG, tokens[:24], start_world(CONFIG))
+    monkeypatch.setattr("pgolf.artifact.sensitivity.dist.all_reduce", lambda total: None)  # the sum is taken below
+    halves = [collect_sensitivities(model, CONFIG, tokens, World(rank, 2, CPU)) for rank in range(2)]
+    assert torch.allclose(halves[0].head + halves[1].head, sensitivities.head, rtol=1e-9)
+    for name, value in sensitivities.rows.items():
+        assert torch.allclose(halves[0].rows[name] + halves[1].rows[name], value, rtol=1e-9), name
+        assert not torch.equal(halves[0].rows[name], value), name
 
 
 def test_rows_lose_alike(matrices: dict[str, rate.Matrix]) -> None:
@@ -198,17 +203,19 @@ def parts() -> dict[str, tuple]:
 def test_hessians_on_a_gpu(parts: dict[str, tuple]) -> None:
     for group, hessian in parts["cuda"][0].items():
         exact = parts["cpu"][0][group]
-        assert (hessian.cpu() - exact).norm() < 0.05 * exact.norm(), group
+        assert (hessian.cpu() - exact).norm() < 0.03 * exact.norm(), group  # bfloat16 on a CPU: up to 0.013
 
 
 @needs_cuda
 def test_sensitivities_on_a_gpu(parts: dict[str, tuple]) -> None:
     found, exact = parts["cuda"][1], parts["cpu"][1]
-    assert (found.head - exact.head).norm() < 0.02 * exact.head.norm()
+    assert (found.head - exact.head).norm() < 1e-3 * exact.head.norm()  # bfloat16 on a CPU: 7e-5
     for name, rows in found.rows.items():
         assert torch.isfinite(rows).all(), name
         if name.endswith(".weight") and "gate" not in name:
-            assert rows.sum() == pytest.approx(float(exact.rows[name].sum()), rel=0.2), name
+            assert rows.sum() == pytest.approx(float(exact.rows[name].sum()), rel=0.05), (
+                name
+            )  # bfloat16 on a CPU: 0.012
 
 
 @needs_cuda

@@ -125,6 +125,8 @@ def test_errors_are_made_good_by_later_columns() -> None:
         ({"column_step": torch.ones(1, 9)}, ValueError, "column_step must be"),
         ({"shrink": torch.ones(2, 8)}, ValueError, "shrink must be"),
         ({"weight": torch.zeros(1, 8, 4, dtype=torch.float64)}, TypeError, "weight must be float32"),
+        ({"row_step": torch.full((1, 8), 1e-6)}, ValueError, "must stay below 16384, and a weight is"),
+        ({"weight": torch.full((1, 8, 4), float("nan"))}, ValueError, "must stay below"),
         ({"states": 6}, ValueError, "states must be one of 1, 4, 8"),
         ({"path_length": 24}, ValueError, "path_length must be"),
     ],

@@ -82,7 +82,7 @@ def quantize_model(
             continue
         weight = tensors[name].to(device, torch.float32)
         try:
-            hessian = _hessian_for(name, weight, hessians, config)
+            hessian = hessian_for(name, weight, hessians, config)
             codes, scales = gptq(weight, hessian, rule.clip_sigmas, largest_code(rule.bits), name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -93,13 +93,14 @@ def quantize_model(
     for name in sorted(worth, key=worth.__getitem__, reverse=True)[: config.lqer_top_k]:
         weight = tensors[name].to(device, torch.float32)
         residual = weight - dequantize(stored[name + CODES].to(device), stored[name + SCALE].to(device))
-        factors, keys, mark = pack_correction(residual, _hessian_for(name, weight, hessians, config), config)
+        factors, keys, mark = pack_correction(residual, hessian_for(name, weight, hessians, config), config)
         stored.update({name + key: factor.cpu() for key, factor in zip(keys, factors, strict=True)})
         meta[name] += mark
     return QuantizedModel(stored, meta)
 
 
-def _hessian_for(name: str, weight: Tensor, hessians: Mapping[str, Tensor], config: RunConfig) -> Tensor:
+def hessian_for(name: str, weight: Tensor, hessians: Mapping[str, Tensor], config: RunConfig) -> Tensor:
+    """Return the Hessian of matrix ``name``, on the weight's device. Raises QuantizeError if there is none."""
     group = hessian_group(name, tied=config.tie_embeddings)
     if group is None:  # a lookup table: the identity makes GPTQ round to the nearest code
         return torch.eye(weight.size(1), device=weight.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from pgolf.artifact.container import content
 from pgolf.artifact.gptq import inverse_factor
 from pgolf.artifact.hessians import exact_float32_products, hessian_group
-from pgolf.artifact.quantize import half, rule_for
+from pgolf.artifact.quantize import half, hessian_for, rule_for
 from pgolf.artifact.quantized import CODES, COLUMN_STEP, PASSTHROUGH, ROW_STEP, QuantizedModel, QuantizeError
 from pgolf.artifact.sensitivity import Sensitivities
 from pgolf.artifact.steps import OCTAVE, step_sizes
@@ -69,7 +69,7 @@ def prepare(
         weight = tensor.to(device, torch.float32)
         group = hessian_group(name, tied=config.tie_embeddings)
         if group not in factors:
-            factors[group] = _factor(group, weight.size(1), hessians, device)
+            factors[group] = _factor(name, hessian_for(name, weight, hessians, config))
         factor, order, dead = factors[group]
         logs = -torch.log2(factor.diagonal().double())  # of the pivots
         exponent = torch.round(OCTAVE * (logs.mean() - logs)).to(torch.int16)
@@ -87,18 +87,12 @@ def prepare(
     return matrices
 
 
-def _factor(
-    group: str | None, columns: int, hessians: Mapping[str, Tensor], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    if group is None:  # a lookup table
-        return torch.eye(columns, device=device), torch.arange(columns, device=device), torch.zeros(0, dtype=torch.long)
-    if group not in hessians:
-        raise QuantizeError(f"there is no Hessian of group {group!r}; there are {', '.join(sorted(hessians))}")
-    hessian = hessians[group].to(device, torch.float32)
+def _factor(name: str, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `inverse_factor` of a Hessian scaled to a mean diagonal of 1."""
     if not torch.isfinite(hessian).all():
-        raise QuantizeError(f"the Hessian of group {group!r} has numbers that are not finite: calibration has failed")
+        raise QuantizeError(f"the Hessian of {name} has numbers that are not finite: calibration has failed")
     with exact_float32_products():
-        return inverse_factor(hessian * (columns / hessian.diagonal().sum().clamp_min(1e-30)), group)
+        return inverse_factor(hessian.float() * (len(hessian) / hessian.diagonal().sum().clamp_min(1e-30)), name)
 
 
 def allocate(matrix: Matrix, level: float) -> Tensor:

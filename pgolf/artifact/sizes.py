@@ -13,7 +13,10 @@ from torch import Tensor
 from pgolf.artifact.container import CAP_BYTES, ArtifactError, load
 from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, TRELLIS, QuantizedModel
 
-SHRINK_FIELDS = "raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower embed_bits or lqer_top_k"
+SHRINK_FIELDS = (
+    "lower weight_bytes; with quantizer=gptq raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower "
+    "embed_bits or lqer_top_k"
+)
 _CODE_CLASSES = {"tok_emb": "embedding", ".attn.": "attention", ".mlp.fc": "mlp fc", ".mlp.proj": "mlp proj"}
 _CLASS_ORDER = [*_CODE_CLASSES.values(), "other matrices", "scales", "low-rank factors", "small tensors"]
 
