@@ -29,7 +29,7 @@ Train, quantise and score the best language model that fits in 16,000,000 bytes.
 A run goes through the stages in this order, in one folder:
   data      check the shards and the tokenizer, or get them (fineweb, build, tokenizer)
   train     train against the clock; leave the moving average of the weights
-  quantize  GPTQ and low-rank correction; write the artifact and hold it against the cap
+  quantize  quantise the average to the bytes that fit the cap; write the artifact and the program
   eval      bits per byte before and after quantisation
   ttt       bits per byte with test-time training
   report    one HTML page
