@@ -71,6 +71,46 @@ class Compiled:
         """Occurrences of an instruction, given as a regular expression, in the machine code."""
         return len(re.findall(rf"\b{instruction}", self.sass))
 
+    def lost_operands(self) -> list[str]:
+        """The products in loops on sm_90 that read registers which hold something else from the second round on.
+
+        They were written before the loop, and later in the loop, but not between its start and the product.
+        """
+        code, labels = [], {}
+        for line in self.sass.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = len(code)
+            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+                code.append(instruction[1])
+        lost = []
+        for end, instruction in enumerate(code):
+            back = re.match(r"@!?U?P\d+ BRA `\((\.L_x_\d+)\)", instruction)  # others come from code out of line
+            if back is None or labels[back[1]] > end:
+                continue
+            first = labels[back[1]]
+            written = [_written(each) for each in code[first:end]]
+            for at, each in enumerate(code[first:end]):
+                if product := re.match(r"(?:@!?U?P\d+ )?HGMMA\S+ R\d+, R(\d+), gdesc", each):
+                    operand = set(range(int(product[1]), int(product[1]) + 4))
+                    if (operand - set().union(*written[:at])) & set().union(*written[at:]):
+                        lost.append(each)
+        return lost
+
+
+def _written(instruction: str) -> set[int]:
+    """The registers that an instruction of sm_90 writes."""
+    found = re.match(r"(?:@!?U?P\d+ )?([A-Z]\S*) (?:U?P[T\d]+, )*R(\d+)\b", instruction)
+    if found is None or re.match(r"ST|RED|R2UR|LDGSTS|I?SETP", found[1]):
+        return set()
+    name, count = found[1], 1
+    if columns := re.match(r"HGMMA\.64x(\d+)x", name):
+        count = int(columns[1]) // 2
+    elif ".128" in name or name.endswith(".4"):
+        count = 4
+    elif ".64" in name or "WIDE" in name or name.endswith(".2"):
+        count = 2
+    return set(range(int(found[2]), int(found[2]) + count))
+
 
 @cache  # Triton gives one object for all launches with the same constants, and disassembling takes as long as compiling
 def _read(kernel, capability: int) -> Compiled:
@@ -137,6 +177,8 @@ def check(
     spills = kernel.count("LDL") + kernel.count("STL")
     assert spills == 0, f"{where}: {spills} spill instructions, {kernel.stack_bytes} bytes of stack"
     assert kernel.registers <= registers, f"{where}: {kernel.registers} registers, limit {registers}"
+    lost = kernel.lost_operands() if kernel.capability == 90 else []
+    assert not lost, f"{where}: the assembler gives registers of {lost} to others"
     limit = shared or SHARED_LIMITS[kernel.capability]
     assert kernel.shared_bytes <= limit, f"{where}: {kernel.shared_bytes} bytes of shared memory, limit {limit}"
     if matrix_products:

@@ -346,6 +346,19 @@ def test_values_far_from_zero(device, dtype) -> None:
     p.assert_as_precise()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long without a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", ["all queries", "some queries"])
+@pytest.mark.parametrize("heads, keys", [(1, 1), (2, 1), (8, 4), (4, 1)])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128])
+def test_precision_over_many_tiles(dim: int, heads: int, keys: int, queries: str, dtype) -> None:
+    """What products hold in registers they hold from one tile to the next."""
+    bounds, first_queries = (0, 300, 301, 400), [170, 0, 99] if queries == "some queries" else None
+    shape = heads, keys, dim, 8, 6
+    p = Problem(shape, bounds=bounds, tokens=400, gate_width=8, width=64, first_queries=first_queries).to(dtype)
+    p.assert_as_precise()
+
+
 @needs_kernels
 def test_segments_of_more_than_a_tile() -> None:
     tokens, last = (600, 250) if DEVICE == "cuda" else (54, 17)
@@ -517,7 +530,7 @@ def test_tiles_by_descriptors_are_those_by_pointers(monkeypatch) -> None:
     """With segments that end within tiles of keys, with rows, and where exponentials need their maximum after all."""
     tuned, describe, descriptors = segments.launch_parameters, attention.TensorDescriptor, []
     monkeypatch.setattr(attention, "TensorDescriptor", lambda *x: descriptors.append(x) or describe(*x))
-    shape = 4, 2, 16, 8, 4  # rows of whole 16 bytes
+    shape = 4, 2, attention.REGISTER_WIDTH, 8, 4  # rows of whole 16 bytes
     large = Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80)
     large.gain *= 100
     for p in (Problem(shape, bounds=[0, 11, 11, 30, 80], tokens=80), Problem(shape, bounds=None, rows=3), large):

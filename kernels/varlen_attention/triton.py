@@ -21,6 +21,11 @@ except ImportError:  # no Triton: the references are used
     TensorDescriptor = None
 
 
+# Columns of the heads whose q and k may stay in registers as operands of the loop's products. At 32, ptxas of CUDA 12.8
+# gives k's registers to a later product, so that dk and dv are wrong from the second tile of queries on.
+REGISTER_WIDTH = 64
+
+
 @jit
 def _tile(tiles, slot):
     """Load a tile: the first token (int64) and the length of its segment, and the tile's first token in the segment.
@@ -611,7 +616,7 @@ def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
     if case == "forward":  # without the maximum, exponentials exceed float16's range
         options["NO_MAXIMUM"] = bool(tuned["plain"]) and q.dtype != torch.float16
     elif case == "keys":
-        options["K_IN_REGISTERS"] = bool(tuned["held"])
+        options["K_IN_REGISTERS"] = bool(tuned["held"]) and width == REGISTER_WIDTH
     return options | dict(
         H=heads,
         GROUP=group,
@@ -663,15 +668,15 @@ def _descriptors(
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
     """Return descriptors for tensor memory access to tiles of k and v, or None if table or strides rule them out.
 
-    They take fewer instructions than pointers. Behind a segment's end they read the next segment's rows instead of
-    zeros; finite values there have no effect, since their probability is zero.
+    They take fewer instructions than pointers, and q is then in registers. Behind a segment's end they read the next
+    segment's rows instead of zeros; finite values there have no effect, since their probability is zero.
     """
     heads, width = k.shape[1:]
     tuned, _ = attention_parameters(case, q.dtype, width, q.size(1) // heads, q.device)
     regular = (
         x.element_size() == 2 and x.stride(1) == width and not (x.stride(0) % 8 or x.data_ptr() % 16) for x in (k, v)
     )
-    if not (tuned["descriptors"] and all(regular)):
+    if not (tuned["descriptors"] and width == REGISTER_WIDTH and all(regular)):
         return None, None
     block = [tuned["keys"], width]
     k, v = (TensorDescriptor(x, [x.size(0), heads * width], [x.stride(0), 1], block) for x in (k, v))
