@@ -43,4 +43,4 @@ def test_stages_after_training_score_on_cuda_as_on_the_cpu(
         assert bits == pytest.approx(scores(exact)[name], abs=bounds[name]), name
     sizes = [summary["quantize"]["weight_bytes"] for summary in (exact, found)]
     assert sizes[1] == pytest.approx(sizes[0], abs=4000)  # within `rate.SLACK_BYTES` of what they are given
-    assert scores(found)["ttt"] < scores(found)["sliding"] < scores(found)["quantized"]
+    assert scores(found)["ttt"] < min(scores(found)["sliding"], scores(found)["quantized"]) - 0.05
