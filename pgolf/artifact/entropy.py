@@ -30,6 +30,7 @@ CLASSES = range(-16, 56)  # class c has the variance 2^(c/4) of u
 PRIOR = 16  # rows in which a column is taken to have varied as its rows' classes say
 REFRESH = 4  # rows after which the columns' classes are computed anew
 _UNIT = 20  # bits behind the point of a column's variance
+PRIOR_ENERGY = PRIOR << _UNIT
 _POINTS = 8  # at which the density is taken, for each whole number
 _LOG2_E = 1624330212139199  # log2(e) times 2^50
 
@@ -142,19 +143,20 @@ def _decoding(trellised: bool) -> _Decoding:
     return _Decoding(k, frequency, place)
 
 
-class _Columns:
+class Columns:
     """The classes of a matrix's columns, from the codes of the rows so far."""
 
+    MOST = 40  # classes that a column can be above or below its rows'
     weights = np.array([_power(8 * _UNIT - 2 * c) for c in CLASSES], np.int64)  # 1 / variance
-    thresholds = np.array([_power(8 * _UNIT + 2 * c - 1) for c in range(-39, 41)], np.int64)
+    thresholds = np.array([_power(8 * _UNIT + 2 * c - 1) for c in range(1 - MOST, 1 + MOST)], np.int64)
 
     def __init__(self, columns: int) -> None:
-        self.energy = np.full(columns, PRIOR << _UNIT, np.int64)
+        self.energy = np.full(columns, PRIOR_ENERGY, np.int64)
         self.rows = PRIOR
 
     def classes(self) -> np.ndarray:
-        """By how many classes each column is above its rows': int64 from -40 to 40."""
-        return np.searchsorted(self.thresholds, self.energy // self.rows, side="right") - 40
+        """By how many classes each column is above its rows': int64 from -MOST to MOST."""
+        return np.searchsorted(self.thresholds, self.energy // self.rows, side="right") - self.MOST
 
     def add(self, codes: np.ndarray, row_class: np.ndarray) -> None:
         """Take in rows of codes."""
@@ -198,7 +200,7 @@ def _symbols(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray,
     codes = codes.astype(np.int64)
     parity = _parities(codes, layout)
     k = (codes - parity) >> 1 if layout.states > 1 else codes
-    columns, index = _Columns(layout.columns), np.empty(codes.shape, np.int64)
+    columns, index = Columns(layout.columns), np.empty(codes.shape, np.int64)
     for row in range(0, layout.rows, REFRESH):
         block = slice(row, row + REFRESH)
         index[block] = _indices(columns.classes(), layout.row_class[block])
@@ -242,7 +244,7 @@ def decode(stream: Stream, layouts: Sequence[Layout]) -> list[np.ndarray]:
         tables = _decoding(trellised)
         parity, following = (np.array(table, np.int64) for table in trellis(layout.states))
         turned = following.reshape(-1)
-        columns = _Columns(layout.columns)
+        columns = Columns(layout.columns)
         codes = np.empty((layout.rows, layout.columns), np.int32)
         for row in range(layout.rows):
             if row % REFRESH == 0:

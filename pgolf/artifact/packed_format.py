@@ -19,6 +19,7 @@ import json
 import lzma
 import math
 import struct
+from collections.abc import Mapping
 from zlib import crc32
 
 import numpy as np
@@ -37,32 +38,34 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "float32", "int8", 
 
 def pack(quantized: QuantizedModel) -> bytes:
     """Return the file's content. Raises ArtifactError for codes that are on no path of their trellis."""
-    header, side, matrices = [], [], []
+    codes = {name: codes.numpy().astype("<i2") for name, codes in quantized.tensors.items() if name.endswith(CODES)}
+    classes = {name: row_classes(array) for name, array in codes.items()}
     digest = hashlib.sha256()
-    for name, tensor in quantized.tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        header.append([name, dtype, list(tensor.shape)])
-        array = tensor.contiguous().numpy()
-        if not name.endswith(CODES):
-            side.append(_planes(array))
-            continue
-        codes = array.astype("<i2")
-        digest.update(codes.tobytes())
-        classes = row_classes(codes)
-        side.append(classes.tobytes())
-        matrices.append((codes, _layout(name, tensor.shape, classes, quantized.meta)))
-    text = json.dumps({"meta": quantized.meta, "entries": header}, separators=(",", ":")).encode()
-    unpacked = struct.pack("<I", len(text)) + text + b"".join(side)
-    block = lzma.compress(unpacked, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME)
+    for array in codes.values():
+        digest.update(array.tobytes())
+    block, unpacked = side_block(quantized, classes)
     try:
-        stream = encode(matrices)
+        stream = encode(
+            [(array, _layout(name, array.shape, classes[name], quantized.meta)) for name, array in codes.items()]
+        )
     except EntropyError as error:
         raise ArtifactError(f"its codes cannot be packed: {error}") from error
     tail = [part.astype(kind).tobytes() for part, kind in zip(stream, ("<u2", "<u4", "<i2"), strict=True)]
     words, states, escapes = tail
-    body = struct.pack("<IIII", len(block), len(unpacked), len(words), len(escapes)) + digest.digest()
+    body = struct.pack("<IIII", len(block), unpacked, len(words), len(escapes)) + digest.digest()
     body += block + states + words + escapes
     return MAGIC + struct.pack("<I", crc32(body)) + body
+
+
+def side_block(quantized: QuantizedModel, classes: Mapping[str, np.ndarray]) -> tuple[bytes, int]:
+    """Return the side block of a model whose codes have rows of these classes, and its length unpacked."""
+    header = [[name, str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in quantized.tensors.items()]
+    text = json.dumps({"meta": quantized.meta, "entries": header}, separators=(",", ":")).encode()
+    parts = [
+        classes[name].tobytes() if name in classes else _planes(x.numpy()) for name, x in quantized.tensors.items()
+    ]
+    unpacked = struct.pack("<I", len(text)) + text + b"".join(parts)
+    return lzma.compress(unpacked, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME), len(unpacked)
 
 
 def unpack(blob: bytes) -> QuantizedModel:

@@ -12,13 +12,12 @@ pivots, so that all columns of a row add the same to the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pgolf.artifact.container import content
+from pgolf.artifact.code_length import packed_bytes
 from pgolf.artifact.gptq import inverse_factor
 from pgolf.artifact.hessians import exact_float32_products, hessian_group
 from pgolf.artifact.quantize import half, hessian_for, rule_for
@@ -136,72 +135,44 @@ def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> Qua
     return QuantizedModel(tensors, meta)
 
 
-def code_bytes(quantized: QuantizedModel, device: torch.device) -> float:
-    """Estimate the bytes that coding takes, by each row's own and its columns' running variance; within a percent."""
-    bits = 0.0
-    for name, tensor in quantized.tensors.items():
-        if name.endswith(CODES):
-            u = tensor.to(device).float()
-            spacing = 2.0 if "trellis (1 " not in quantized.meta[name.removesuffix(CODES)] else 1.0
-            row = u.square().mean(1, keepdim=True).clamp_min(1e-3)
-            normal = u.square() / row
-            count = torch.arange(len(u), device=device)[:, None] + 16.0
-            column = (normal.cumsum(0) - normal + 16) / count
-            deviation = (row * column).sqrt() * 2**0.5
-            half_width = spacing / 2
-            share = 0.5 * (torch.erf((u + half_width) / deviation) - torch.erf((u - half_width) / deviation))
-            bits -= float(share.clamp_min(2.0**-15).log2().sum())
-    return bits / 8
-
-
 def quantize_by_rate(
     tensors: Mapping[str, Tensor],
     matrices: Mapping[str, Matrix],
     config: RunConfig,
     device: torch.device,
-    path: Path,
     target: int,
 ) -> QuantizedModel:
-    """Quantise a model so that its artifact has ``target`` bytes or up to `SLACK_BYTES` fewer.
+    """Quantise a model so that its artifact takes ``target`` bytes or up to `SLACK_BYTES` fewer.
 
-    A model that has fewer bytes at its finest steps gets those.
+    A model that takes fewer bytes at its finest steps gets those. Bytes are those of `packed_bytes`.
 
     Args:
         tensors: float32 weights by per-layer name; those that are no matrices are kept in float16.
         matrices: of `prepare`.
-        path: of the artifact, whose ending names the format that counts.
 
     Raises QuantizeError if the coarsest steps give more bytes than ``target``.
     """
     kept = {name: half(name, tensor) for name, tensor in tensors.items() if name not in matrices}
     a_bit = sum(matrix.weight.numel() for matrix in matrices.values()) / 8  # bytes that a level of one more saves
     level, aim = _first_level(matrices, target / a_bit), target - SLACK_BYTES / 2
-    overhead: float | None = None  # of the file over the estimate
-    before: tuple[float, float] | None = None
-    best, smallest = None, 1 << 60
+    before: tuple[float, int] | None = None
     for _ in range(ATTEMPTS):
         quantized = _in_order(tensors, kept, code(matrices, level, config))
-        size = code_bytes(quantized, device) + (overhead or 0)
-        settled = before is not None and abs(before[1] - size) < 1  # all rows are at their finest or coarsest step
-        if overhead is None or settled or abs(size - aim) < SLACK_BYTES / 4:
-            exact = len(content(path, quantized))
-            overhead, size = exact - size + (overhead or 0), exact
-            smallest = min(smallest, exact)
-            if exact <= target and (best is None or exact > best[0]):
-                best = exact, quantized
-            if settled or target - SLACK_BYTES <= exact <= target:
-                break
+        size = packed_bytes(quantized, device)
+        settled = before is not None and before[1] == size  # all rows are at their finest or coarsest step
+        if settled or abs(size - aim) < SLACK_BYTES / 4:
+            break
         # Rows at their coarsest or finest step do not move: by the last two points, within reason.
         slope = a_bit
         if before is not None and before[0] != level:
             slope = min(max((before[1] - size) / (level - before[0]), 0.1 * a_bit), 1.2 * a_bit)
         before = level, size
         level += min(max((size - aim) / slope, -4), 4)
-    if best is None:
+    if size > target:
         raise QuantizeError(
-            f"the artifact does not fit {target:,} bytes: it takes {smallest:,} with steps of a standard deviation"
+            f"the artifact does not fit {target:,} bytes: it takes {size:,} with steps of a standard deviation"
         )
-    return best[1]
+    return quantized
 
 
 def _in_order(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor], coded: QuantizedModel) -> QuantizedModel:

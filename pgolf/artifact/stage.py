@@ -42,8 +42,7 @@ def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: boo
     sensitivities = None
     if config.quantizer == "trellis":
         started = time.perf_counter()
-        tokens = torch.from_numpy(read_shard(_training_files(config)[0], config.vocab_size)[:SENSITIVITY_TOKENS].copy())
-        sensitivities = collect_sensitivities(model, config, tokens, world)
+        sensitivities = collect_sensitivities(model, config, sensitivity_tokens(config), world)
         results["sensitivity_seconds"] = time.perf_counter() - started
     del model
     if world.is_main:
@@ -72,6 +71,11 @@ def calibrate(model: GPT, config: RunConfig, world: World) -> dict[str, torch.Te
     return collect_hessians(model, batches)
 
 
+def sensitivity_tokens(config: RunConfig) -> torch.Tensor:
+    """Return the training tokens from which sequences for sensitivities are taken: a shard's first, or all of them."""
+    return torch.from_numpy(read_shard(_training_files(config)[0], config.vocab_size)[:SENSITIVITY_TOKENS].copy())
+
+
 def _training_files(config: RunConfig) -> list[Path]:
     return shard_files(config.data_dir, config.vocab_size, "train")
 
@@ -93,12 +97,12 @@ def _quantize_and_save(
     tensors = unbank(weights, config.num_layers)
     if sensitivities is None:
         quantized = quantize_model(tensors, hessians, config, world.device)
-        world.log(f"compressing with {config.compressor}")
     else:
         matrices = prepare(tensors, hessians, sensitivities, config, world.device)
         target = config.weight_bytes or CAP_BYTES - code_bytes
-        quantized = quantize_by_rate(tensors, matrices, config, world.device, path, target)
+        quantized = quantize_by_rate(tensors, matrices, config, world.device, target)
     solved = time.perf_counter()
+    world.log("writing the artifact" + (f" with {config.compressor}" if sensitivities is None else ""))
     weight_bytes = save(path, quantized, config.compressor)
     return {
         "export_seconds": exported - begun,
