@@ -12,9 +12,9 @@ import pytest
 
 from pgolf.cli import main
 from pgolf.config import RunConfig
-from pgolf.data.corpus import embedded_documents
 from pgolf.submission.export import export_program
 from pgolf.submission.sources import absent_modules, package_sources
+from tests.corpus import embedded_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
