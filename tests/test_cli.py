@@ -30,6 +30,10 @@ from tests.corpus import embedded_documents
 
 TINY = dict(
     vocab_size=400,
+    num_layers=4,
+    loop_start=1,
+    loop_end=2,
+    parallel_start_layer=2,
     model_dim=32,
     num_heads=2,
     num_kv_heads=1,

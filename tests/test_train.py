@@ -47,6 +47,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         num_heads=2,
         num_kv_heads=1,
         rope_dims=4,
+        num_layers=5,  # banks that neither 2 nor 4 processes share evenly
+        loop_start=1,
+        loop_end=2,
+        parallel_start_layer=3,
         gate_attn_width=8,
         smear_gate_width=4,
         train_batch_tokens=1024,
