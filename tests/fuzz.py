@@ -42,7 +42,6 @@ from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World
 from pgolf.common.tensors import load_tensors, save_tensors
 from pgolf.config import RunConfig
-from pgolf.data.corpus import embedded_documents
 from pgolf.data.dataset import build_dataset
 from pgolf.data.manifest import check_dataset
 from pgolf.data.shards import tokenizer_path
@@ -50,6 +49,7 @@ from pgolf.data.tokenizer import train_tokenizer
 from pgolf.model.weights import load_weights
 from pgolf.training.checkpoint import load_checkpoint, save_checkpoint
 from pgolf.training.train import final_weights, start
+from tests.corpus import embedded_documents
 
 CPU = World(0, 1, torch.device("cpu"))
 VOCAB = 400

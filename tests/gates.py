@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from pgolf.kernels.common import launch
@@ -112,15 +113,21 @@ def _written(instruction: str) -> set[int]:
     return set(range(int(found[2]), int(found[2]) + count))
 
 
-@cache  # Triton gives one object for all launches with the same constants, and disassembling takes as long as compiling
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@cache  # Triton gives one object for all launches with the same constants
 def _read(kernel, capability: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "--print-code", "--no-dataflow"))
-        )
+        usage = _output("cuobjdump", "-res-usage", file.name)
+        # Disassembling takes as long as compiling, and is kept where Triton keeps what it compiled.
+        kept, flags = get_cache_manager(kernel.hash), ("--print-code", "--no-dataflow")
+        name = "".join(("nvdisasm", *flags))
+        path = kept.get_file(name) or kept.put(_output("nvdisasm", *flags, file.name), name, binary=False)
+        sass = Path(path).read_text()
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     registers, stack = map(int, found.groups())

@@ -1,7 +1,11 @@
-"""Run a function in several processes joined by gloo, as torchrun would."""
+"""Run a function in several processes joined by gloo, as torchrun would.
+
+They are forked from a process that has done the imports once, and nothing else: there CUDA has not been started.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+IMPORTED = ["torch._dynamo", "pgolf.training.train", "pgolf.scoring.ttt.engine", "bench.gradient_errors", __name__]
+multiprocessing.set_forkserver_preload(IMPORTED)
+
 
 def run_processes(function: Callable[[int, int], Any], size: int, folder: Path) -> list[Any]:
     """``function(rank, size)`` in each of ``size`` processes; their results (tensors and plain values) by rank."""
-    mp.spawn(_process, args=(function, size, str(folder)), nprocs=size)
+    mp.start_processes(_process, args=(function, size, str(folder)), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(size)]
 
 

@@ -41,8 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_train_step_reports_both_loop_states(tmp_path: Path) -> None:
     sizes = "device=cpu vocab_size=300 model_dim=32 num_heads=2 num_kv_heads=1 rope_dims=4 gate_attn_width=8"
+    layers = "num_layers=4 loop_start=1 loop_end=2 parallel_start_layer=2"
     batch = "smear_gate_width=4 micro_batch_tokens=256 train_batch_tokens=512 train_seq_len=64"
-    settings = [part for pair in f"{sizes} {batch}".split() for part in ("--set", pair)]
+    settings = [part for pair in f"{sizes} {layers} {batch}".split() for part in ("--set", pair)]
     file = tmp_path / "step.json"
     results = main(["--preset", "demo", *settings, "--repeats", "1", "--results", str(file)])
     assert json.loads(file.read_text()) == json.loads(json.dumps(results))

@@ -21,15 +21,19 @@ from pgolf.artifact import container
 from pgolf.artifact.quantize import dequantize_model
 from pgolf.cli import main
 from pgolf.common.folder import RunFolder
-from pgolf.data.corpus import embedded_documents
 from pgolf.data.validation import validation_data
 from pgolf.model.gpt import GPT
 from pgolf.model.weights import load_weights, rebank, unbank
 from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
 from pgolf.scoring.ttt import engine
+from tests.corpus import embedded_documents
 
 TINY = dict(
     vocab_size=400,
+    num_layers=4,
+    loop_start=1,
+    loop_end=2,
+    parallel_start_layer=2,
     model_dim=32,
     num_heads=2,
     num_kv_heads=1,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.data.corpus import CorpusError, embedded_documents, read_documents
+from pgolf.data.corpus import CorpusError, read_documents
 from pgolf.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
+from tests.corpus import embedded_documents
 
 DOCUMENTS = ["first\nwith a line break", "zweites, café", "third " * 5000]
 

@@ -12,43 +12,12 @@ import pytest
 
 from pgolf.cli import main
 from pgolf.config import RunConfig
-from pgolf.data.corpus import embedded_documents
 from pgolf.submission.export import export_program
 from pgolf.submission.sources import absent_modules, package_sources
+from tests.corpus import embedded_documents
+from tests.test_cli import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(
-    vocab_size=400,
-    num_layers=4,
-    loop_start=1,
-    loop_end=2,
-    parallel_start_layer=2,
-    model_dim=32,
-    num_heads=2,
-    num_kv_heads=1,
-    rope_dims=4,
-    gate_attn_width=8,
-    smear_gate_width=4,
-    train_batch_tokens=512,
-    micro_batch_tokens=512,
-    train_seq_len=64,
-    eval_seq_len=64,
-    val_batch_tokens=8192,
-    max_wallclock_seconds=0,
-    iterations=3,
-    gptq_passthrough_numel=500,
-    gptq_calibration_batches=2,
-    gptq_calibration_tokens=512,
-    lqer_asym_group=16,
-    ttt_lora_rank=4,
-    ttt_eval_seq_len=64,
-    ttt_batch_size=4,
-    phased_ttt_prefix_docs=4,
-    global_ttt_chunk_tokens=512,
-    sliding_window_enabled=1,
-    eval_stride=32,
-    device="cpu",
-)
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +157,7 @@ def test_a_run_has_the_package_s_results_and_exports_the_same_program(program: P
     assert main(["data", "tokenizer", "--docs", str(documents), "--vocab-size", "400", "--out", str(model)]) == 0
     build = ["data", "build", "--docs", str(documents), "--tokenizer", str(model), "--out", str(data)]
     assert main([*build, "--val-docs", "3"]) == 0
-    settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
-    command = ["run", "--preset", "demo", "--set", f"data_dir={data}", *settings, "--run-dir"]
+    command = ["run", "--preset", "demo", *settings(data), "--run-dir"]
     assert main([*command, str(tmp_path / "package")]) == 0
     assert "After test-time training, bpb" in run(program, program, *command, "program", folder=tmp_path).stdout
     package, shipped = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("package", "program"))

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py") if path.parent.name != "common")
 FAMILIES += ["layer_kernels", "partial_sums"]
-PROCESSES = 6  # each takes seconds to import PyTorch
+PROCESSES = 4  # each takes seconds to import PyTorch
 
 
 @pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="tests/interpreter.py mends Triton 3.6")

@@ -18,6 +18,7 @@ from pgolf.config import RunConfig
 from pgolf.kernels.dequant import LowRankFactors, dequantize
 from pgolf.model.gpt import GPT
 from pgolf.model.weights import unbank
+from tests.processes import run_processes
 
 
 @pytest.fixture
@@ -461,33 +462,19 @@ def test_the_model_gives_a_hessian_to_every_matrix():
     assert passes == pytest.approx(3 / 2, rel=0.01), "three passes, each scaled by 1/(layer + 1)"
 
 
-def _rank_of_calibration(rank: int, world_size: int, store: str, results) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def _rank_of_calibration(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = TwoProducts()
     generator = torch.Generator().manual_seed(rank)
     batches = [Rows(torch.randint(0, 8, (2, 5), generator=generator), None, None, 5) for _ in range(rank + 1)]
     hessians = collect_hessians(model, batches)
-    results.put((rank, {name: hessian.numpy() for name, hessian in hessians.items()}))
     with pytest.raises(ValueError, match="and 1 had none"):  # on both ranks, so that none waits for the other
         collect_hessians(model, batches if rank == 0 else [])
-    torch.distributed.destroy_process_group()
+    return hessians
 
 
 def test_ranks_average_over_all_their_batches(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [
-        context.Process(target=_rank_of_calibration, args=(rank, 2, str(tmp_path / "store"), results))
-        for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    by_rank = dict(results.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    by_rank = run_processes(_rank_of_calibration, 2, tmp_path)
     torch.manual_seed(0)
     model = TwoProducts()
     batches = []
@@ -496,7 +483,7 @@ def test_ranks_average_over_all_their_batches(tmp_path):
         batches += [Rows(torch.randint(0, 8, (2, 5), generator=generator), None, None, 5) for _ in range(rank + 1)]
     for name, expected in collect_hessians(model, batches).items():
         for rank in range(2):
-            torch.testing.assert_close(torch.from_numpy(by_rank[rank][name]), expected)
+            torch.testing.assert_close(by_rank[rank][name], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,7 +17,6 @@ from pgolf.common.progress import TrainingProgress
 from pgolf.common.runtime import Interrupted, World, describe_environment, seed_everything, start_world
 from pgolf.common.tensors import TensorFileError, load_tensors
 from pgolf.config import RunConfig
-from pgolf.data.corpus import embedded_documents
 from pgolf.data.dataset import build_dataset
 from pgolf.data.loader import Batch, DocumentPackingLoader
 from pgolf.data.shards import tokenizer_path
@@ -27,6 +26,7 @@ from pgolf.model.weights import load_weights
 from pgolf.training import train as training
 from pgolf.training.optim import ModelOptimizer
 from pgolf.training.train import train
+from tests.corpus import embedded_documents
 from tests.processes import run_processes
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -47,6 +47,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         num_heads=2,
         num_kv_heads=1,
         rope_dims=4,
+        num_layers=5,  # banks that neither 2 nor 4 processes share evenly
+        loop_start=1,
+        loop_end=2,
+        parallel_start_layer=3,
         gate_attn_width=8,
         smear_gate_width=4,
         train_batch_tokens=1024,
