@@ -131,9 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("config", help="list the settings and their values", epilog=SETTINGS_HELP)
     _add_settings(show)
     show.set_defaults(action=_config)
-    inspect = commands.add_parser("inspect", help="what an artifact holds, class by class")
+    inspect = commands.add_parser("inspect", help="what an artifact holds: classes, matrices, bytes of the cap")
     inspect.add_argument("artifact", type=Path, help="an artifact's file")
-    inspect.add_argument("--json", action="store_true", help="print the table as JSON")
+    inspect.add_argument("--json", action="store_true", help="print the tables as JSON")
+    inspect.add_argument(
+        "--plot", type=Path, metavar="PATH", help="write histograms of codes, bits by sensitivity: .svg"
+    )
     inspect.set_defaults(action=_inspect)
     convert = commands.add_parser(
         "convert", help="write an artifact in another format: .pgolf, .int6.ptz, or its weights as .safetensors"
@@ -298,18 +301,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from pgolf.artifact.container import CAP_BYTES
-    from pgolf.artifact.sizes import describe
+    from pgolf.artifact.inspection import inspect_artifact
 
-    rows = describe(arguments.artifact)
-    if arguments.json:
-        file = {"bytes": arguments.artifact.stat().st_size, "cap_bytes": CAP_BYTES}
-        print(json.dumps({**file, "classes": [row._asdict() for row in rows]}, indent=1))
-        return 0
-    table = [(r.name, r.stored, r.tensors, f"{r.numbers:,}", f"{r.bits_per_number:.3f}", f"{r.bytes:,}") for r in rows]
-    print(format_table(table, ("class", "stored as", "tensors", "numbers", "bits/number", "bytes")))
-    size = arguments.artifact.stat().st_size
-    print(f"\nfile: {size:,} bytes, {size / CAP_BYTES:.2%} of the cap without code")
+    found = inspect_artifact(arguments.artifact)
+    print(found.as_json() if arguments.json else found.as_text())
+    if arguments.plot:
+        from pgolf.report.page import write_artifact_plot
+
+        write_artifact_plot(arguments.plot, found.histograms, [row._asdict() for row in found.matrices])
     return 0
 
 

@@ -97,6 +97,7 @@ def test_a_run_leaves_everything(finished: RunFolder) -> None:
         "metrics.jsonl",
         "summary.json",
         "ema.pt",
+        "sensitivities.pt",
         "model.pgolf",
         "train_gpt.py",
         "tokenizer.model",

@@ -193,6 +193,15 @@ def encode(matrices: Sequence[tuple[np.ndarray, Layout]]) -> Stream:
     return Stream(np.concatenate(words)[::-1].copy(), x.astype(np.uint32), escapes)
 
 
+def code_bits(codes: np.ndarray, layout: Layout) -> float:
+    """Return the bits of `encode`'s words and escapes that a matrix of codes takes, but for the rounding of words.
+
+    Raises EntropyError as `encode` does.
+    """
+    escapes, frequency, _ = _symbols(codes, layout)
+    return PRECISION * frequency.size - float(np.log2(frequency).sum()) + 16 * escapes.size
+
+
 def _symbols(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The escaped k, int16 in the order of decoding, and frequency and first place of every symbol, uint64 [R, C]."""
     codes = codes.astype(np.int64)

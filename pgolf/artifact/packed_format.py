@@ -50,7 +50,7 @@ def pack(quantized: QuantizedModel) -> bytes:
         digest.update(codes.tobytes())
         classes = row_classes(codes)
         side.append(classes.tobytes())
-        matrices.append((codes, _layout(name, tensor.shape, classes, quantized.meta)))
+        matrices.append((codes, layout_of(name, tensor.shape, classes, quantized.meta)))
     text = json.dumps({"meta": quantized.meta, "entries": header}, separators=(",", ":")).encode()
     unpacked = struct.pack("<I", len(text)) + text + b"".join(side)
     block = lzma.compress(unpacked, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME)
@@ -104,7 +104,8 @@ def unpack(blob: bytes) -> QuantizedModel:
     return QuantizedModel(ordered, meta)
 
 
-def _layout(name: str, shape: tuple[int, ...] | torch.Size, classes: np.ndarray, meta: dict[str, str]) -> Layout:
+def layout_of(name: str, shape: tuple[int, ...] | torch.Size, classes: np.ndarray, meta: dict[str, str]) -> Layout:
+    """Return the layout of the codes that are the entry ``name``, whose rows have these classes."""
     mark = TRELLIS.fullmatch(meta.get(name.removesuffix(CODES), ""))
     states, length = (int(mark[1]), int(mark[2])) if mark else (1, 1)
     return Layout(shape[0], shape[1], classes, states, length)
@@ -162,7 +163,7 @@ def _entries(
             raise ArtifactError(f"its side block ends in {name}")
         if is_codes:
             try:
-                layouts[name] = _layout(name, shape, np.frombuffer(part, np.int8), meta)
+                layouts[name] = layout_of(name, shape, np.frombuffer(part, np.int8), meta)
                 layouts[name].check()
             except EntropyError as error:
                 raise ArtifactError(f"{name}: {error}") from error

@@ -20,6 +20,7 @@ EXCLUDED = {
     "data/dataset.py": "builds data sets",
     "data/fineweb.py": "downloads the published shards, which the shipped program must not do",
     "data/commands.py": "the commands for all of that",
+    "artifact/inspection.py": "shows what is in an artifact",
     "artifact/convert.py": "writes artifacts in other formats",
     "report/page.py": "writes the report's page; the program prints the table of results",
     "report/plots.py": "draws the report's plots",
