@@ -33,7 +33,10 @@ A run goes through the stages in this order, in one folder:
   eval      bits per byte before and after quantisation
   ttt       bits per byte with test-time training
   report    one HTML page
-`pgolf run` does them all. On several GPUs: torchrun --standalone --nproc_per_node=8 -m pgolf run"""
+`pgolf run` does them all. On several GPUs: torchrun --standalone --nproc_per_node=8 -m pgolf run
+
+Of what is left of a run, `pgolf inspect` shows where its bytes went, `pgolf convert` writes the artifact in other
+formats, and `pgolf pack` makes a submission of finished runs of several seeds."""
 
 SETTINGS_HELP = """\
 Settings come from the preset, then from environment variables with the settings' names in upper case (SEED=42), then
@@ -145,6 +148,16 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, help="the file to write, whose ending names the format")
     convert.add_argument("--compressor", choices=("brotli", "lzma"), default="brotli", help="of .int6.ptz")
     convert.set_defaults(action=_convert)
+    pack = commands.add_parser("pack", help="make a submission in the challenge's form of the runs of several seeds")
+    pack.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run, one for each seed")
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write, which must be new")
+    pack.add_argument("--name", default="", help="of the submission (default: that of the preset)")
+    pack.add_argument("--author", default="", help="your name")
+    pack.add_argument("--github", default="", help="your GitHub ID")
+    pack.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="of the submission (default: today)")
+    pack.add_argument("--documents", type=int, default=4, help="validation documents for the check (default: 4)")
+    pack.add_argument("--data-dir", type=Path, help="where the data are now (default: where the runs had them)")
+    pack.set_defaults(action=_pack)
     environment = commands.add_parser("env", help="versions and chip, for a bug report")
     environment.set_defaults(action=_environment)
     return parser
@@ -317,6 +330,18 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     size = convert(arguments.artifact, arguments.target, arguments.compressor)
     print(f"{arguments.target}: {size:,} bytes ({arguments.artifact}: {arguments.artifact.stat().st_size:,})")
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from pgolf.pack import pack
+    from pgolf.report.seeds import Heading, seed_table
+
+    heading = Heading(arguments.name, arguments.author, arguments.github, arguments.date)
+    results = pack(arguments.runs, arguments.out, heading, documents=arguments.documents, data_dir=arguments.data_dir)
+    print(f"\n{seed_table(results)}\n\n{arguments.out}: README.md, submission.json, train_gpt.py, a log for each seed")
+    if absent := [name for name in ("author", "github") if not getattr(heading, name)]:
+        print(f"before you submit it, fill in submission.json: --{' and --'.join(absent)} had no value")
     return 0
 
 

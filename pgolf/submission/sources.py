@@ -24,6 +24,8 @@ EXCLUDED = {
     "artifact/convert.py": "writes artifacts in other formats",
     "report/page.py": "writes the report's page; the program prints the table of results",
     "report/plots.py": "draws the report's plots",
+    "report/seeds.py": "writes the texts of a submission",
+    "pack.py": "makes a submission of finished runs",
     "submission/sources.py": "collects the sources; the program exports its own archive as it is",
     "submission/program.py": "is the program's __main__ instead",
     "kernels/dequant/triton.py": "dequantises in microseconds what the program dequantises a few times",
