@@ -202,8 +202,8 @@ def submission_readme(
 SEED={seed} {launch} --run-dir runs/{seed}
 ```
 
-`train_gpt.py` holds all that it needs of pgolf, compressed; it ran with {versions}. Shards and tokenizer are expected
-in `DATA_DIR`, and the artifact is left in the folder of the run.
+`train_gpt.py` holds all that it needs of pgolf, compressed. Shards and tokenizer are expected in `DATA_DIR`, and the
+artifact is left in the folder of the run. The runs had {versions}.
 {shown}
 ## Files
 
