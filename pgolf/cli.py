@@ -33,7 +33,10 @@ A run goes through the stages in this order, in one folder:
   eval      bits per byte before and after quantisation
   ttt       bits per byte with test-time training
   report    one HTML page
-`pgolf run` does them all. On several GPUs: torchrun --standalone --nproc_per_node=8 -m pgolf run"""
+`pgolf run` does them all. On several GPUs: torchrun --standalone --nproc_per_node=8 -m pgolf run
+
+Of what is left of a run, `pgolf inspect` shows where its bytes went, `pgolf convert` writes the artifact in other
+formats, and `pgolf pack` makes a submission of finished runs of several seeds."""
 
 SETTINGS_HELP = """\
 Settings come from the preset, then from environment variables with the settings' names in upper case (SEED=42), then
@@ -131,9 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("config", help="list the settings and their values", epilog=SETTINGS_HELP)
     _add_settings(show)
     show.set_defaults(action=_config)
-    inspect = commands.add_parser("inspect", help="what an artifact holds, class by class")
+    inspect = commands.add_parser("inspect", help="what an artifact holds: classes, matrices, bytes of the cap")
     inspect.add_argument("artifact", type=Path, help="an artifact's file")
-    inspect.add_argument("--json", action="store_true", help="print the table as JSON")
+    inspect.add_argument("--json", action="store_true", help="print the tables as JSON")
+    inspect.add_argument(
+        "--plot", type=Path, metavar="PATH", help="write histograms of codes, bits by sensitivity: .svg"
+    )
     inspect.set_defaults(action=_inspect)
     convert = commands.add_parser(
         "convert", help="write an artifact in another format: .pgolf, .int6.ptz, or its weights as .safetensors"
@@ -142,6 +148,16 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, help="the file to write, whose ending names the format")
     convert.add_argument("--compressor", choices=("brotli", "lzma"), default="brotli", help="of .int6.ptz")
     convert.set_defaults(action=_convert)
+    pack = commands.add_parser("pack", help="make a submission in the challenge's form of the runs of several seeds")
+    pack.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run, one for each seed")
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write, which must be new")
+    pack.add_argument("--name", default="", help="of the submission (default: that of the preset)")
+    pack.add_argument("--author", default="", help="your name")
+    pack.add_argument("--github", default="", help="your GitHub ID")
+    pack.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="of the submission (default: today)")
+    pack.add_argument("--documents", type=int, default=4, help="validation documents for the check (default: 4)")
+    pack.add_argument("--data-dir", type=Path, help="where the data are now (default: where the runs had them)")
+    pack.set_defaults(action=_pack)
     environment = commands.add_parser("env", help="versions and chip, for a bug report")
     environment.set_defaults(action=_environment)
     return parser
@@ -298,18 +314,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from pgolf.artifact.container import CAP_BYTES
-    from pgolf.artifact.sizes import describe
+    from pgolf.artifact.inspection import inspect_artifact
 
-    rows = describe(arguments.artifact)
-    if arguments.json:
-        file = {"bytes": arguments.artifact.stat().st_size, "cap_bytes": CAP_BYTES}
-        print(json.dumps({**file, "classes": [row._asdict() for row in rows]}, indent=1))
-        return 0
-    table = [(r.name, r.stored, r.tensors, f"{r.numbers:,}", f"{r.bits_per_number:.3f}", f"{r.bytes:,}") for r in rows]
-    print(format_table(table, ("class", "stored as", "tensors", "numbers", "bits/number", "bytes")))
-    size = arguments.artifact.stat().st_size
-    print(f"\nfile: {size:,} bytes, {size / CAP_BYTES:.2%} of the cap without code")
+    found = inspect_artifact(arguments.artifact)
+    print(found.as_json() if arguments.json else found.as_text())
+    if arguments.plot:
+        from pgolf.report.page import write_artifact_plot
+
+        write_artifact_plot(arguments.plot, found.histograms, [row._asdict() for row in found.matrices])
     return 0
 
 
@@ -318,6 +330,18 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     size = convert(arguments.artifact, arguments.target, arguments.compressor)
     print(f"{arguments.target}: {size:,} bytes ({arguments.artifact}: {arguments.artifact.stat().st_size:,})")
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from pgolf.pack import pack
+    from pgolf.report.seeds import Heading, seed_table
+
+    heading = Heading(arguments.name, arguments.author, arguments.github, arguments.date)
+    results = pack(arguments.runs, arguments.out, heading, documents=arguments.documents, data_dir=arguments.data_dir)
+    print(f"\n{seed_table(results)}\n\n{arguments.out}: README.md, submission.json, train_gpt.py, a log for each seed")
+    if absent := [name for name in ("author", "github") if not getattr(heading, name)]:
+        print(f"before you submit it, fill in submission.json: --{' and --'.join(absent)} had no value")
     return 0
 
 

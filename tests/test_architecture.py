@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "training": {"config", "common", "data", "model", "scoring"},
     "report": {"config", "common"},
     "run": {"config", "common", "data", "artifact", "scoring", "training", "report"},
-    "cli": {"config", "common", "data", "model", "artifact", "submission", "run"},
+    "pack": {"config", "common", "artifact", "submission", "report", "run"},
+    "cli": {"config", "common", "data", "model", "artifact", "submission", "report", "run", "pack"},
     "__main__": {"cli"},
 }
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard", "safetensors"}  # not installed everywhere

@@ -21,7 +21,7 @@ from pgolf.artifact.container import ArtifactError, load, save
 from pgolf.artifact.public_format import byte_shuffle, byte_unshuffle
 from pgolf.artifact.quantize import dequantize_model
 from pgolf.artifact.quantized import QuantizedModel
-from pgolf.artifact.sizes import ArtifactSize, bytes_by_class, class_sizes, code_entropy, describe
+from pgolf.artifact.sizes import ArtifactSize, bytes_by_class, class_sizes, code_entropy
 from pgolf.kernels.dequant import MAX_RANK
 
 PUBLIC = Path(__file__).parent / "golden" / "pr1874_tiny.int6.ptz"
@@ -299,7 +299,7 @@ def test_the_table_counts_every_byte(public):
     assert rows["small tensors"].bytes == 2 * 128
     raw = sum(row.numbers for row in class_sizes(public))
     assert raw == sum(value.numel() for value in public.tensors.values())
-    assert sum(bytes_by_class(public).values()) == sum(row.bytes for row in describe(PUBLIC))
+    assert sum(bytes_by_class(public).values()) == sum(row.bytes for row in class_sizes(public))
 
 
 def test_a_full_size_public_file_reads_with_its_known_entropies(shared):

@@ -26,6 +26,7 @@ from pgolf.model.gpt import GPT
 from pgolf.model.weights import load_weights, rebank, unbank
 from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
 from pgolf.scoring.ttt import engine
+from pgolf.submission.export import export_program
 from tests.corpus import embedded_documents
 
 TINY = dict(
@@ -101,6 +102,7 @@ def test_a_run_leaves_everything(finished: RunFolder) -> None:
         "metrics.jsonl",
         "summary.json",
         "ema.pt",
+        "sensitivities.pt",
         "model.pgolf",
         "train_gpt.py",
         "tokenizer.model",
@@ -203,6 +205,27 @@ def test_inspect_shows_the_classes(finished: RunFolder, capsys: pytest.CaptureFi
     assert main(["inspect", str(finished.path / "model.pgolf")]) == 0
     shown = capsys.readouterr().out
     assert "attention" in shown and "trellis" in shown and "of the cap" in shown
+    total = finished.summary()["quantize"]["total_bytes"]
+    assert f"together: {total:,} bytes" in shown and "sensitivities: none" not in shown
+
+
+def test_a_submission_s_program_scores_alone(
+    finished: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of two seeds; the second is the first with another seed in its settings and in its program."""
+    other = RunFolder(shutil.copytree(finished.path, tmp_path / "other"))
+    config = other.config().replace(seed=42)
+    other.config_file.write_text(config.to_json())
+    quantized = other.summary()["quantize"]
+    other.record("quantize", {**quantized, "code_bytes": export_program(other.program, config)})
+    out = tmp_path / "submission"
+    assert main(["pack", str(finished.path), str(other.path), "--out", str(out), "--documents", "2"]) == 0
+    assert (out / "train_gpt.py").read_bytes() == finished.program.read_bytes(), "without a seed in it"
+    fields = json.loads((out / "submission.json").read_text())
+    assert fields["seeds"] == [42, 1337] and fields["val_bpb"] == pytest.approx(scores(finished.summary())["ttt"])
+    checks = (out / "README.md").read_text().partition("## Check")[2]
+    assert len(scored := re.findall(r"^\| \d+ \| (\S+) \| (\S+) \|$", checks, re.MULTILINE)) == 2
+    assert len({bits for pair in scored for bits in pair}) == 1
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -266,6 +289,8 @@ def test_a_stage_before_its_time_names_the_one_before(
         ["report"],
         ["config"],
         ["inspect"],
+        ["convert"],
+        ["pack"],
         ["env"],
     ],
     ids=" ".join,

@@ -19,7 +19,7 @@ from pgolf.artifact.entropy import (
     frequencies,
 )
 from pgolf.artifact.packed_format import HEAD, side_block
-from pgolf.artifact.quantized import CODES, TRELLIS, QuantizedModel
+from pgolf.artifact.quantized import CODES, QuantizedModel, is_trellised
 
 BITS_OF_A_STATE = 8  # that a coder's last state holds in the mean, of the 16 above its lowest
 LOSS = 1e-3  # bits of a code, by which a coder's states of 32 bits miss the ideal; measured: 0.8e-3 to 1.2e-3
@@ -33,8 +33,8 @@ def packed_bytes(quantized: QuantizedModel, device: torch.device) -> int:
     bits, classes = 0.0, {}
     for name, codes in quantized.tensors.items():
         if name.endswith(CODES):
-            mark = TRELLIS.fullmatch(quantized.meta[name.removesuffix(CODES)])
-            found, row_class = code_bits(codes.to(device), trellised=mark is not None and mark[1] != "1")
+            trellised = is_trellised(quantized.meta[name.removesuffix(CODES)])
+            found, row_class = code_bits(codes.to(device), trellised=trellised)
             bits += found
             classes[name] = row_class
     side, _ = side_block(quantized, classes)

@@ -108,6 +108,7 @@ def unpack(blob: bytes) -> QuantizedModel:
 
 
 def _layout(name: str, shape: tuple[int, ...] | torch.Size, classes: np.ndarray, meta: dict[str, str]) -> Layout:
+    """Return the layout of the codes that are the entry ``name``, whose rows have these classes."""
     mark = TRELLIS.fullmatch(meta.get(name.removesuffix(CODES), ""))
     states, length = (int(mark[1]), int(mark[2])) if mark else (1, 1)
     return Layout(shape[0], shape[1], classes, states, length)

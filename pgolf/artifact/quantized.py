@@ -18,6 +18,12 @@ PASSTHROUGH = "passthrough (float16)"
 TRELLIS = re.compile(r"trellis \((\d{1,3}) states, (\d{1,5}) rows\)")
 
 
+def is_trellised(how: str) -> bool:
+    """Return whether a mark of `QuantizedModel.meta` is that of codes on a trellis of more than one state."""
+    mark = TRELLIS.fullmatch(how)
+    return mark is not None and mark[1] != "1"
+
+
 class ArtifactError(FileError):
     """A file is no artifact, or an artifact is too large."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pgolf.artifact.container import CAP_BYTES, ArtifactError, load
-from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, TRELLIS, QuantizedModel
+from pgolf.artifact.container import CAP_BYTES, ArtifactError
+from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, QuantizedModel, is_trellised
 
 SHRINK_FIELDS = (
     "lower weight_bytes; with quantizer=gptq raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower "
@@ -87,6 +86,16 @@ def trellis_entropy(codes: Tensor) -> float:
     return sum(code_entropy(part) * part.numel() for part in parts) / codes.numel()
 
 
+def matrix_entropy(codes: Tensor, how: str) -> float:
+    """Return the order-0 entropy of a matrix's codes in bits a code; ``how`` is its mark in `QuantizedModel.meta`."""
+    return trellis_entropy(codes) if is_trellised(how) else code_entropy(codes)
+
+
+def class_of(name: str) -> str:
+    """Return the class of a matrix of codes, as `ClassSize` names it."""
+    return next((kind for part, kind in _CODE_CLASSES.items() if part in name), "other matrices")
+
+
 def class_sizes(quantized: QuantizedModel) -> list[ClassSize]:
     """Return an artifact's table by class of tensors, codes first; see `ClassSize` for the estimates."""
     members: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -107,11 +116,6 @@ def bytes_by_class(quantized: QuantizedModel) -> dict[str, int]:
     return sizes
 
 
-def describe(path: str | os.PathLike) -> list[ClassSize]:
-    """Return the table of an artifact's file. Raises ArtifactError as `load` does."""
-    return class_sizes(load(path))
-
-
 def _entries(quantized: QuantizedModel) -> Iterator[tuple[str, str, int, float]]:
     """Yield class, type of the numbers, their count, and their bits together, for each stored tensor."""
     for key, tensor in quantized.tensors.items():
@@ -119,12 +123,10 @@ def _entries(quantized: QuantizedModel) -> Iterator[tuple[str, str, int, float]]
         if key in quantized.meta:
             yield "small tensors", stored, tensor.numel(), raw
         elif key.endswith(CODES):
-            kind = next((kind for part, kind in _CODE_CLASSES.items() if part in key), "other matrices")
             how = quantized.meta[key.removesuffix(CODES)]
             mark = TRELLIS.fullmatch(how)
-            entropy = trellis_entropy if mark and mark[1] != "1" else code_entropy
             width = "trellis" if mark else how.partition("(")[2].partition(")")[0]
-            yield kind, width, tensor.numel(), entropy(tensor) * tensor.numel()
+            yield class_of(key), width, tensor.numel(), matrix_entropy(tensor, how) * tensor.numel()
         else:
             yield (
                 "scales" if key.endswith((SCALE, ROW_STEP, COLUMN_STEP)) else "low-rank factors",

@@ -1,4 +1,7 @@
-"""The stage ``quantize``: calibrate, quantise, write the artifact and the program, and check them against the cap."""
+"""The stage ``quantize``: calibrate, quantise, write the artifact and the program, and check them against the cap.
+
+Sensitivities stay in the run's folder for `pgolf inspect`; no other stage reads them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from pgolf.artifact.sizes import ArtifactSize, bytes_by_class
 from pgolf.common.files import remove_leftovers
 from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory
+from pgolf.common.tensors import save_tensors
 from pgolf.config import RunConfig
 from pgolf.data.loader import calibration_batches
 from pgolf.data.shards import read_shard, shard_files
@@ -43,9 +47,12 @@ def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: boo
     if config.quantizer == "trellis":
         started = time.perf_counter()
         sensitivities = collect_sensitivities(model, config, sensitivity_tokens(config), world)
+        save_tensors(folder.sensitivities, sensitivities._asdict(), world)
         results["sensitivity_seconds"] = time.perf_counter() - started
     del model
     if world.is_main:
+        if sensitivities is None:
+            folder.sensitivities.unlink(missing_ok=True)  # of an earlier quantisation, with the other quantizer
         results |= _quantize_and_save(config, folder, world, weights, hessians, sensitivities)
         results |= {"peak_memory_bytes": peak_memory_bytes(world.device), "seconds": time.perf_counter() - begun}
         folder.record("quantize", results)

@@ -28,6 +28,7 @@ class RunFolder:
     summary.json        results of each stage
     train_state.pt      training checkpoint
     ema.pt              final weights: the moving average
+    sensitivities.pt    what rounding costs, row by row: quantizer=trellis spent its bytes by them
     model.pgolf         artifact (model.int6.ptz with quantizer=gptq)
     train_gpt.py        program that is submitted with the artifact
     tokenizer.model     copy of the tokenizer
@@ -42,6 +43,7 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"
         self.checkpoint = self.path / "train_state.pt"
         self.ema = self.path / "ema.pt"
+        self.sensitivities = self.path / "sensitivities.pt"
         self.program = self.path / "train_gpt.py"
         self.tokenizer = self.path / "tokenizer.model"
         self.report = self.path / "report.html"
@@ -59,6 +61,7 @@ class RunFolder:
             *small,
             self.checkpoint,
             self.ema,
+            self.sensitivities,
             self.program,
             self.path / "model.pgolf",
             self.path / "model.int6.ptz",

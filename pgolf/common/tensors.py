@@ -34,7 +34,9 @@ def diverged(what: str) -> DivergedError:
 
 
 def save_tensors(path: Path, payload: dict[str, Any] | None, world: World) -> None:
-    """Write rank 0's ``payload``, which has an entry ``step``, with torch.save; call it on every rank.
+    """Write rank 0's ``payload`` with torch.save; call it on every rank.
+
+    An entry ``step`` is the training step that the numbers are of, which the message of DivergedError names.
 
     The file is written atomically. Raises, on every rank, DivergedError for numbers that are not finite and FileError
     if the file cannot be written; the earlier file is then unchanged.
@@ -43,7 +45,8 @@ def save_tensors(path: Path, payload: dict[str, Any] | None, world: World) -> No
     def save() -> None:
         assert payload is not None  # on rank 0
         if name := not_finite(payload):
-            raise diverged(f"{name} has numbers that are not finite after step {payload['step']}")
+            when = f" after step {payload['step']}" if "step" in payload else ""
+            raise diverged(f"{name} has numbers that are not finite{when}")
         write_aside(path, lambda file: torch.save(payload, file))
 
     world.on_main(save)

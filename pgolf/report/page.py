@@ -1,6 +1,6 @@
-"""The report of a run: one HTML page with plots, from the files in the run's folder.
+"""The report of a run: one HTML page with plots, from the files in the run's folder; and the plot of an artifact.
 
-It leaves out stages that have not run. The same folder gives the same bytes. Plots need matplotlib (the extra
+The page leaves out stages that have not run. The same folder gives the same bytes. Plots need matplotlib (the extra
 ``report``); without it the page has the tables and says what to install.
 """
 
@@ -66,6 +66,22 @@ def write_report(run_dir: Path | str) -> Path:
     return path
 
 
+def write_artifact_plot(path: Path | str, histograms: Mapping[str, Mapping[int, int]], matrices: Sequence[Row]) -> None:
+    """Write `draw_artifact`'s plot as an SVG file that has the page's colours inside.
+
+    Raises FileError for a path that does not end in .svg or cannot be written, and ImportError without matplotlib.
+    """
+    if Path(path).suffix != ".svg":
+        raise FileError(f"{path} must end in .svg: plots are SVG files")
+    try:
+        from pgolf.report.plots import draw_artifact
+    except ModuleNotFoundError as missing:
+        raise ImportError(f"plots need {missing.name}: pip install 'pgolf[report]'") from missing
+    head, tag_end, rest = draw_artifact(histograms, matrices).partition(">")
+    style = f"{_COLOURS}:root {{ color: var(--text); background: var(--page); }}"
+    write_aside(path, f"{head}{tag_end}<style>{style}</style>{rest}")
+
+
 def read_run(run_dir: Path | str) -> RunRecord:
     """Read a run's folder. Raises FileError as `write_report` does."""
     folder = Path(run_dir)
@@ -123,7 +139,9 @@ def render_html(record: RunRecord, plots: Mapping[str, str]) -> str:
         _section("Settings that differ from the preset", _settings_table(record.config)),
         _section("Environment", _table(["", ""], _flatten(record.environment)) if record.environment else ""),
     ]
-    return _PAGE.format(title=_escape(title), about=_escape(_about(record)), style=_STYLE, body="\n".join(sections))
+    return _PAGE.format(
+        title=_escape(title), about=_escape(_about(record)), style=_COLOURS + _STYLE, body="\n".join(sections)
+    )
 
 
 def _figures(plots: Mapping[str, str]) -> str:
@@ -222,11 +240,13 @@ def _escape(value: Any) -> str:
     return html.escape(str(value))
 
 
-_STYLE = """
+_COLOURS = """
 :root { color-scheme: light dark; --page: #fff; --text: #1c2330; --soft: #667085; --line: #e3e7ee; --card: #f6f8fb;
   --one: #2563c9; --two: #c2570c; --warn: #fff4dc; }
 @media (prefers-color-scheme: dark) { :root { --page: #12161d; --text: #e6eaf1; --soft: #98a3b5; --line: #2b3340;
   --card: #1a2029; --one: #78a9ff; --two: #ff9d5c; --warn: #3a2f14; } }
+"""
+_STYLE = """\
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 h1 { margin: 0; font-size: 1.7rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; }

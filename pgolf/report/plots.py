@@ -1,4 +1,4 @@
-"""The report's plots as SVG text in the page's font and colours, light or dark. Needs matplotlib."""
+"""Plots of a run and of an artifact as SVG text in the page's font and colours, light or dark. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -66,6 +66,51 @@ def draw_plots(train: Sequence[Row], validation: Sequence[Row], summary: Summary
         if classes:
             plots["Bytes of the artifact by class of tensor"] = _bytes_by_class(classes)
     return plots
+
+
+def draw_artifact(histograms: Mapping[str, Mapping[int, int]], matrices: Sequence[Row]) -> str:
+    """Return the SVG text of an artifact: a histogram of codes by class, and matrices' bits against sensitivity.
+
+    Args:
+        histograms: by class of matrix, how often each code occurs.
+        matrices: rows with ``kind``, ``spent_bits`` (else ``entropy_bits``) and ``sensitivity``; without any
+            sensitivity the second kind of plot is left out.
+    """
+    points = [row for row in matrices if row["sensitivity"]]
+    count = len(histograms) + bool(points)
+    rows = -(-count // 2)
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(8.4, 2.6 * rows), layout="constrained")
+        cells = iter(figure.subplots(rows, 2, squeeze=False).flat)
+        for (kind, histogram), axes in zip(histograms.items(), cells, strict=False):
+            codes = range(min(histogram), max(histogram) + 1)
+            total = sum(histogram.values())
+            axes.stairs(
+                [histogram.get(code, 0) / total for code in codes],
+                [code - 0.5 for code in (*codes, codes[-1] + 1)],
+                fill=True,
+                color=ONE,
+            )
+            axes.set_title(f"{kind}, {total:,} codes", loc="left", fontsize=10, color=TEXT)
+            axes.set_xlabel("code")
+        if points:
+            _bits_by_sensitivity(next(cells), points)
+        for axes in cells:
+            axes.set_axis_off()
+        described = ", ".join(f"{kind} from {min(found)} to {max(found)}" for kind, found in histograms.items())
+        also = f"; scatter plot of the bits of {len(points)} matrices against their sensitivity" if points else ""
+        return _svg(figure, f"Histograms of codes: {described}{also}.")
+
+
+def _bits_by_sensitivity(axes: Axes, points: Sequence[Row]) -> None:
+    for kind, marker in zip(dict.fromkeys(row["kind"] for row in points), "os^Dv", strict=False):
+        of_kind = [row for row in points if row["kind"] == kind]
+        bits = [row["entropy_bits"] if row["spent_bits"] is None else row["spent_bits"] for row in of_kind]
+        axes.plot([row["sensitivity"] for row in of_kind], bits, marker, color=ONE, alpha=0.7, markersize=4, label=kind)
+    axes.set_xscale("log")
+    axes.set_title("bits a weight against sensitivity", loc="left", fontsize=10, color=TEXT)
+    axes.set_xlabel("second derivative of the loss, nats a token")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _loss(train: Sequence[Row], validation: Sequence[Row]) -> str:

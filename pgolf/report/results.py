@@ -16,26 +16,31 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 def score_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (label, value, note) for the steps of training and for each score in the summary."""
     rows: list[tuple[str, str, str]] = []
-    train, evaluation = summary.get("train", {}), summary.get("eval", {})
+    train = summary.get("train", {})
     if "steps" in train:
         rows.append(
             ("Steps", f"{train['steps']:,}", f"in {format_duration(train.get('clock_seconds', train['seconds']))}")
         )
     previous = None
-    for label, block in (
-        ("Before quantisation, bpb", evaluation.get("before", {})),
-        ("Quantised, bpb", evaluation.get("quantized", {})),
-        ("Quantised, sliding window, bpb", evaluation.get("sliding", {})),
-        ("After test-time training, bpb", summary.get("ttt", {})),
-    ):
-        score = block.get("bits_per_byte")
-        if score is None:
-            continue
+    for label, block in scores(summary).items():
+        score = block["bits_per_byte"]
         change = "" if previous is None else f"{score - previous:+.4f}".replace("-", "\u2212")
-        rows.append((label, f"{score:.4f}", change))
+        rows.append((f"{label}, bpb", f"{score:.4f}", change))
         if "sliding" not in label:  # later scores have less context than a sliding window: do not compare them
             previous = score
     return rows
+
+
+def scores(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the blocks of the summary with a score, by what was scored, in the order of the stages."""
+    evaluation = summary.get("eval", {})
+    blocks = {
+        "Before quantisation": evaluation.get("before", {}),
+        "Quantised": evaluation.get("quantized", {}),
+        "Quantised, sliding window": evaluation.get("sliding", {}),
+        "After test-time training": summary.get("ttt", {}),
+    }
+    return {label: block for label, block in blocks.items() if block.get("bits_per_byte") is not None}
 
 
 def artifact_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -43,14 +43,19 @@ def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> 
         from pgolf.submission.sources import packed_package  # imported here because the exported program lacks it
 
         archive = packed_package()
-    settings, digest = json.dumps(_settings(config)), hashlib.sha256(archive).hexdigest()
-    content = b"\n".join((b"#!/usr/bin/env python3", settings.encode(), digest.encode(), archive))
+    content = program_content(program_settings(config), archive)
     write_aside(path, content)
     return len(content)
 
 
-def _settings(config: RunConfig | None) -> dict[str, str]:
-    """Return the settings that differ from the defaults, as environment variables."""
+def program_content(settings: dict[str, str], archive: bytes) -> bytes:
+    """Return the content of a program's file."""
+    digest = hashlib.sha256(archive).hexdigest()
+    return b"\n".join((b"#!/usr/bin/env python3", json.dumps(settings).encode(), digest.encode(), archive))
+
+
+def program_settings(config: RunConfig | None) -> dict[str, str]:
+    """Return the settings that a program contains: those that differ from the defaults, as environment variables."""
     if config is None:
         return {}
     defaults, chosen = (dataclasses.asdict(settings) for settings in (RunConfig(), config))
