@@ -1,7 +1,8 @@
-"""Bar plots of the kernel benchmarks for the README: ``python -m bench.plots bench/results/h100/newton_schulz.json``.
+"""Plots of results files: ``python -m bench.plots bench/results/h100/newton_schulz.json``.
 
-One PNG for each results file: a panel a case, a bar a provider with its median, a tick where a CUDA graph brings it,
-and a line at the time that the chip's measured ceilings allow.
+One PNG for each file. Of a kernel benchmark: a panel a case, a bar a provider with its median, a tick where a CUDA
+graph brings it, and a line at the time that the chip's measured ceilings allow. Of `bench.quantization`: the tax by
+bytes, a line for each way.
 """
 
 from __future__ import annotations
@@ -50,6 +51,27 @@ def plot(panels: Mapping[str, Sequence[Mapping[str, Any]]], title: str, path: Pa
     figure.savefig(path, dpi=150)
 
 
+def plot_quantization(results: Mapping[str, Any], path: Path) -> None:
+    """Draw the tax of each way by its bytes into ``path``, with an error of the mean either way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for way in dict.fromkeys(row["way"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["way"] == way]
+        sizes, taxes, errors = zip(*((row["bytes"] / 1e6, row["tax"], row["error"]) for row in rows), strict=True)
+        axis.errorbar(sizes, taxes, errors, marker="o", markersize=3, linewidth=1.2, label=way)
+    axis.set_yscale("log")
+    axis.set_xlabel("megabytes of weights")
+    axis.set_ylabel("bits per byte over those before quantisation")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    steps, bits = results["weights"]["steps"], results["bits_per_byte"]
+    axis.set_title(f"Quantisation of weights after {steps:,} steps, {bits:.4f} bits per byte", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
 def _panel(axis: Any, case: str, rows: Sequence[Mapping[str, Any]]) -> None:
     times = [row["median_us"] for row in rows]
     ours = [row["provider"].partition("_")[0] == OURS for row in rows]
@@ -76,11 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in arguments.results:
         results = read(file)
         bench, chip = results["meta"]["bench"], results["meta"]["chip"]
-        panels = {case: entry["rows"] for case, entry in results["cases"].items()}
-        main_ones = {case: panels[case] for case in MAIN_CASES.get(bench, ()) if case in panels}
         out = arguments.out or file.parent
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{bench}.png"
+        if bench == "quantization":
+            plot_quantization(results, path)
+            print(path)
+            continue
+        panels = {case: entry["rows"] for case, entry in results["cases"].items()}
+        main_ones = {case: panels[case] for case in MAIN_CASES.get(bench, ()) if case in panels}
         title = f"{bench} on one {chip}: median, in a CUDA graph (tick), at the ceilings (dashed)"
         plot(panels if arguments.all or not main_ones else main_ones, title, path)
         print(path)

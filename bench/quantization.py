@@ -40,13 +40,12 @@ from pgolf.data.validation import validation_data
 from pgolf.model.build import model_with
 from pgolf.model.gpt import GPT
 from pgolf.model.weights import load_weights, rebank, unbank
-from pgolf.scoring.stream import find_documents
+from pgolf.scoring.stream import PUBLIC_RANKS, find_documents
 from pgolf.scoring.ttt import engine
 
 PUBLIC = "PR #1874's rule"
 PUBLIC_STEPS = (1.0, 1.35, 1.8, 2.4)  # times the rule's own
 SIZES = (15_880_000, 14_400_000, 13_000_000, 11_600_000)
-ROW_TOKENS = 1 << 16
 
 
 def one_step(matrix: Matrix) -> Matrix:
@@ -75,10 +74,10 @@ RECORD = list(PARTS)[-1]
 
 def token_nats(model: GPT, config: RunConfig, tokens: Tensor) -> np.ndarray:
     """Compute the nats of every target, float64, in the segments of `evaluate_packed`."""
-    found = []
+    found, width = [], config.val_batch_tokens // PUBLIC_RANKS // config.eval_seq_len * config.eval_seq_len
     with torch.no_grad():
-        for start in range(0, tokens.numel() - 1, ROW_TOKENS):
-            span = tokens[start : start + ROW_TOKENS + 1].long().to(model.qo_bank.device)
+        for start in range(0, tokens.numel() - 1, width):
+            span = tokens[start : start + width + 1].long().to(model.qo_bank.device)
             bounds = segment_boundaries(span[:-1], config.eval_seq_len)
             found.append(model.token_losses(span[None, :-1], span[None, 1:], bounds, config.eval_seq_len)[0])
     return torch.cat(found).double().cpu().numpy()

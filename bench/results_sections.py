@@ -387,6 +387,36 @@ compiling and capturing come before.
         )
 
 
+def quantization(results: Results) -> Iterator[str]:
+    """Write what quantisation costs by its bytes, and what it takes."""
+    for name, found in of_bench(results, "quantization").items():
+        weights = found["weights"]
+        yield f"""### Quantisation
+
+`python -m bench.quantization --run-dir DIR --ttt --times` ({origin(name, found["meta"])}): weights after
+{weights["steps"]:,} steps, {found["bits_per_byte"]:.5f} bpb on {found["documents"]} documents. The tax is bpb over
+that, its error that of a bootstrap over documents. Bytes are those of a `.pgolf` file; lines from the second way on
+have one part more than the way before. [The plot](../bench/results/{name.rpartition("/")[0]}/quantization.png).
+"""
+        yield tabulate(
+            found["rows"],
+            ("way", "way", ""),
+            ("bytes", "bytes", COUNT),
+            ("tax", "tax", ".5f"),
+            ("± error", "error", ".5f"),
+            ("seconds", "seconds", TENTHS),
+        )
+        for row in found["test_time_training"]:
+            yield f"""With test-time training without phases ({row["before"]:.5f} bpb before quantisation) the tax of
+{row["way"]} is {row["tax"]:.5f} ± {row["error"]:.5f}.
+"""
+        if times := found["times"]:
+            yield f"""Seconds: Hessians {times["hessians"]:.1f}, sensitivities {times["sensitivities"]:.1f}; the
+record's file is packed in {times["pack"]:.1f} and read in {times["unpack"]:.1f} on one core. PR #1874's file takes
+brotli {times["brotli"]:.0f} s and {times["brotli_bytes"]:,} bytes.
+"""
+
+
 def errors(results: Results) -> Iterator[str]:
     """Write how exact scores are, and gradients where they were compared."""
     scored, graded = of_bench(results, "score_errors"), of_bench(results, "gradient_errors")
@@ -498,4 +528,4 @@ of the losses in the first 20 steps, nats.
             )
 
 
-SECTIONS = (proof, training_step, kernels, runs, test_time_training, errors, distributed)
+SECTIONS = (proof, training_step, kernels, runs, quantization, test_time_training, errors, distributed)

@@ -278,11 +278,14 @@ class TestKernelBenchmarks:
         for bench, cases in (("dequant", ("record_model", "130x70")), ("other", ("case",))):
             meta = {"bench": bench, "chip": "NVIDIA H100"}
             results_files.write(tmp_path / f"{bench}.json", meta, cases={case: {"rows": rows} for case in cases})
+        sizes = [{"way": way, "bytes": size, "tax": 0.1, "error": 0.01} for way in "ab" for size in (1e6, 2e6)]
+        found = dict(weights={"steps": 3}, bits_per_byte=1.4, rows=sizes)
+        results_files.write(tmp_path / "q.json", {"bench": "quantization", "chip": "NVIDIA H100"}, **found)
         files = [str(path) for path in tmp_path.iterdir()]
         for flags in ([], ["--all", "--out", str(tmp_path / "all")]):
             assert plots.main([*files, *flags]) == 0
         images = [path for path in tmp_path.rglob("*.png")]
-        assert {path.name for path in images} == {"dequant.png", "other.png"} and len(images) == 4
+        assert {path.name for path in images} == {"dequant.png", "other.png", "quantization.png"} and len(images) == 6
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in images)
 
 

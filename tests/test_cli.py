@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import quantization
+from bench.results_files import read
 from pgolf import run
 from pgolf.artifact import container
 from pgolf.artifact.quantize import dequantize_model
@@ -443,3 +445,22 @@ def test_a_reader_that_goes_away(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "pgolf", *command], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (2, "pgolf: nothing reads the output any more\n")
+
+
+def test_what_quantisation_costs_is_measured(finished: RunFolder, tmp_path: Path, monkeypatch) -> None:
+    found = {}
+    for way in list(quantization.PARTS)[:2]:
+        found[way] = quantization.PARTS[way]
+    monkeypatch.setattr(quantization, "PARTS", found)
+    monkeypatch.setattr(quantization, "RECORD", way)
+    monkeypatch.setattr(quantization, "PUBLIC_STEPS", (1.0,))
+    file = tmp_path / "quantization.json"
+    options = ["--run-dir", str(finished.path), "--sizes", "90000", "--ttt", "--times", "--results", str(file)]
+    results = quantization.main(options)
+    ways = [quantization.PUBLIC, *found]
+    assert [row["way"] for row in results["rows"]] == ways
+    assert [row["way"] for row in results["test_time_training"]] == [ways[0], ways[-1]]
+    assert all(abs(row["tax"]) < 0.1 and row["error"] > 0 for row in results["rows"])
+    assert results["bits_per_byte"] == pytest.approx(scores(finished.summary())["before"], abs=1e-6)
+    assert min(results["times"].values()) > 0
+    assert read(file)["rows"] == results["rows"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.container import CAP_BYTES, ArtifactError
-from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, QuantizedModel, is_trellised
+from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, TRELLIS, QuantizedModel, is_trellised
 
 SHRINK_FIELDS = (
     "lower weight_bytes; with quantizer=gptq raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower "
