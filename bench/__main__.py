@@ -21,6 +21,7 @@ from bench import (
     residual,
     residual_mlp,
     smear_gate,
+    trellis,
     varlen_attention,
 )
 from bench.harness import main
@@ -38,6 +39,7 @@ FAMILIES = (
     low_rank,
     muon_update,
     adapter_update,
+    trellis,
 )
 BENCHES = {family.__name__.removeprefix("bench."): family.CASES for family in FAMILIES}
 

@@ -26,7 +26,7 @@ from pgolf.common.progress import format_table
 from pgolf.kernels.common import backend, launch
 
 FAMILIES: dict[str, Mapping[str, Tuning]] = {
-    module.__name__.removeprefix("bench."): module.TUNING for module in MODULES
+    module.__name__.removeprefix("bench."): module.TUNING for module in MODULES if module.TUNING
 }
 GAIN = 0.995  # a candidate replaces the best one only below so much of its time
 Parameters = dict[str, int]
