@@ -158,6 +158,14 @@ class RunConfig:
     grad_clip_norm: float = _field(0.3, "clip the norm of the reduced gradient; 0: off", low=0.0)
     ema_decay: float = _field(0.9965, "decay of the weights' moving average", low=0.0, high=1.0)
 
+    average_tuning: float = _field(
+        0.0,
+        "fraction of training, its end, in which the average's gains, scales and gates are tuned",
+        low=0.0,
+        high=0.5,
+    )
+    average_tuning_lr: float = _field(1e-3, "learning rate of that (AdamW), linear to 0", low=0.0)
+
     # Schedule
     iterations: int = _field(20_000, "most optimizer steps", low=1)
     max_wallclock_seconds: float = _field(600.0, "training's clock; 0: schedule by step", low=0.0)

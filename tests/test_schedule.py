@@ -14,6 +14,7 @@ from pgolf.training.schedule import (
     looping_starts,
     muon_momentum,
     training_fraction,
+    tuning_rate_scale,
 )
 
 RECORD = RunConfig.preset("record")
@@ -47,6 +48,14 @@ def test_loop_starts_and_training_ends() -> None:
     assert not looping_starts(BY_STEP.replace(num_loops=0), 0.9)
     assert is_over(RECORD, 5, 596.0) and not is_over(RECORD, 5, 595.9) and is_over(RECORD, 20_000, 1.0)
     assert is_over(BY_STEP, 160, 0.0) and not is_over(BY_STEP, 159, 1e9)
+
+
+def test_tuning_takes_the_end_of_the_clock() -> None:
+    tuned = RECORD.replace(average_tuning=0.01)
+    assert training_fraction(tuned, 5, 0.99 * 596.0) == pytest.approx(1.0)
+    assert not is_over(tuned, 5, 595.9) and is_over(tuned, 5, 596.0)
+    scales = [tuning_rate_scale(tuned, 5, elapsed) for elapsed in (0.99 * 596.0, 0.995 * 596.0, 596.0, 599.0)]
+    assert scales == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1e-9)
 
 
 def test_clock_counts_only_while_it_runs() -> None:

@@ -201,6 +201,48 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted[0]), abs=1e-4)
 
 
+TUNED = dict(average_tuning=0.34, average_tuning_lr=0.01)  # 4 steps of training, and 2 of tuning
+
+
+def test_the_average_s_small_tensors_are_tuned(config: RunConfig, tmp_path: Path, monkeypatch) -> None:
+    """At a rate of 0 nothing moves; else matrices stay, and each step is AdamW's at a rate that falls to 0."""
+    still = trained(config.replace(**TUNED | dict(average_tuning_lr=0.0)), tmp_path / "still")
+    tuned = trained(config.replace(**TUNED), tmp_path / "tuned")
+    entries = [json.loads(line) for line in RunFolder(tmp_path / "tuned").metrics.read_text().splitlines()]
+    scales = [entry["lr_scale"] for entry in entries if entry["kind"] == "train" and entry["muon_momentum"] == 0]
+    assert scales == pytest.approx([(1 - 4 / 6) / 0.34, (1 - 5 / 6) / 0.34])
+    for name, value in still.items():
+        moved = (tuned[name] - value).abs().max()
+        if name.endswith(("_bank", "tok_emb.weight")):
+            assert moved == 0, name
+        elif name != "smear_gate.weight" and "resid_mix" not in name:
+            assert 0 < moved <= 0.01 * sum(scales) * 1.05, name  # AdamW's steps are at most the rate
+    assert losses(tmp_path / "tuned")[:5] == losses(tmp_path / "still")[:5]
+    show = TrainingProgress.step
+
+    def step_then_terminate(self: TrainingProgress, step: int, *arguments) -> None:
+        show(self, step, *arguments)
+        if step == 4:  # the next step, the first of tuning, is undone
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingProgress, "step", step_then_terminate)
+    with pytest.raises(Interrupted, match="after step 4; go on with --resume"):
+        trained(config.replace(**TUNED), tmp_path / "stopped")
+    monkeypatch.undo()
+    assert_same(trained(config.replace(**TUNED), tmp_path / "stopped", resume=True), tuned)
+    assert_same(trained(config.replace(**TUNED), tmp_path / "stopped", resume=True), tuned)  # from the end
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "tuned")
+
+
+def test_processes_tune_alike(config: RunConfig, tmp_path: Path) -> None:
+    alone = trained(config.replace(**TUNED), tmp_path / "alone")
+    group = run_processes(partial(_train_in_group, config.replace(**TUNED), tmp_path / "group"), 2, tmp_path)
+    assert_same(*group)
+    assert losses(tmp_path / "group") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
+    for name, value in alone.items():
+        assert torch.allclose(group[0][name], value, atol=2e-3), name
+
+
 def test_moved_weights(config: RunConfig, tmp_path: Path) -> None:
     """A run goes on from weights that are at most a unit of bfloat16 away from its seed's."""
     folder = RunFolder(tmp_path)

@@ -27,8 +27,8 @@ class Clock:
         return self._before + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
 
-def training_fraction(config: RunConfig, step: int, elapsed: float) -> float:
-    """Return the fraction of training done before ``step``.
+def run_fraction(config: RunConfig, step: int, elapsed: float) -> float:
+    """Return the fraction of training, its tuning included, that is done before ``step``.
 
     It is elapsed / (max_wallclock_seconds - gptq_reserve_seconds), or without a clock step / iterations.
     """
@@ -37,9 +37,19 @@ def training_fraction(config: RunConfig, step: int, elapsed: float) -> float:
     return step / config.iterations
 
 
+def training_fraction(config: RunConfig, step: int, elapsed: float) -> float:
+    """Return the fraction of the training before the tuning of the average; 1 or more: that is over."""
+    return run_fraction(config, step, elapsed) / (1 - config.average_tuning)
+
+
+def tuning_rate_scale(config: RunConfig, step: int, elapsed: float) -> float:
+    """Return the scale of the rate at which the average is tuned: from 1 linearly to 0."""
+    return min(max((1 - run_fraction(config, step, elapsed)) / config.average_tuning, 0.0), 1.0)
+
+
 def is_over(config: RunConfig, step: int, elapsed: float) -> bool:
     """Return whether training ends before ``step``, because the steps or the clock have run out."""
-    out_of_time = config.max_wallclock_seconds > 0 and training_fraction(config, step, elapsed) >= 1
+    out_of_time = config.max_wallclock_seconds > 0 and run_fraction(config, step, elapsed) >= 1
     return step >= config.iterations or out_of_time
 
 

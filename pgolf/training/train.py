@@ -1,4 +1,7 @@
-"""The stage ``train``: warm up, start the clock, step until it runs out, write the moving average of the weights."""
+"""The stage ``train``: warm up, start the clock, step until it runs out, write the moving average of the weights.
+
+With ``average_tuning`` the last part of the clock tunes the average's small tensors (`pgolf.training.tuning`).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ from pgolf.training.schedule import (
     looping_starts,
     muon_momentum,
     training_fraction,
+    tuning_rate_scale,
 )
+from pgolf.training.tuning import AverageTuning
 
 DATA_ERROR = 255  # a reason to stop, beside the numbers of signals
 
@@ -128,6 +133,7 @@ class _Trainer:
         self.steps_behind = 1 if world.device.type == "cuda" else 0
         self.validation: dict[str, float] = {}
         self.last_loss: float | None = None
+        self.tuning: AverageTuning | None = None  # from when it begins
         self.complained = False  # whether it has warned that the metrics cannot be written
 
     def remember(self, entries: list[dict[str, Any]]) -> None:
@@ -167,8 +173,11 @@ class _Trainer:
             if over:
                 return
             if stop:
-                self._off_the_clock(self._save)
+                self._off_the_clock(self._save_for_later)
                 self._stop(stop, failure)
+            if config.average_tuning and training_fraction(config, state.step, elapsed) >= 1:
+                self._tuning_step(elapsed)
+                continue
             if config.checkpoint_minutes > 0:
                 _, due = world.agree(0.0, time.monotonic() - saved_at > 60 * config.checkpoint_minutes)
                 if due:
@@ -195,13 +204,30 @@ class _Trainer:
         scale, momentum = learning_rate_scale(config, fraction), muon_momentum(config, state.step)
         measured = self._step(scale, momentum, state.ema)
         state.step += 1
+        self._expect(measured, lr_scale=scale, muon_momentum=momentum)
+
+    def _tuning_step(self, elapsed: float) -> None:
+        """Launch a step of the average's tuning."""
+        config, state = self.config, self.state
+        if self.tuning is None:
+            self.tuning = AverageTuning(state, config, self.world.size)
+            if self.progress:
+                self.progress.message(f"the average is tuned from step {state.step + 1} on")
+        scale = tuning_rate_scale(config, state.step, elapsed)
+        loss = self.gradient(state.loader.next_batch() for _ in range(self.gradient.count))
+        norm = self.tuning.step(scale)
+        measured = self._start_copy(torch.stack([self.world.mean(loss), norm]))
+        state.step += 1
+        self._expect(measured, lr_scale=scale, muon_momentum=0.0)
+
+    def _expect(self, measured: torch.Tensor, **scales: float) -> None:
+        """Remember a launched step, to be logged when the device has finished it."""
         entry = {
             "kind": "train",
-            "step": state.step,
-            "lr_scale": scale,
-            "muon_momentum": momentum,
-            "tokens": state.step * config.train_batch_tokens,
-            "looping": state.model.looping_active,
+            "step": self.state.step,
+            **scales,
+            "tokens": self.state.step * self.config.train_batch_tokens,
+            "looping": self.state.model.looping_active,
         }
         self.waiting.append((entry, measured, self._mark()))
 
@@ -271,6 +297,8 @@ class _Trainer:
 
     def _finish(self) -> None:
         """Write the average, and a checkpoint of the end, after which --resume only validates."""
+        if self.tuning is not None:
+            self.tuning.end()
         weights = final_weights(self.state) if self.world.is_main else None
         save_weights(self.folder.ema, weights, self.state.step, self.world)
         self._save_if_possible(shown=self.config.checkpoint_minutes > 0)
@@ -291,6 +319,12 @@ class _Trainer:
         """Return the device's seconds between the last mark and this one, which becomes the last."""
         before, self.last_mark = self.last_mark, mark
         return (mark - before) if isinstance(mark, float) else before.elapsed_time(mark) / 1000
+
+    def _save_for_later(self) -> None:
+        """Write a checkpoint in the middle of training; tuning, which takes seconds, begins again then."""
+        if self.tuning is not None:
+            self.tuning.undo()
+        self._save()
 
     def _save(self, shown: bool = True) -> None:
         save_checkpoint(self.folder.checkpoint, self.state, self.config, self.world)
