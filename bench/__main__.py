@@ -1,8 +1,9 @@
 """All kernel benchmarks: ``python -m bench``.
 
 One family alone: ``python -m bench.newton_schulz``, and so on by the names in BENCHES. Besides: ``bench.tune`` sweeps
-launch parameters, ``bench.plots`` draws the results, ``bench.train_step`` times a training step,
-``bench.reference_runs`` makes whole runs and ``bench.results_page`` writes ``docs/results.md``.
+launch parameters, ``bench.plots`` draws the results, ``bench.train_step`` times a training step, ``bench.score``
+compares presets, ``bench.quantization`` ways to quantise, ``bench.reference_runs`` makes whole runs and
+``bench.results_page`` writes ``docs/results.md``.
 """
 
 from __future__ import annotations

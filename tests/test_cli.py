@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import quantization
+from bench import quantization, score
 from bench.results_files import read
 from pgolf import run
 from pgolf.artifact import container
@@ -464,3 +465,40 @@ def test_what_quantisation_costs_is_measured(finished: RunFolder, tmp_path: Path
     assert results["bits_per_byte"] == pytest.approx(scores(finished.summary())["before"], abs=1e-6)
     assert min(results["times"].values()) > 0
     assert read(file)["rows"] == results["rows"]
+
+
+def test_presets_are_compared_by_documents(data: Path, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+
+    def call(self: score.Proof, *words: str) -> str:
+        calls.append(words[2])
+        assert main([str(word) for word in words[2:]]) == 0
+        return ""
+
+    monkeypatch.setattr(score.Proof, "call", call)
+    pairs = settings(data, quantizer="gptq", compressor="lzma")[1::2]
+    options = [
+        "--data-dir",
+        str(data),
+        "--run-dir",
+        str(tmp_path),
+        "--seconds",
+        "0",
+        "--results",
+        str(tmp_path / "s.json"),
+    ]
+    options += [part for pair in pairs for part in ("--set", pair)]
+    options += ["--variant", "demo", "--variant", "slower: demo; matrix_lr=0.001"]
+    results = score.main([*options, "--limit", "30"])  # less than a stage needs
+    assert not calls and score.compare(results["variants"]) == []
+    rows = score.compare(score.main(options)["variants"])
+    assert calls == ["train", "quantize"] * 2
+    assert [(row["variant"], row["stage"]) for row in rows] == [
+        (n, s) for n in ("demo", "slower") for s in score.STAGES
+    ]
+    assert all(row["difference"] == row["error"] == 0 for row in rows[:3])
+    assert all(row["difference"] > 0 and row["error"] > 0 for row in rows[3:])
+    score.main(options)
+    assert len(calls) == 4, "all was done"
+    with pytest.raises(argparse.ArgumentTypeError, match="neither a preset nor"):
+        score.variant("nothing")

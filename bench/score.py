@@ -1,0 +1,212 @@
+"""Two or more configurations, trained for equal seconds and scored in pairs: ``python -m bench.score --data-dir DIR``.
+
+Each variant is a preset, with settings of its own if it has any:
+
+    python -m bench.score --data-dir DIR --seconds 240 --variant record --variant "tuned: record; average_tuning=0.02"
+
+Training and quantising are the package's stages, each in a process of its own; then the average, the artifact, and the
+artifact with test-time training are scored on the same validation documents. Differences are to the first variant, in
+bits per byte of the original text; their errors are those of a bootstrap over documents. The results file says what is
+done: a later call with the same run folder goes on from there, also in the middle of a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.prove import CallFailed, Proof, tree_hashes
+from bench.quantization import token_nats
+from bench.results_files import add_options, describe, read, results_path, write
+from bench.timing import chip_name, default_device
+from bench.ttt_variants import paired_difference
+from pgolf.artifact.weights import load_artifact
+from pgolf.common.folder import RunFolder
+from pgolf.common.progress import format_table, progress
+from pgolf.common.runtime import World, start_world
+from pgolf.config import PRESETS, RunConfig
+from pgolf.data.validation import validation_data
+from pgolf.model.build import build_model, model_with
+from pgolf.model.weights import load_weights
+from pgolf.scoring.stream import find_documents
+from pgolf.scoring.ttt import engine
+
+STAGES = ("average", "quantized", "ttt")
+LEAST_SECONDS = 45.0  # a stage does not begin with less left of the limit
+
+
+class Variant(NamedTuple):
+    """A configuration that takes part."""
+
+    name: str
+    preset: str
+    settings: dict[str, str]
+
+
+def variant(text: str) -> Variant:
+    """Read ``PRESET``, or ``NAME: PRESET; SETTING=VALUE; ...``. Raises argparse.ArgumentTypeError."""
+    name, given, rest = text.partition(":")
+    preset, *pairs = [part.strip() for part in (rest if given else name).split(";")]
+    if preset not in PRESETS or not all("=" in pair for pair in pairs if pair):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a preset nor 'NAME: PRESET; SETTING=VALUE; ...'; presets: {', '.join(PRESETS)}"
+        )
+    return Variant(name.strip(), preset, dict(pair.split("=", 1) for pair in pairs if pair))
+
+
+class Scored(NamedTuple):
+    """Nats and bytes of each document."""
+
+    nats: np.ndarray
+    byte_counts: np.ndarray
+
+
+def score(stage: str, config: RunConfig, folder: RunFolder, world: World) -> Scored:
+    """Score a run's weights as one of `STAGES` does."""
+    tokens, table = validation_data(config)
+    starts, _ = find_documents(tokens)
+    ids = tokens.long()
+    byte_counts = table.count(ids[None, :-1], ids[None, 1:])[0]
+    nats: Tensor | np.ndarray
+    if stage == "ttt":
+        model = build_model(config, world, load_artifact(config, folder, world))
+        nats = engine.test_time_training(model, config, tokens, table, progress=progress).token_nats.double().numpy()
+    else:
+        weights = load_weights(folder.ema, config) if stage == "average" else load_artifact(config, folder, world)
+        model = model_with(config, world, weights)
+        nats = token_nats(model, config, tokens)
+    del model
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Scored(np.add.reduceat(nats, starts), np.add.reduceat(byte_counts.double().numpy(), starts))
+
+
+def command(stage: str, chosen: Variant, folder: RunFolder, settings: Sequence[str]) -> list[str]:
+    """Return Python's arguments that run a stage, which goes on from a checkpoint if there is one."""
+    own = [f"{name}={value}" for name, value in chosen.settings.items()]
+    options = [part for pair in (*settings, *own) for part in ("--set", pair)]
+    if stage != "train" or folder.checkpoint.is_file():
+        resume = ["--resume"] if stage == "train" else []
+        return ["-m", "pgolf", stage, "--run-dir", str(folder.path), *resume]
+    return ["-m", "pgolf", stage, "--preset", chosen.preset, "--run-dir", str(folder.path), "--fresh", *options]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line and return the results."""
+    parser = argparse.ArgumentParser("python -m bench.score", description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with datasets/ and tokenizers/")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs", "score"), help="of all runs (default: runs/score)")
+    parser.add_argument(
+        "--variant", type=variant, action="append", help="PRESET or 'NAME: PRESET; SETTING=VALUE; ...'; repeatable"
+    )
+    parser.add_argument("--seconds", type=float, default=300.0, help="of each training's clock (default: 300)")
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="of all variants")
+    parser.add_argument(
+        "--limit", type=float, default=1e9, help="seconds after which this call ends, to be gone on from"
+    )
+    add_options(parser, "score.json")
+    arguments = parser.parse_args(argv)
+    variants = arguments.variant or [variant("record"), variant("frontier")]
+    if len({each.name for each in variants}) < len(variants):
+        parser.error("two variants have one name: give one another, as in 'NAME: PRESET'")
+    device = default_device()
+    target = arguments.results or results_path(chip_name(device), "score") or arguments.run_dir / "score.json"
+    settings = [f"data_dir={arguments.data_dir}", f"max_wallclock_seconds={arguments.seconds:g}", *arguments.set]
+    meta = {**describe("score", device, arguments.commit), "trees": tree_hashes(), "settings": settings}
+    results: dict[str, Any] = {"meta": meta, "variants": {}}
+    same = {"trees", "settings", "chip", "versions"}
+    if target.is_file() and (earlier := read(target)) and all(earlier["meta"].get(k) == meta[k] for k in same):
+        results["variants"] = earlier["variants"]
+    process = Proof(target, meta, arguments.run_dir, limit=arguments.limit)
+
+    def do(entry: dict[str, Any], part: str, action: Callable[[], dict[str, Any]]) -> bool:
+        """Do a part that is not done; False where no time is left for it."""
+        if part in entry:
+            return True
+        if process.deadline - time.monotonic() < LEAST_SECONDS:
+            return False
+        begun = time.monotonic()
+        try:
+            found = action()
+        except CallFailed as failure:
+            if process.deadline > time.monotonic():
+                raise SystemExit(f"{entry['name']}, {part}: {failure}") from None
+            return False  # a training has left a checkpoint
+        entry[part] = {**found, "wall_seconds": round(time.monotonic() - begun, 2)}
+        write(target, **results)
+        print(f"{entry['name']}, {part}: {entry[part]['wall_seconds']:.0f} s", flush=True)
+        return True
+
+    for chosen in variants:
+        entry = results["variants"].setdefault(chosen.name, {**chosen._asdict()})
+        folder = RunFolder(arguments.run_dir / chosen.name)
+
+        def run_stage(stage: str, chosen: Variant = chosen, folder: RunFolder = folder) -> dict[str, Any]:
+            process.call(*command(stage, chosen, folder, settings))
+            return folder.summary()[stage]
+
+        def score_stage(stage: str, folder: RunFolder = folder) -> dict[str, Any]:
+            config = folder.config()
+            scored = score(stage, config, folder, start_world(config))
+            return {"nats": scored.nats.tolist(), "bytes": scored.byte_counts.tolist()}
+
+        done = do(entry, "train", lambda run=run_stage: run("train"))
+        done = done and do(entry, "quantize", lambda run=run_stage: run("quantize"))
+        for stage in STAGES:
+            done = done and do(entry, stage, lambda stage=stage, one=score_stage: one(stage))
+        if not done:
+            print(f"nothing is left of {arguments.limit:g} s: the same command goes on from here", flush=True)
+            break
+    print(comparison(results["variants"]))
+    return results
+
+
+def compare(variants: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each variant and stage that is scored: bits per byte, and the difference to the first's."""
+    rows = []
+    first = next(iter(variants.values()), {})
+    for name, entry in variants.items():
+        for stage in STAGES:
+            if stage not in entry or stage not in first:
+                continue
+            nats, counts = np.array(entry[stage]["nats"]), np.array(entry[stage]["bytes"])
+            base = np.array(first[stage]["nats"])
+            if not np.array_equal(counts, first[stage]["bytes"]):
+                raise ValueError(f"{name} was scored on other documents than {first['name']}")
+            difference, error = paired_difference(nats, base, counts)
+            bits = float(nats.sum() / np.log(2.0) / counts.sum())
+            rows.append(
+                {"variant": name, "stage": stage, "bits_per_byte": bits, "difference": difference, "error": error}
+            )
+    return rows
+
+
+def comparison(variants: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format `compare` for a reader."""
+    headers = ("variant", "stage", "bits per byte", "difference", "± error")
+    lines = [
+        (
+            row["variant"],
+            row["stage"],
+            f"{row['bits_per_byte']:.5f}",
+            f"{row['difference']:+.5f}",
+            f"{row['error']:.5f}",
+        )
+        for row in compare(variants)
+    ]
+    return format_table(lines, headers)
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)
