@@ -347,13 +347,14 @@ def test_values_far_from_zero(device, dtype) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long without a GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("queries", ["all queries", "some queries"])
 @pytest.mark.parametrize("heads, keys", [(1, 1), (2, 1), (8, 4), (4, 1)])
 @pytest.mark.parametrize("dim", [16, 32, 64, 128])
-def test_precision_over_many_tiles(dim: int, heads: int, keys: int, queries: str, dtype) -> None:
-    """What products hold in registers they hold from one tile to the next."""
-    bounds, first_queries = (0, 300, 301, 400), [170, 0, 99] if queries == "some queries" else None
+@pytest.mark.parametrize("dtype, some", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)])
+def test_precision_over_many_tiles(dim: int, heads: int, keys: int, dtype, some: bool) -> None:
+    """What products hold in registers they hold from one tile to the next; with ``some`` queries, or all."""
+    if (some or dtype == torch.float16) and (dim != 64 or heads == 1):
+        pytest.skip("shown by the others")
+    bounds, first_queries = (0, 300, 301, 400), [170, 0, 99] if some else None
     shape = heads, keys, dim, 8, 6
     p = Problem(shape, bounds=bounds, tokens=400, gate_width=8, width=64, first_queries=first_queries).to(dtype)
     p.assert_as_precise()
