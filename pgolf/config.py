@@ -190,8 +190,8 @@ class RunConfig:
     weight_bytes: int = _field(0, "bytes of the trellis artifact; 0: what the program leaves of the cap", low=0)
     trellis_states: int = _field(128, "states of the trellis; 1: none", choices=(1, 4, 8, 16, 32, 64, 128))
     trellis_rows: int = _field(512, "rows of a path through the trellis, a multiple of 16", low=16)
-    sensitivity_sequences: int = _field(1024, "training sequences whose gradients say what rounding costs", low=1)
-    sensitivity_tokens: int = _field(128, "tokens of one of them", low=1)
+    sensitivity_sequences: int = _field(256, "training sequences whose gradients say what rounding costs", low=1)
+    sensitivity_tokens: int = _field(512, "tokens of one of them", low=1)
     matrix_bits: int = _field(6, "bits of matrices", low=2, high=8)
     attn_bits: int = _field(0, "bits of attention matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
     mlp_bits: int = _field(0, "bits of MLP matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
@@ -426,6 +426,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         trellis_states=8,
         trellis_rows=64,
         sensitivity_sequences=64,
+        sensitivity_tokens=128,
         gptq_calibration_batches=16,
         gptq_calibration_tokens=2048,
         ttt_lora_rank=16,
