@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,8 @@ STAGE_HELP = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
-    The status is 0, 2 after an error with a message, and 128 plus the signal's number after SIGTERM, SIGINT or SIGHUP.
+    The status is 0, 1 after an audit that found a violation, 2 after an error with a message, and 128 plus the signal's
+    number after SIGTERM, SIGINT or SIGHUP.
     PGOLF_TRACEBACK=1 in the environment raises the errors behind messages.
     """
     arguments = _parser().parse_args(argv)
@@ -142,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, help="the file to write, whose ending names the format")
     convert.add_argument("--compressor", choices=("brotli", "lzma"), default="brotli", help="of .int6.ptz")
     convert.set_defaults(action=_convert)
+    audit = commands.add_parser(
+        "audit", help="test whether a run's score is legal: causality, one pass, sizes, and more"
+    )
+    audit.add_argument("--run-dir", type=Path, required=True, help="the run's folder")
+    audit.add_argument("--full", action="store_true", help="also score the whole split and compare all training data")
+    audit.add_argument("--json", action="store_true", help="print the findings as JSON")
+    audit.set_defaults(action=_audit)
     environment = commands.add_parser("env", help="versions and chip, for a bug report")
     environment.set_defaults(action=_environment)
     return parser
@@ -319,6 +327,24 @@ def _convert(arguments: argparse.Namespace) -> int:
     size = convert(arguments.artifact, arguments.target, arguments.compressor)
     print(f"{arguments.target}: {size:,} bytes ({arguments.artifact}: {arguments.artifact.stat().st_size:,})")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from pgolf.audit.checks import failed
+    from pgolf.audit.run import audit_run, findings_table, verdict
+    from pgolf.common.runtime import start_world
+
+    folder = RunFolder(arguments.run_dir)
+    config = folder.config()
+    world = start_world(config)
+    with folder.locked(), redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+        findings = audit_run(folder, config, world, arguments.full)
+    if arguments.json:
+        print((folder.path / "audit.json").read_text(encoding="utf-8"), end="")
+    else:
+        print(findings_table(findings))
+        print(f"\n{verdict(findings)}; {folder.path / 'audit.html'}")
+    return 1 if failed(findings) else 0
 
 
 def _environment(arguments: argparse.Namespace) -> int:

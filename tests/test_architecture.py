@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "scoring": {"config", "common", "data", "model", "artifact"},
     "training": {"config", "common", "data", "model", "scoring"},
     "report": {"config", "common"},
+    "audit": {"config", "common", "data", "model", "artifact", "scoring", "report"},
     "run": {"config", "common", "data", "artifact", "scoring", "training", "report"},
-    "cli": {"config", "common", "data", "model", "artifact", "submission", "run"},
+    "cli": {"config", "common", "data", "model", "artifact", "submission", "run", "audit"},
     "__main__": {"cli"},
 }
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard", "safetensors"}  # not installed everywhere
