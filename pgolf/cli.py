@@ -147,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         "audit", help="test whether a run's score is legal: causality, one pass, sizes, and more"
     )
     audit.add_argument("--run-dir", type=Path, required=True, help="the run's folder")
+    audit.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="as data_dir; repeatable"
+    )
     audit.add_argument("--full", action="store_true", help="also score the whole split and compare all training data")
     audit.add_argument("--json", action="store_true", help="print the findings as JSON")
     audit.set_defaults(action=_audit)
@@ -335,7 +338,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     from pgolf.common.runtime import start_world
 
     folder = RunFolder(arguments.run_dir)
-    config = folder.config()
+    config = _config_from(arguments, folder.config())
     world = start_world(config)
     with folder.locked(), redirect_stdout(sys.stderr) if arguments.json else nullcontext():
         findings = audit_run(folder, config, world, arguments.full)

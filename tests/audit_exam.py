@@ -364,11 +364,11 @@ def program(code: str) -> Callable[[Path, bool], list[Finding]]:
 
 
 def model_and_text(**settings: object) -> tuple[GPT, RunConfig, ByteTable, Documents]:
-    """This package's model on 13 documents of random tokens, which have two bytes each."""
+    """This package's model on 10 documents of random tokens, which have two bytes each."""
     config = test_ttt.SMALL.replace(**settings)
     none = torch.zeros(config.vocab_size, dtype=torch.bool)
     table = ByteTable(torch.full((config.vocab_size,), 2).scatter(0, torch.tensor([BOS]), 0), none, none)
-    text = Documents(test_ttt.stream(13)[0].numpy(), lambda ids: "xx" * len(ids))
+    text = Documents(test_ttt.stream(10)[0].numpy(), lambda ids: "xx" * len(ids))
     return test_ttt.small_model(config), config, table, text
 
 

@@ -60,8 +60,8 @@ def test_what_is_planted_in_a_submission_is_found(planted: Submission, tmp_path:
 
 @pytest.mark.parametrize("kv_cache, checks", [(False, tuple(CHECKS)), (True, ("charged loss", "reported score"))])
 def test_test_time_training_passes(kv_cache: bool, checks: tuple[str, ...]) -> None:
-    """Also without the mask, whose leak is in packed rows only, and where it learns from every chunk twice."""
-    changed = dict(smear_gate_bos_mask=False, ttt_kv_cache=kv_cache, ttt_grad_steps=2, ttt_lanes=2)
+    """Also without the mask, whose leak is in packed rows only, with a cache, and where it learns from chunks twice."""
+    changed = dict(smear_gate_bos_mask=False, ttt_kv_cache=kv_cache, ttt_grad_steps=1 + kv_cache, ttt_lanes=2)
     model, config, table, text = audit_exam.model_and_text(**changed)
     findings, examined = check_scorer(TTTScorer("ttt", model, config, table), text, checks)
     assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings
@@ -74,7 +74,7 @@ def test_in_the_stream_s_order_no_later_document_matters() -> None:
     differences = []
     for order in ("stream", "length"):
         examined = Examined(TTTScorer("ttt", model, config.replace(ttt_order=order), table), text)
-        places, middle = np.arange(text.stream.size), examined.asked_after_half
+        places, middle = np.arange(text.stream.size), examined.one_of_each(0)[text.starts.size // 2]
         differences.append(examined.compare(places >= middle, places <= middle, learning=False).difference)
     assert differences[0] == "" and "moves" in differences[1]
 
@@ -119,6 +119,13 @@ def test_the_reader_finds_what_is_wrong(tmp_path: Path, lines: tuple, early: str
     for expected, shown in ((early, found.learned_too_early), (wrong, found.not_once)):
         assert shown[0].startswith(expected) if expected else shown == []
     assert reader.main([str(path)]) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b""), gzip.compress(b"{}\n")])
+def test_the_reader_refuses_what_is_no_ledger(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ledger").write_bytes(content)
+    with pytest.raises(ValueError, match="is no ledger"):
+        reader.read_ledger(tmp_path / "ledger")
 
 
 @pytest.mark.parametrize("name", ["reader", "watch"])

@@ -19,7 +19,7 @@ import torch
 from pgolf import run
 from pgolf.artifact import container
 from pgolf.artifact.quantize import dequantize_model
-from pgolf.audit import sample
+from pgolf.audit import replay, sample
 from pgolf.audit.checks import Finding
 from pgolf.audit.reader import read_ledger
 from pgolf.cli import main
@@ -203,6 +203,8 @@ def test_the_audit_of_a_run(
 ) -> None:
     monkeypatch.setattr(sample, "COUNT", 3)
     monkeypatch.setattr(sample, "BATCH", 1)
+    monkeypatch.setattr(replay, "CUTS", 2)
+    monkeypatch.setattr("pgolf.audit.checks.DRAWS", 1)
     folder = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     command = ["audit", "--run-dir", str(folder.path), "--full", "--json"]
     assert main(command) == 0, capsys.readouterr().out

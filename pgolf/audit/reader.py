@@ -30,6 +30,13 @@ class Reading(NamedTuple):
 
 def read_ledger(path: str | Path) -> Reading:
     """Read a ledger. Raises ValueError for a file that is none."""
+    try:
+        return _read(path)
+    except (OSError, EOFError, LookupError, TypeError, ValueError, StopIteration) as error:
+        raise ValueError(f"{path} is no ledger: {error!r}") from error
+
+
+def _read(path: str | Path) -> Reading:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         head = json.loads(next(file))
         total, starts = head["targets"], head["documents"]

@@ -75,28 +75,29 @@ class Examined:
         return {place: vector for score in reversed(self.probed.scores) for place, vector in score.log_probs.items()}
 
     @cached_property
+    def versions(self) -> list[tuple[str | None, ...]]:
+        """For each score the fingerprints of the states by which more than half of the documents are scored."""
+        scores = self.first[0].scores
+        users: dict[str, set[int]] = {}
+        for score in scores:
+            for name in score.states:
+                users.setdefault(name, set()).add(int(self.documents.owner[score.start]))
+        shared = [name for name, documents in users.items() if 2 * len(documents) > self.documents.starts.size]
+        return [tuple(score.states.get(name) for name in shared) for score in scores]
+
+    @cached_property
     def cuts(self) -> list[int]:
         """At most CUTS targets that are no BOS.
 
-        They are in the last score, in the first ones after a shared state has changed, and in others.
+        They are in the last and in the first score, in the first ones after a shared state has changed, and in others.
         """
         scores = self.first[0].scores
-        shared = [name for name in {n for s in scores for n in s.states} if self._documents_of(name) > 1]
-        seen = {tuple(scores[0].states.get(name) for name in shared)} if scores else set()
-        chosen = [len(scores) - 1]
-        for number, score in enumerate(scores):
-            version = tuple(score.states.get(name) for name in shared)
-            if version not in seen:
-                seen.add(version)
-                chosen.append(number)
+        changes = {version: number for number, version in reversed([*enumerate(self.versions)])}
         generator = np.random.default_rng([self.seed, 0])
-        chosen = [*chosen[: CUTS // 2 + 1], *generator.permutation(len(scores)).tolist()]
+        drawn = generator.permutation(len(scores)).tolist()
+        chosen = [len(scores) - 1, *sorted(changes.values())[: CUTS - 2], *drawn]
         places = (self._inside(scores[number].start, scores[number].stop, generator) for number in chosen)
         return [*islice(dict.fromkeys(place for place in places if place is not None), CUTS)]
-
-    def _documents_of(self, state: str) -> int:
-        owners = {int(self.documents.owner[s.start]) for s in self.first[0].scores if state in s.states}
-        return len(owners)
 
     def _inside(self, start: int, stop: int, generator: np.random.Generator) -> int | None:
         places = np.flatnonzero(self.documents.stream[start:stop] != self.documents.bos) + start
@@ -122,11 +123,6 @@ class Examined:
         bounds = pairwise([*self.documents.starts.tolist(), self.documents.stream.size])
         drawn = {number: self._inside(start + 1, end, generator) for number, (start, end) in enumerate(bounds)}
         return {document: place for document, place in drawn.items() if place is not None}
-
-    @property
-    def asked_after_half(self) -> int:
-        """One of the targets that are asked for, in the middle of the stream."""
-        return sorted(self.asked)[len(self.asked) // 2]
 
     def changed(self, mask: np.ndarray, draw: int = 0) -> np.ndarray:
         """Return the stream with other tokens where ``mask``, bool [N], is set; BOS stays, and so do all lengths.
@@ -155,18 +151,26 @@ class Examined:
         raise ValueError(f"the target at {place} was not scored")
 
     def compare(
-        self, mask: np.ndarray, comparable: np.ndarray, *, learning: bool, last: int | None = None, draw: int = 0
+        self,
+        mask: np.ndarray,
+        comparable: np.ndarray,
+        asked: Collection[int] = (),
+        *,
+        learning: bool,
+        last: int | None = None,
+        draw: int = 0,
     ) -> Comparison:
         """Replay with tokens changed where ``mask`` is set, and compare to the bit.
 
         Args:
             comparable: bool [N], targets whose distributions must be what they were; the losses of those among them
                 whose tokens are unchanged must be, too.
+            asked: targets among `asked` whose distributions are compared; without any, only losses are.
             learning: leave out targets that were predicted by a state which says that it learned from a changed token.
             last: the place after whose score the replay ends; None: after all.
             draw: that of `changed`.
         """
-        expected = iter(self.probed.scores)
+        expected = iter((self.probed if asked else self.first[0]).scores)
         losses = distributions = 0
         difference = ""
         tainted: set[str] = set()
@@ -202,7 +206,6 @@ class Examined:
             if last is not None and event.start <= last < event.stop:
                 raise Enough
 
-        asked = self.asked if last is None else {last: self.asked[last]} if last in self.asked else {}
         try:
             self.scorer.score(self.changed(mask, draw), asked, record)
             if next(expected, None) is not None and not difference:

@@ -8,13 +8,13 @@ from pgolf.audit.protocol import Documents
 from pgolf.config import RunConfig
 from pgolf.scoring.stream import PUBLIC_RANKS
 
-COUNT, BATCH = 9, 3  # documents, and documents that are adapted side by side
+COUNT, BATCH = 7, 3  # documents, and documents that are adapted side by side
 
 
 def sample(documents: Documents, config: RunConfig) -> tuple[Documents, RunConfig]:
     """Choose a few documents, and settings with which test-time training has every part on them.
 
-    A third are the shortest that exceed the context by a chunk, so that windows move; the others are drawn by the seed
+    BATCH are the shortest that exceed the context by a chunk, so that windows move; the others are drawn by the seed
     from the shorter half. Batches have BATCH documents, phases train the base before the last batch, and evaluation has
     a few rows.
     """
@@ -32,7 +32,7 @@ def sample(documents: Documents, config: RunConfig) -> tuple[Documents, RunConfi
     settings = config.replace(
         val_batch_tokens=PUBLIC_RANKS * rows * config.eval_seq_len,
         ttt_batch_size=min(config.ttt_batch_size, BATCH),
-        phased_ttt_prefix_docs=min(config.phased_ttt_prefix_docs, 2 * BATCH),
+        phased_ttt_prefix_docs=min(config.phased_ttt_prefix_docs, max(COUNT - BATCH, 1)),
         global_ttt_chunk_tokens=config.eval_seq_len,
         ttt_eval_batches="",
     )
