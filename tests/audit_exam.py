@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pgolf.audit.checks import Finding, check_scorer
+from pgolf.audit.checks import CHECKS, Finding, check_scorer
 from pgolf.audit.data import complete, denominators, disjoint
 from pgolf.audit.ours import EvaluationScorer, TrainingForward
 from pgolf.audit.program import contained, run_contained, sizes, wall_time
@@ -273,32 +273,24 @@ class Planted(NamedTuple):
 
 
 PLANTED = [
-    Planted(
-        "trains on validation before it scores", "#1852", "hard violation (C3)", TrainsBefore, {"causality", "ledger"}
-    ),
-    Planted("the same, not declared", "#1852", "–", TrainsBeforeUntold, {"causality", "isolation"}),
-    Planted(
-        "a mixture over bytes that does not sum to one",
-        "#1877",
-        "class excluded (C2)",
-        SpreadOverBytes,
-        {"distribution"},
-    ),
-    Planted("a gate that looks at the target", "#1872", "excluded (C1)", LooksAtTheTarget, {"causality"}),
-    Planted("a gate on the charged loss only", "#1905", "excluded (C2)", ChargesByTheTarget, {"charged loss"}),
-    Planted("looks one token ahead", "–", "excluded (C1)", LooksAhead, {"causality"}),
-    Planted("an expert within words needs the next character", "#2135", "illegal (C1)", WithinWords, {"causality"}),
-    Planted("learns from a chunk, then scores it", "#1017", "excluded (C3)", LearnsFirst, {"causality", "ledger"}),
-    Planted("scores a batch again", "#1017", "excluded (C4)", RescoresABatch, {"once each", "reported score"}),
-    Planted("best of two passes for each document", "#1017", "excluded (C4)", BestOfTwoPerDocument, {"causality"}),
-    Planted("best of two passes, reported", "#1017", "excluded (C4)", BestOfTwoPasses, {"reported score"}),
+    Planted("trains on validation before it scores", "#1852", "hard violation", TrainsBefore, {"causality", "ledger"}),
+    Planted("the same, not declared", "#1852", "hard violation", TrainsBeforeUntold, {"causality", "isolation"}),
+    Planted("spreads a token's probability over its bytes", "#1877", "excluded", SpreadOverBytes, {"distribution"}),
+    Planted("a gate that looks at the target", "#1017", "excluded", LooksAtTheTarget, {"causality"}),
+    Planted("a gate on the charged loss only", "#1017", "excluded", ChargesByTheTarget, {"charged loss"}),
+    Planted("looks one token ahead", "#1017", "excluded", LooksAhead, {"causality"}),
+    Planted("an expert within words needs the next character", "#2135", "illegal", WithinWords, {"causality"}),
+    Planted("learns from a chunk, then scores it", "#1017", "excluded", LearnsFirst, {"causality", "ledger"}),
+    Planted("scores a batch again", "#1017", "excluded", RescoresABatch, {"once each", "reported score"}),
+    Planted("best of two passes for each document", "#1017", "excluded", BestOfTwoPerDocument, {"causality"}),
+    Planted("best of two passes, reported", "#1017", "excluded", BestOfTwoPasses, {"reported score"}),
     Planted("skips the tail", "#1017", "full split wanted", SkipsTheTail, {"once each"}),
-    Planted("a wrong byte denominator", "#897, #1719", "excluded", CountsSpacesTwice, {"reported score"}),
-    Planted("an update that the ledger lacks", "#1017", "–", LearnsUntold, {"ledger"}),
+    Planted("a wrong byte denominator", "#897", "a checker wanted", CountsSpacesTwice, {"reported score"}),
+    Planted("an update that the ledger lacks", "#1017", "a ledger wanted", LearnsUntold, {"ledger"}),
     Planted("reads across the start of a document", "#1797", "not accepted", SeesTheDocumentBefore, {"isolation"}),
     Planted("adapters that keep another document's", "–", "–", LearnsFromOthersUntold, {"isolation"}),
-    Planted("another score at every run", "#839", "–", Random, {"repeatable"}),
-    Planted("shows a loss and no distribution", "#1905", "excluded (C2)", OnlyLosses, {"distribution"}),
+    Planted("another score at every run", "#839", "repeatable runs wanted", Random, {"repeatable"}),
+    Planted("shows a loss and no distribution", "#1017", "excluded", OnlyLosses, {"distribution"}),
 ]
 
 
@@ -309,7 +301,8 @@ class Submission(NamedTuple):
     source: str
     thread: str
     judge: Callable[[Path, bool], list[Finding]]  # an empty folder, and whether the violation is planted
-    found_by: set[str]
+    found_by: str
+    condition: str
 
 
 def subset(folder: Path, planted: bool) -> list[Finding]:
@@ -381,27 +374,34 @@ def smear_gate(folder: Path, planted: bool) -> list[Finding]:
     ]
 
 
+CONNECTS = "import socket\ntry: socket.create_connection(('192.0.2.1', 80), 0.1)\nexcept OSError: pass"
+PACKS = "import subprocess\ntry: subprocess.run(['lrzip', '-V'])\nexcept OSError: pass"
+OWN = "self-containment"
 SUBMISSIONS = [
-    Submission("scores a subset of the split", "#1858", "reframed by its author", subset, {"complete"}),
-    Submission("a byte table that counts spaces twice", "#1719", "excluded", byte_table, {"denominators"}),
-    Submission("training documents in validation", "#2127", "15 of 34 pull requests affected", overlap, {"disjoint"}),
-    Submission("code counted packed and shipped raw", "#1874", "not noticed", over_the_cap, {"sizes"}),
-    Submission("evaluation takes 610 s", "#1858", "noticed", slow, {"wall time"}),
-    Submission(
-        "a packer outside the artifact",
-        "#1855",
-        "overruled: merged, with the packer as a documented prerequisite",
-        program("import subprocess\ntry: subprocess.run(['lrzip', '-V'])\nexcept OSError: pass"),
-        {"processes"},
-    ),
-    Submission("reads training data while it scores", "rules", "excluded", program("open({outside!r})"), {"files"}),
-    Submission(
-        "downloads while it scores",
-        "rules",
-        "excluded",
-        program("import socket\ntry: socket.create_connection(('192.0.2.1', 80), 0.1)\nexcept OSError: pass"),
-        {"network"},
-    ),
-    Submission("needs a part that is not shipped", "rules", "excluded", program("import absent"), {"runs alone"}),
-    Submission("SmearGate without its mask", "#1874", "legal but for this leak", smear_gate, {"isolation"}),
+    Submission("a subset of the split", "#1858", "reframed by its author", subset, "complete", "C4 once each"),
+    Submission("spaces counted twice", "#1719", "a checker wanted", byte_table, "denominators", "C4 once each"),
+    Submission("training documents in validation", "#2127", "15 of 34 affected", overlap, "disjoint", "data"),
+    Submission("code counted packed and shipped raw", "#1874", "–", over_the_cap, "sizes", "budget"),
+    Submission("an evaluation of 610 s", "#1858", "noted", slow, "wall time", "budget"),
+    Submission("a packer outside the artifact", "#1855", "overruled: merged", program(PACKS), "processes", OWN),
+    Submission("reads training data", "rules", "excluded", program("open({outside!r})"), "files", OWN),
+    Submission("downloads", "rules", "excluded", program(CONNECTS), "network", OWN),
+    Submission("a part that is not shipped", "rules", "excluded", program("import absent"), "runs alone", OWN),
+    Submission("SmearGate without its mask", "#1874", "legal but for this", smear_gate, "isolation", "isolation"),
 ]
+
+
+def table() -> str:
+    """The planted violations as docs/audit.md shows them."""
+    rows = [
+        (
+            p.source,
+            p.what,
+            ", ".join(sorted({CHECKS[check][0] for check in p.found_by})),
+            ", ".join(sorted(p.found_by)),
+            p.thread,
+        )
+        for p in PLANTED
+    ]
+    rows += [(p.source, p.what, p.condition, p.found_by, p.thread) for p in SUBMISSIONS]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -55,7 +55,9 @@ def test_what_is_planted_in_a_submission_is_found(planted: Submission, tmp_path:
         folder.mkdir()
         twins.append(planted.judge(folder, bool(number)))
     assert failed(twins[0]) == []
-    assert {finding.check for finding in failed(twins[1])} == planted.found_by
+    assert {(finding.check, finding.condition) for finding in failed(twins[1])} == {
+        (planted.found_by, planted.condition)
+    }
 
 
 @pytest.mark.parametrize("kv_cache, checks", [(False, tuple(CHECKS)), (True, ("charged loss", "reported score"))])
@@ -141,13 +143,8 @@ def test_the_document_s_example_passes() -> None:
 
 
 def test_the_document_has_every_planted_violation() -> None:
-    rows = [
-        f"| {planted.source} | {planted.what} | {', '.join(sorted(planted.found_by))} | {planted.thread} |"
-        for planted in (*PLANTED, *SUBMISSIONS)
-    ]
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert [row for row in rows if row not in text] == []
-    assert len(rows) >= 14
+    assert audit_exam.table() in DOCUMENT.read_text(encoding="utf-8")
+    assert len(PLANTED) + len(SUBMISSIONS) >= 14
 
 
 def test_documents_must_begin_with_bos() -> None:

@@ -68,7 +68,7 @@ def causality(examined: Examined) -> Result:
     losses, vectors = sum(cut.losses for cut in found), sum(cut.distributions for cut in found)
     counts = f"{losses:,} earlier losses and {vectors} whole distributions p_t equal to the bit"
     trained = len(set(examined.versions)) - 1
-    after = f", after each of {trained} trainings of what documents share" if 0 < trained <= CUTS - 3 else ""
+    after = ", also after what documents share has learned" if 0 < trained <= CUTS - 2 else ""
     return PASSED, f"{len(found)} replays with everything from t on changed{after}: {counts}; {_order(examined)}"
 
 

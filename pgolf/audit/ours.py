@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pgolf.audit.protocol import Record, Scored, Span, Updated
+from pgolf.common.progress import Progress
 from pgolf.common.tensors import to_device
 from pgolf.config import RunConfig
 from pgolf.data.bpb import ByteTable
@@ -91,11 +92,13 @@ class EvaluationScorer:
         self, name: str, evaluate: Callable[..., tuple[float, float]], model: GPT, config: RunConfig, table: ByteTable
     ) -> None:
         self.name, self.evaluate, self.model, self.config, self.table = name, evaluate, model, config, table
+        self.progress: Progress | None = None
 
     def score(self, stream: np.ndarray, asked: Collection[int], record: Record) -> float:
         """Score the stream as the stage does; see `protocol.Scorer`."""
         observe = partial(self._observe, frozenset(asked), record)
-        return self.evaluate(self.model, self.config, torch.from_numpy(stream), self.table, record=observe)[1]
+        tokens = torch.from_numpy(stream)
+        return self.evaluate(self.model, self.config, tokens, self.table, progress=self.progress, record=observe)[1]
 
     def _observe(self, asked: frozenset[int], record: Record, row: Row, losses: Tensor) -> None:
         targets, nats, counted = row.places + 1, losses.cpu().numpy(), row.counted.numpy()
@@ -159,6 +162,7 @@ class TTTScorer:
 
     def __init__(self, name: str, model: GPT, config: RunConfig, table: ByteTable) -> None:
         self.name, self.model, self.config, self.table = name, model, config, table
+        self.progress: Progress | None = None
 
     def score(self, stream: np.ndarray, asked: Collection[int], record: Record) -> float:
         """Score the stream as the stage does; see `protocol.Scorer`."""
@@ -168,6 +172,7 @@ class TTTScorer:
             self.config,
             torch.from_numpy(stream),
             self.table,
+            progress=self.progress,
             scorer=partial(_WatchedScorer, witness),
             ledger=partial(_WatchedLedger, witness),
         ).bits_per_byte

@@ -17,6 +17,7 @@ from pgolf.audit import watch
 from pgolf.audit.checks import FAILED, NOT_CHECKED, PASSED, Finding
 from pgolf.common.progress import format_duration
 
+SHOWN = 4  # of the files, processes and connections that a program should not have
 CAP_BYTES = 16_000_000
 LIMIT_SECONDS = 600.0  # of training, and of evaluation, on 8 H100s
 SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/opt")
@@ -44,6 +45,7 @@ class Contained(NamedTuple):
 
     status: int
     errors: str  # the end of what it wrote to stderr
+    opened: list[str]  # in the folder, other than in its home and temporary directory
     files: list[str]  # outside the folder, the machine and Python
     processes: list[str]  # other than Python and TOOLS
     connections: list[str]
@@ -84,11 +86,16 @@ def run_contained(program: Path, arguments: Sequence[str], folder: Path) -> Cont
     for line in log.read_text().splitlines() if log.exists() else ():
         kind, detail = json.loads(line)
         events[kind].add(detail)
+    root = str(folder.resolve())
+    scratch = {str(Path(root, name)) for name in ("home", "tmp")}
     python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *_site_packages()}
-    inside = (str(folder.resolve()), *SYSTEM, *python, watch.__file__)
+    inside = (root, *SYSTEM, *python, watch.__file__)
     return Contained(
         done.returncode,
         done.stderr[-2000:].strip(),
+        sorted(
+            os.path.relpath(path, root) for path in events["open"] if _below(path, [root]) and not _below(path, scratch)
+        ),
         sorted(path for path in events["open"] if not _below(path, inside)),
         sorted(
             name for name in events["process"] if Path(name.split()[0]).name not in TOOLS and not _below(name, python)
@@ -110,14 +117,19 @@ def contained(run: Contained, subject: str = "the program") -> list[Finding]:
     if run.status:
         last = run.errors.splitlines()[-1] if run.errors else "it says nothing"
         findings = [finding("runs alone", FAILED, f"ends with status {run.status}: {last}")]
+    own = ", ".join(run.opened)
     for check, found, what in (
-        ("files", run.files, "opens nothing but its folder, Python and the machine's libraries (as Python announces)"),
+        (
+            "files",
+            run.files,
+            f"opens {own}, and otherwise only Python and the machine's libraries (as Python announces)",
+        ),
         ("processes", run.processes, "starts no program but compilers"),
     ):
-        shown = f"{', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''}"
-        findings.append(finding(check, FAILED if found else PASSED, shown if found else what))
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        findings.append(finding(check, FAILED if found else PASSED, ", ".join(found[:SHOWN]) + more if found else what))
     if run.connections:
-        findings.append(finding("network", FAILED, f"connects to {', '.join(run.connections[:4])}"))
+        findings.append(finding("network", FAILED, f"connects to {', '.join(run.connections[:SHOWN])}"))
     elif run.network:
         evidence = "it announces no connection, but namespaces are not allowed here, so that it had the network"
         findings.append(finding("network", NOT_CHECKED, evidence))

@@ -23,11 +23,11 @@ from pgolf.audit.replay import Examined
 from pgolf.audit.sample import sample
 from pgolf.common.files import read_json, write_aside
 from pgolf.common.folder import RunFolder
-from pgolf.common.progress import format_duration, format_table
+from pgolf.common.progress import format_duration, format_table, progress
 from pgolf.common.runtime import World
 from pgolf.config import RunConfig
 from pgolf.data.bpb import ByteTable
-from pgolf.data.manifest import recorded_dataset, sha256_of
+from pgolf.data.manifest import check_unchanged, recorded_dataset, sha256_of
 from pgolf.data.shards import dataset_dir, read_shard, shard_files, tokenizer_path, write_shard
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.data.validation import validation_data
@@ -57,12 +57,15 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
         full: also score the whole split, with a ledger, and compare all training documents.
 
     An artifact with the settings in a config.json is enough; what else a run has and this one lacks is not checked.
-    Raises FileError if the artifact or the data are missing, and ValueError for several processes.
+    Raises FileError if the artifact or the data are missing, or the data are not those that the run checked, and
+    ValueError for several processes.
     """
     if world.size > 1:
         raise ValueError("the audit runs in one process: start it without torchrun")
     begun = time.perf_counter()
     artifact = folder.need(folder.artifact(config), "quantize")
+    if checked := folder.checked_files():
+        check_unchanged(config.data_dir, config.vocab_size, checked, copied=True)
     tokens, table = validation_data(config)
     tokenizer = load_tokenizer(tokenizer_path(config.data_dir, config.vocab_size), config.vocab_size)
     documents = Documents(tokens.numpy().astype(np.int64), tokenizer.decode)
@@ -151,6 +154,7 @@ def _whole_split(
     for name, scorer in _stages(model, config, table).scores.items():
         world.log(f"{scorer.name}: the whole split")
         scorer.name += ", whole split"
+        scorer.progress = progress
         found, examined = check_scorer(scorer, documents, RECORD_CHECKS)
         examined.first[0].write(folder.path / f"ledger-{name}.jsonl.gz")
         result = (
