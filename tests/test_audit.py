@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pgolf.audit import reader
 from pgolf.audit.checks import CHECKS, FAILED, check_scorer, failed
@@ -16,6 +17,7 @@ from pgolf.audit.ours import EvaluationScorer, TTTScorer
 from pgolf.audit.protocol import Documents
 from pgolf.audit.replay import Examined
 from pgolf.scoring.evaluate import evaluate_packed
+from pgolf.scoring.ttt.scorer import ChunkScorer
 from tests import audit_exam
 from tests.audit_exam import PLANTED, SUBMISSIONS, Honest, Planted, Submission
 from tests.test_docs import python_blocks
@@ -69,6 +71,20 @@ def test_test_time_training_passes(kv_cache: bool, checks: tuple[str, ...]) -> N
     assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings
     assert examined.reading.updates > 2 * config.phased_ttt_num_phases
     assert examined.reading.states == 1 + config.ttt_batch_size
+
+
+def test_learning_before_the_score_shows_in_test_time_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of a step after its update are no entries of the distributions before it."""
+    compute = ChunkScorer._compute
+
+    def learns_first(scorer: ChunkScorer, *step: object) -> torch.Tensor:
+        compute(scorer, *step)
+        return compute(scorer, *step)
+
+    monkeypatch.setattr(ChunkScorer, "_compute", learns_first)
+    model, config, table, text = audit_exam.model_and_text(phased_ttt_enabled=False)
+    (finding,) = check_scorer(TTTScorer("ttt", model, config, table), text, ("charged loss",))[0]
+    assert finding.verdict == FAILED and "nats are charged, and the distribution says" in finding.evidence
 
 
 def test_in_the_stream_s_order_no_later_document_matters() -> None:

@@ -22,13 +22,13 @@ from pgolf.audit.protocol import Documents
 from pgolf.audit.replay import Examined
 from pgolf.audit.sample import sample
 from pgolf.common.files import read_json, write_aside
-from pgolf.common.folder import RunFolder
+from pgolf.common.folder import RunFolder, RunFolderError
 from pgolf.common.progress import format_duration, format_table, progress
-from pgolf.common.runtime import World
+from pgolf.common.runtime import World, describe_environment
 from pgolf.config import RunConfig
 from pgolf.data.bpb import ByteTable
 from pgolf.data.manifest import check_unchanged, recorded_dataset, sha256_of
-from pgolf.data.shards import dataset_dir, read_shard, shard_files, tokenizer_path, write_shard
+from pgolf.data.shards import ShardError, dataset_dir, read_shard, shard_files, tokenizer_path, write_shard
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.data.validation import validation_data
 from pgolf.model.build import model_with
@@ -39,7 +39,7 @@ from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
 COMPARED_TOKENS = 20_000_000  # of the training data, without --full
 RECORD_CHECKS = ("ledger", "once each", "reported score")  # those that need no replay
 EVIDENCE_WIDTH = 72  # characters
-REPRODUCED = 1e-6, 1e-4  # relative; of a run on one process of such a device, and on others
+REPRODUCED = 1e-6, 1e-4  # relative; a score of one process again on such a device, and that of several
 
 
 class _Stages(NamedTuple):
@@ -65,7 +65,7 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
     begun = time.perf_counter()
     artifact = folder.need(folder.artifact(config), "quantize")
     if checked := folder.checked_files():
-        check_unchanged(config.data_dir, config.vocab_size, checked, copied=True)
+        check_unchanged(config.data_dir, config.vocab_size, checked, splits=("val",))
     tokens, table = validation_data(config)
     tokenizer = load_tokenizer(tokenizer_path(config.data_dir, config.vocab_size), config.vocab_size)
     documents = Documents(tokens.numpy().astype(np.int64), tokenizer.decode)
@@ -116,18 +116,29 @@ def _data(documents: Documents, folder: RunFolder, config: RunConfig, table: Byt
     entry = recorded_dataset(config.data_dir, config.vocab_size)
     stream = torch.from_numpy(documents.stream)
     counted = int(table.count(stream[:-1], stream[1:]).sum())
-    summary = folder.summary()
-    scores = {f"eval {name}": summary.get("eval", {}).get(name) for name in ("before", "quantized", "sliding")}
-    scores["ttt"] = summary.get("ttt")
-    reported = {name: (score["loss"], score["bits_per_byte"]) for name, score in scores.items() if score}
-    files = shard_files(config.data_dir, config.vocab_size, "train")
-    shards = (read_shard(file) for file in files)
-    tokens = sum(read_shard(file).size for file in files)
-    return [
+    findings = [
         complete(documents, stated_counts(entry), "repository" in entry),
-        denominators(documents, counted, reported),
-        disjoint(documents, shards, tokens, None if full else COMPARED_TOKENS),
+        denominators(documents, counted, _reported(folder)),
     ]
+    try:
+        files = shard_files(config.data_dir, config.vocab_size, "train")
+    except ShardError as absent:
+        return [*findings, Finding("disjoint", "data", "training and validation", NOT_CHECKED, str(absent))]
+    tokens = sum(read_shard(file).size for file in files)
+    shards = (read_shard(file) for file in files)
+    return [*findings, disjoint(documents, shards, tokens, None if full else COMPARED_TOKENS)]
+
+
+def _reported(folder: RunFolder) -> dict[str, tuple[float, float]]:
+    """Return loss and bits per byte of every score in the run's summary."""
+    summary = folder.summary()
+    evaluation = summary.get("eval", {})
+    blocks = {"before": evaluation.get("before"), "eval": evaluation.get("quantized")}
+    blocks |= {"sliding": evaluation.get("sliding"), "ttt": summary.get("ttt")}
+    try:
+        return {name: (float(b["loss"]), float(b["bits_per_byte"])) for name, b in blocks.items() if b is not None}
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{folder.summary_file} is damaged: a score lacks a number ({error!r})") from error
 
 
 def _stream_order(scorer: TTTScorer, by_length: Examined) -> Finding:
@@ -149,22 +160,24 @@ def _whole_split(
 ) -> list[Finding]:
     """Score the whole split with the run's settings, and compare the scores with the run's."""
     findings = []
-    summary = folder.summary()
-    bound = REPRODUCED[summary.get("run", {}).get("world_size") != 1]
+    run, reported = folder.summary().get("run", {}), _reported(folder)
+    chip = describe_environment(world)["chip"]
     for name, scorer in _stages(model, config, table).scores.items():
         world.log(f"{scorer.name}: the whole split")
         scorer.name += ", whole split"
         scorer.progress = progress
         found, examined = check_scorer(scorer, documents, RECORD_CHECKS)
         examined.first[0].write(folder.path / f"ledger-{name}.jsonl.gz")
-        result = (
-            summary.get("ttt", {}) if name == "ttt" else summary.get("eval", {}).get(name.replace("eval", "quantized"))
-        )
-        was, now = (result or {}).get("bits_per_byte"), examined.first[1]
-        verdict, evidence = NOT_CHECKED, f"{now:.6f} bits per byte; the run has no result of this stage"
-        if was is not None:
-            verdict = PASSED if abs(now - was) <= bound * was else FAILED
+        now = examined.first[1]
+        verdict, evidence = NOT_CHECKED, f"{now:.8f} bits per byte; the run has no result of this stage"
+        if name in reported:
+            was = reported[name][1]
             evidence = f"{now:.8f} bits per byte, and the run reports {was:.8f}"
+            if run.get("device") != chip:
+                evidence += f", on {run.get('device')}, which rounds in other ways than {chip}"
+            else:
+                bound = REPRODUCED[run.get("world_size") != 1] * was
+                verdict = PASSED if abs(now - was) <= bound else FAILED
         findings += [*found, Finding("reproduced", "C4 once each", scorer.name, verdict, evidence)]
     return findings
 
