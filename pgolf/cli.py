@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,8 @@ STAGE_HELP = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
-    The status is 0, 2 after an error with a message, and 128 plus the signal's number after SIGTERM, SIGINT or SIGHUP.
+    The status is 0, 1 after an audit that found a violation, 2 after an error with a message, and 128 plus the signal's
+    number after SIGTERM, SIGINT or SIGHUP.
     PGOLF_TRACEBACK=1 in the environment raises the errors behind messages.
     """
     arguments = _parser().parse_args(argv)
@@ -158,6 +159,16 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--documents", type=int, default=4, help="validation documents for the check (default: 4)")
     pack.add_argument("--data-dir", type=Path, help="where the data are now (default: where the runs had them)")
     pack.set_defaults(action=_pack)
+    audit = commands.add_parser(
+        "audit", help="test whether a run's score is legal: causality, one pass, sizes, and more"
+    )
+    audit.add_argument("--run-dir", type=Path, required=True, help="the run's folder")
+    audit.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="as data_dir; repeatable"
+    )
+    audit.add_argument("--full", action="store_true", help="also score the whole split and compare all training data")
+    audit.add_argument("--json", action="store_true", help="print the findings as JSON")
+    audit.set_defaults(action=_audit)
     environment = commands.add_parser("env", help="versions and chip, for a bug report")
     environment.set_defaults(action=_environment)
     return parser
@@ -343,6 +354,24 @@ def _pack(arguments: argparse.Namespace) -> int:
     if absent := [name for name in ("author", "github") if not getattr(heading, name)]:
         print(f"before you submit it, fill in submission.json: --{' and --'.join(absent)} had no value")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from pgolf.audit.checks import failed
+    from pgolf.audit.run import audit_run, findings_table, verdict
+    from pgolf.common.runtime import start_world
+
+    folder = RunFolder(arguments.run_dir)
+    config = _config_from(arguments, folder.config())
+    world = start_world(config)
+    with folder.locked(), redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+        findings = audit_run(folder, config, world, arguments.full)
+    if arguments.json:
+        print((folder.path / "audit.json").read_text(encoding="utf-8"), end="")
+    else:
+        print(findings_table(findings))
+        print(f"\n{verdict(findings)}; {folder.path / 'audit.html'}")
+    return 1 if failed(findings) else 0
 
 
 def _environment(arguments: argparse.Namespace) -> int:

@@ -233,6 +233,11 @@ class RunConfig:
         False, "keep keys and values of earlier chunks as they were when scored; off: compute every window anew"
     )
     ttt_batch_size: int = _field(64, "documents adapted side by side", low=1)
+    ttt_order: str = _field(
+        "length",
+        "length: the longest documents first, as public; stream: in the stream's order, slower",
+        choices=("length", "stream"),
+    )
     ttt_lanes: int = _field(8, "chains of batches along which A stays warm; the processes share them", low=1)
     ttt_micro_batch_tokens: int = _field(131_072, "window tokens of one forward and backward pass; less memory", low=1)
     ttt_grad_steps: int = _field(1, "updates on each scored chunk", low=1)

@@ -18,7 +18,7 @@ from pgolf.common.folder import RunFolder
 from pgolf.common.progress import format_bytes, format_duration
 from pgolf.common.runtime import Interrupted, World, on_terminate
 from pgolf.config import RunConfig
-from pgolf.data.manifest import check_unchanged
+from pgolf.data.manifest import SPLITS, check_unchanged
 from pgolf.data.stage import run_data
 from pgolf.report.stage import run_report
 from pgolf.scoring.stage import run_eval, run_ttt
@@ -33,7 +33,8 @@ STAGES: dict[str, Stage] = {
     "ttt": run_ttt,
     "report": run_report,
 }
-READING = ("train", "quantize", "eval", "ttt")  # stages that read data
+# Stages that read data, and the splits that they read: a program that only scores needs no training data.
+READING = {"train": SPLITS, "quantize": SPLITS, "eval": ("val",), "ttt": ("val",)}
 
 
 def run_stages(config: RunConfig, folder: RunFolder, world: World, resume: bool = False) -> None:
@@ -61,7 +62,14 @@ def run_stage(name: str, stage: Stage, config: RunConfig, folder: RunFolder, wor
     with on_terminate(partial(_stop, name)):  # training replaces this handler while it steps
         if name in READING:
             files = world.on_main(folder.checked_files)
-            check = partial(check_unchanged, config.data_dir, config.vocab_size, files, copied=not world.is_main)
+            check = partial(
+                check_unchanged,
+                config.data_dir,
+                config.vocab_size,
+                files,
+                copied=not world.is_main,
+                splits=READING[name],
+            )
             world.on_each_host(check)
         stage(config, folder, world, resume)
     if world.device.type == "cuda":

@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "scoring": {"config", "common", "data", "model", "artifact"},
     "training": {"config", "common", "data", "model", "scoring"},
     "report": {"config", "common"},
+    "audit": {"config", "common", "data", "model", "artifact", "scoring", "report"},
     "run": {"config", "common", "data", "artifact", "scoring", "training", "report"},
     "pack": {"config", "common", "artifact", "submission", "report", "run"},
-    "cli": {"config", "common", "data", "model", "artifact", "submission", "report", "run", "pack"},
+    "cli": {"config", "common", "data", "model", "artifact", "submission", "report", "run", "pack", "audit"},
     "__main__": {"cli"},
 }
 EXTRAS = {"matplotlib", "tqdm", "huggingface_hub", "zstandard", "safetensors"}  # not installed everywhere

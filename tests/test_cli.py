@@ -22,6 +22,9 @@ from bench.results_files import read
 from pgolf import run
 from pgolf.artifact import container
 from pgolf.artifact.quantize import dequantize_model
+from pgolf.audit import replay, sample
+from pgolf.audit.checks import Finding
+from pgolf.audit.reader import read_ledger
 from pgolf.cli import main
 from pgolf.common.folder import RunFolder
 from pgolf.data.validation import validation_data
@@ -202,6 +205,42 @@ def test_the_shipped_program_scores_the_same(finished: RunFolder, data: Path, tm
     assert done.returncode == 0, done.stderr
     scored = finished.summary()["eval"]["quantized"]
     assert scored["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-9)
+
+
+def test_the_audit_of_a_run(
+    finished: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "COUNT", 3)
+    monkeypatch.setattr(sample, "BATCH", 1)
+    monkeypatch.setattr(replay, "CUTS", 2)
+    monkeypatch.setattr("pgolf.audit.checks.DRAWS", 1)
+    folder = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    command = ["audit", "--run-dir", str(folder.path), "--full", "--json"]
+    assert main(command) == 0, capsys.readouterr().out
+    audit = json.loads(capsys.readouterr().out)
+    assert audit == json.loads((folder.path / "audit.json").read_text())
+    verdicts = {(f["check"], f["subject"]): f["verdict"] for f in audit["findings"]}
+    unsure = {name for name, verdict in verdicts.items() if verdict != "passed"}
+    allowed = {("stream order", "test-time training"), ("wall time", "the run"), ("network", "the program")}
+    assert unsure <= allowed and verdicts["stream order", "test-time training"] == "noted"
+    whole = [f"{name}, whole split" for name in ("evaluation", "sliding window", "test-time training")]
+    assert all(verdicts["reproduced", name] == verdicts["ledger", name] == "passed" for name in whole)
+    assert verdicts["same score", "the program"] == "passed"
+    for name in ("eval", "sliding", "ttt"):
+        found = read_ledger(folder.path / f"ledger-{name}.jsonl.gz")
+        assert found.targets == folder.summary()["data"]["val_tokens"] - 1
+        assert found.learned_too_early == found.not_once == [] and (found.updates > 0) == (name == "ttt")
+    assert "reproduced" in (folder.path / "audit.html").read_text()
+
+
+def test_an_audit_that_finds_a_violation_exits_with_1(
+    finished: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding("sizes", "budget", "shipped files", "failed", "16,000,001 of 16,000,000 bytes: " + "long " * 20)
+    monkeypatch.setattr("pgolf.audit.run.audit_run", lambda *_: [finding])
+    assert main(["audit", "--run-dir", str(finished.path)]) == 1
+    assert re.search(r"^failed +budget +sizes +shipped files +16,000,001 of", capsys.readouterr().out, re.MULTILINE)
+    assert main(["audit", "--run-dir", str(finished.path / "none")]) == 2
 
 
 def test_inspect_shows_the_classes(finished: RunFolder, capsys: pytest.CaptureFixture) -> None:

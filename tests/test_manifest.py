@@ -250,6 +250,16 @@ def test_validation_is_hashed_whatever_its_time(data: Path) -> None:
         check_unchanged(data, VOCAB, files)
 
 
+def test_what_only_scores_needs_no_training_data(data: Path) -> None:
+    _, files = check_dataset(data, VOCAB)
+    for shard in shard_files(data, VOCAB, "train"):
+        shard.unlink()
+    check_unchanged(data, VOCAB, files, splits=("val",))
+    change_one_token(shard_files(data, VOCAB, "val")[0])
+    with pytest.raises(ShardError, match="fineweb_val_000000.bin is not as it was"):
+        check_unchanged(data, VOCAB, files, splits=("val",))
+
+
 def test_a_copy_of_the_data_is_the_same_data(data: Path, tmp_path: Path) -> None:
     _, files = check_dataset(data, VOCAB)
     copied = shutil.copytree(data, tmp_path / "copy", copy_function=shutil.copyfile)

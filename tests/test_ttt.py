@@ -492,6 +492,17 @@ def test_training_documents_by_choice(choice: str, expected: list[list[int]]) ->
     assert [phase.trained.tolist() for phase in phases] == [*expected, []]
 
 
+def test_in_the_stream_s_order_batches_and_lanes_go_forward() -> None:
+    config = TINY.replace(ttt_batch_size=2, phased_ttt_prefix_docs=4, ttt_order="stream", ttt_lanes=2)
+    predictions = np.array([30, 10, 60, 20, 50, 40, 5])
+    phases = plan_phases(predictions, config)
+    batches = [[sorted(b.documents.tolist()) for b in phase.batches] for phase in phases]
+    assert batches == [[[0], [1, 2]], [[3, 4]], [[5, 6]]]
+    assert [sorted(phase.trained.tolist()) for phase in phases] == [[0, 1], [0, 1, 3, 4], []][: len(phases)]
+    for lane in lanes_of_phase(phases[0], predictions, config):
+        assert [b.documents.min() for b in lane] == sorted(b.documents.min() for b in lane)
+
+
 def test_the_base_s_learning_rate_and_rows_follow_the_public_rule() -> None:
     """Of six chunks the last is left out; rates fall by half a cosine that would reach 0 there, after a warm-up."""
     config = TINY.replace(

@@ -33,6 +33,7 @@ class RunFolder:
     train_gpt.py        program that is submitted with the artifact
     tokenizer.model     copy of the tokenizer
     report.html         report
+    audit.json          findings of the audit; audit.html shows them, ledger-*.jsonl.gz are its ledgers
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,6 +66,9 @@ class RunFolder:
             self.program,
             self.path / "model.pgolf",
             self.path / "model.int6.ptz",
+            self.path / "audit.json",
+            self.path / "audit.html",
+            *self.path.glob("ledger-*.jsonl.gz"),
         ]
 
     def clear(self) -> None:

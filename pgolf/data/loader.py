@@ -189,7 +189,7 @@ class DocumentPackingLoader:
         index = int(np.searchsorted(self._ends, number, side="right"))
         within = number - (self._ends[index - 1] if index else 0)
         start = self._first[index] + within * (self._length + 1)
-        batch = _packed(self._shard(index)[start : start + self._length + 1], self._max_segment, self._bos_id)
+        batch = packed(self._shard(index)[start : start + self._length + 1], self._max_segment, self._bos_id)
         return batch.pin_memory() if self._device.type == "cuda" else batch
 
     def _shard(self, index: int) -> np.ndarray:
@@ -254,7 +254,7 @@ def _first_bos(shard: np.ndarray, bos_id: int, block: int = 1 << 20) -> int:
     return shard.size
 
 
-def _packed(span: np.ndarray, max_segment: int, bos_id: int) -> Batch:
+def packed(span: np.ndarray, max_segment: int, bos_id: int) -> Batch:
     """Return the batch of a span [L + 1]: inputs are all but the last token, targets all but the first."""
     stream = torch.from_numpy(span.astype(np.int64))
     boundaries = segment_boundaries(stream[:-1], max_segment, bos_id, SEGMENT_ENTRIES)
@@ -275,7 +275,7 @@ def _document_batches(
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(places))
     for number in numbers:
         shard, start = places[order[number]]
-        yield _packed(shard[start : start + tokens + 1], max_segment, BOS_ID)
+        yield packed(shard[start : start + tokens + 1], max_segment, BOS_ID)
 
 
 def _row_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ def recorded_dataset(data_dir: str | os.PathLike, vocab_size: int) -> dict[str, 
     return next((entry for entry in read_manifest(data_dir)["datasets"] if entry["name"] == name), {})
 
 
-def data_files(data_dir: str | os.PathLike, vocab_size: int) -> dict[str, Path]:
-    """Return the paths of the tokenizer and all shards, by name. Raises ShardError for a split without shards."""
-    shards = [path for split in SPLITS for path in shard_files(data_dir, vocab_size, split)]
+def data_files(data_dir: str | os.PathLike, vocab_size: int, splits: Sequence[str] = SPLITS) -> dict[str, Path]:
+    """Return the paths of the tokenizer and the splits' shards by name. Raises ShardError for one without shards."""
+    shards = [path for split in splits for path in shard_files(data_dir, vocab_size, split)]
     return {path.name: path for path in (tokenizer_path(data_dir, vocab_size), *shards)}
 
 
@@ -106,15 +106,20 @@ def _stated(entry: dict[str, Any], tokenizer: str, train_shards: int) -> dict[st
 
 
 def check_unchanged(
-    data_dir: str | os.PathLike, vocab_size: int, files: Mapping[str, Any], copied: bool = False
+    data_dir: str | os.PathLike,
+    vocab_size: int,
+    files: Mapping[str, Any],
+    copied: bool = False,
+    splits: Sequence[str] = SPLITS,
 ) -> None:
-    """Raise ShardError unless the data are exactly the ``files`` that `check_dataset` recorded.
+    """Raise ShardError unless tokenizer and splits are exactly those of the ``files`` that `check_dataset` recorded.
 
     Validation shards and the tokenizer are hashed. A training shard is hashed only if its size or modification time
     differs; for data ``copied`` from the host that checked them, only the size counts.
     """
-    found = data_files(data_dir, vocab_size)
-    for name in sorted(found.keys() | files.keys()):
+    found = data_files(data_dir, vocab_size, splits)
+    unread = tuple(f"fineweb_{split}_" for split in SPLITS if split not in splits)
+    for name in sorted(found.keys() | {name for name in files if not name.startswith(unread)}):
         path, known = found.get(name), files.get(name)
         if path and isinstance(known, dict) and path.exists():
             stat = path.stat()

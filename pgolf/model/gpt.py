@@ -8,7 +8,7 @@ Triton kernels on CUDA and PyTorch references on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -113,8 +113,9 @@ def _bank(count: int, rows: int, columns: int) -> nn.Parameter:
 class GPT(nn.Module):
     """The language model of a configuration.
 
-    `looping_active` selects the execution list, with or without the loop. Construction draws the weights, which takes
-    seconds, except on the device ``meta``.
+    `looping_active` selects the execution list, with or without the loop. `cross_entropy` computes head and loss; what
+    reads whole distributions puts a function of the same arguments in its place. Construction draws the weights, which
+    takes seconds, except on the device ``meta``.
     """
 
     ln_scales: Tensor  # float32 [layers], 1 / sqrt(layer + 1), or ones
@@ -127,6 +128,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.looping_active = False
+        self.cross_entropy: Callable[..., Tensor] = linear_cross_entropy
         n, d, kv = config.num_layers, config.model_dim, config.num_kv_heads * config.head_dim
         self.qo_bank, self.kv_bank = _bank(2 * n, d, d), _bank(2 * n, kv, d)
         self.mlp_up_bank, self.mlp_down_bank = _bank(n, config.mlp_dim, d), _bank(n, d, config.mlp_dim)
@@ -387,7 +389,7 @@ class GPT(nn.Module):
         )
         to_logits, h = added(None if updates is None else updates.head, h)
         table, cap = self.head_weight.to(h.dtype), self.config.logit_softcap
-        return linear_cross_entropy(h, table, target_ids, cap, reduction, update=to_logits)
+        return self.cross_entropy(h, table, target_ids, cap, reduction, update=to_logits)
 
     def forward(
         self, input_ids: Tensor, target_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0

@@ -135,13 +135,17 @@ def render_html(record: RunRecord, plots: Mapping[str, str]) -> str:
         _headline(record.summary),
         "".join(f'<p class="note">{_escape(note)}</p>' for note in record.notes),
         _figures(plots),
-        _section("Stages", _stage_table(record.summary)),
-        _section("Settings that differ from the preset", _settings_table(record.config)),
-        _section("Environment", _table(["", ""], _flatten(record.environment)) if record.environment else ""),
+        html_section("Stages", _stage_table(record.summary)),
+        html_section("Settings that differ from the preset", _settings_table(record.config)),
+        html_section("Environment", html_table(["", ""], _flatten(record.environment)) if record.environment else ""),
     ]
-    return _PAGE.format(
-        title=_escape(title), about=_escape(_about(record)), style=_COLOURS + _STYLE, body="\n".join(sections)
-    )
+    return html_page(f"run {title}", title, _about(record), sections)
+
+
+def html_page(name: str, title: str, about: str, sections: Iterable[str]) -> str:
+    """Return a page of sections. ``name`` is what a window shows, after pgolf; ``about`` stands below the title."""
+    texts = {key: _escape(text) for key, text in (("name", name), ("title", title), ("about", about))}
+    return _PAGE.format(**texts, style=_COLOURS + _STYLE, body="\n".join(sections))
 
 
 def _figures(plots: Mapping[str, str]) -> str:
@@ -196,7 +200,7 @@ def _stage_table(summary: Mapping[str, Any]) -> str:
                 ", ".join(parts),
             )
         )
-    return _table(["Stage", "Time", "Peak memory", "Of which"], rows) if rows else ""
+    return html_table(["Stage", "Time", "Peak memory", "Of which"], rows) if rows else ""
 
 
 def _settings_table(config: Row) -> str:
@@ -211,7 +215,7 @@ def _settings_table(config: Row) -> str:
         rows.append((key, preset.get(key, "—"), value, known))
     if not rows:
         return "<p>None.</p>"
-    return _table(["Setting", "Preset", "This run", "Meaning"], rows)
+    return html_table(["Setting", "Preset", "This run", "Meaning"], rows)
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -226,11 +230,13 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     return rows
 
 
-def _section(title: str, body: str) -> str:
+def html_section(title: str, body: str) -> str:
+    """Return a section of a page; nothing without a body."""
     return f"<section><h2>{_escape(title)}</h2>{body}</section>" if body else ""
 
 
-def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table; its cells are escaped."""
     head = "".join(f"<th>{_escape(name)}</th>" for name in headers)
     body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class='scroll'><table>{f'<thead><tr>{head}</tr></thead>' if any(headers) else ''}{body}</table></div>"
@@ -268,7 +274,7 @@ td:first-child { white-space: nowrap; } td:last-child { width: 60%; }
 _PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>pgolf run {title}</title><style>{style}</style></head>
+<title>pgolf {name}</title><style>{style}</style></head>
 <body>
 <h1>{title}</h1>
 <p class="about">{about}</p>

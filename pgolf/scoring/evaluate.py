@@ -6,7 +6,7 @@ eval_seq_len. Sums are float64 on the device and read once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,10 @@ class Row(NamedTuple):
     targets: Tensor  # int64 [B, T]
     counted: Tensor  # bool [B, T], targets to score
     cu_seqlens: Tensor | None  # int32, a multiple of SEGMENT_ENTRIES; None: dense rows
+    places: Tensor  # int64 [B, T], the inputs' places in the stream
+
+
+Record = Callable[[Row, Tensor], None]  # called with a row, on the CPU, and the nats of its targets
 
 
 @torch.no_grad()
@@ -45,6 +49,7 @@ def evaluate_packed(
     rank: int = 0,
     world_size: int = 1,
     progress: Progress | None = None,
+    record: Record | None = None,
 ) -> tuple[float, float]:
     """Score a stream in rows [1, val_batch_tokens / 8]; return the mean loss in nats and the bits per byte.
 
@@ -59,6 +64,7 @@ def evaluate_packed(
         tokens: 1-D token ids of any integer dtype.
         byte_table: the table of the stream's tokenizer.
         progress: wraps the iterable of rows, as `pgolf.common.progress.progress` does; None shows nothing.
+        record: is called with every row and its losses, before the next row is scored.
 
     Raises ValueError if the stream has no targets, a row is shorter than a window, or `check_stream` refuses.
     """
@@ -72,7 +78,7 @@ def evaluate_packed(
     spans = _row_spans(tokens.numel() - 1, width, config, rank, world_size)
     width = min(width, tokens.numel() - 1)  # a split shorter than a row needs no padding
     rows = (_packed_row(tokens, start, stop, width, config.eval_seq_len) for start, stop in spans)
-    return _score(model, config, rows, len(spans), byte_table, world_size, progress)
+    return _score(model, config, rows, len(spans), byte_table, world_size, progress, record)
 
 
 @torch.no_grad()
@@ -85,6 +91,7 @@ def evaluate_sliding(
     rank: int = 0,
     world_size: int = 1,
     progress: Progress | None = None,
+    record: Record | None = None,
 ) -> tuple[float, float]:
     """Score with windows of eval_seq_len tokens that move by eval_stride; return loss and bits per byte.
 
@@ -105,7 +112,7 @@ def evaluate_sliding(
     size = max(1, config.val_batch_tokens // PUBLIC_RANKS // config.eval_seq_len)
     mine = range(rank * size, windows.shape[1], size * world_size)
     batches = (_sliding_batch(tokens, windows[:, low : low + size], config.eval_seq_len) for low in mine)
-    return _score(model, config, batches, len(mine), byte_table, world_size, progress)
+    return _score(model, config, batches, len(mine), byte_table, world_size, progress, record)
 
 
 def _deal(items: Sequence[tuple[int, int]], rank: int, world_size: int) -> Sequence[tuple[int, int]]:
@@ -137,7 +144,8 @@ def _packed_row(tokens: Tensor, start: int, stop: int, width: int, max_segment: 
     inputs, targets = _padded(span[:-1], width), _padded(span[1:], width)
     counted = torch.arange(width) < stop - start
     boundaries = segment_boundaries(inputs, max_segment, pad_multiple=SEGMENT_ENTRIES)
-    return Row(inputs[None], targets[None], counted[None], boundaries)
+    places = torch.arange(start, start + width)
+    return Row(inputs[None], targets[None], counted[None], boundaries, places[None])
 
 
 def _sliding_windows(tokens: Tensor, window: int, stride: int) -> Tensor:
@@ -161,8 +169,10 @@ def _sliding_batch(tokens: Tensor, windows: Tensor, longest: int) -> Row:
     start, length, context = windows[:, :, None]
     width = min(-(-int(length.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, longest)
     position = torch.arange(width)
-    span = tokens[(start + torch.arange(width + 1)).clamp(max=tokens.numel() - 1)].long()
-    return Row(span[:, :-1], span[:, 1:], (position >= context) & (position < length), None)
+    places = start + torch.arange(width + 1)
+    span = tokens[places.clamp(max=tokens.numel() - 1)].long()
+    counted = (position >= context) & (position < length)
+    return Row(span[:, :-1], span[:, 1:], counted, None, places[:, :-1])
 
 
 def _score(
@@ -173,6 +183,7 @@ def _score(
     byte_table: ByteTable,
     world_size: int,
     progress: Progress | None,
+    record: Record | None,
 ) -> tuple[float, float]:
     device = model.qo_bank.device
     byte_table = byte_table.to(device)
@@ -188,6 +199,8 @@ def _score(
             sums[0] += (losses.double() * counted).sum()
             sums[1] += (byte_table.count(inputs, targets) * counted).sum()
             sums[2] += counted.sum()
+            if record is not None:
+                record(row, losses)
     if world_size > 1:
         dist.all_reduce(sums)
     nats, total_bytes, targets_scored = sums.tolist()

@@ -22,6 +22,23 @@ EXCLUDED = {
     "data/commands.py": "the commands for all of that",
     "artifact/inspection.py": "shows what is in an artifact",
     "artifact/convert.py": "writes artifacts in other formats",
+    **{
+        f"audit/{name}.py": "audits a run from outside"
+        for name in (
+            "__init__",
+            "checks",
+            "data",
+            "ledger",
+            "ours",
+            "program",
+            "protocol",
+            "reader",
+            "replay",
+            "run",
+            "sample",
+            "watch",
+        )
+    },
     "report/page.py": "writes the report's page; the program prints the table of results",
     "report/plots.py": "draws the report's plots",
     "report/seeds.py": "writes the texts of a submission",

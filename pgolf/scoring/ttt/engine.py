@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -54,6 +54,8 @@ def test_time_training(
     rank: int = 0,
     world_size: int = 1,
     progress: Progress | None = None,
+    scorer: Callable[..., ChunkScorer] = ChunkScorer,
+    ledger: Callable[..., ScoredLedger] = ScoredLedger,
 ) -> TTTResult:
     """Score a stream of documents with adapters that learn from each document and a base that learns from all.
 
@@ -65,6 +67,7 @@ def test_time_training(
         adapter_init: adapter_init(rank, in_features) returns the start of each adapter's A; None draws it by the seed.
         rank, world_size: this process, and the processes that share the work; their other arguments must be the same.
         progress: wraps the iterable of steps, as `pgolf.common.progress.progress` does; None shows nothing.
+        scorer, ledger: make the `ChunkScorer` and the `ScoredLedger`; subclasses record what they are told.
 
     The losses depend on the number of processes only by the order in which the base's gradients are summed. Sums of
     losses are float64. Raises ValueError if the stream does not begin with BOS or settings are inconsistent.
@@ -74,7 +77,7 @@ def test_time_training(
     if int(tokens[0]) != BOS_ID:
         raise ValueError(f"the stream must begin with a document's BOS ({BOS_ID}), and begins with {int(tokens[0])}")
     with evaluation_mode(model, looping=config.num_loops > 0), _weights_restored(model), torch.enable_grad():
-        run = _Run(model, config, tokens, adapter_init, rank, world_size)
+        run = _Run(model, config, tokens, adapter_init, rank, world_size, scorer, ledger)
         steps: Iterable[None] = run.steps()
         if progress is not None:
             steps = progress(steps, total=run.count_steps(), description="test-time training", unit="chunks")
@@ -129,17 +132,19 @@ class _Run:
         adapter_init: AdapterInit | None,
         rank: int,
         world_size: int,
+        scorer: Callable[..., ChunkScorer],
+        ledger: Callable[..., ScoredLedger],
     ) -> None:
         self.began = time.perf_counter()
         self.model, self.config, self.rank, self.world_size = model, config, rank, world_size
         self.device = model.qo_bank.device
         # Compile and capture before anything depends on the stream's tokens.
         self.bank = AdapterBank(model, config, config.ttt_batch_size, adapter_init)
-        self.scorer = ChunkScorer(model, config, self.bank, stream.numpy())
+        self.scorer = scorer(model, config, self.bank, stream.numpy())
         self.stream = stream
         self.starts, self.lengths = find_documents(stream)
         self.predictions = self.lengths - 1
-        self.ledger = ScoredLedger(self.predictions)
+        self.ledger = ledger(self.predictions)
         self.token_nats = torch.zeros(stream.numel(), device=self.device)  # the last place is for padding rows
         self.phases = plan.plan_phases(self.predictions, config)
         self.phase_log: list[dict[str, Any]] = []
@@ -156,7 +161,7 @@ class _Run:
                 for batch in lane:
                     yield from self._score_batch(batch)
             self.ledger.merge(self.world_size, self.device)
-            self.ledger.train(phase.trained, self.predictions[phase.trained])
+            self.ledger.train_base(phase.trained)
             sgd_steps = self._sgd_schedule(phase)
             if sgd_steps:
                 text = self._joined(phase.trained)

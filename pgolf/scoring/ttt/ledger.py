@@ -28,6 +28,10 @@ class ScoredLedger:
         if (self.scored[documents] < last).any():
             raise RuntimeError("test-time training would learn from a target that is not scored yet")
 
+    def train_base(self, documents: np.ndarray) -> None:
+        """Check that the base may be trained on the documents. Raises RuntimeError unless all targets are scored."""
+        self.train(documents, self.predictions[documents])
+
     def merge(self, world_size: int, device: torch.device) -> None:
         """Add what the other ranks have scored; waits for them."""
         if world_size > 1:

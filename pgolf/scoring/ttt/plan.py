@@ -22,8 +22,8 @@ UPDATE_TOKENS = 5000  # an update of a batch's adapters takes as long as about 5
 class Batch(NamedTuple):
     """Documents that are scored at the same time."""
 
-    number: int  # 0 has the shortest documents
-    documents: np.ndarray  # indices, shortest first
+    number: int  # 0 is scored last
+    documents: np.ndarray  # indices, shortest or latest first
 
 
 class Phase(NamedTuple):
@@ -52,13 +52,16 @@ class SgdStep(NamedTuple):
 def plan_phases(predictions: np.ndarray, config: RunConfig) -> list[Phase]:
     """Return the phases, from the number of targets of each document.
 
-    Documents sorted by (length, index) are cut into batches of ttt_batch_size, and the longest are scored first.
+    Documents sorted by (length, index) are cut into batches of ttt_batch_size, and the longest are scored first. With
+    ttt_order=stream they are not sorted, and a document is scored before anything is learned from a later one.
     Phase k of phased_ttt_num_phases ends after the batch with which at least n_k = ⌊prefix k / phases⌋ documents are
     scored, where prefix is phased_ttt_prefix_docs or the number of documents. The base is then trained on n_k of them:
     by phased_ttt_documents the shortest (the public rule), the longest, or the first of the stream. Later batches are a
     last phase without training. A training after the last batch is left out.
     """
-    order = np.argsort(predictions, kind="stable")
+    order = np.arange(predictions.size)[::-1]
+    if config.ttt_order == "length":
+        order = np.argsort(predictions, kind="stable")
     size = config.ttt_batch_size
     batches = [Batch(i, order[low : low + size]) for i, low in enumerate(range(0, order.size, size))]
     batches = [batches[number] for number in reversed(_selected_batches(config.ttt_eval_batches, len(batches)))]
@@ -70,7 +73,9 @@ def plan_phases(predictions: np.ndarray, config: RunConfig) -> list[Phase]:
     for position, batch in enumerate(batches[:-1]):
         scored += batch.documents.size
         if boundaries and scored >= boundaries[0]:
-            chosen = _training_documents(batches[: position + 1], boundaries.pop(0), config.phased_ttt_documents)
+            chosen = _training_documents(
+                batches[: position + 1], predictions, boundaries.pop(0), config.phased_ttt_documents
+            )
             phases.append(Phase(batches[first : position + 1], chosen))
             first = position + 1
     return [*phases, Phase(batches[first:], order[:0])]
@@ -89,10 +94,11 @@ def _selected_batches(setting: str, count: int) -> list[int]:
     return numbers
 
 
-def _training_documents(batches: list[Batch], count: int, choice: str) -> np.ndarray:
+def _training_documents(batches: list[Batch], predictions: np.ndarray, count: int, choice: str) -> np.ndarray:
     """Return ``count`` of the scored documents, in the order in which they are joined."""
-    by_length = np.concatenate([batch.documents for batch in reversed(batches)])  # shortest first
-    ordered = {"shortest": by_length, "longest": by_length[::-1], "stream": np.sort(by_length)}[choice]
+    scored = np.sort(np.concatenate([batch.documents for batch in batches]))
+    by_length = scored[np.argsort(predictions[scored], kind="stable")]
+    ordered = {"shortest": by_length, "longest": by_length[::-1], "stream": scored}[choice]
     return ordered[:count]
 
 

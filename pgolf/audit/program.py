@@ -1,0 +1,182 @@
+"""The conditions of what is shipped: its bytes, and that the program scores alone in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pgolf.audit import watch
+from pgolf.audit.checks import FAILED, NOT_CHECKED, PASSED, Finding
+from pgolf.common.progress import format_duration
+
+SHOWN = 4  # of the files, processes and connections that a program should not have
+CAP_BYTES = 16_000_000
+LIMIT_SECONDS = 600.0  # of training, and of evaluation, on 8 H100s
+SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/opt")
+# What compiling kernels and describing a machine start: part of the machine, not of a submission.
+TOOLS = {
+    "gcc",
+    "cc",
+    "clang",
+    "ptxas",
+    "cuobjdump",
+    "nvdisasm",
+    "ldconfig",
+    "ld",
+    "lscpu",
+    "nvidia-smi",
+    "git",
+    "uname",
+}
+KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS", "LANG")
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
+
+
+class Contained(NamedTuple):
+    """What a program did that ran alone in a folder."""
+
+    status: int
+    errors: str  # the end of what it wrote to stderr
+    opened: list[str]  # in the folder, other than in its home and temporary directory
+    files: list[str]  # outside the folder, the machine and Python
+    processes: list[str]  # other than Python and TOOLS
+    connections: list[str]
+    network: bool  # whether it could have reached a network
+    seconds: float  # from the start of its process
+
+
+def sizes(files: Collection[Path], cap: int = CAP_BYTES) -> Finding:
+    """Sum the bytes of the shipped files as they lie on the disk, and hold them against the cap."""
+    found = {path.name: path.stat().st_size for path in files}
+    total = sum(found.values())
+    parts = ", ".join(f"{name} {size:,}" for name, size in found.items())
+    verdict = PASSED if total <= cap else FAILED
+    return Finding("sizes", "budget", "shipped files", verdict, f"{total:,} of {cap:,} bytes: {parts}")
+
+
+def run_contained(program: Path, arguments: Sequence[str], folder: Path) -> Contained:
+    """Run a Python program in ``folder``, without this package, and where Linux allows it without any network.
+
+    The program's home and temporary directory are in the folder.
+    """
+    log = folder / ".watched"
+    for name in ("home", "tmp"):
+        (folder / name).mkdir(exist_ok=True)
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
+    prefix = NAMESPACE if _namespaces() else []
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [*prefix, sys.executable, watch.__file__, str(log), str(program), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.perf_counter() - begun
+    events = {"open": set[str](), "process": set[str](), "connection": set[str]()}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        kind, detail = json.loads(line)
+        events[kind].add(detail)
+    root = str(folder.resolve())
+    scratch = {str(Path(root, name)) for name in ("home", "tmp")}
+    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *_site_packages()}
+    inside = (root, *SYSTEM, *python, watch.__file__)
+    return Contained(
+        done.returncode,
+        done.stderr[-2000:].strip(),
+        sorted(
+            os.path.relpath(path, root) for path in events["open"] if _below(path, [root]) and not _below(path, scratch)
+        ),
+        sorted(path for path in events["open"] if not _below(path, inside)),
+        sorted(
+            name for name in events["process"] if Path(name.split()[0]).name not in TOOLS and not _below(name, python)
+        ),
+        sorted(events["connection"]),
+        not prefix,
+        seconds,
+    )
+
+
+def contained(run: Contained, subject: str = "the program") -> list[Finding]:
+    """Judge a run: the program scores alone, opens nothing from outside, starts nothing and connects to nothing."""
+
+    def finding(check: str, verdict: str, evidence: str) -> Finding:
+        return Finding(check, "self-containment", subject, verdict, evidence)
+
+    took = format_duration(run.seconds)
+    findings = [finding("runs alone", PASSED, f"scores in an empty folder, {took} from the start of its process")]
+    if run.status:
+        last = run.errors.splitlines()[-1] if run.errors else "it says nothing"
+        findings = [finding("runs alone", FAILED, f"ends with status {run.status}: {last}")]
+    own = ", ".join(run.opened)
+    for check, found, what in (
+        (
+            "files",
+            run.files,
+            f"opens {own}, and otherwise only Python and the machine's libraries (as Python announces)",
+        ),
+        ("processes", run.processes, "starts no program but compilers"),
+    ):
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        findings.append(finding(check, FAILED if found else PASSED, ", ".join(found[:SHOWN]) + more if found else what))
+    if run.connections:
+        findings.append(finding("network", FAILED, f"connects to {', '.join(run.connections[:SHOWN])}"))
+    elif run.network:
+        evidence = "it announces no connection, but namespaces are not allowed here, so that it had the network"
+        findings.append(finding("network", NOT_CHECKED, evidence))
+    else:
+        findings.append(finding("network", PASSED, "runs in a namespace without a network"))
+    return findings
+
+
+def wall_time(summary: Mapping[str, Any], environment: Mapping[str, Any]) -> Finding:
+    """Hold what counts of a run's time against the two limits, if it ran on 8 H100s.
+
+    Of training the clock counts, and all reading of training data after it, for calibration and sensitivities; of
+    evaluation the stage that scores, from its start, with what it compiles. Rounding, packing and diagnostic
+    evaluations do not count.
+
+    Args:
+        summary, environment: of the run's folder.
+    """
+    train, quantize, ttt = (summary.get(stage, {}) for stage in ("train", "quantize", "ttt"))
+    training = [train.get("clock_seconds"), quantize.get("hessian_seconds"), quantize.get("sensitivity_seconds", 0.0)]
+    stages = ((name, summary.get(name, {}).get("seconds")) for name in ("train", "quantize", "eval", "ttt"))
+    whole = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in stages if seconds is not None)
+
+    def finding(verdict: str, evidence: str) -> Finding:
+        return Finding("wall time", "budget", "the run", verdict, f"{evidence}; whole stages: {whole}")
+
+    if None in training or "seconds" not in ttt:
+        return finding(NOT_CHECKED, "training, quantisation and test-time training have not all run")
+    counted = {"training with all reading of training data": sum(training), "test-time training": ttt["seconds"]}
+    listed = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in counted.items())
+    evidence = f"against {LIMIT_SECONDS:.0f} s each count {listed}"
+    chip, devices = environment.get("chip"), environment.get("devices")
+    if "H100" not in str(chip) or devices != 8:
+        return finding(NOT_CHECKED, f"the limits are for 8 H100s, and this ran on {devices} × {chip}; {evidence}")
+    return finding(PASSED if max(counted.values()) <= LIMIT_SECONDS else FAILED, evidence)
+
+
+def _namespaces() -> bool:
+    """Return whether this user may start a process in a namespace without a network."""
+    if shutil.which(NAMESPACE[0]) is None:
+        return False
+    return subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
+
+
+def _site_packages() -> list[str]:
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+
+
+def _below(path: str, folders: Collection[str]) -> bool:
+    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)

@@ -1,0 +1,267 @@
+"""The audit of a run's folder: its data, its stages, and the program that it ships."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pgolf.artifact.weights import load_artifact
+from pgolf.audit.checks import FAILED, NOT_CHECKED, NOTED, PASSED, Finding, check_scorer
+from pgolf.audit.data import complete, denominators, disjoint, stated_counts
+from pgolf.audit.ours import EvaluationScorer, TrainingForward, TTTScorer
+from pgolf.audit.program import contained, run_contained, sizes, wall_time
+from pgolf.audit.protocol import Documents
+from pgolf.audit.replay import Examined
+from pgolf.audit.sample import sample
+from pgolf.common.files import read_json, write_aside
+from pgolf.common.folder import RunFolder, RunFolderError
+from pgolf.common.progress import format_duration, format_table, progress
+from pgolf.common.runtime import World, describe_environment
+from pgolf.config import RunConfig
+from pgolf.data.bpb import ByteTable
+from pgolf.data.manifest import check_unchanged, recorded_dataset, sha256_of
+from pgolf.data.shards import ShardError, dataset_dir, read_shard, shard_files, tokenizer_path, write_shard
+from pgolf.data.tokenizer import load_tokenizer
+from pgolf.data.validation import validation_data
+from pgolf.model.build import model_with
+from pgolf.model.gpt import GPT
+from pgolf.report.page import html_page, html_section, html_table
+from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
+
+COMPARED_TOKENS = 20_000_000  # of the training data, without --full
+RECORD_CHECKS = ("ledger", "once each", "reported score")  # those that need no replay
+EVIDENCE_WIDTH = 72  # characters
+REPRODUCED = 1e-6, 1e-4  # relative; a score of one process again on such a device, and that of several
+
+
+class _Stages(NamedTuple):
+    """The scorers of a run with some settings, those that are only compared with them, and the loss of training."""
+
+    scores: dict[str, EvaluationScorer | TTTScorer]
+    in_stream_order: TTTScorer | None
+    training: list[TrainingForward]
+
+
+def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = False) -> list[Finding]:
+    """Audit a run; write audit.json, audit.html and the ledgers into its folder, and return the findings.
+
+    Args:
+        full: also score the whole split, with a ledger, and compare all training documents.
+
+    An artifact with the settings in a config.json is enough; what else a run has and this one lacks is not checked.
+    Raises FileError if the artifact or the data are missing, or the data are not those that the run checked, and
+    ValueError for several processes.
+    """
+    if world.size > 1:
+        raise ValueError("the audit runs in one process: start it without torchrun")
+    begun = time.perf_counter()
+    artifact = folder.need(folder.artifact(config), "quantize")
+    if checked := folder.checked_files():
+        check_unchanged(config.data_dir, config.vocab_size, checked, splits=("val",))
+    tokens, table = validation_data(config)
+    tokenizer = load_tokenizer(tokenizer_path(config.data_dir, config.vocab_size), config.vocab_size)
+    documents = Documents(tokens.numpy().astype(np.int64), tokenizer.decode)
+    few, settings = sample(documents, config)
+    model = model_with(config, world, load_artifact(config, folder, world))
+
+    findings = _data(documents, folder, config, table, full)
+    stages, examined = _stages(model, settings, table), {}
+    for name, scorer in stages.scores.items():
+        world.log(f"{scorer.name}: {few.starts.size} documents, {few.stream.size:,} tokens")
+        found, examined[name] = check_scorer(scorer, few)
+        findings += found
+        examined[name].first[0].write(folder.path / f"ledger-{name}.jsonl.gz")
+    if stages.in_stream_order is not None:
+        findings.append(_stream_order(stages.in_stream_order, examined["ttt"]))
+    for forward in stages.training:
+        findings += check_scorer(forward, few, ("isolation",))[0]
+    findings += _whole_split(model, config, table, documents, folder, world) if full else [_not_reproduced()]
+    if folder.program.exists():
+        findings.append(sizes([artifact, folder.program]))
+        findings += _program(folder, config, settings, few, examined.get("ttt"))
+    else:
+        checks = {"sizes": "budget", "runs alone": "self-containment"}
+        why = f"there is no program {folder.program}"
+        findings += [Finding(check, what, "the program", NOT_CHECKED, why) for check, what in checks.items()]
+    environment = read_json(folder.environment) if folder.environment.exists() else {}
+    findings.append(wall_time(folder.summary(), environment))
+    _write(folder, findings, few, full, time.perf_counter() - begun)
+    return findings
+
+
+def _stages(model: GPT, config: RunConfig, table: ByteTable) -> _Stages:
+    scores: dict[str, EvaluationScorer | TTTScorer] = {}
+    in_stream_order = None
+    scores["eval"] = EvaluationScorer("evaluation", evaluate_packed, model, config, table)
+    if config.sliding_window_enabled:
+        scores["sliding"] = EvaluationScorer("sliding window", evaluate_sliding, model, config, table)
+    if config.ttt_enabled:
+        scores["ttt"] = TTTScorer("test-time training", model, config, table)
+        if config.ttt_order != "stream":
+            ordered = config.replace(ttt_order="stream")
+            in_stream_order = TTTScorer("test-time training", model, ordered, table)
+    loops = (False, True) if config.num_loops else (False,)
+    return _Stages(scores, in_stream_order, [TrainingForward(model, config, looping) for looping in loops])
+
+
+def _data(documents: Documents, folder: RunFolder, config: RunConfig, table: ByteTable, full: bool) -> list[Finding]:
+    entry = recorded_dataset(config.data_dir, config.vocab_size)
+    stream = torch.from_numpy(documents.stream)
+    counted = int(table.count(stream[:-1], stream[1:]).sum())
+    findings = [
+        complete(documents, stated_counts(entry), "repository" in entry),
+        denominators(documents, counted, _reported(folder)),
+    ]
+    try:
+        files = shard_files(config.data_dir, config.vocab_size, "train")
+    except ShardError as absent:
+        return [*findings, Finding("disjoint", "data", "training and validation", NOT_CHECKED, str(absent))]
+    tokens = sum(read_shard(file).size for file in files)
+    shards = (read_shard(file) for file in files)
+    return [*findings, disjoint(documents, shards, tokens, None if full else COMPARED_TOKENS)]
+
+
+def _reported(folder: RunFolder) -> dict[str, tuple[float, float]]:
+    """Return loss and bits per byte of every score in the run's summary."""
+    summary = folder.summary()
+    evaluation = summary.get("eval", {})
+    blocks = {"before": evaluation.get("before"), "eval": evaluation.get("quantized")}
+    blocks |= {"sliding": evaluation.get("sliding"), "ttt": summary.get("ttt")}
+    try:
+        return {name: (float(b["loss"]), float(b["bits_per_byte"])) for name, b in blocks.items() if b is not None}
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{folder.summary_file} is damaged: a score lacks a number ({error!r})") from error
+
+
+def _stream_order(scorer: TTTScorer, by_length: Examined) -> Finding:
+    """Score in the order of the stream, check that no later document matters there, and put the scores side by side."""
+    ordered = Examined(scorer, by_length.documents)
+    place = ordered.one_of_each(0)[ordered.documents.starts.size // 2]
+    places = np.arange(ordered.documents.stream.size)
+    compared = ordered.compare(places >= place, places <= place, learning=False)
+    scores = f"{ordered.first[1]:.6f} bits per byte in the stream's order, {by_length.first[1]:.6f} in the order used"
+    if compared.difference:
+        return Finding("stream order", "C1 causality", scorer.name, FAILED, f"{scores}; {compared.difference}")
+    evidence = f"{scores}, in which documents wait for later ones, as in every accepted record of phased training; "
+    evidence += f"in the stream's order {compared.losses:,} losses before a change stay equal to the bit"
+    return Finding("stream order", "C1 causality", scorer.name, NOTED, evidence)
+
+
+def _whole_split(
+    model: GPT, config: RunConfig, table: ByteTable, documents: Documents, folder: RunFolder, world: World
+) -> list[Finding]:
+    """Score the whole split with the run's settings, and compare the scores with the run's."""
+    findings = []
+    run, reported = folder.summary().get("run", {}), _reported(folder)
+    chip = describe_environment(world)["chip"]
+    for name, scorer in _stages(model, config, table).scores.items():
+        world.log(f"{scorer.name}: the whole split")
+        scorer.name += ", whole split"
+        scorer.progress = progress
+        found, examined = check_scorer(scorer, documents, RECORD_CHECKS)
+        examined.first[0].write(folder.path / f"ledger-{name}.jsonl.gz")
+        now = examined.first[1]
+        verdict, evidence = NOT_CHECKED, f"{now:.8f} bits per byte; the run has no result of this stage"
+        if name in reported:
+            was = reported[name][1]
+            evidence = f"{now:.8f} bits per byte, and the run reports {was:.8f}"
+            if run.get("device") != chip:
+                evidence += f", on {run.get('device')}, which rounds in other ways than {chip}"
+            else:
+                bound = REPRODUCED[run.get("world_size") != 1] * was
+                verdict = PASSED if abs(now - was) <= bound else FAILED
+        findings += [*found, Finding("reproduced", "C4 once each", scorer.name, verdict, evidence)]
+    return findings
+
+
+def _not_reproduced() -> Finding:
+    return Finding(
+        "reproduced",
+        "C4 once each",
+        "the run's scores",
+        NOT_CHECKED,
+        "a sample was scored; --full scores the whole split",
+    )
+
+
+def _program(
+    folder: RunFolder, config: RunConfig, settings: RunConfig, documents: Documents, scored: Examined | None
+) -> list[Finding]:
+    """Run the shipped program on the sample, in a folder that has nothing else, and compare its score."""
+    if scored is None:
+        why = "the program's stage eval also scores ema.pt, which is not shipped, and ttt is off"
+        return [Finding("runs alone", "self-containment", "the program", NOT_CHECKED, why)]
+    with tempfile.TemporaryDirectory(prefix="pgolf-audit-") as name:
+        alone = Path(name)
+        program = Path(shutil.copy(folder.program, alone))
+        run = RunFolder(alone / "run")
+        own = settings.replace(data_dir="data", artifact_dir="")
+        run.create(own, {})
+        shutil.copy(folder.artifact(config), run.artifact(own))
+        tokenizer = tokenizer_path(alone / "data", config.vocab_size)
+        shard = dataset_dir(alone / "data", config.vocab_size) / "fineweb_val_000000.bin"
+        tokenizer.parent.mkdir(parents=True)
+        shard.parent.mkdir(parents=True)
+        shutil.copy(tokenizer_path(config.data_dir, config.vocab_size), tokenizer)
+        write_shard(shard, documents.stream)
+        stats = {path: path.stat() for path in (tokenizer, shard)}
+        files = {
+            path.name: {"sha256": sha256_of(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            for path, stat in stats.items()
+        }
+        run.record("data", {"files": files})
+        # Settings in the program come before the folder's, and those of the command line before both.
+        changed = [name for name in vars(settings) if getattr(settings, name) != getattr(config, name)]
+        pairs = [f"{name}={getattr(settings, name)}" for name in changed] + ["data_dir=data"]
+        arguments = ["ttt", "--run-dir", "run", *(part for pair in pairs for part in ("--set", pair))]
+        done = run_contained(program, arguments, alone)
+        findings = contained(done)
+        if done.status:
+            return findings
+        bits, expected = run.summary()["ttt"]["bits_per_byte"], scored.first[1]
+    verdict = PASSED if abs(bits - expected) <= REPRODUCED[0] * expected else FAILED
+    evidence = f"{bits:.8f} bits per byte of the sample, and the package's stage {expected:.8f}"
+    return [*findings, Finding("same score", "self-containment", "the program", verdict, evidence)]
+
+
+def _write(folder: RunFolder, findings: list[Finding], few: Documents, full: bool, seconds: float) -> None:
+    scope = f"{few.starts.size} documents with {few.stream.size:,} tokens{', and the whole split' if full else ''}"
+    content: dict[str, Any] = {
+        "verdict": verdict(findings),
+        "seconds": round(seconds, 1),
+        "documents": scope,
+        "findings": [finding._asdict() for finding in findings],
+    }
+    write_aside(folder.path / "audit.json", json.dumps(content, indent=1) + "\n")
+    name = folder.path.resolve().name
+    rows = [(f.verdict, f.condition, f.check, f.subject, f.evidence) for f in findings]
+    table = html_table(["Verdict", "Condition", "Check", "Of", "Evidence"], rows)
+    about = f"{verdict(findings)} · {scope} · {format_duration(seconds)}"
+    page = html_page(f"audit {name}", f"Audit of {name}", about, [html_section("Findings", table)])
+    write_aside(folder.path / "audit.html", page)
+
+
+def findings_table(findings: list[Finding]) -> str:
+    """Format findings as aligned text, with the evidence in lines of EVIDENCE_WIDTH."""
+    rows: list[tuple[str, ...]] = []
+    for f in findings:
+        first, *others = textwrap.wrap(f.evidence, EVIDENCE_WIDTH)
+        rows.append((f.verdict, f.condition, f.check, f.subject, first))
+        rows += [("", "", "", "", line) for line in others]
+    return format_table(rows, ("verdict", "condition", "check", "of", "evidence"))
+
+
+def verdict(findings: list[Finding]) -> str:
+    """Return how many findings there are of each verdict, in words."""
+    counts = {
+        kind: sum(finding.verdict == kind for finding in findings) for kind in (PASSED, FAILED, NOT_CHECKED, NOTED)
+    }
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)

@@ -1,0 +1,172 @@
+"""The audit: every planted violation is found by the right check and by no other, and what is honest passes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf.audit import reader
+from pgolf.audit.checks import CHECKS, FAILED, check_scorer, failed
+from pgolf.audit.ours import EvaluationScorer, TTTScorer
+from pgolf.audit.protocol import Documents
+from pgolf.audit.replay import Examined
+from pgolf.scoring.evaluate import evaluate_packed
+from pgolf.scoring.ttt.scorer import ChunkScorer
+from tests import audit_exam
+from tests.audit_exam import PLANTED, SUBMISSIONS, Honest, Planted, Submission
+from tests.test_docs import python_blocks
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "audit.md"
+
+
+def found(scorer: Honest, checks: tuple[str, ...] = tuple(CHECKS)) -> set[str]:
+    return {finding.check for finding in failed(check_scorer(scorer, audit_exam.documents(), checks)[0])}
+
+
+def test_the_honest_scorer_passes_everything() -> None:
+    findings, _ = check_scorer(Honest(), audit_exam.documents())
+    assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in CHECKS], findings
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.what)
+def test_what_is_planted_is_found(planted: Planted) -> None:
+    assert found(planted.scorer()) == planted.found_by
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_each_check_is_needed(check: str) -> None:
+    """Without it, a violation that it alone finds goes unnoticed."""
+    alone = [planted for planted in PLANTED if planted.found_by == {check}]
+    assert alone
+    others = tuple(name for name in CHECKS if name != check)
+    assert all(found(planted.scorer(), others) == set() for planted in alone)
+
+
+@pytest.mark.parametrize("planted", SUBMISSIONS, ids=lambda planted: planted.what)
+def test_what_is_planted_in_a_submission_is_found(planted: Submission, tmp_path: Path) -> None:
+    twins = []
+    for number in (0, 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        twins.append(planted.judge(folder, bool(number)))
+    assert failed(twins[0]) == []
+    assert {(finding.check, finding.condition) for finding in failed(twins[1])} == {
+        (planted.found_by, planted.condition)
+    }
+
+
+@pytest.mark.parametrize("kv_cache, checks", [(False, tuple(CHECKS)), (True, ("charged loss", "reported score"))])
+def test_test_time_training_passes(kv_cache: bool, checks: tuple[str, ...]) -> None:
+    """Also without the mask, whose leak is in packed rows only, with a cache, and where it learns from chunks twice."""
+    changed = dict(smear_gate_bos_mask=False, ttt_kv_cache=kv_cache, ttt_grad_steps=1 + kv_cache, ttt_lanes=2)
+    model, config, table, text = audit_exam.model_and_text(**changed)
+    findings, examined = check_scorer(TTTScorer("ttt", model, config, table), text, checks)
+    assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings
+    assert examined.reading.updates > 2 * config.phased_ttt_num_phases
+    assert examined.reading.states == 1 + config.ttt_batch_size
+
+
+def test_learning_before_the_score_shows_in_test_time_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of a step after its update are no entries of the distributions before it."""
+    compute = ChunkScorer._compute
+
+    def learns_first(scorer: ChunkScorer, *step: object) -> torch.Tensor:
+        compute(scorer, *step)
+        return compute(scorer, *step)
+
+    monkeypatch.setattr(ChunkScorer, "_compute", learns_first)
+    model, config, table, text = audit_exam.model_and_text(phased_ttt_enabled=False)
+    (finding,) = check_scorer(TTTScorer("ttt", model, config, table), text, ("charged loss",))[0]
+    assert finding.verdict == FAILED and "nats are charged, and the distribution says" in finding.evidence
+
+
+def test_in_the_stream_s_order_no_later_document_matters() -> None:
+    model, config, table, text = audit_exam.model_and_text()
+    differences = []
+    for order in ("stream", "length"):
+        examined = Examined(TTTScorer("ttt", model, config.replace(ttt_order=order), table), text)
+        places, middle = np.arange(text.stream.size), examined.one_of_each(0)[text.starts.size // 2]
+        differences.append(examined.compare(places >= middle, places <= middle, learning=False).difference)
+    assert differences[0] == "" and "moves" in differences[1]
+
+
+def test_the_public_evaluation_s_truncation_is_found() -> None:
+    model, config, table, text = audit_exam.model_and_text(eval_public_truncation=True, val_batch_tokens=8 * 144)
+    (finding,) = check_scorer(EvaluationScorer("", evaluate_packed, model, config, table), text, ("once each",))[0]
+    assert finding.verdict == FAILED and "targets are not scored" in finding.evidence
+
+
+def ledger(path: Path, *lines: dict) -> reader.Reading:
+    path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    return reader.read_ledger(path)
+
+
+HEAD = {"targets": 6, "documents": [0, 4]}  # documents of four targets and of two
+SCORES = [{"score": [1, 3], "states": {"a": "0"}}, {"score": [3, 7], "states": {"a": "1"}}]
+UPDATE = {"update": "a", "fingerprint": "1", "learned": [[1, 3]]}
+
+
+def test_the_reader_reads_what_is_right(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    found = ledger(tmp_path / "ledger", HEAD, SCORES[0], UPDATE, SCORES[1])
+    assert found == reader.Reading(2, 6, 1, 1, [], [])
+    assert reader.main([str(tmp_path / "ledger")]) == 0
+    assert capsys.readouterr().out.endswith("2 scores of 6 targets, 1 updates of 1 states\n")
+
+
+@pytest.mark.parametrize(
+    "lines, early, wrong",
+    [
+        ((SCORES[0], SCORES[1]), "line 3: a has changed without an update", ""),
+        ((UPDATE, {**SCORES[0], "states": {"a": "1"}}, SCORES[1]), "line 2: a learns from targets 1 to 3", ""),
+        ((SCORES[0], {**UPDATE, "learned": [[1, 4]]}, SCORES[1]), "line 3: a learns from targets 1 to 4", ""),
+        ((SCORES[0], UPDATE), "", "4 of 6 targets are not scored, the first at 3"),
+        ((SCORES[0], UPDATE, SCORES[1], {**SCORES[1], "score": [2, 3]}), "", "line 5: targets 2 to 3 are scored again"),
+        (({**SCORES[1], "states": {}}, {**SCORES[0], "states": {}}), "", "line 2: target 3 is not the next one"),
+    ],
+)
+def test_the_reader_finds_what_is_wrong(tmp_path: Path, lines: tuple, early: str, wrong: str) -> None:
+    path = tmp_path / "ledger"
+    found = ledger(path, HEAD, *lines)
+    for expected, shown in ((early, found.learned_too_early), (wrong, found.not_once)):
+        assert shown[0].startswith(expected) if expected else shown == []
+    assert reader.main([str(path)]) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", gzip.compress(b"", mtime=0), gzip.compress(b"{}\n", mtime=0)],
+    ids=["nothing", "text", "no lines", "an empty line"],
+)
+def test_the_reader_refuses_what_is_no_ledger(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ledger").write_bytes(content)
+    with pytest.raises(ValueError, match="is no ledger"):
+        reader.read_ledger(tmp_path / "ledger")
+
+
+@pytest.mark.parametrize("name", ["reader", "watch"])
+def test_what_reads_and_watches_shares_no_code(name: str) -> None:
+    source = (ROOT / "pgolf" / "audit" / f"{name}.py").read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(from|import) (pgolf|numpy|torch)", source, re.MULTILINE)
+
+
+def test_the_document_s_example_passes() -> None:
+    space: dict = {}
+    exec(compile(python_blocks(DOCUMENT), "docs/audit.md", "exec"), space)
+    assert failed(space["findings"]) == [] and len(space["findings"]) == len(CHECKS)
+
+
+def test_the_document_has_every_planted_violation() -> None:
+    assert audit_exam.table() in DOCUMENT.read_text(encoding="utf-8")
+    assert len(PLANTED) + len(SUBMISSIONS) >= 14
+
+
+def test_documents_must_begin_with_bos() -> None:
+    with pytest.raises(ValueError, match="begins with BOS"):
+        Documents(np.array([5, 1, 7]), str)
