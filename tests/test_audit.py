@@ -13,10 +13,14 @@ import torch
 
 from pgolf.audit import reader
 from pgolf.audit.checks import CHECKS, FAILED, check_scorer, failed
-from pgolf.audit.ours import EvaluationScorer, TTTScorer
+from pgolf.audit.ours import EvaluationScorer, TrainingForward, TTTScorer
 from pgolf.audit.protocol import Documents
 from pgolf.audit.replay import Examined
-from pgolf.scoring.evaluate import evaluate_packed
+from pgolf.audit.run import audit_run
+from pgolf.common.folder import RunFolder
+from pgolf.common.runtime import World
+from pgolf.config import RunConfig
+from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
 from pgolf.scoring.ttt.scorer import ChunkScorer
 from tests import audit_exam
 from tests.audit_exam import PLANTED, SUBMISSIONS, Honest, Planted, Submission
@@ -71,6 +75,13 @@ def test_test_time_training_passes(kv_cache: bool, checks: tuple[str, ...]) -> N
     assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings
     assert examined.reading.updates > 2 * config.phased_ttt_num_phases
     assert examined.reading.states == 1 + config.ttt_batch_size
+
+
+def test_windows_that_slide_pass() -> None:
+    model, config, table, text = audit_exam.model_and_text(eval_seq_len=24, eval_stride=5)
+    findings, examined = check_scorer(EvaluationScorer("sliding", evaluate_sliding, model, config, table), text)
+    assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in CHECKS], findings
+    assert examined.reading.scores > text.starts.size
 
 
 def test_learning_before_the_score_shows_in_test_time_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +181,24 @@ def test_the_document_has_every_planted_violation() -> None:
 def test_documents_must_begin_with_bos() -> None:
     with pytest.raises(ValueError, match="begins with BOS"):
         Documents(np.array([5, 1, 7]), str)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_kernels_are_causal_and_isolated_to_the_bit_on_cuda(kv_cache: bool) -> None:
+    model, config, table, text = audit_exam.model_and_text(ttt_kv_cache=kv_cache)
+    model = model.cuda()
+    scorers = [
+        EvaluationScorer("evaluation", evaluate_packed, model, config, table),
+        TTTScorer("test-time training", model, config, table),
+        TrainingForward(model, config, looping=True),
+    ]
+    for scorer in scorers:
+        checks = ("causality", "isolation") if isinstance(scorer, TrainingForward) else tuple(CHECKS)
+        findings = check_scorer(scorer, text, checks)[0]
+        assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings
+
+
+def test_an_audit_runs_in_one_process(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="start it without torchrun"):
+        audit_run(RunFolder(tmp_path), RunConfig.preset("demo"), World(0, 2, torch.device("cpu")))

@@ -244,7 +244,7 @@ def test_an_error_in_a_later_shard_leaves_a_checkpoint(
 def test_a_defect_in_the_reading_thread_is_shown_as_one(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgolf.data.loader._packed", lambda *_: 1 / 0)
+    monkeypatch.setattr("pgolf.data.loader.packed", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trained(config, tmp_path)
 

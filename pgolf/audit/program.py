@@ -20,22 +20,10 @@ from pgolf.common.progress import format_duration
 SHOWN = 4  # of the files, processes and connections that a program should not have
 CAP_BYTES = 16_000_000
 LIMIT_SECONDS = 600.0  # of training, and of evaluation, on 8 H100s
-SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/opt")
+SYSTEM = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin")
 # What compiling kernels and describing a machine start: part of the machine, not of a submission.
-TOOLS = {
-    "gcc",
-    "cc",
-    "clang",
-    "ptxas",
-    "cuobjdump",
-    "nvdisasm",
-    "ldconfig",
-    "ld",
-    "lscpu",
-    "nvidia-smi",
-    "git",
-    "uname",
-}
+COMPILERS = {"gcc", "g++", "cc", "c++", "clang", "ld", "objdump", "ptxas", "cuobjdump", "nvdisasm"}
+TOOLS = COMPILERS | {"ldconfig", "lscpu", "nvidia-smi", "git", "uname"}
 KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS", "LANG")
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
 
@@ -45,7 +33,7 @@ class Contained(NamedTuple):
 
     status: int
     errors: str  # the end of what it wrote to stderr
-    opened: list[str]  # in the folder, other than in its home and temporary directory
+    read: list[str]  # of the files that were in the folder before
     files: list[str]  # outside the folder, the machine and Python
     processes: list[str]  # other than Python and TOOLS
     connections: list[str]
@@ -70,6 +58,7 @@ def run_contained(program: Path, arguments: Sequence[str], folder: Path) -> Cont
     log = folder / ".watched"
     for name in ("home", "tmp"):
         (folder / name).mkdir(exist_ok=True)
+    given = {str(path.resolve()) for path in folder.rglob("*")}
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     environment |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
     prefix = NAMESPACE if _namespaces() else []
@@ -86,20 +75,20 @@ def run_contained(program: Path, arguments: Sequence[str], folder: Path) -> Cont
     for line in log.read_text().splitlines() if log.exists() else ():
         kind, detail = json.loads(line)
         events[kind].add(detail)
-    root = str(folder.resolve())
-    scratch = {str(Path(root, name)) for name in ("home", "tmp")}
+    root, package = str(folder.resolve()), str(Path(watch.__file__).parents[1])
     python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *_site_packages()}
-    inside = (root, *SYSTEM, *python, watch.__file__)
+    opened = {path for path in events["open"] if path != watch.__file__}
+    # The installed package is among Python's, and must not help the program.
+    foreign = {path for path in opened if _below(path, [package]) or not _below(path, (root, *SYSTEM, *python))}
+    started = {
+        name for name in events["process"] if not _below(name, python) and Path(name.split()[0]).name not in TOOLS
+    }
     return Contained(
         done.returncode,
         done.stderr[-2000:].strip(),
-        sorted(
-            os.path.relpath(path, root) for path in events["open"] if _below(path, [root]) and not _below(path, scratch)
-        ),
-        sorted(path for path in events["open"] if not _below(path, inside)),
-        sorted(
-            name for name in events["process"] if Path(name.split()[0]).name not in TOOLS and not _below(name, python)
-        ),
+        sorted(os.path.relpath(path, root) for path in opened & given),
+        sorted(foreign),
+        sorted(started),
         sorted(events["connection"]),
         not prefix,
         seconds,
@@ -117,12 +106,12 @@ def contained(run: Contained, subject: str = "the program") -> list[Finding]:
     if run.status:
         last = run.errors.splitlines()[-1] if run.errors else "it says nothing"
         findings = [finding("runs alone", FAILED, f"ends with status {run.status}: {last}")]
-    own = ", ".join(run.opened)
+    own = ", ".join(run.read)
     for check, found, what in (
         (
             "files",
             run.files,
-            f"opens {own}, and otherwise only Python and the machine's libraries (as Python announces)",
+            f"reads {own}, and opens otherwise only Python and the machine's libraries (as Python announces)",
         ),
         ("processes", run.processes, "starts no program but compilers"),
     ):
@@ -154,7 +143,9 @@ def wall_time(summary: Mapping[str, Any], environment: Mapping[str, Any]) -> Fin
     whole = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in stages if seconds is not None)
 
     def finding(verdict: str, evidence: str) -> Finding:
-        return Finding("wall time", "budget", "the run", verdict, f"{evidence}; whole stages: {whole}")
+        return Finding(
+            "wall time", "budget", "the run", verdict, evidence + (f"; whole stages: {whole}" if whole else "")
+        )
 
     if None in training or "seconds" not in ttt:
         return finding(NOT_CHECKED, "training, quantisation and test-time training have not all run")
