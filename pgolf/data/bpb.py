@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pgolf.common.files import FileError
+from pgolf.data.case_coding import has_operators
 
 SPACE = "\u2581"  # stands for a space in SentencePiece's pieces
 
@@ -47,10 +48,12 @@ class ByteTable:
     def from_sentencepiece(cls, path: str | os.PathLike) -> ByteTable:
         """Build the table of a SentencePiece model, on the CPU.
 
-        Raises FileError if the model cannot be read, has no piece for a single space, or has a piece with a space
-        inside: a table cannot count the bytes of such a model.
+        Raises FileError if the model cannot be read, has no piece for a single space, has a piece with a space
+        inside, or is for case-coded documents: a table cannot count the bytes of such a model.
         """
         processor = load_sentencepiece(path)
+        if has_operators(processor):
+            raise FileError(f"the tokenizer {path} is for case-coded documents, whose bytes only a sidecar counts")
         if processor.piece_to_id(SPACE) == processor.unk_id():
             raise FileError(f"the tokenizer {path} has no piece for a single space: bytes cannot be counted with it")
         entries = [_piece_bytes(processor, token) for token in range(processor.vocab_size())]

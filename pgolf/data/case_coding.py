@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import sentencepiece
 
 TITLE, ALLCAPS, CAPITAL, ESCAPE = OPERATORS = "\ue001\ue002\ue003\ue004"
 FIRST_OPERATOR_ID = 4  # the tokens of the operators follow those for padding, BOS, EOS and unknown text
@@ -48,6 +49,11 @@ def original_bytes(coded: str) -> np.ndarray:
     if ESCAPE in coded:
         operators[[found.end(1) - 1 for found in _TO_DECODE.finditer(coded) if found[1]]] = False
     return np.where(operators, 0, counts)
+
+
+def has_operators(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Return whether a tokenizer is for coded documents: whether the operators are its tokens 4 to 7."""
+    return all(processor.piece_to_id(operator) == FIRST_OPERATOR_ID + i for i, operator in enumerate(OPERATORS))
 
 
 def _encoded(found: re.Match[str]) -> str:
