@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgolf.common.files import FileError
-from pgolf.data.bpb import ByteTable
+from pgolf.config import RunConfig
+from pgolf.data.bpb import ByteSidecar, ByteTable
 from pgolf.data.case_coding import OPERATORS, TITLE, encode
 from pgolf.data.dataset import build_dataset, token_bytes
 from pgolf.data.manifest import check_dataset, check_unchanged, manifest_path
 from pgolf.data.shards import ShardError, read_shard, shard_files, sidecar_path, tokenizer_path, write_shard
+from pgolf.data.stage import check_data
 from pgolf.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
+from pgolf.data.validation import validation_data
+from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
+from pgolf.scoring.ttt import engine
+from tests import test_evaluate, test_ttt
 from tests.test_dataset import texts
 
 VOCAB = 320
@@ -174,7 +182,7 @@ def test_what_was_built_passes(built: Path) -> None:
     processor = load_tokenizer(tokenizer_path(built, VOCAB), case_coding=True)
     documents = [*ODD, *cased(200)][:44]
     assert counts["val_tokens"] == tokens.size and counts["val_documents"] == 44
-    assert counts["val_bytes"] == int(sums.sum()) == sum(len(text.encode()) for text in documents)
+    assert counts["val_sidecar_bytes"] == int(sums.sum()) == sum(len(text.encode()) for text in documents)
     entry = json.loads(manifest_path(built).read_text())["datasets"][0]
     assert entry["case_coding"] is True
     assert counts["val_decoded_bytes"] == entry["splits"]["val"]["decoded_bytes"]
@@ -201,7 +209,11 @@ def shorten(path: Path) -> None:
         (Path.unlink, "there is no byte sidecar .*bytes_000001.bin.*pgolf data build --case", None),
         (shorten, "counts the bytes of 999 tokens, and .*val_000001.bin has 1000", None),
         (lambda path: path.write_bytes(b"x" * 3000), "is no token shard", None),
-        (lambda path: change(path, slice(-1, None), 9), "sha256 of fineweb_val_bytes_000001.bin", "val_bytes is"),
+        (
+            lambda path: change(path, slice(-1, None), 9),
+            "sha256 of fineweb_val_bytes_000001.bin",
+            "val_sidecar_bytes is",
+        ),
         (lambda path: change(path, slice(None), 3), "does not belong to .*it gives 3 bytes to token", None),
     ],
 )
@@ -227,7 +239,7 @@ def test_other_sidecars(data: Path, fault: Callable, recorded: str, otherwise: s
     [
         ({"case_coding": False}, "case_coding is True, and should be False"),
         ({"decoded_bytes": 7}, "val_decoded_bytes is .*, and should be 7"),
-        ({"bytes": 7}, "val_bytes is .*, and should be 7"),
+        ({"bytes": 7}, "val_sidecar_bytes is .*, and should be 7"),
     ],
 )
 def test_a_record_that_does_not_fit(data: Path, fields: dict, words: str) -> None:
@@ -246,3 +258,68 @@ def test_the_files_do_not_depend_on_the_workers(built: Path, tmp_path: Path) -> 
     one, three = (sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in "13")
     assert [path.name for path in one] == [path.name for path in three]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, three, strict=True))
+
+
+# --- Scoring ----------------------------------------------------------------------------------------------------------
+
+
+def config_of(folder: Path, **fields) -> RunConfig:
+    return test_evaluate.CONFIG.replace(data_dir=str(folder), vocab_size=VOCAB, case_coding=True, **fields)
+
+
+def test_validation_data_are_counted_by_their_sidecars(built: Path) -> None:
+    tokens, counts = streams(built)
+    found, byte_table = validation_data(config_of(built))
+    assert found.tolist() == tokens.tolist() and byte_table.vocab_size == VOCAB
+    assert byte_table.of_stream(found).tolist() == counts[1:].tolist()
+    part, byte_table = validation_data(config_of(built, val_doc_fraction=0.5))
+    assert 0 < part.numel() < tokens.size and byte_table.of_stream(part).tolist() == counts[1 : part.numel()].tolist()
+    counted, _ = check_data(config_of(built, val_doc_fraction=0.5))
+    assert counted["val_bytes"] == int(counts[1 : part.numel()].sum())
+
+
+def test_data_of_the_other_coding_are_refused(built: Path, tmp_path: Path) -> None:
+    for function in (validation_data, check_data):
+        with pytest.raises(TokenizerError, match="is for case-coded documents: turn case coding on .case_coding=1"):
+            function(config_of(built).replace(case_coding=False))
+    train_tokenizer(cased(100), VOCAB, tokenizer_path(tmp_path, VOCAB))
+    build_dataset(cased(9), tokenizer_path(tmp_path, VOCAB), tmp_path, val_docs=2)
+    for function in (validation_data, check_data):
+        with pytest.raises(TokenizerError, match="is not for case-coded documents"):
+            function(config_of(tmp_path))
+
+
+def test_a_sidecar_counts_its_own_tokens_only() -> None:
+    stream = torch.tensor([1, 9, 8, 1, 9], dtype=torch.int32)
+    sidecar = ByteSidecar(stream, torch.tensor([0, 3, 2, 0, 4]), 20)
+    assert sidecar.of_targets(stream, torch.tensor([[4, 1], [3, 2]])).tolist() == [[4, 3], [0, 2]]
+    assert sidecar.of_stream(stream[:3].long()).tolist() == [3, 2]
+    for other in (stream.flip(0), torch.cat([stream, stream])):
+        with pytest.raises(ValueError, match="belongs to other tokens"):
+            sidecar.of_stream(other)
+    with pytest.raises(ValueError, match="counts each token"):
+        ByteSidecar(stream, stream[1:], 20)
+    with pytest.raises(ValueError, match="the byte table has 20 tokens and the model 260"):
+        evaluate_packed(test_evaluate.random_model(), test_evaluate.CONFIG, stream, sidecar)
+
+
+@pytest.mark.parametrize("function", [evaluate_packed, evaluate_sliding])
+def test_evaluation_counts_by_the_sidecar(function: Callable) -> None:
+    """On rows with padding, and on windows that overlap."""
+    tokens = test_evaluate.documents([20, 3, 30, 8, 2])
+    model, counts = test_evaluate.random_model(), torch.arange(tokens.numel()) ** 2
+    sidecar = ByteSidecar(tokens, counts, test_evaluate.VOCABULARY)
+    loss, bits = function(model, test_evaluate.CONFIG, tokens, sidecar)
+    assert loss == function(model, test_evaluate.CONFIG, tokens, test_evaluate.byte_table())[0]
+    total = int(counts[1:].sum())
+    assert bits == pytest.approx(loss * (tokens.numel() - 1) / math.log(2) / total, rel=1e-12)
+
+
+def test_test_time_training_counts_by_the_sidecar() -> None:
+    tokens, _ = test_ttt.stream(13)
+    counts = torch.arange(tokens.numel()) % 97
+    sidecar = ByteSidecar(tokens, counts, test_ttt.SMALL.vocab_size)
+    result = engine.test_time_training(test_ttt.small_model(), test_ttt.SMALL, tokens, sidecar)
+    assert result.bytes == int(counts[1:].sum())
+    nats = result.token_nats.double().sum().item()
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / result.bytes, rel=1e-6)

@@ -80,7 +80,7 @@ def check_dataset(
         case_coding: whether the documents must be case-coded, or must not.
 
     Returns counts (``train_shards``, ``train_tokens``, ``train_documents`` and the same of ``val``; with
-    ``case_coding`` also ``val_bytes`` of the sidecars and ``val_decoded_bytes`` of the text that the tokens decode to),
+    ``case_coding`` also ``val_sidecar_bytes`` and ``val_decoded_bytes`` of the text that the tokens decode to),
     and for each file by name the record that `check_unchanged` needs. Raises ShardError or TokenizerError, naming the
     file and the number that is wrong, also if a split does not begin with BOS.
     """
@@ -100,7 +100,9 @@ def check_dataset(
         for what, count in (("shards", 1), ("tokens", tokens.size), ("documents", int((tokens == BOS_ID).sum()))):
             counts[f"{split}_{what}"] = counts.get(f"{split}_{what}", 0) + count
         if case_coding and split == "val":
-            counts["val_bytes"] = counts.get("val_bytes", 0) + int(read_sidecar(path, tokens).sum(dtype=np.int64))
+            counts["val_sidecar_bytes"] = counts.get("val_sidecar_bytes", 0) + int(
+                read_sidecar(path, tokens).sum(dtype=np.int64)
+            )
             validation.append(tokens)
     if case_coding:
         stream = np.concatenate(validation)
@@ -140,7 +142,7 @@ def _stated(entry: dict[str, Any], tokenizer: str, train_shards: int) -> dict[st
             counts[f"{split}_shards"] = len(built["shards"])
             stated |= {f"sha256 of {shard['file']}": shard["sha256"] for shard in built["shards"]}
         if "sidecars" in built:
-            counts |= {f"{split}_{what}": built[what] for what in ("bytes", "decoded_bytes")}
+            counts |= {f"{split}_sidecar_bytes": built["bytes"], f"{split}_decoded_bytes": built["decoded_bytes"]}
             stated |= {f"sha256 of {sidecar['file']}": sidecar["sha256"] for sidecar in built["sidecars"]}
     return stated | counts
 
