@@ -34,7 +34,7 @@ from pgolf.common.folder import RunFolder
 from pgolf.common.progress import format_table
 from pgolf.common.runtime import World, start_world
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
+from pgolf.data.bpb import ByteCounter
 from pgolf.data.loader import segment_boundaries
 from pgolf.data.validation import validation_data
 from pgolf.model.build import model_with
@@ -92,12 +92,8 @@ class Judge:
         self.model = model_with(config, world, dict(weights))
         self.template = unbank(self.model.state_dict(), config.num_layers)
         self.starts, _ = find_documents(self.tokens)
-        self.byte_counts = self._by_document(self._bytes())
+        self.byte_counts = self._by_document(self.table.of_stream(self.tokens).double().numpy())
         self.before = self._by_document(token_nats(self.model, config, self.tokens))
-
-    def _bytes(self) -> np.ndarray:
-        tokens = self.tokens.long()
-        return self.table.count(tokens[None, :-1], tokens[None, 1:])[0].double().numpy()
 
     def _by_document(self, values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values, self.starts)
@@ -121,7 +117,7 @@ class Judge:
     def adapted(self) -> np.ndarray:
         """Nats by document of the model's present weights with test-time training."""
         kept = {name: value.clone() for name, value in self.model.state_dict().items()}
-        table: ByteTable = self.table
+        table: ByteCounter = self.table
         scored = engine.test_time_training(self.model, self.config, self.tokens, table)
         self.model.load_state_dict(kept)
         self.model.requires_grad_(False)

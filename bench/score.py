@@ -74,8 +74,7 @@ def score(stage: str, config: RunConfig, folder: RunFolder, world: World) -> Sco
     """Score a run's weights as one of `STAGES` does."""
     tokens, table = validation_data(config)
     starts, _ = find_documents(tokens)
-    ids = tokens.long()
-    byte_counts = table.count(ids[None, :-1], ids[None, 1:])[0]
+    byte_counts = table.of_stream(tokens)
     nats: Tensor | np.ndarray
     if stage == "ttt":
         model = build_model(config, world, load_artifact(config, folder, world))

@@ -24,7 +24,7 @@ from pgolf.common.folder import RunFolder
 from pgolf.common.progress import format_table, progress
 from pgolf.common.runtime import World, start_world
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
+from pgolf.data.bpb import ByteCounter
 from pgolf.data.validation import validation_data
 from pgolf.model.build import build_model
 from pgolf.scoring.evaluate import evaluate_packed
@@ -38,7 +38,7 @@ WAYS = {
 
 
 def losses(
-    config: RunConfig, weights: dict[str, Tensor], world: World, tokens: Tensor, table: ByteTable
+    config: RunConfig, weights: dict[str, Tensor], world: World, tokens: Tensor, table: ByteCounter
 ) -> tuple[float, Tensor]:
     """Score as a fixed model, and with test-time training: mean nats, and nats by target (NaN where not scored)."""
     model = build_model(config, world, weights)

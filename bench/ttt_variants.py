@@ -25,7 +25,7 @@ from pgolf.common.folder import RunFolder
 from pgolf.common.progress import format_bytes, format_table, progress
 from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory, start_world
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
+from pgolf.data.bpb import ByteCounter
 from pgolf.data.validation import validation_data
 from pgolf.model.build import build_model
 from pgolf.scoring.stream import find_documents
@@ -64,7 +64,7 @@ def paired_difference(nats: np.ndarray, base: np.ndarray, byte_counts: np.ndarra
 
 
 def score(
-    config: RunConfig, weights: Mapping[str, torch.Tensor], world: World, tokens: torch.Tensor, table: ByteTable
+    config: RunConfig, weights: Mapping[str, torch.Tensor], world: World, tokens: torch.Tensor, table: ByteCounter
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Score the documents; returns what the table needs, and the nats of each document."""
     model = build_model(config, world, weights)
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     weights = load_artifact(config, folder, world)
     tokens, table = validation_data(config)
     starts, lengths = find_documents(tokens)
-    byte_counts = np.add.reduceat(table.count(tokens[:-1].long(), tokens[1:].long()).numpy(), starts)
+    byte_counts = np.add.reduceat(table.of_stream(tokens).numpy(), starts, dtype=np.int64)
     target = arguments.results or results_path(chip_name(world.device), "ttt_variants")
     meta = {
         **describe("ttt_variants", world.device, arguments.commit),

@@ -91,6 +91,9 @@ class RunConfig:
         choices=("shards", "embedded"),
     )
     vocab_size: int = _field(8192, "tokens in the vocabulary; names the dataset and tokenizer files", low=260)
+    case_coding: bool = _field(
+        False, "the documents are case-coded (CaseOps): capitals as operators, bytes counted by sidecars"
+    )
     train_batch_tokens: int = _field(786_432, "tokens of one optimizer step, over all ranks", low=1)
     micro_batch_tokens: int = _field(98_304, "tokens of one forward and backward pass on one rank", low=1)
     train_seq_len: int = _field(2048, "longest attention segment in training, tokens", low=2)

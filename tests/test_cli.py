@@ -430,6 +430,30 @@ def test_a_strange_environment(
     assert re.search(words, message)
 
 
+def test_case_coded_data(data: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By the command line, and that a run takes data of its own coding only."""
+    model, out = tmp_path / "coded.model", tmp_path / "coded"
+    train = ["data", "tokenizer", "--docs", str(documents), "--vocab-size", "400", "--out", str(model)]
+    build = ["data", "build", "--docs", str(documents), "--val-docs", "6", "--tokenizer"]
+    assert main([*train, "--case"]) == 0
+    assert main([*build, str(model), "--out", str(out), "--case"]) == 0
+    texts = [json.loads(line)["text"] for line in documents.read_text().splitlines()[:6]]
+    assert "val: 6 documents, " in (printed := capsys.readouterr().out)
+    assert f"{sum(len(text.encode()) for text in texts):,} bytes" in printed
+    check = ["data", "check", "--set", f"data_dir={out}", "--set", "vocab_size=400"]
+    assert main([*check, "--set", "case_coding=1"]) == 0
+    assert "val decoded bytes" in capsys.readouterr().out
+    assert "turn case coding on" in fails(check, capsys)
+    assert "turn case coding on" in fails([*build, str(model), "--out", str(tmp_path / "x")], capsys)
+    run = ["data", "--preset", "demo", "--run-dir"]
+    assert "turn case coding on" in fails([*run, str(tmp_path / "a"), *settings(out)], capsys)
+    assert "is not for case-coded" in fails([*run, str(tmp_path / "b"), *settings(data, case_coding=1)], capsys)
+    assert main([*run, str(tmp_path / "c"), *settings(out, case_coding=1)]) == 0
+    summary = RunFolder(tmp_path / "c").summary()["data"]
+    assert summary["val_bytes"] == sum(len(text.encode()) for text in texts)
+    assert "fineweb_val_bytes_000000.bin" in summary["files"]
+
+
 def test_files_and_folders_in_each_other_s_place(
     data: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

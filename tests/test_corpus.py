@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pgolf.data import case_coding
 from pgolf.data.corpus import CorpusError, read_documents
 from pgolf.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
 from tests.corpus import embedded_documents
@@ -36,6 +37,13 @@ def test_embedded_documents(embedded: list[str]) -> None:
     tenth = embedded[: len(embedded) // 10]  # the order mixes long and short, so that a slice is like the whole
     mean = sum(map(len, embedded)) / len(embedded)
     assert 0.4 * mean < sum(map(len, tenth)) / len(tenth) < 2.5 * mean
+
+
+def test_embedded_documents_come_back_from_their_case_code(embedded: list[str]) -> None:
+    for text in embedded:
+        code = case_coding.encode(text)
+        assert case_coding.decode(code) == text
+        assert int(case_coding.original_bytes(code).sum()) == len(text.encode())
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.xz", ".jsonl.zst"])

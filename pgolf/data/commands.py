@@ -30,6 +30,7 @@ def add_actions(actions: Any) -> None:
     split = build.add_mutually_exclusive_group(required=True)
     split.add_argument("--val-docs", type=int, default=0, help="the first so many documents are for validation")
     split.add_argument("--val-file", type=Path, help="documents for validation, in a file of their own")
+    build.add_argument("--case", action="store_true", help="case-code the documents (CaseOps); count bytes in sidecars")
     build.add_argument("--workers", type=int, help="threads (default: all cores)")
     build.set_defaults(action=_build)
 
@@ -38,6 +39,7 @@ def add_actions(actions: Any) -> None:
     tokenizer.add_argument("--vocab-size", type=int, default=8192, help="tokens (default: 8192)")
     tokenizer.add_argument("--out", type=Path, required=True, help="file of the model to write")
     tokenizer.add_argument("--max-docs", type=int, help="use only the first so many documents")
+    tokenizer.add_argument("--case", action="store_true", help="train on case-coded documents (CaseOps)")
     tokenizer.set_defaults(action=_tokenizer)
 
 
@@ -61,6 +63,7 @@ def _build(arguments: argparse.Namespace) -> int:
         val_docs=arguments.val_docs,
         val_documents=arguments.val_file,
         workers=arguments.workers,
+        case_coding=arguments.case,
         progress=progress,
     )
     for name, split in entry["splits"].items():
@@ -77,6 +80,7 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
     from pgolf.data.corpus import read_documents
     from pgolf.data.tokenizer import train_tokenizer
 
-    train_tokenizer(islice(read_documents(arguments.docs), arguments.max_docs), arguments.vocab_size, arguments.out)
+    documents = islice(read_documents(arguments.docs), arguments.max_docs)
+    train_tokenizer(documents, arguments.vocab_size, arguments.out, case_coding=arguments.case)
     print(f"{arguments.out}: {arguments.vocab_size} tokens")
     return 0

@@ -2,6 +2,9 @@
 
 A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then the tokens as little-endian
 uint16. Every document is BOS followed by its tokens. A document may continue in the next shard.
+
+Beside each validation shard of case-coded documents lies its byte sidecar, a shard with the bytes of the original text
+for each token.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pgolf.common.files import FileError, write_aside
+from pgolf.data.case_coding import ESCAPE, FIRST_OPERATOR_ID, OPERATORS
 
 MAGIC = 20240520
 VERSION = 1
@@ -88,10 +92,42 @@ def tokenizer_path(data_dir: str | os.PathLike, vocab_size: int) -> Path:
 def shard_files(data_dir: str | os.PathLike, vocab_size: int, split: str) -> list[Path]:
     """Return the shards of ``split`` ("train" or "val"), sorted by name. Raises ShardError if there are none."""
     folder = dataset_dir(data_dir, vocab_size)
-    files = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    files = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not files:
         raise ShardError(
             f"there are no {split} shards in {folder}: get the published ones with `pgolf data fineweb --variant "
             f"sp{vocab_size}`, build them from documents with `pgolf data build`, or set data_dir to where they are"
         )
     return files
+
+
+def sidecar_path(shard: str | os.PathLike) -> Path:
+    """Return the path of a validation shard's byte sidecar."""
+    return Path(shard).with_name(Path(shard).name.replace("_val_", "_val_bytes_"))
+
+
+def read_sidecar(shard: str | os.PathLike, tokens: np.ndarray) -> np.ndarray:
+    """Return the original text's bytes of each of a validation shard's ``tokens``, uint16 [N], from its sidecar.
+
+    Raises ShardError if the sidecar is missing or damaged, has another length, or gives bytes to a BOS or an operator.
+    """
+    path = sidecar_path(shard)
+    if not path.is_file():
+        raise ShardError(
+            f"there is no byte sidecar {path}, without which the bytes of case-coded documents cannot be counted: "
+            "build the data again with `pgolf data build --case`"
+        )
+    counts = np.array(read_shard(path))
+    if counts.size != tokens.size:
+        raise ShardError(
+            f"{path} counts the bytes of {counts.size} tokens, and {shard} has {tokens.size}: get both again"
+        )
+    operators = (tokens >= FIRST_OPERATOR_ID) & (tokens < FIRST_OPERATOR_ID + len(OPERATORS))
+    escaped = np.append(False, tokens[:-1] == FIRST_OPERATOR_ID + OPERATORS.index(ESCAPE))
+    wrong = np.flatnonzero(((tokens == BOS_ID) | operators & ~escaped) & (counts > 0))
+    if wrong.size:
+        raise ShardError(
+            f"{path} does not belong to {shard}: it gives {counts[wrong[0]]} bytes to token {wrong[0]}, which is "
+            f"{tokens[wrong[0]]}, a BOS or an operator, and stands for none"
+        )
+    return counts

@@ -26,7 +26,7 @@ def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
         if config.data_source == "embedded" and not dataset_dir(config.data_dir, config.vocab_size).is_dir():
             from pgolf.data.dataset import build_embedded  # the exported program lacks this module
 
-            build_embedded(config.data_dir, config.vocab_size)
+            build_embedded(config.data_dir, config.vocab_size, config.case_coding)
         results, files = check_data(config)
         write_aside(folder.tokenizer, tokenizer_path(config.data_dir, config.vocab_size).read_bytes())
         folder.record("data", {**results, "seconds": time.perf_counter() - begun, "files": files})
@@ -37,7 +37,6 @@ def run_data(config: RunConfig, folder: RunFolder, world: World, resume: bool) -
 def check_data(config: RunConfig) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
     """Check the data set as `check_dataset` does, and count the tokens and bytes of the documents that are scored."""
     show = partial(progress, description="checking")
-    counts, files = check_dataset(config.data_dir, config.vocab_size, show)
-    tokens, table = validation_data(config)
-    counted = table.count(tokens[:-1].long(), tokens[1:].long()).sum()
-    return {**counts, "val_tokens": tokens.numel(), "val_bytes": int(counted)}, files
+    counts, files = check_dataset(config.data_dir, config.vocab_size, show, case_coding=config.case_coding)
+    tokens, byte_table = validation_data(config)
+    return {**counts, "val_tokens": tokens.numel(), "val_bytes": int(byte_table.of_stream(tokens).sum())}, files

@@ -12,6 +12,8 @@ import sentencepiece
 
 from pgolf.common.files import FileError, remove_leftovers, write_aside
 from pgolf.data.bpb import SPACE, load_sentencepiece
+from pgolf.data.case_coding import OPERATORS, has_operators
+from pgolf.data.case_coding import encode as encode_case
 from pgolf.data.shards import BOS_ID
 
 # The settings that the published tokenizers were trained with.
@@ -34,14 +36,20 @@ class TokenizerError(FileError):
     """A tokenizer cannot be trained, or is of another kind or size than required."""
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str | os.PathLike) -> None:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, model_path: str | os.PathLike, *, case_coding: bool = False
+) -> None:
     """Train a BPE tokenizer of exactly ``vocab_size`` tokens on ``documents`` and write it to ``model_path``.
 
-    Ids: 0 pad, 1 BOS, 2 EOS, 3 unknown, 4-259 bytes, then merges, then characters. The documents are held in memory.
+    Ids: 0 pad, 1 BOS, 2 EOS, 3 unknown, 4-259 bytes, then merges, then characters. With ``case_coding`` the documents
+    are coded, and the operators are 4-7, before the bytes. The documents are held in memory.
     The same documents give the same file. Raises TokenizerError if they hold too little text for ``vocab_size`` tokens,
     or more different characters than tokens.
     """
-    texts = (text for document in documents if (text := document.replace("\0", " ").strip()))
+    texts: Iterable[str] = (text for document in documents if (text := document.replace("\0", " ").strip()))
+    settings = CHALLENGE_SETTINGS
+    if case_coding:
+        texts, settings = map(encode_case, texts), {**settings, "user_defined_symbols": list(OPERATORS)}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -51,7 +59,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str |
             num_threads=16,  # SentencePiece's default, fixed because the file records it
             max_sentence_length=LONGEST_SENTENCE,
             minloglevel=2,
-            **CHALLENGE_SETTINGS,
+            **settings,
         )
     except RuntimeError as error:
         raise TokenizerError(
@@ -60,22 +68,27 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, model_path: str |
         ) from error
     path = Path(model_path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), path, vocab_size)
+    _check(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), path, vocab_size, case_coding)
     remove_leftovers(path)
     write_aside(path, model.getvalue())
 
 
-def load_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(
+    path: str | os.PathLike, vocab_size: int | None = None, *, case_coding: bool = False
+) -> sentencepiece.SentencePieceProcessor:
     """Load a tokenizer and check that BOS is 1, and that every byte and a single space have pieces.
 
-    Raises TokenizerError if they do not, or if it has not ``vocab_size`` tokens (None: any number), and FileError if
-    the file is missing or no SentencePiece model.
+    Raises TokenizerError if they do not, if it has not ``vocab_size`` tokens (None: any number), or if it was trained
+    for the other ``case_coding``, and FileError if the file is missing or no SentencePiece model.
     """
-    return _check(load_sentencepiece(path), path, vocab_size)
+    return _check(load_sentencepiece(path), path, vocab_size, case_coding)
 
 
 def _check(
-    processor: sentencepiece.SentencePieceProcessor, path: str | os.PathLike, vocab_size: int | None
+    processor: sentencepiece.SentencePieceProcessor,
+    path: str | os.PathLike,
+    vocab_size: int | None,
+    case_coding: bool,
 ) -> sentencepiece.SentencePieceProcessor:
     if vocab_size is not None and processor.vocab_size() != vocab_size:
         raise TokenizerError(f"the tokenizer {path} has {processor.vocab_size()} tokens, expected {vocab_size}")
@@ -85,4 +98,11 @@ def _check(
         raise TokenizerError(f"the tokenizer {path} has no piece for every byte: unknown text could not be counted")
     if processor.piece_to_id(SPACE) == processor.unk_id():
         raise TokenizerError(f"the tokenizer {path} has no piece for a single space")
+    if has_operators(processor) != case_coding:
+        raise TokenizerError(
+            f"the tokenizer {path} is not for case-coded documents: train one with `pgolf data tokenizer --case`, or "
+            "leave case coding off"
+            if case_coding
+            else f"the tokenizer {path} is for case-coded documents: turn case coding on (case_coding=1, --case)"
+        )
     return processor

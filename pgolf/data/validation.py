@@ -1,4 +1,4 @@
-"""The validation tokens, and the table of the bytes that each token stands for."""
+"""The validation tokens, and what counts the bytes that each of them stands for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ import torch
 from torch import Tensor
 
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
-from pgolf.data.shards import BOS_ID, read_shard, shard_files, tokenizer_path
+from pgolf.data.bpb import ByteCounter, ByteSidecar, ByteTable
+from pgolf.data.shards import BOS_ID, read_shard, read_sidecar, shard_files, tokenizer_path
+from pgolf.data.tokenizer import load_tokenizer
 
 
-def validation_data(config: RunConfig) -> tuple[torch.Tensor, ByteTable]:
-    """Return the configuration's validation tokens, int32 [N] on the CPU, and the byte table of its tokenizer."""
+def validation_data(config: RunConfig) -> tuple[torch.Tensor, ByteCounter]:
+    """Return the configuration's validation tokens, int32 [N] on the CPU, and what counts their bytes.
+
+    That is the byte table of the tokenizer, and with case_coding the byte sidecars of the shards. Raises ShardError or
+    TokenizerError if the data are not coded as case_coding says.
+    """
     files = shard_files(config.data_dir, config.vocab_size, "val")
     tokens = load_validation_tokens(files, vocab_size=config.vocab_size, doc_fraction=config.val_doc_fraction)
-    return tokens, ByteTable.from_sentencepiece(tokenizer_path(config.data_dir, config.vocab_size))
+    tokenizer = tokenizer_path(config.data_dir, config.vocab_size)
+    load_tokenizer(tokenizer, config.vocab_size, case_coding=config.case_coding)
+    if not config.case_coding:
+        return tokens, ByteTable.from_sentencepiece(tokenizer)
+    counts = np.concatenate([read_sidecar(file, read_shard(file)).astype(np.int32) for file in files])
+    return tokens, ByteSidecar(tokens, torch.from_numpy(counts[: tokens.numel()]), config.vocab_size)
 
 
 def load_validation_tokens(files: Sequence[str | os.PathLike], *, vocab_size: int, doc_fraction: float = 1.0) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pgolf.common.progress import Progress
 from pgolf.common.tensors import to_device
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable, bits_per_byte
+from pgolf.data.bpb import ByteCounter, bits_per_byte
 from pgolf.data.loader import SEGMENT_ENTRIES, segment_boundaries
 from pgolf.model.gpt import GPT, evaluation_mode
 from pgolf.model.graphs import Graphs, uses_graphs
@@ -32,6 +32,7 @@ class Row(NamedTuple):
     inputs: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T]
     counted: Tensor  # bool [B, T], targets to score
+    byte_counts: Tensor  # int64 [B, T], bytes of the targets
     cu_seqlens: Tensor | None  # int32, a multiple of SEGMENT_ENTRIES; None: dense rows
     places: Tensor  # int64 [B, T], the inputs' places in the stream
 
@@ -44,7 +45,7 @@ def evaluate_packed(
     model: GPT,
     config: RunConfig,
     tokens: Tensor,
-    byte_table: ByteTable,
+    byte_table: ByteCounter,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -62,7 +63,7 @@ def evaluate_packed(
     Args:
         model: is scored in its present loop state (`looping_active`). Its training flag is restored.
         tokens: 1-D token ids of any integer dtype.
-        byte_table: the table of the stream's tokenizer.
+        byte_table: counts the bytes of the stream's targets.
         progress: wraps the iterable of rows, as `pgolf.common.progress.progress` does; None shows nothing.
         record: is called with every row and its losses, before the next row is scored.
 
@@ -77,8 +78,8 @@ def evaluate_packed(
         )
     spans = _row_spans(tokens.numel() - 1, width, config, rank, world_size)
     width = min(width, tokens.numel() - 1)  # a split shorter than a row needs no padding
-    rows = (_packed_row(tokens, start, stop, width, config.eval_seq_len) for start, stop in spans)
-    return _score(model, config, rows, len(spans), byte_table, world_size, progress, record)
+    rows = (_packed_row(tokens, byte_table, start, stop, width, config.eval_seq_len) for start, stop in spans)
+    return _score(model, config, rows, len(spans), world_size, progress, record)
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def evaluate_sliding(
     model: GPT,
     config: RunConfig,
     tokens: Tensor,
-    byte_table: ByteTable,
+    byte_table: ByteCounter,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -111,8 +112,8 @@ def evaluate_sliding(
     windows = _sliding_windows(tokens, config.eval_seq_len, config.eval_stride)
     size = max(1, config.val_batch_tokens // PUBLIC_RANKS // config.eval_seq_len)
     mine = range(rank * size, windows.shape[1], size * world_size)
-    batches = (_sliding_batch(tokens, windows[:, low : low + size], config.eval_seq_len) for low in mine)
-    return _score(model, config, batches, len(mine), byte_table, world_size, progress, record)
+    batches = (_sliding_batch(tokens, byte_table, windows[:, low : low + size], config.eval_seq_len) for low in mine)
+    return _score(model, config, batches, len(mine), world_size, progress, record)
 
 
 def _deal(items: Sequence[tuple[int, int]], rank: int, world_size: int) -> Sequence[tuple[int, int]]:
@@ -139,13 +140,14 @@ def _padded(row: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(row, (0, width - row.numel()))
 
 
-def _packed_row(tokens: Tensor, start: int, stop: int, width: int, max_segment: int) -> Row:
+def _packed_row(tokens: Tensor, byte_table: ByteCounter, start: int, stop: int, width: int, max_segment: int) -> Row:
     span = tokens[start : stop + 1].long()
     inputs, targets = _padded(span[:-1], width), _padded(span[1:], width)
     counted = torch.arange(width) < stop - start
+    byte_counts = _padded(byte_table.of_targets(tokens, torch.arange(start + 1, stop + 1)), width)
     boundaries = segment_boundaries(inputs, max_segment, pad_multiple=SEGMENT_ENTRIES)
     places = torch.arange(start, start + width)
-    return Row(inputs[None], targets[None], counted[None], boundaries, places[None])
+    return Row(inputs[None], targets[None], counted[None], byte_counts[None], boundaries, places[None])
 
 
 def _sliding_windows(tokens: Tensor, window: int, stride: int) -> Tensor:
@@ -165,14 +167,15 @@ def _sliding_windows(tokens: Tensor, window: int, stride: int) -> Tensor:
     return torch.from_numpy(windows[:, np.argsort(windows[1], kind="stable")])
 
 
-def _sliding_batch(tokens: Tensor, windows: Tensor, longest: int) -> Row:
+def _sliding_batch(tokens: Tensor, byte_table: ByteCounter, windows: Tensor, longest: int) -> Row:
     start, length, context = windows[:, :, None]
     width = min(-(-int(length.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, longest)
     position = torch.arange(width)
     places = start + torch.arange(width + 1)
-    span = tokens[places.clamp(max=tokens.numel() - 1)].long()
+    inside = places.clamp(max=tokens.numel() - 1)
+    span, byte_counts = tokens[inside].long(), byte_table.of_targets(tokens, inside[:, 1:])
     counted = (position >= context) & (position < length)
-    return Row(span[:, :-1], span[:, 1:], counted, None, places[:, :-1])
+    return Row(span[:, :-1], span[:, 1:], counted, byte_counts, None, places[:, :-1])
 
 
 def _score(
@@ -180,24 +183,22 @@ def _score(
     config: RunConfig,
     rows: Iterable[Row],
     total: int,
-    byte_table: ByteTable,
     world_size: int,
     progress: Progress | None,
     record: Record | None,
 ) -> tuple[float, float]:
     device = model.qo_bank.device
-    byte_table = byte_table.to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, targets
     if progress is not None:
         rows = progress(rows, total=total, description="evaluation", unit="rows")
     graphs = Graphs(device) if uses_graphs(config, model) else None
     with evaluation_mode(model):
         for row in rows:
-            inputs, targets, counted = (to_device(part, device) for part in row[:3])
+            inputs, targets, counted, byte_counts = (to_device(part, device) for part in row[:4])
             cu_seqlens = None if row.cu_seqlens is None else to_device(row.cu_seqlens, device)
             losses = _losses(model, config, graphs, inputs, targets, cu_seqlens)
             sums[0] += (losses.double() * counted).sum()
-            sums[1] += (byte_table.count(inputs, targets) * counted).sum()
+            sums[1] += (byte_counts * counted).sum()
             sums[2] += counted.sum()
             if record is not None:
                 record(row, losses)

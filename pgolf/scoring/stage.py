@@ -15,7 +15,7 @@ from pgolf.common.folder import RunFolder
 from pgolf.common.progress import progress
 from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
+from pgolf.data.bpb import ByteCounter
 from pgolf.data.validation import validation_data
 from pgolf.model.build import model_with
 from pgolf.model.gpt import GPT
@@ -51,7 +51,7 @@ def _score(
     model: GPT,
     config: RunConfig,
     tokens: torch.Tensor,
-    table: ByteTable,
+    table: ByteCounter,
     world: World,
 ) -> dict[str, float]:
     show = progress if world.is_main else None

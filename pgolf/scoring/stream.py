@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
+from pgolf.data.bpb import ByteCounter
 from pgolf.data.shards import BOS_ID
 
 PUBLIC_RANKS = 8  # of the public run; one of its ranks takes an eighth of a batch
@@ -25,7 +25,7 @@ def find_documents(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return starts[lengths > 1], lengths[lengths > 1]
 
 
-def check_stream(tokens: Tensor, config: RunConfig, byte_table: ByteTable, world_size: int) -> Tensor:
+def check_stream(tokens: Tensor, config: RunConfig, byte_table: ByteCounter, world_size: int) -> Tensor:
     """Return ``tokens`` as an int32 vector on the CPU.
 
     Raises ValueError unless they are a vector of at least two ids below vocab_size, the byte table has the same

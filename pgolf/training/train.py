@@ -21,7 +21,7 @@ from pgolf.common.progress import TrainingProgress
 from pgolf.common.runtime import Interrupted, World, on_terminate, peak_memory_bytes, reset_peak_memory
 from pgolf.common.tensors import diverged
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
+from pgolf.data.bpb import ByteCounter
 from pgolf.data.loader import DocumentPackingLoader
 from pgolf.data.shards import shard_files
 from pgolf.data.validation import validation_data
@@ -119,7 +119,7 @@ class _Trainer:
         folder: RunFolder,
         world: World,
         state: TrainingState,
-        validation: tuple[torch.Tensor, ByteTable],
+        validation: tuple[torch.Tensor, ByteCounter],
     ) -> None:
         self.config, self.folder, self.world, self.state = config, folder, world, state
         self.validation_data = validation

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pgolf.common.progress import Progress
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable, bits_per_byte
+from pgolf.data.bpb import ByteCounter, bits_per_byte
 from pgolf.data.shards import BOS_ID
 from pgolf.model.gpt import GPT, evaluation_mode
 from pgolf.scoring.stream import check_stream, find_documents
@@ -25,8 +25,6 @@ from pgolf.scoring.ttt.base import train_base
 from pgolf.scoring.ttt.inputs import Chunk
 from pgolf.scoring.ttt.ledger import ScoredLedger
 from pgolf.scoring.ttt.scorer import ChunkScorer
-
-BYTES_PIECE = 1 << 22  # targets whose bytes are counted at once, which bounds memory
 
 
 class TTTResult(NamedTuple):
@@ -48,7 +46,7 @@ def test_time_training(
     model: GPT,
     config: RunConfig,
     tokens: Tensor,
-    byte_table: ByteTable,
+    byte_table: ByteCounter,
     *,
     adapter_init: AdapterInit | None = None,
     rank: int = 0,
@@ -63,7 +61,7 @@ def test_time_training(
         model: is scored with the loop on. Its weights, requires_grad flags, training flag and loop state change, and
             are restored at the end, also after an error.
         tokens: 1-D token ids of any integer dtype: documents that each begin with BOS.
-        byte_table: the table of the stream's tokenizer.
+        byte_table: counts the bytes of the stream's targets.
         adapter_init: adapter_init(rank, in_features) returns the start of each adapter's A; None draws it by the seed.
         rank, world_size: this process, and the processes that share the work; their other arguments must be the same.
         progress: wraps the iterable of steps, as `pgolf.common.progress.progress` does; None shows nothing.
@@ -223,7 +221,7 @@ class _Run:
         spans = zip(self.starts[documents], self._kept_lengths(documents), strict=True)
         return torch.cat([self.stream[start : start + length] for start, length in spans]).long()
 
-    def result(self, byte_table: ByteTable) -> TTTResult:
+    def result(self, byte_table: ByteCounter) -> TTTResult:
         """Sum over all ranks. Raises RuntimeError unless each target of the chosen documents was scored once."""
         documents = np.concatenate([batch.documents for phase in self.phases for batch in phase.batches])
         expected = np.zeros_like(self.predictions)
@@ -233,9 +231,9 @@ class _Run:
         if self.world_size > 1:
             dist.all_reduce(self.token_nats)  # nonzero only on the rank that scored
         token_nats = self.token_nats[:-1].cpu()
-        targets, byte_counts = self.predictions[documents], _document_bytes(self.stream, self.starts, byte_table)
+        targets, byte_counts = self.predictions[documents], byte_table.of_stream(self.stream).numpy()
         nats = np.add.reduceat(token_nats.double().numpy(), self.starts)[documents]
-        byte_counts = byte_counts[documents]
+        byte_counts = np.add.reduceat(byte_counts, self.starts, dtype=np.int64)[documents]
         for start, length in zip(self.starts[expected == 0], self.predictions[expected == 0], strict=True):
             token_nats[start : start + length] = math.nan
         total_nats, count, total_bytes = float(nats.sum()), int(targets.sum()), int(byte_counts.sum())
@@ -251,14 +249,6 @@ class _Run:
             first_score_seconds=self.first_score,
             token_nats=token_nats,
         )
-
-
-def _document_bytes(stream: Tensor, starts: np.ndarray, byte_table: ByteTable) -> np.ndarray:
-    """Return the bytes of each document's targets, int64."""
-    table, last = byte_table.to("cpu"), stream.numel() - 1
-    pieces = [slice(low, min(low + BYTES_PIECE, last)) for low in range(0, last, BYTES_PIECE)]
-    counts = [table.count(stream[piece], stream[piece.start + 1 : piece.stop + 1]).int() for piece in pieces]
-    return np.add.reduceat(torch.cat(counts).numpy(), starts, dtype=np.int64)
 
 
 def _by_length(targets: np.ndarray, nats: np.ndarray, byte_counts: np.ndarray) -> list[dict[str, Any]]:
