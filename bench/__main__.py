@@ -19,6 +19,7 @@ from bench import (
     low_rank,
     muon_update,
     newton_schulz,
+    optimizer_step,
     residual,
     residual_mlp,
     smear_gate,
@@ -41,6 +42,7 @@ FAMILIES = (
     muon_update,
     adapter_update,
     trellis,
+    optimizer_step,
 )
 BENCHES = {family.__name__.removeprefix("bench."): family.CASES for family in FAMILIES}
 

@@ -23,6 +23,7 @@ OPPONENTS = {
     "compile_gram": "torch.compile, Gram form",
     "fla": "flash-linear-attention",
     "liger": "Liger",
+    "torch_muon": "torch.optim.Muon",
 }
 PYTORCH_OF = {"varlen_attention": "FlashAttention-2"}  # what PyTorch's own operator is there
 

@@ -195,7 +195,7 @@ class TestKernelBenchmarks:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="would run in full size")
     def test_all_run_and_report(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         cases = ["banks_eighth", "record_model", "packed6_g64_lqer", "prologue_forward_backward", "8x130x70", "130x70"]
-        cases += ["adamw_one_moment"]
+        cases += ["adamw_one_moment", "gpt2_small"]
         arguments = [part for case in cases for part in ("--case", case)]
         assert harness.main(BENCHES, "", [*arguments, "--results", str(tmp_path)]) == 0
         written = [results_files.read(path) for path in tmp_path.iterdir()]

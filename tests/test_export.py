@@ -108,7 +108,7 @@ def test_every_module_imports_and_shows_its_source(program: Path, root: Path, tm
     table = json.loads((ROOT / "kernels" / "tuned" / "h100.json").read_text())["cases"]["smear_gate"]
     assert found == str(table["forward"])
     assert kernel.startswith("def _forward_kernel(") and function.startswith("def newton_schulz_banks(banks,")
-    assert "\n    raise ValueError(f'G must be [..., m, n]" in done.stderr, "the traceback shows the line"
+    assert "\n    raise ValueError(f'G must be [m, n] or [N, m, n]" in done.stderr, "the traceback shows the line"
 
 
 INTERPRETED = """

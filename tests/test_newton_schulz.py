@@ -167,7 +167,10 @@ def test_gram_restarts_keep_the_error_below_that_of_plain_bf16(device, steps: in
     assert relative_error(newton_schulz(G, steps, algorithm="gram"), expected) <= plain
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (24, 40), (3, 40, 24), (2, 3, 16, 16), (0, 4, 5)], ids=str)
+EMPTY = [(0, 4, 5), (0, 7), (7, 0), (3, 0, 5)]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (24, 40), (3, 40, 24), (6, 16, 16), *EMPTY], ids=str)
 def test_shapes_and_dtypes(device, shape: tuple[int, ...]) -> None:
     G = torch.randn(shape, device=device)
     expected = exact(G)
@@ -193,6 +196,47 @@ def test_banks_go_together_or_one_by_one_to_the_same_bits(device) -> None:
         for matrix, one in zip(G.view(-1, *G.shape[-2:]), out.view(-1, *G.shape[-2:]), strict=True):
             assert torch.equal(newton_schulz(matrix, row_normalize=True), one)
     assert newton_schulz_banks([]) == []
+
+
+def test_generators_are_lists_of_matrices(device) -> None:
+    banks = [torch.randn(16, 24, device=device), torch.randn(2, 24, 8, device=device)]
+    outs = [torch.empty_like(G) for G in banks]
+    expected = newton_schulz_banks(banks)
+    given = newton_schulz_banks((G for G in banks), out=(out for out in outs))
+    for out, one, plain in zip(outs, given, expected, strict=True):
+        assert one is out and torch.equal(out.bfloat16(), plain)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_empty_matrices_are_returned_beside_others(device, algorithm: str) -> None:
+    """As ranks get them that hold no row of a sharded weight."""
+    empty = [torch.randn(shape, device=device, requires_grad=True) for shape in EMPTY]
+    G = torch.randn(8, 12, device=device)
+    *given, last = newton_schulz_banks([*empty, G], algorithm=algorithm, row_normalize=True)
+    assert [(out.shape, out.dtype) for out in given] == [(shape, torch.bfloat16) for shape in EMPTY]
+    assert torch.equal(last, newton_schulz(G, algorithm=algorithm, row_normalize=True))
+    sum(out.sum() for out in given).backward()
+    assert all(one.grad.shape == one.shape for one in empty)
+    with torch.no_grad():
+        assert newton_schulz(empty[1], out=(out := torch.empty_like(empty[1]))) is out
+
+
+def test_one_tuple_serves_all_steps(device) -> None:
+    """Flat as packages have it, alone in a sequence, or written out, in tuples or lists."""
+    G = torch.randn(12, 20, device=device)
+    expected = newton_schulz(G, 3, (QUINTIC,) * 3)
+    for coefficients in (QUINTIC, list(QUINTIC), (QUINTIC,), [list(QUINTIC)], [list(QUINTIC)] * 3, np.array(QUINTIC)):
+        assert torch.equal(newton_schulz(G, 3, coefficients), expected)
+    lists = [list(abc) for abc in POLAR_EXPRESS]
+    assert torch.equal(newton_schulz(G, 3, lists), newton_schulz(G, 3)), "generated for three steps"
+
+
+def test_a_convolution_s_weight_is_flattened_by_the_caller(device) -> None:
+    weight = torch.randn(8, 4, 3, 3, device=device)
+    with pytest.raises(ValueError, match=r"flatten\(1\) makes a convolution's weight a matrix"):
+        newton_schulz(weight)
+    update = newton_schulz(weight.flatten(1)).view_as(weight)
+    assert torch.equal(update, newton_schulz(weight.view(8, 36)).view(8, 4, 3, 3))
 
 
 @pytest.mark.parametrize(
@@ -379,14 +423,21 @@ def test_gradient(device) -> None:
 
 def test_errors_name_the_argument() -> None:
     G = torch.randn(4, 4)
-    with pytest.raises(ValueError, match=r"G must be \[..., m, n\]"):
+    with pytest.raises(ValueError, match=r"G must be \[m, n\] or \[N, m, n\], got shape \(4,\)$"):
         newton_schulz(G[0])
     with pytest.raises(TypeError, match="floating point"):
         newton_schulz(G.long())
     with pytest.raises(ValueError, match="algorithm"):
         newton_schulz(G, algorithm="fast")
-    with pytest.raises(ValueError, match="2 tuples for 5 steps"):
+    with pytest.raises(ValueError, match="2 tuples for 5 steps; pass steps=2, or a single tuple"):
         newton_schulz(G, coefficients=(QUINTIC, QUINTIC))
+    with pytest.raises(ValueError, match=r"8 tuples for 5 steps; pass steps=8, or coefficients\[:5\]"):
+        newton_schulz(G, coefficients=polar_express_coefficients(8))
+    for wrong in ((), (1.0, 2.0), (QUINTIC[:2],) * 5):
+        with pytest.raises(ValueError, match=r"coefficients must be \(a, b, c\)"):
+            newton_schulz(G, coefficients=wrong)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        newton_schulz(G, 0, QUINTIC)
     with pytest.raises(ValueError, match="out must be"):
         newton_schulz(G, out=torch.empty(3, 4))
     with pytest.raises(ValueError, match="out takes no gradient"):

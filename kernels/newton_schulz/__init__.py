@@ -10,7 +10,10 @@ are the minimax-optimal choice for a given number of steps and lower bound on σ
 them. With the defaults they are the tuples of modded-nanogpt and parameter-golf PR #1344 / #1874 to 1e-12, and map σ in
 [1e-3, 1] into [0.859, 1.141].
 
-Shapes: G is [..., m, n]. Tall matrices (m > n) are iterated as their transpose.
+Shapes: G is a matrix [m, n] or a stack of them [N, m, n]. Tall matrices (m > n) are iterated as their transpose. Of
+empty matrices, which ranks may hold of a sharded weight, the result is as empty. More dimensions are refused: they are
+mostly a convolution's weight [out, in, height, width], whose matrix is [out, in height width], so that the call is
+`newton_schulz(weight.flatten(1)).view_as(weight)`; a stack of stacks becomes one by `flatten(0, -3)`.
 
 Algorithms. ``standard`` is the formula above. ``symmetric`` computes one triangle of A and B and mirrors it. ``gram``
 (gram-newton-schulz, Dao-AILab 2026) iterates on the small matrix R = X Xᵀ and applies the product Q of the steps'
@@ -34,14 +37,21 @@ come to them. So there is no deadlock however few programs run, and other stream
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from ..common.backend import select
 from ..common.operators import operator
-from .polar_express import POLAR_EXPRESS, QUINTIC, Coefficients, coefficients_by_step, polar_express_coefficients
+from .polar_express import (
+    POLAR_EXPRESS,
+    QUINTIC,
+    AnyCoefficients,
+    Coefficients,
+    coefficients_by_step,
+    polar_express_coefficients,
+)
 from .reference import Settings, banks_reference, newton_schulz_reference, orthogonalize
 from .triton import banks_triton
 
@@ -52,7 +62,7 @@ _IMPLEMENTATIONS = {"reference": banks_reference, "triton": banks_triton}
 def newton_schulz(
     G: torch.Tensor,
     steps: int = 5,
-    coefficients: Coefficients = POLAR_EXPRESS,
+    coefficients: AnyCoefficients = POLAR_EXPRESS,
     *,
     algorithm: str = "auto",
     dtype: torch.dtype | None = None,
@@ -64,10 +74,10 @@ def newton_schulz(
     """Orthogonalise every matrix of ``G``.
 
     Args:
-        G: [..., m, n] floating point, any m, n >= 1. Its norms may take any value that float32 holds. With eps > 0 a
-            zero matrix stays zero. A NaN fills its own matrix only.
-        steps: number of iterations. The default coefficients are generated for this number.
-        coefficients: one tuple (a, b, c) for every step, or a single one for all steps.
+        G: [m, n] or [N, m, n] floating point, any sizes. Its norms may take any value that float32 holds. With eps > 0
+            a zero matrix stays zero. A NaN fills its own matrix only.
+        steps: number of iterations, 1 or more. The default coefficients are generated for this number.
+        coefficients: a tuple (a, b, c) for all steps, or a sequence of one for each step.
         algorithm: ``standard``, ``symmetric`` or ``gram`` (see above), or ``auto``: the fastest that is at least as
             accurate as ``standard`` in bfloat16. On a GPU that is ``gram`` or, for nearly square matrices,
             ``symmetric``, both stored in float16. Where the coefficients could overflow float16 (those of the Polar
@@ -77,10 +87,10 @@ def newton_schulz(
         norm_scale: factor on the Frobenius norm before dividing (1.02 in modded-nanogpt, 1 in PR #1874).
         eps: number added to the scaled norm.
         row_normalize: divide each row by its norm first (MuonEq-R).
-        out: [..., m, n] floating point, takes the result.
+        out: floating point, in the shape of G, takes the result.
 
-    Returns the orthogonalised matrices, [..., m, n], in ``dtype`` (or ``out``). The reference gives the derivative.
-    Raises ValueError or TypeError for a wrong shape, dtype, device, algorithm or number of tuples.
+    Returns the orthogonalised matrices in ``dtype`` (or ``out``) and the shape of G. The reference gives the
+    derivative. Raises ValueError or TypeError for a wrong shape, dtype, device, algorithm or number of tuples.
     """
     outs = newton_schulz_banks(
         [G],
@@ -97,23 +107,24 @@ def newton_schulz(
 
 
 def newton_schulz_banks(
-    banks: Sequence[torch.Tensor],
+    banks: Iterable[torch.Tensor],
     steps: int = 5,
-    coefficients: Coefficients = POLAR_EXPRESS,
+    coefficients: AnyCoefficients = POLAR_EXPRESS,
     *,
     algorithm: str = "auto",
     dtype: torch.dtype | None = None,
     norm_scale: float = 1.0,
     eps: float = 1e-7,
     row_normalize: bool = False,
-    out: Sequence[torch.Tensor] | None = None,
+    out: Iterable[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Compute `newton_schulz` of several banks: on a GPU one launch, whatever their number and shapes.
 
-    ``banks`` and ``out`` are lists of what `newton_schulz` takes, on one device. Banks of different dtypes take one
-    launch for each dtype. No tensor of ``out`` may overlap the bank of another. The first call with a list of shapes
-    copies a table to the GPU, where it stays: make this call before capturing a graph.
+    ``banks`` and ``out`` are lists, or generators, of what `newton_schulz` takes, on one device. Banks of different
+    dtypes take one launch for each dtype. No tensor of ``out`` may overlap the bank of another. The first call with a
+    list of shapes copies a table to the GPU, where it stays: make this call before capturing a graph.
     """
+    banks, out = list(banks), None if out is None else list(out)
     dtype = dtype or torch.bfloat16
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
@@ -122,8 +133,10 @@ def newton_schulz_banks(
     if out is not None and len(out) != len(banks):
         raise ValueError(f"out must have one tensor for each of the {len(banks)} banks, got {len(out)}")
     for position, G in enumerate(banks):
-        if G.ndim < 2 or 0 in G.shape[-2:]:
-            raise ValueError(f"G must be [..., m, n] with m, n >= 1, got shape {tuple(G.shape)}")
+        if G.ndim not in (2, 3):
+            advice = "; flatten(1) makes a convolution's weight a matrix, flatten(0, -3) a stack of stacks one stack"
+            advice = advice if G.ndim > 3 else ""
+            raise ValueError(f"G must be [m, n] or [N, m, n], got shape {tuple(G.shape)}{advice}")
         if not G.is_floating_point():
             raise TypeError(f"G must be floating point, got {G.dtype}")
         if G.device != banks[0].device:
@@ -141,9 +154,9 @@ def newton_schulz_banks(
         raise ValueError("out takes no gradient: leave it out, or call under torch.no_grad()")
     values = [value for abc in tuples for value in abc], algorithm, dtype, float(norm_scale), float(eps), row_normalize
     if out is None:
-        return _banks_op(list(banks), *values)
-    _banks_out_op(list(banks), list(out), *values)
-    return list(out)
+        return _banks_op(banks, *values)
+    _banks_out_op(banks, out, *values)
+    return out
 
 
 # The operators choose the implementation: compilers and tracers see them on every device.
@@ -209,6 +222,7 @@ __all__ = [
     "ALGORITHMS",
     "POLAR_EXPRESS",
     "QUINTIC",
+    "AnyCoefficients",
     "Coefficients",
     "newton_schulz",
     "newton_schulz_banks",

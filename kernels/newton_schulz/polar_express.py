@@ -6,11 +6,14 @@ singular values closest to 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Real
 
 import numpy as np
 
 Coefficients = tuple[tuple[float, float, float], ...]
+AnyCoefficients = Sequence[float] | Sequence[Sequence[float]]  # (a, b, c) for all steps, or a tuple for each
 
 QUINTIC: tuple[float, float, float] = (3.4445, -4.775, 2.0315)  # Jordan's fixed tuple (Muon, 2024)
 
@@ -62,15 +65,26 @@ def polar_express_coefficients(
 POLAR_EXPRESS: Coefficients = polar_express_coefficients(5)
 
 
-def coefficients_by_step(coefficients: Coefficients, steps: int) -> Coefficients:
-    """Return one tuple for each step: POLAR_EXPRESS is generated for ``steps``, and a single tuple is repeated.
+def coefficients_by_step(coefficients: AnyCoefficients, steps: int) -> Coefficients:
+    """Return one tuple for each step.
 
-    Raises ValueError for another number of tuples.
+    A single tuple, flat (a, b, c) or in a sequence of its own, serves for all steps. POLAR_EXPRESS is generated for
+    ``steps``. Another number of tuples than steps is refused, since packages disagree: some cut a list to the steps,
+    others take as many steps as the list has tuples.
+
+    Raises ValueError for steps < 1, a tuple of another length than 3, and a wrong number of tuples.
     """
-    if len(coefficients) == steps:
-        return tuple(coefficients)
-    if coefficients == POLAR_EXPRESS:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    rows: Sequence = (coefficients,) if all(isinstance(value, Real) for value in coefficients) else coefficients
+    if not all(len(row) == 3 for row in rows):
+        raise ValueError(f"coefficients must be (a, b, c), or such a tuple for each step, got {coefficients}")
+    tuples = tuple((float(a), float(b), float(c)) for a, b, c in rows)
+    if len(tuples) == steps:
+        return tuples
+    if tuples == POLAR_EXPRESS:
         return polar_express_coefficients(steps)
-    if len(coefficients) != 1:
-        raise ValueError(f"coefficients: {len(coefficients)} tuples for {steps} steps; give one, or one a step")
-    return tuple(coefficients) * steps
+    if len(tuples) != 1:
+        others = f"coefficients[:{steps}]" if len(tuples) > steps else "a single tuple for all steps"
+        raise ValueError(f"coefficients: {len(tuples)} tuples for {steps} steps; pass steps={len(tuples)}, or {others}")
+    return tuples * steps

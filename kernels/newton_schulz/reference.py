@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .polar_express import POLAR_EXPRESS, Coefficients, coefficients_by_step
+from .polar_express import POLAR_EXPRESS, AnyCoefficients, Coefficients, coefficients_by_step
 
 ROW_NORM_FLOOR = 1e-7
 
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
 def newton_schulz_reference(
     G: torch.Tensor,
     steps: int = 5,
-    coefficients: Coefficients = POLAR_EXPRESS,
+    coefficients: AnyCoefficients = POLAR_EXPRESS,
     *,
     algorithm: str = "auto",
     dtype: torch.dtype | None = None,
@@ -50,6 +50,8 @@ def banks_reference(banks: Sequence[torch.Tensor], out: Sequence[torch.Tensor], 
 
 def orthogonalize(G: torch.Tensor, settings: Settings) -> torch.Tensor:
     """Return the orthogonalised matrices of G [..., m, n] in ``settings.dtype``; autograd differentiates it."""
+    if not G.numel():
+        return G.to(settings.dtype)
     gram = settings.algorithm == "gram"
     storage = torch.float16 if gram and settings.dtype.itemsize == 2 else settings.dtype
     if settings.row_normalize:

@@ -42,6 +42,7 @@ EXCLUDED = {
     "report/page.py": "writes the report's page; the program prints the table of results",
     "report/plots.py": "draws the report's plots",
     "report/seeds.py": "writes the texts of a submission",
+    "optim.py": "steps other models; training has an optimizer of its own, for banks",
     "pack.py": "makes a submission of finished runs",
     "submission/sources.py": "collects the sources; the program exports its own archive as it is",
     "submission/program.py": "is the program's __main__ instead",
