@@ -13,12 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pgolf.artifact.container import CAP_BYTES
 from pgolf.audit import watch
 from pgolf.audit.checks import FAILED, NOT_CHECKED, PASSED, Finding
 from pgolf.common.progress import format_duration
 
 SHOWN = 4  # of the files, processes and connections that a program should not have
-CAP_BYTES = 16_000_000
 LIMIT_SECONDS = 600.0  # of training, and of evaluation, on 8 H100s
 SYSTEM = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin")
 # What compiling kernels and describing a machine start: part of the machine, not of a submission.
