@@ -67,7 +67,10 @@ $(VENV)/.torch:
 	    $(BIN)/python -m pip install --quiet --retries 0 --timeout 10 --index-url "$(TORCH_INDEX)" "$(TORCH)" || \
 	    $(BIN)/python -m pip install --quiet "$(TORCH)"; }; \
 	fi
-	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TRITON)"
+	@if ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  if test "$$(uname -s)" = Linux; then $(BIN)/python -m pip install --quiet "$(TRITON)"; \
+	  else echo "$(VENV): there is no Triton for $$(uname -s): the kernels' references run"; fi; \
+	fi
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml

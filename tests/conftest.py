@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pgolf.config import ALIASES, FIELDS
+from pgolf.kernels.common import backend
 
 if (_gpus := torch.cuda.device_count()) > 1 and (_worker := os.environ.get("PYTEST_XDIST_WORKER")):
     _visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(_gpus)))).split(",")
@@ -19,16 +20,14 @@ if (_gpus := torch.cuda.device_count()) > 1 and (_worker := os.environ.get("PYTE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    import tests.interpreter  # noqa: F401  before any kernel
-
-from pgolf.kernels.common import backend, launch  # noqa: E402
+    # With AMX, oneDNN's bfloat16 products read what lies between a matrix's rows, times zero: NaN from `torch.empty`.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 if INTERPRETED:  # this process runs kernels on CPU tensors, see test_interpreter.py
     DEVICES = [pytest.param("cpu", id="interpreter")]
     backend.set_backend("triton")
-    launch.chip = lambda device: "default"  # small tiles: the interpreter's time is that of the padding, too
 
 torch.set_num_threads(1)  # tensors are small here, and sums keep one order on every machine
 for _variable in ("PGOLF_KERNELS", *(name.upper() for name in (*FIELDS, *ALIASES))):

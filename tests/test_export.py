@@ -113,12 +113,12 @@ def test_every_module_imports_and_shows_its_source(program: Path, root: Path, tm
 
 INTERPRETED = """
 import sys
-root, checkout = sys.argv[1:]
-sys.path[:0] = [root, checkout]
-import tests.interpreter
+root, package = sys.argv[1:]
+sys.path.insert(0, root)
 import torch
-import pgolf
+import pgolf.kernels.common
 assert pgolf.__file__.startswith(root)
+pgolf.kernels.common.__path__.append(package)  # has the interpreter's mends, which the program lacks
 from pgolf.kernels.smear_gate import smear_gate, smear_gate_reference
 x, ids = torch.randn(1, 5, 16), torch.tensor([[1, 4, 5, 1, 6]])
 weight, lam = torch.randn(1, 4), torch.ones(1)
@@ -130,7 +130,10 @@ torch.testing.assert_close(compiled(x, ids, weight, lam), smear_gate_reference(x
 def test_kernels_run_interpreted(program: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("PGOLF_KERNELS", "triton")
-    run(program, "-c", INTERPRETED, root, ROOT, folder=tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run(program, "-c", INTERPRETED, root, ROOT / "kernels" / "common", folder=tmp_path)
+    shown = run(program, program, "eval", "--run-dir", "run", folder=tmp_path, fails=True).stderr
+    assert "exported without pgolf.kernels.common.interpreter; install the package pgolf for it" in shown
 
 
 SPAWNS = """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import library
 
-from pgolf.kernels.common import launch
+from pgolf.kernels.common import backend, launch
 from pgolf.kernels.newton_schulz import (
     ALGORITHMS,
     POLAR_EXPRESS,
@@ -21,6 +21,7 @@ from pgolf.kernels.newton_schulz import (
 from tests.conftest import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+lists_tasks = pytest.mark.skipif(backend.triton is None, reason="lists the kernel's tasks")
 
 # The tuples of parameter-golf PR #1344 / #1874 (specification 3.1).
 PUBLIC = [
@@ -337,6 +338,7 @@ def test_non_contiguous_input_and_out(device) -> None:
     assert torch.equal(unaligned.bfloat16(), expected)
 
 
+@lists_tasks
 @pytest.mark.parametrize("stagger", [0, 40, 300])
 def test_tasks_come_after_what_they_need(monkeypatch, stagger: int) -> None:
     parameters = launch.launch_parameters("newton_schulz", "small", torch.device("cpu")) | dict(stagger=stagger)
@@ -356,6 +358,7 @@ def test_tasks_come_after_what_they_need(monkeypatch, stagger: int) -> None:
         assert total[number] - (mine == mine.max()).sum() == mine.max(), "and waits for all others"
 
 
+@lists_tasks
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
 def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int) -> None:
@@ -367,6 +370,7 @@ def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int) -> None:
         written |= set(writes)
 
 
+@lists_tasks
 def test_workspace_may_pass_two_to_the_31_elements() -> None:
     parameters = dict(tile=128, columns=128, depth=64)
     bank = tasks.Bank(0, 2, (512, 2048), (512, 2048), 0, 0, 2**34)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
+import pydoc
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import pgolf
+from pgolf import kernels
+from tests.test_docs import python_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
@@ -25,6 +29,7 @@ KERNELS = [
     ".".join(("pgolf", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
     for path in sorted((ROOT / "kernels").rglob("*.py"))
 ]
+FAMILIES = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/reference.py"))
 # What the source distribution carries.
 PACKED = (
     *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".ci", ".pre-commit-config.yaml"),
@@ -118,26 +123,106 @@ def test_a_second_copy_of_the_kernels_is_refused() -> None:
     assert "import pgolf.kernels" in python("-c", script, cwd=ROOT)
 
 
+TYPED = """
+import pgolf.kernels.common.launch
+import pgolf.kernels.residual.triton
+from pgolf.kernels import newton_schulz_banks
+from pgolf.kernels import nothing  # type: ignore[attr-defined]
+from pgolf.kernels.newton_schulz import newton_schulz
+reveal_type(newton_schulz)
+reveal_type(newton_schulz_banks)
+"""
+
+
 def test_mypy_finds_kernels(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
-    options = ("--config-file=", f"--cache-dir={os.devnull}", "--follow-imports=skip")
-    script = "import pgolf.kernels.residual.triton, pgolf.kernels.common.launch"
-    assert "no issues" in python("-m", "mypy", *options, "-c", script, cwd=tmp_path, MYPYPATH=str(ROOT))
+    options = ["--config-file=", f"--cache-dir={os.devnull}", "--follow-imports=silent", "--warn-unused-ignores"]
+    options += ["--no-site-packages", "--ignore-missing-imports"]  # spares it PyTorch's types
+    shown = python("-m", "mypy", *options, "-c", TYPED, cwd=tmp_path, MYPYPATH=str(ROOT))
+    assert "no issues" in shown and shown.count('Revealed type is "def (') == 2
 
 
-def test_without_triton_every_kernel_module_imports_and_references_run() -> None:
-    script = """
-import importlib, sys
-sys.modules["triton"] = None
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-import torch
-from pgolf.kernels.residual_mlp import residual_mlp
-x = torch.ones(2, 8, requires_grad=True)
-residual_mlp(None, x, torch.ones(4, 8), torch.ones(8, 4)).sum().backward()
-print(x.grad[0, 0].item())
+WITHOUT_TRITON = """
+import importlib, inspect, sys
+
+class NoTriton:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTriton)
+modules = [importlib.import_module(name) for name in sys.argv[2:]]
+ran = set()
+sys.setprofile(lambda frame, event, argument: ran.add(frame.f_code))
+exec(sys.argv[1], {})
+sys.setprofile(None)
+functions = {function for module in modules for name, function in vars(module).items()
+             if module.__name__.startswith("pgolf.kernels.") and hasattr(module, "__all__")
+             and name in module.__all__ and inspect.isfunction(function)}
+print(*sorted(function.__name__ for function in functions if inspect.unwrap(function).__code__ not in ran))
 """
-    assert float(python("-c", script, *KERNELS, cwd=ROOT)) == 8 * 4 * 2 * 8  # outputs, hidden units, slope 2 x · 1
+MORE_CALLS = """
+from pgolf.kernels import *
+from pgolf.kernels.newton_schulz import newton_schulz_reference, polar_express_coefficients
+
+a, b, c, d = torch.randn(4, 4, 8, requires_grad=True).unbind()
+mix, scale, lanes = torch.ones(2, 8), torch.ones(1), (torch.ones(2, 2), torch.ones(2))
+first = enter_lanes_norm(a, b, mix, scale)
+second = mix_lanes_norm(first.lane0, first.lane1, c, d, *lanes, first.x0, mix, scale)
+final = mix_lanes_final(*mix_lanes(second.lane0, second.lane1, c, d, *lanes), c, d, *lanes)
+residual_linear(join_skip(final, a, torch.ones(8)), scaled_rms_norm(b), torch.randn(8, 8)).sum().backward()
+newton_schulz_reference(torch.randn(4, 8), steps=2, coefficients=polar_express_coefficients(2))
+dequantize_all([pack(torch.ones(64, 128, dtype=torch.int8), 6, torch.rand(64))], [torch.empty(64, 128)])
+bounds, each, kept = torch.tensor([0, 2, 4], dtype=torch.int32), torch.arange(4), torch.zeros(4, 1, 8)
+cached_gated_attention(
+    a[None], torch.randn(32, 8), torch.ones(4, 2), torch.zeros(4, 2), torch.ones(2), bounds, 2,
+    KVCache(kept, kept.clone(), each, each, each, bounds, 2), 2, 1, head_dim=8, exclude_own_value=True, gated=False,
+)
+"""
+
+
+def test_without_triton_every_module_imports_and_every_operation_runs() -> None:
+    """The examples of docs/kernels.md, and the operations that they leave out."""
+    calls = python_blocks(ROOT / "docs" / "kernels.md") + MORE_CALLS
+    not_run = python("-c", WITHOUT_TRITON, calls, *importable(MODULES + KERNELS), cwd=ROOT)
+    assert not_run.split() == ["attention_tiles", "flash_attention"], "which are for kernels, and for GPUs"
+
+
+def test_names_of_the_kernels_package_are_those_of_the_families() -> None:
+    families = {name: importlib.import_module(f"pgolf.kernels.{name}") for name in FAMILIES}
+    assert kernels.__all__ and not set(kernels.__all__) & families.keys()
+    assert all(module.__all__ for module in families.values())
+    homes = {name: module for module in families.values() for name in module.__all__ if name in kernels.__all__}
+    homes |= dict.fromkeys(("set_backend", "using"), importlib.import_module("pgolf.kernels.common.backend"))
+    assert homes.keys() == set(kernels.__all__)
+    assert all(getattr(kernels, name) is getattr(home, name) for name, home in homes.items())
+    operations = {
+        name
+        for module in families.values()
+        for name in module.__all__
+        if f"{name}_reference" in module.__all__ or f"{name}reference_" in module.__all__
+    }
+    assert operations - set(kernels.__all__) == families.keys() & operations
+    with pytest.raises(AttributeError, match="module 'pgolf.kernels' has no attribute 'nothing'"):
+        _ = kernels.nothing
+
+
+def test_type_checkers_and_python_find_the_same_names() -> None:
+    """What is imported for type checkers is what `__getattr__` finds."""
+    tree = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    found = {alias.asname: (node.module, alias.name) for node in imports for alias in node.names}
+    assert found == {name: (module, name) for name, module in kernels._HOMES.items()}
+
+
+def test_importing_the_kernels_package_imports_neither_pytorch_nor_triton() -> None:
+    script = "import sys, pgolf.kernels; print(*{'torch', 'triton', 'numpy'} & sys.modules.keys())"
+    assert python("-c", script, cwd=ROOT) == ""
+
+
+def test_help_on_the_kernels_package_shows_its_names() -> None:
+    text = pydoc.plain(pydoc.render_doc(kernels))
+    assert all(f"{name}(" in text for name in kernels.__all__)
 
 
 @pytest.fixture(scope="module")

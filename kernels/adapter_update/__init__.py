@@ -132,3 +132,6 @@ def adapter_update_(
         eps=eps,
         weight_decay=weight_decay,
     )
+
+
+__all__ = ["adapter_update_", "adapter_update_reference_"]

@@ -2,6 +2,7 @@
 
 backend          the choice between Triton kernels and PyTorch references
 compiling        Triton's compiler: `jit`, module constants, compiling many kernels at once
+interpreter      Triton's interpreter, mended; the module `compiling` applies it under ``TRITON_INTERPRET=1``
 operators        registration of operators with PyTorch
 launch           launch parameters by chip
 partial_sums     deterministic sums of the programs' partial results

@@ -19,6 +19,11 @@ if triton is not None or TYPE_CHECKING:
 else:
     tl = None
 
+if INTERPRETED:
+    from .interpreter import mend
+
+    mend()
+
 if not TYPE_CHECKING and tl is None:
 
     class constexpr:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .backend import INTERPRETED
+
 TUNED = Path(__file__).parents[1] / "tuned"
 
 
@@ -27,9 +29,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def chip(device: torch.device) -> str:
-    """Return the name of a device's table of launch parameters: its own, else ``h100`` on Hopper, else ``default``."""
+    """Return the name of a device's table of launch parameters: its own, else ``h100`` on Hopper, else ``default``.
+
+    The interpreter takes ``default``.
+    """
+    if INTERPRETED:
+        return "default"  # small tiles: the interpreter's time is that of the padding, too
     if device.type != "cuda":
-        return "h100"  # where kernels are interpreted or only compiled
+        return "h100"  # where kernels are only compiled
     name = torch.cuda.get_device_name(device).lower()
     tables = [path.stem for path in TUNED.glob("*.json") if path.stem in name]
     return tables[0] if tables else "h100" if torch.cuda.get_device_capability(device)[0] == 9 else "default"

@@ -91,3 +91,6 @@ def layer_weights(
     return select("layer_weights", _IMPLEMENTATIONS, qo_bank)(
         qo_bank, kv_bank, up_bank, down_bank, scales, gates, dtype, order
     )
+
+
+__all__ = ["Matrices", "layer_weights", "layer_weights_reference"]

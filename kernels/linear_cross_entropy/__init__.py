@@ -102,3 +102,6 @@ def linear_cross_entropy(
     has_kernel = h.dtype != torch.float64
     chosen = select("linear_cross_entropy", _IMPLEMENTATIONS, h) if has_kernel else linear_cross_entropy_reference
     return chosen(h, table, targets, float(softcap), reduction, chunk_tokens, update=update)
+
+
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]

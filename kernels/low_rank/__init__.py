@@ -121,3 +121,6 @@ def low_rank(
     if x.dtype == torch.float64 or max(A[0].numel(), B[0].numel()) >= _INDEX_LIMIT:
         chosen = low_rank_reference
     return chosen(x, A, B, offsets, residual, float(scale), parts, width)
+
+
+__all__ = ["LowRank", "low_rank", "low_rank_reference"]

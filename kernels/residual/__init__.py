@@ -292,3 +292,27 @@ def residual_linear_norm(
     """
     _check_linear(residual, x, weight, scale)
     return select("residual_linear_norm", _LINEAR_NORM, x)(residual, x, weight, scale, eps, inplace=inplace)
+
+
+__all__ = [
+    "Lanes",
+    "Mixed",
+    "enter_lanes_norm",
+    "enter_lanes_norm_reference",
+    "join_skip",
+    "join_skip_reference",
+    "mix_lanes",
+    "mix_lanes_final",
+    "mix_lanes_final_reference",
+    "mix_lanes_norm",
+    "mix_lanes_norm_reference",
+    "mix_lanes_reference",
+    "residual_linear",
+    "residual_linear_norm",
+    "residual_linear_norm_reference",
+    "residual_linear_reference",
+    "residual_mix_norm",
+    "residual_mix_norm_reference",
+    "scaled_rms_norm",
+    "scaled_rms_norm_reference",
+]

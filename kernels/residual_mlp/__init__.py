@@ -65,3 +65,6 @@ def residual_mlp(
     if x.dtype != torch.float64:
         chosen = select("residual_mlp", _RESIDUAL_MLP, x)
     return chosen(residual, x, up, down, inplace=inplace)
+
+
+__all__ = ["residual_mlp", "residual_mlp_reference"]

@@ -123,3 +123,6 @@ def _check(input_ids: Tensor, weight: Tensor, lam: Tensor, starts: Tensor | None
         raise ValueError(f"weight must be [W] or [1, W], got shape {tuple(weight.shape)}")
     if lam.numel() != 1:
         raise ValueError(f"lam must be one element, got shape {tuple(lam.shape)}")
+
+
+__all__ = ["embed_smear_norm", "embed_smear_norm_reference", "smear_gate", "smear_gate_reference"]

@@ -46,6 +46,7 @@ EXCLUDED = {
     "pack.py": "makes a submission of finished runs",
     "submission/sources.py": "collects the sources; the program exports its own archive as it is",
     "submission/program.py": "is the program's __main__ instead",
+    "kernels/common/interpreter.py": "mends Triton's interpreter, for tests and debugging on a CPU",
     "kernels/dequant/triton.py": "dequantises in microseconds what the program dequantises a few times",
     "kernels/tuned/h200.json": "launch parameters of a chip that can take the H100's",
 }
