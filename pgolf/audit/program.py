@@ -50,10 +50,13 @@ def sizes(files: Collection[Path], cap: int = CAP_BYTES) -> Finding:
     return Finding("sizes", "budget", "shipped files", verdict, f"{total:,} of {cap:,} bytes: {parts}")
 
 
-def run_contained(program: Path, arguments: Sequence[str], folder: Path) -> Contained:
+def run_contained(program: Path, arguments: Sequence[str], folder: Path, threads: int | None = None) -> Contained:
     """Run a Python program in ``folder``, without this package, and where Linux allows it without any network.
 
     The program's home and temporary directory are in the folder.
+
+    Args:
+        threads: of its OpenMP; None: as many as it likes.
     """
     log = folder / ".watched"
     for name in ("home", "tmp"):
@@ -61,6 +64,7 @@ def run_contained(program: Path, arguments: Sequence[str], folder: Path) -> Cont
     given = {str(path.resolve()) for path in folder.rglob("*")}
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     environment |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     prefix = NAMESPACE if _namespaces() else []
     begun = time.perf_counter()
     done = subprocess.run(

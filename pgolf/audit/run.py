@@ -7,6 +7,8 @@ import shutil
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +77,38 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
     model = model_with(config, world, load_artifact(config, folder, world))
 
     findings = _data(documents, folder, config, table, full)
-    stages, examined = _stages(model, settings, table), {}
+    with _one_thread():
+        found, by_ttt = _sample(_stages(model, settings, table), few, folder, world)
+        findings += found
+    findings += _whole_split(model, config, table, documents, folder, world) if full else [_not_reproduced()]
+    if folder.program.exists():
+        findings.append(sizes([artifact, folder.program]))
+        findings += _program(folder, config, settings, few, by_ttt)
+    else:
+        checks = {"sizes": "budget", "runs alone": "self-containment"}
+        why = f"there is no program {folder.program}"
+        findings += [Finding(check, what, "the program", NOT_CHECKED, why) for check, what in checks.items()]
+    environment = read_json(folder.environment) if folder.environment.exists() else {}
+    findings.append(wall_time(folder.summary(), environment))
+    _write(folder, findings, few, full, time.perf_counter() - begun)
+    return findings
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: a sample's matrices are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _sample(stages: _Stages, few: Documents, folder: RunFolder, world: World) -> tuple[list[Finding], Examined | None]:
+    """Check all scorers on the sample, and write ledgers. Returns also what test-time training did."""
+    findings: list[Finding] = []
+    examined: dict[str, Examined] = {}
     for name, scorer in stages.scores.items():
         world.log(f"{scorer.name}: {few.starts.size} documents, {few.stream.size:,} tokens")
         found, examined[name] = check_scorer(scorer, few)
@@ -85,18 +118,7 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
         findings.append(_stream_order(stages.in_stream_order, examined["ttt"]))
     for forward in stages.training:
         findings += check_scorer(forward, few, ("isolation",))[0]
-    findings += _whole_split(model, config, table, documents, folder, world) if full else [_not_reproduced()]
-    if folder.program.exists():
-        findings.append(sizes([artifact, folder.program]))
-        findings += _program(folder, config, settings, few, examined.get("ttt"))
-    else:
-        checks = {"sizes": "budget", "runs alone": "self-containment"}
-        why = f"there is no program {folder.program}"
-        findings += [Finding(check, what, "the program", NOT_CHECKED, why) for check, what in checks.items()]
-    environment = read_json(folder.environment) if folder.environment.exists() else {}
-    findings.append(wall_time(folder.summary(), environment))
-    _write(folder, findings, few, full, time.perf_counter() - begun)
-    return findings
+    return findings, examined.get("ttt")
 
 
 def _stages(model: GPT, config: RunConfig, table: ByteTable) -> _Stages:
@@ -224,7 +246,7 @@ def _program(
         changed = [name for name in vars(settings) if getattr(settings, name) != getattr(config, name)]
         pairs = [f"{name}={getattr(settings, name)}" for name in changed] + ["data_dir=data"]
         arguments = ["ttt", "--run-dir", "run", *(part for pair in pairs for part in ("--set", pair))]
-        done = run_contained(program, arguments, alone)
+        done = run_contained(program, arguments, alone, threads=1)
         findings = contained(done)
         if done.status:
             return findings
