@@ -142,6 +142,17 @@ def test_the_artifact_has_the_bytes_it_is_given(tensors, matrices, tmp_path: Pat
     assert kept and all(torch.equal(weights[name], tensors[name].half().float()) for name in kept)
 
 
+def test_more_bytes_than_computed_are_quantised_away(tensors, matrices, tmp_path: Path, monkeypatch) -> None:
+    path, target = tmp_path / "model.pgolf", 170_000
+    monkeypatch.setattr(rate, "packed_bytes", lambda *given: packed_bytes(*given) - 5000)
+    quantized, blob = rate.quantize_to_fit(tensors, matrices, CONFIG, CPU, path, target)
+    assert target - rate.SLACK_BYTES <= len(blob) <= target and save(path, quantized) == len(blob)
+    monkeypatch.setattr(rate, "packed_bytes", lambda *given: packed_bytes(*given) - 90_000)
+    monkeypatch.setattr(rate, "FITS", 1)
+    with pytest.raises(QuantizeError, match="does not fit 170,000 bytes: it takes [0-9,]+, more than computed"):
+        rate.quantize_to_fit(tensors, matrices, CONFIG, CPU, path, target)
+
+
 def test_bounds_of_size(tensors, matrices) -> None:
     finest = rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, 5_000_000)
     assert 250_000 < packed_bytes(finest, CPU) < 400_000

@@ -12,12 +12,14 @@ pivots, so that all columns of a row add the same to the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pgolf.artifact.code_length import packed_bytes
+from pgolf.artifact.container import content
 from pgolf.artifact.gptq import inverse_factor
 from pgolf.artifact.hessians import exact_float32_products, hessian_group
 from pgolf.artifact.quantize import half, hessian_for, rule_for
@@ -31,6 +33,7 @@ COARSEST = 1.0  # a step is at most this many standard deviations of its row: a 
 FINEST = 2.0**-5  # and at least this many: codes of more than 7 bits are worth nothing
 SLACK_BYTES = 4000  # that an artifact may stay below what it is given
 ATTEMPTS = 12
+FITS = 4  # times that a model is quantised anew because its content is too long
 # Bits of a code: log2 of its row's standard deviation in steps, plus log2 √(2πe), for codes that are many steps wide.
 GAUSSIAN_BITS = 2.047
 
@@ -173,6 +176,30 @@ def quantize_by_rate(
             f"the artifact does not fit {target:,} bytes: it takes {size:,} with steps of a standard deviation"
         )
     return quantized
+
+
+def quantize_to_fit(
+    tensors: Mapping[str, Tensor],
+    matrices: Mapping[str, Matrix],
+    config: RunConfig,
+    device: torch.device,
+    path: Path,
+    target: int,
+) -> tuple[QuantizedModel, bytes]:
+    """Quantise a model by `quantize_by_rate`; return it with the artifact's content of at most ``target`` bytes.
+
+    Where the content has more bytes than was computed, the model is quantised once more, to fewer.
+
+    Raises QuantizeError if it does not fit.
+    """
+    aim = target
+    for _ in range(FITS):
+        quantized = quantize_by_rate(tensors, matrices, config, device, aim)
+        blob = content(path, quantized)
+        if len(blob) <= target:
+            return quantized, blob
+        aim -= len(blob) - target + SLACK_BYTES // 8
+    raise QuantizeError(f"the artifact does not fit {target:,} bytes: it takes {len(blob):,}, more than computed")
 
 
 def _in_order(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor], coded: QuantizedModel) -> QuantizedModel:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from pgolf.artifact.container import CAP_BYTES, save
+from pgolf.artifact.container import CAP_BYTES, content
 from pgolf.artifact.hessians import collect_hessians
 from pgolf.artifact.quantize import quantize_model
-from pgolf.artifact.rate import prepare, quantize_by_rate
+from pgolf.artifact.rate import prepare, quantize_to_fit
 from pgolf.artifact.sensitivity import Sensitivities, collect_sensitivities
 from pgolf.artifact.sizes import ArtifactSize, bytes_by_class
-from pgolf.common.files import remove_leftovers
+from pgolf.common.files import remove_leftovers, write_aside
 from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory
 from pgolf.common.tensors import save_tensors
@@ -104,20 +104,22 @@ def _quantize_and_save(
     tensors = unbank(weights, config.num_layers)
     if sensitivities is None:
         quantized = quantize_model(tensors, hessians, config, world.device)
+        solved = time.perf_counter()
+        world.log(f"writing the artifact with {config.compressor}")
+        blob = content(path, quantized, config.compressor)
     else:
         matrices = prepare(tensors, hessians, sensitivities, config, world.device)
         target = config.weight_bytes or CAP_BYTES - code_bytes
-        quantized = quantize_by_rate(tensors, matrices, config, world.device, target)
-    solved = time.perf_counter()
-    world.log("writing the artifact" + (f" with {config.compressor}" if sensitivities is None else ""))
-    weight_bytes = save(path, quantized, config.compressor)
+        quantized, blob = quantize_to_fit(tensors, matrices, config, world.device, path, target)
+        solved = time.perf_counter()
+    write_aside(path, blob)
     return {
         "export_seconds": exported - begun,
         "quantize_seconds": solved - exported,
         "compress_seconds": time.perf_counter() - solved,
-        "weight_bytes": weight_bytes,
+        "weight_bytes": len(blob),
         "code_bytes": code_bytes,
-        "total_bytes": weight_bytes + code_bytes,
+        "total_bytes": len(blob) + code_bytes,
         "cap_bytes": CAP_BYTES,
         "bytes_by_class": bytes_by_class(quantized),
         "lqer_tensors": [name for name, mark in quantized.meta.items() if "+lqer" in mark],
