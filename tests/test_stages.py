@@ -31,14 +31,14 @@ def test_stages_after_training_score_on_cuda_as_on_the_cpu(
 ) -> None:
     monkeypatch.setattr("pgolf.artifact.stage.export_program", lambda path, config: path.write_bytes(b"-"))
     trained = RunFolder(tmp_path / "trained")
-    sizes = dict(model_dim=64, rope_dims=8, iterations=24, ema_decay=0.5, ttt_lora_lr=0.003, weight_bytes=300_000)
+    sizes = dict(model_dim=64, rope_dims=8, iterations=24, ema_decay=0.5, ttt_lora_lr=0.003, weight_bytes=140_000)
     assert main(["train", "--preset", "demo", "--run-dir", str(trained.path), *settings(data, **sizes)]) == 0
     exact = stages_after_training(trained, tmp_path / "cpu")
     found = stages_after_training(trained, tmp_path / "cuda", "device=cuda")
-    # Bits per byte. In bfloat16 on a CPU the four differ from float32's by 2.6e-4, 0.8e-4, 1.6e-4 and 1.1e-4; without
-    # the loop `before` differs by 1.0e-3, quantisation to this size costs 3.5e-4, windows gain 0.9e-3 and test-time
-    # training 0.10.
-    bounds = {"before": 5e-4, "quantized": 8e-4, "sliding": 8e-4, "ttt": 3e-3}
+    # Bits per byte. In bfloat16 on a CPU the four differ from float32's by 2.9e-4, 0.6e-4, 1.7e-4 and 0.1e-4; without
+    # the loop `before` differs by 1.0e-3, windows gain 2e-3 and test-time training 0.11. Adapters are drawn on the
+    # device: other seeds differ by 6e-3 on a CPU.
+    bounds = {"before": 5e-4, "quantized": 8e-4, "sliding": 8e-4, "ttt": 1e-2}
     for name, bits in scores(found).items():
         assert bits == pytest.approx(scores(exact)[name], abs=bounds[name]), name
     sizes = [summary["quantize"]["weight_bytes"] for summary in (exact, found)]

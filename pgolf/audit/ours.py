@@ -70,11 +70,11 @@ def distributions(model: GPT, rows: list[int]) -> Iterator[list[np.ndarray]]:
         alphabet = torch.arange(table.size(0), device=h.device)
         for row in rows:
             same, added = (
-                None if part is None else part.flatten(0, -2)[row].expand(alphabet.numel(), -1).contiguous()
+                None if part is None else part.detach().flatten(0, -2)[row].expand(alphabet.numel(), -1).contiguous()
                 for part in (h, update)
             )
             assert same is not None
-            losses = linear_cross_entropy(same, table, alphabet, settings[0], "none", update=added)
+            losses = linear_cross_entropy(same, table.detach(), alphabet, settings[0], "none", update=added)
             found.append(-losses.float().cpu().numpy())
         return linear_cross_entropy(h, table, targets, *settings, update=update)
 
@@ -91,7 +91,8 @@ class EvaluationScorer:
     def __init__(
         self, name: str, evaluate: Callable[..., tuple[float, float]], model: GPT, config: RunConfig, table: ByteTable
     ) -> None:
-        self.name, self.evaluate, self.model, self.config, self.table = name, evaluate, model, config, table
+        self.name, self.evaluate, self.model, self.table = name, evaluate, model, table
+        self.config = config.replace(cuda_graphs="off")  # launched one by one, kernels can be watched
         self.progress: Progress | None = None
 
     def score(self, stream: np.ndarray, asked: Collection[int], record: Record) -> float:
@@ -161,7 +162,8 @@ class TTTScorer:
     """Test-time training; its states are the base's weights and each slot's adapters."""
 
     def __init__(self, name: str, model: GPT, config: RunConfig, table: ByteTable) -> None:
-        self.name, self.model, self.config, self.table = name, model, config, table
+        self.name, self.model, self.table = name, model, table
+        self.config = config.replace(cuda_graphs="off")
         self.progress: Progress | None = None
 
     def score(self, stream: np.ndarray, asked: Collection[int], record: Record) -> float:
@@ -196,8 +198,12 @@ class _Witness:
         active = np.flatnonzero(chunk.scored)
         stops = chunk.start + chunk.length + 1
         spans = {int(i): (int(stops[i] - chunk.scored[i]), int(stops[i])) for i in active}
-        vectors = self._vectors(scorer, chunk, spans)
-        losses, places = step(chunk)
+        targets = [place for start, stop in spans.values() for place in range(start, stop)]
+        rows = [row for row, place in enumerate(targets) if place in self.asked]
+        with distributions(self.model, rows) as found:
+            losses, places = step(chunk)
+        # The first are those of the state with which the step begins, whatever else it computes.
+        vectors = {targets[row]: vector for row, vector in zip(rows, found[: len(rows)], strict=True)}
         nats = losses.cpu().numpy()
         row = 0
         for slot, (start, stop) in spans.items():
@@ -217,16 +223,6 @@ class _Witness:
             for slot in np.flatnonzero(chunk.learning).tolist():
                 self.record(Updated(f"adapters {slot}", after[slot], [spans[slot]]))
         return losses, places
-
-    def _vectors(self, scorer: ChunkScorer, chunk: Chunk, spans: dict[int, Span]) -> dict[int, np.ndarray]:
-        places = [place for start, stop in spans.values() for place in range(start, stop)]
-        rows = [row for row, place in enumerate(places) if place in self.asked]
-        if not rows:
-            return {}
-        whole, _, tokens, count = scorer.fill(chunk)
-        with distributions(self.model, rows) as found, torch.no_grad():
-            scorer.inputs.losses(scorer.bank, scorer.bank.leaves(False), whole, tokens, count)
-        return {places[row]: vector for row, vector in zip(rows, found, strict=True)}
 
 
 class _WatchedScorer(ChunkScorer):

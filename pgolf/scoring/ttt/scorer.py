@@ -34,12 +34,12 @@ class ChunkScorer:
         """Compile, and capture graphs if the model uses them. ``stream`` holds the int32 tokens of all documents."""
         self.model, self.config, self.bank, self.stream = model, config, bank, stream
         self.device = model.qo_bank.device
-        self.inputs = (CachedChunks if config.ttt_kv_cache else Windows)(model, config, bank.slots)
+        self._inputs = (CachedChunks if config.ttt_kv_cache else Windows)(model, config, bank.slots)
         self._chunk_sizes = sorted({config.ttt_chunk_size, *(size for _, size in config.chunks_by_length())})
         # Of lower priority than the stream of graphs, so that updates only use what the backward leaves idle.
         self._updates = torch.cuda.Stream(self.device, priority=0) if self.device.type == "cuda" else None
         self._lengths: dict[bool, list[int]] = {}  # of captured streams, with and without an update
-        if uses_graphs(config, model) and self.inputs.capturable:
+        if uses_graphs(config, model) and self._inputs.capturable:
             self._capture()
 
     def parts(self, chunk: Chunk) -> Iterator[Chunk]:
@@ -48,7 +48,7 @@ class ChunkScorer:
         first = 0
         while first < ends.size:
             before = ends[first - 1] if first else 0
-            last = max(int(np.searchsorted(ends, before + self.inputs.limit, side="right")), first + 1)
+            last = max(int(np.searchsorted(ends, before + self._inputs.limit, side="right")), first + 1)
             inside = (np.arange(ends.size) >= first) & (np.arange(ends.size) < last)
             if chunk.length[inside].any():
                 yield Chunk(*(np.where(inside, field, 0) for field in chunk))
@@ -60,27 +60,23 @@ class ChunkScorer:
         Returns float32 losses in nats, and int64 places in the stream of the tokens before their targets. Both may have
         more rows than there are targets; the place of such a row is the last of the stream.
         """
-        whole, places, tokens, rows = self.fill(chunk)
         learning = bool(chunk.learning.any())
+        tokens, rows = int(chunk.length.sum()), int(chunk.scored.sum())
+        if self._lengths:
+            tokens = min(length for length in self._lengths[learning] if length >= tokens)
+            rows = self._rows(tokens)
+        whole, inputs = self._inputs.fill(chunk, self.stream, tokens, rows)
+        whole, places = to_device(whole, self.device), to_device(torch.from_numpy(inputs), self.device)
         if self._lengths:
             return self._graphs.replay((tokens, learning), whole), places
         return self._compute(whole, tokens, rows, learning), places
 
-    def fill(self, chunk: Chunk) -> tuple[Tensor, Tensor, int, int]:
-        """Return a step's inputs on the device as `Windows.fill` makes them, the rows' places, tokens and rows."""
-        tokens, rows = int(chunk.length.sum()), int(chunk.scored.sum())
-        if self._lengths:
-            tokens = min(length for length in self._lengths[bool(chunk.learning.any())] if length >= tokens)
-            rows = self._rows(tokens)
-        whole, inputs = self.inputs.fill(chunk, self.stream, tokens, rows)
-        return to_device(whole, self.device), to_device(torch.from_numpy(inputs), self.device), tokens, rows
-
     def _compute(self, whole: Tensor, tokens: int, rows: int, learning: bool) -> Tensor:
         leaves = self.bank.leaves(learning)
         with torch.set_grad_enabled(learning):
-            losses = self.inputs.losses(self.bank, leaves, whole, tokens, rows)
+            losses = self._inputs.losses(self.bank, leaves, whole, tokens, rows)
         if learning:
-            learns, _, weights, *_ = self.inputs.parts(whole, tokens, rows)
+            learns, _, weights, *_ = self._inputs.parts(whole, tokens, rows)
             learns = learns.bool()
             for stack, leaf in zip(self.bank.stacks, leaves, strict=True):
                 leaf.register_hook(partial(self._update, stack, learns))
@@ -104,7 +100,7 @@ class ChunkScorer:
         """Capture a graph for each length, the longest first. This overwrites the bank's adapters."""
         units = [self.bank.slots * size for size in self._chunk_sizes]
         for learning, (exact, factor) in ((True, LEARNING_LENGTHS), (False, SCORING_LENGTHS)):
-            self._lengths[learning] = stream_lengths(units, self.inputs.longest, exact, factor)[::-1]
+            self._lengths[learning] = stream_lengths(units, self._inputs.longest, exact, factor)[::-1]
         with compiling_ahead():
             self._warm_up()
         self._warm_up()
@@ -131,7 +127,7 @@ class ChunkScorer:
         scored = np.minimum(length, self._chunk_sizes[-1])
         chunk = Chunk(bounds[:-1], np.zeros_like(length), length, scored, np.ones_like(length, dtype=bool))
         stream = np.random.default_rng(0).integers(self.config.vocab_size, size=tokens + 1)
-        return self.inputs.fill(chunk, stream, tokens, self._rows(tokens))[0].to(self.device)
+        return self._inputs.fill(chunk, stream, tokens, self._rows(tokens))[0].to(self.device)
 
 
 def stream_lengths(units: Sequence[int], longest: int, exact: int, factor: float) -> list[int]:
