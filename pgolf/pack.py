@@ -1,6 +1,6 @@
 """Packing a submission: a folder in the challenge's form, from the finished runs of several seeds.
 
-    train_gpt.py             the program of the runs, without a seed; its bytes are the code's
+    train_gpt.py             the program of the runs, without seed and data folder; its bytes are the code's
     README.md                the table of the seeds
     submission.json          the challenge's fields
     train_seed<seed>.log     JSON lines: settings, environment, metrics.jsonl as it is, results of the stages
@@ -41,7 +41,8 @@ from pgolf.submission.export import LOCAL_SETTINGS, program_content, program_set
 from pgolf.submission.sources import package_sources
 
 STAGES = ("data", "train", "quantize", "eval", "ttt")
-SEED = "SEED"  # the setting that runs may differ in, as an environment variable
+# Settings that the program of a submission does not contain: what runs may differ in, and a folder of this machine.
+LEFT_OUT = "SEED", "DATA_DIR"
 TOLERANCE = 1e-6  # bits per byte; on a CPU both are the same to the last bit
 # What the check's program sees of the environment: where executables, libraries and devices are.
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
@@ -86,7 +87,7 @@ def pack(
     require_alike(runs)
     first = runs[0]
     world = start_world(first.config)
-    settings = {name: value for name, value in program_settings(first.config).items() if name != SEED}
+    settings = {name: value for name, value in program_settings(first.config).items() if name not in LEFT_OUT}
     program = program_content(settings, first.archive)
     results = [_result(found, len(program)) for found in runs]
     documents = min(documents, results[0].documents)
