@@ -5,6 +5,7 @@ The parts run one after another, each in processes of its own:
 - ``tests``: every test that uses the GPU.
 - ``run``: some seconds of the record's training and every stage after it, to the report.
 - ``program``: the exported ``train_gpt.py``, alone, scores that run's artifact as the run did.
+- ``audit``: `pgolf audit` finds no condition of the challenge that the run fails.
 - ``train_step``: the speed of a training step (`bench.train_step`).
 - ``test_time_training``: its speed by document length (`bench.test_time_training`).
 
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results_files import RESULTS, add_options, describe, read, read_entries, results_path, write
+from pgolf.common.files import read_json
 from pgolf.common.folder import RunFolder
 from pgolf.config import ALIASES, FIELDS
 from pgolf.submission.export import export_program
@@ -370,6 +373,23 @@ def prove_program(proof: Proof, figures: dict[str, Any]) -> None:
                 raise PartFailed(f"{stage}: the program has {got:.6f} bits per byte, the run {expected[key]:.6f}")
 
 
+def prove_audit(proof: Proof, figures: dict[str, Any]) -> None:
+    """Audit the run on a sample."""
+    folder = RunFolder(proof.run_dir)
+    if not folder.config_file.is_file() or not folder.artifact(folder.config()).is_file():
+        raise PartSkipped("there is no artifact in --run-dir: prove the part run first")
+    file = folder.path / "audit.json"
+    file.unlink(missing_ok=True)
+    try:
+        proof.call("-m", "pgolf", "audit", "--run-dir", folder.path)
+    finally:
+        findings = read_json(file)["findings"] if file.is_file() else []
+        figures.update(Counter(finding["verdict"] for finding in findings))
+        figures["failed_checks"] = [
+            f"{f['check']}, {f['subject']}: {f['evidence']}" for f in findings if f["verdict"] == "failed"
+        ]
+
+
 def prove_train_step(proof: Proof, figures: dict[str, Any]) -> None:
     """Measure a training step of the record in both loop states."""
     found = measured(proof, "bench.train_step", "--provider", "pgolf", "--repeats", "4")
@@ -415,6 +435,7 @@ PARTS: dict[str, Part] = {
     "tests": prove_tests,
     "run": prove_run,
     "program": prove_program,
+    "audit": prove_audit,
     "train_step": prove_train_step,
     "test_time_training": prove_test_time_training,
 }

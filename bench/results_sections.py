@@ -123,6 +123,9 @@ def proof(results: Results) -> Iterator[str]:
         if program := lookup(parts, "program.figures"):
             differences = (f"{scored['difference']:+.1e} bpb ({stage})" for stage, scored in program.items())
             yield f"The exported program alone differs from that run by {', '.join(differences)}.\n"
+        if audit := lookup(parts, "audit.figures"):
+            verdicts = (f"{count} {verdict}" for verdict, count in audit.items() if isinstance(count, int))
+            yield f"Its audit: {', '.join(verdicts)}.\n"
         if steps := lookup(parts, "train_step.figures"):
             yield "A training step there:\n"
             yield tabulate(

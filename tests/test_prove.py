@@ -137,7 +137,7 @@ class TestParts:
     @pytest.mark.parametrize(
         "options, message",
         [
-            (["--parts", "tests,nothing"], "there is no part nothing; parts: tests, run, program"),
+            (["--parts", "tests,nothing"], "there is no part nothing; parts: tests, run, program, audit"),
             (["--parts", ","], "name at least one part"),
             (["--parts", "run"], "the part run needs --data-dir"),
             ([], "the part run needs --data-dir"),
@@ -340,6 +340,27 @@ class TestEachPart:
         assert proof.prove("program") == right
         assert [call[:2] for call in calls] == [["train_gpt.py", "eval"], ["train_gpt.py", "ttt"]]
         assert written(proof)["program"]["figures"]["ttt"]["difference"] == pytest.approx(off)
+
+    @pytest.mark.parametrize("verdict", ["passed", "failed"])
+    def test_the_audit_s_findings_are_kept(
+        self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch, verdict: str
+    ) -> None:
+        assert not proof.prove("audit") and written(proof)["audit"]["status"] == "skipped"
+        self.leave_run(proof, SUMMARY)
+        found = dict(check="causality", subject="ttt", verdict=verdict, evidence="it looks ahead")
+
+        def audit(command: list[str]) -> None:
+            assert command[:3] == ["-m", "pgolf", "audit"]
+            folder = Path(command[command.index("--run-dir") + 1])
+            (folder / "audit.json").write_text(json.dumps({"findings": [found, found]}))
+            if verdict == "failed":
+                raise prove.CallFailed("exit status 1", "", 1)
+
+        self.pretend(proof, monkeypatch, audit)
+        assert proof.prove("audit") == (verdict == "passed")
+        figures = written(proof)["audit"]["figures"]
+        assert figures[verdict] == 2
+        assert figures["failed_checks"] == ["causality, ttt: it looks ahead"] * 2 * (verdict == "failed")
 
     def test_a_program_of_another_tree_proves_nothing(
         self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch
