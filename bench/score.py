@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -208,4 +207,3 @@ def comparison(variants: Mapping[str, Mapping[str, Any]]) -> str:
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)

@@ -11,6 +11,9 @@ Muon is Jordan's (2024), the second f Moonshot's (arXiv 2502.16982), V NorMuon's
 decay that of arXiv 2510.12402. Momentum, Newton-Schulz and the update are those of `pgolf.kernels`. Matrices of equal
 shape are stacked, and one call orthogonalises the stacks of all shapes.
 
+The driver trains by `pgolf.training.optim` instead, which is made for the record model's banks: it shards them and
+their bfloat16 momentum over ranks, and hides communication behind AdamW and the first updates.
+
 Ranks share that work. A stack that is sharded by rows or columns, as by FSDP2 or tensor parallelism, is sent so that
 each rank has whole matrices, and comes back as it was. A stack that every rank has is sent back only.
 """

@@ -38,7 +38,7 @@ def test_stages_after_training_score_on_cuda_as_on_the_cpu(
     # Bits per byte. In bfloat16 on a CPU the four differ from float32's by 2.9e-4, 0.6e-4, 1.7e-4 and 0.1e-4; without
     # the loop `before` differs by 1.0e-3, windows gain 2e-3 and test-time training 0.11. Adapters are drawn on the
     # device: other seeds differ by 6e-3 on a CPU.
-    bounds = {"before": 5e-4, "quantized": 8e-4, "sliding": 8e-4, "ttt": 1e-2}
+    bounds = {"before": 5e-4, "quantized": 8e-4, "sliding": 8e-4, "ttt": 7e-3}
     for name, bits in scores(found).items():
         assert bits == pytest.approx(scores(exact)[name], abs=bounds[name]), name
     sizes = [summary["quantize"]["weight_bytes"] for summary in (exact, found)]

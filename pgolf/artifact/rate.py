@@ -159,9 +159,14 @@ def quantize_by_rate(
     a_bit = sum(matrix.weight.numel() for matrix in matrices.values()) / 8  # bytes that a level of one more saves
     level, aim = _first_level(matrices, target / a_bit), target - SLACK_BYTES / 2
     before: tuple[float, int] | None = None
+    best: tuple[int, QuantizedModel] | None = None
+    smallest = 1 << 60
     for _ in range(ATTEMPTS):
         quantized = _in_order(tensors, kept, code(matrices, level, config))
         size = packed_bytes(quantized, device)
+        smallest = min(smallest, size)
+        if size <= target and (best is None or size > best[0]):
+            best = size, quantized
         settled = before is not None and before[1] == size  # all rows are at their finest or coarsest step
         if settled or abs(size - aim) < SLACK_BYTES / 4:
             break
@@ -171,11 +176,11 @@ def quantize_by_rate(
             slope = min(max((before[1] - size) / (level - before[0]), 0.1 * a_bit), 1.2 * a_bit)
         before = level, size
         level += min(max((size - aim) / slope, -4), 4)
-    if size > target:
+    if best is None:
         raise QuantizeError(
-            f"the artifact does not fit {target:,} bytes: it takes {size:,} with steps of a standard deviation"
+            f"the artifact does not fit {target:,} bytes: it takes {smallest:,} with steps of a standard deviation"
         )
-    return quantized
+    return best[1]
 
 
 def quantize_to_fit(
