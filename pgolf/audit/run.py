@@ -171,7 +171,7 @@ def _stream_order(scorer: TTTScorer, by_length: Examined) -> Finding:
     ordered = Examined(scorer, by_length.documents)
     place = ordered.one_of_each(0)[ordered.documents.starts.size // 2]
     places = np.arange(ordered.documents.stream.size)
-    compared = ordered.compare(places >= place, places <= place, learning=False)
+    compared = ordered.compare(places >= place, places <= place, learning=False, last=place)
     scores = f"{ordered.first[1]:.6f} bits per byte in the stream's order, {by_length.first[1]:.6f} in the order used"
     if compared.difference:
         return Finding("stream order", "C1 causality", scorer.name, FAILED, f"{scores}; {compared.difference}")

@@ -8,31 +8,32 @@ from pgolf.audit.protocol import Documents
 from pgolf.config import RunConfig
 from pgolf.scoring.stream import PUBLIC_RANKS
 
-COUNT, BATCH = 7, 3  # documents, and documents that are adapted side by side
+COUNT, BATCH = 6, 3  # documents, and documents that are adapted side by side
 
 
 def sample(documents: Documents, config: RunConfig) -> tuple[Documents, RunConfig]:
     """Choose a few documents, and settings with which test-time training has every part on them.
 
-    BATCH are the shortest that exceed the context by a chunk, so that windows move; the others are drawn by the seed
-    from the shorter half. Batches have BATCH documents, phases train the base before the last batch, and evaluation has
-    a few rows.
+    One is the shortest that exceeds the context by a chunk, so that its window moves beside others; a long document
+    takes most of the time, step after step. The others are drawn by the seed from the shorter half. Batches have BATCH
+    documents, a phase trains the base before the last one, and evaluation has a few rows.
     """
     lengths = np.diff(documents.starts, append=documents.stream.size)
     order = np.argsort(lengths, kind="stable")
     beyond = config.ttt_eval_seq_len + config.ttt_chunk_size
-    first = min(int(np.searchsorted(lengths[order], beyond)), max(order.size - BATCH, 0))
-    long = order[first : first + BATCH]
+    first = min(int(np.searchsorted(lengths[order], beyond)), order.size - 1)
+    long = order[first : first + 1]
     pool = order[: max(order.size // 2, COUNT)]
     pool = np.setdiff1d(pool[lengths[pool] > 2], long)
     short = np.random.default_rng(config.seed).permutation(pool)[: COUNT - long.size]
     pieces = np.split(documents.stream, documents.starts[1:])
     stream = np.concatenate([pieces[document] for document in np.sort([*long, *short])])
-    rows = max(stream.size // 3 // config.eval_seq_len, 1)  # windows of one of the three rows of evaluation
+    rows = max(stream.size // 3 // config.eval_seq_len, 1)  # windows of a row of evaluation, of which there are a few
     settings = config.replace(
         val_batch_tokens=PUBLIC_RANKS * rows * config.eval_seq_len,
         ttt_batch_size=min(config.ttt_batch_size, BATCH),
         phased_ttt_prefix_docs=min(config.phased_ttt_prefix_docs, max(COUNT - BATCH, 1)),
+        phased_ttt_num_phases=min(config.phased_ttt_num_phases, 1),
         global_ttt_chunk_tokens=config.eval_seq_len,
         ttt_eval_batches="",
     )
