@@ -382,12 +382,18 @@ def prove_audit(proof: Proof, figures: dict[str, Any]) -> None:
     file.unlink(missing_ok=True)
     try:
         proof.call("-m", "pgolf", "audit", "--run-dir", folder.path)
-    finally:
-        findings = read_json(file)["findings"] if file.is_file() else []
-        figures.update(Counter(finding["verdict"] for finding in findings))
-        figures["failed_checks"] = [
-            f"{f['check']}, {f['subject']}: {f['evidence']}" for f in findings if f["verdict"] == "failed"
-        ]
+    except PartFailed as failure:
+        raise PartFailed("; ".join(_audited(file, figures)) or str(failure)) from failure
+    _audited(file, figures)
+
+
+def _audited(file: Path, figures: dict[str, Any]) -> list[str]:
+    """Count an audit's findings into ``figures``; return those that failed."""
+    findings = read_json(file)["findings"] if file.is_file() else []
+    figures.update(Counter(finding["verdict"] for finding in findings))
+    failed = [f"{f['check']}, {f['subject']}: {f['evidence']}" for f in findings if f["verdict"] == "failed"]
+    figures["failed_checks"] = failed
+    return failed
 
 
 def prove_train_step(proof: Proof, figures: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ def answers(parts: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [
             name,
-            ": ".join(filter(None, (part["status"], part["message"]))),
+            ": ".join(filter(None, (part["status"], part["message"].replace("|", "·")))),
             cell(part["seconds"], COUNT),
             part["date"][:10],
             commit(part["meta"]),

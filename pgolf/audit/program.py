@@ -23,7 +23,7 @@ LIMIT_SECONDS = 600.0  # of training, and of evaluation, on 8 H100s
 SYSTEM = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin")
 # What compiling kernels and describing a machine start: part of the machine, not of a submission.
 COMPILERS = {"gcc", "g++", "cc", "c++", "clang", "ld", "objdump", "ptxas", "cuobjdump", "nvdisasm"}
-TOOLS = COMPILERS | {"ldconfig", "lscpu", "nvidia-smi", "git", "uname"}
+TOOLS = COMPILERS | {"ldconfig", "lscpu", "nvidia-smi", "git", "uname", "file"}
 KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS", "LANG")
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
 

@@ -7,7 +7,7 @@ them. Graphs are captured with random tokens for a few lengths of the stream, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -31,7 +31,11 @@ class ChunkScorer:
     """Scores chunks of a batch's documents with the adapters of a bank, and updates the adapters."""
 
     def __init__(self, model: GPT, config: RunConfig, bank: AdapterBank, stream: np.ndarray) -> None:
-        """Compile, and capture graphs if the model uses them. ``stream`` holds the int32 tokens of all documents."""
+        """Compile kernels, and capture graphs if the model uses them. This overwrites the bank's adapters.
+
+        Args:
+            stream: int32 tokens of all documents.
+        """
         self.model, self.config, self.bank, self.stream = model, config, bank, stream
         self.device = model.qo_bank.device
         self._inputs = (CachedChunks if config.ttt_kv_cache else Windows)(model, config, bank.slots)
@@ -41,6 +45,11 @@ class ChunkScorer:
         self._lengths: dict[bool, list[int]] = {}  # of captured streams, with and without an update
         if uses_graphs(config, model) and self._inputs.capturable:
             self._capture()
+        elif model.runs_kernels():
+            unit = bank.slots * config.ttt_chunk_size
+            # Streams are not padded: kernels are others where lengths are no multiples of 16.
+            lengths = [self._inputs.longest, self._inputs.longest - 1, unit, unit - 1]
+            self._compile({True: lengths, False: lengths})
 
     def parts(self, chunk: Chunk) -> Iterator[Chunk]:
         """Yield the chunk in parts that fit in one step, each of at least one document."""
@@ -97,23 +106,28 @@ class ChunkScorer:
             self.bank.update(stack, gradient, learning)
 
     def _capture(self) -> None:
-        """Capture a graph for each length, the longest first. This overwrites the bank's adapters."""
+        """Capture a graph for each length, the longest first."""
         units = [self.bank.slots * size for size in self._chunk_sizes]
         for learning, (exact, factor) in ((True, LEARNING_LENGTHS), (False, SCORING_LENGTHS)):
             self._lengths[learning] = stream_lengths(units, self._inputs.longest, exact, factor)[::-1]
-        with compiling_ahead():
-            self._warm_up()
-        self._warm_up()
+        # Launch the kernels that graphs will contain, for short and for long streams.
+        ends = {learning: [lengths[0], lengths[-1]] for learning, lengths in self._lengths.items()}
+        self._compile(ends)
+        self._launch(ends)
         self._graphs = Graphs(self.device)
         for learning, lengths in self._lengths.items():
             for tokens in lengths:
                 step = partial(self._compute, tokens=tokens, rows=self._rows(tokens), learning=learning)
                 self._graphs.capture((tokens, learning), step, self._random_step(tokens), loaded=True)
 
-    def _warm_up(self) -> None:
-        """Launch the kernels that graphs will contain, for short and for long streams."""
-        for learning, lengths in self._lengths.items():
-            for tokens in (lengths[0], lengths[-1]):
+    def _compile(self, lengths: Mapping[bool, Sequence[int]]) -> None:
+        with compiling_ahead():
+            self._launch(lengths)
+
+    def _launch(self, lengths: Mapping[bool, Sequence[int]]) -> None:
+        """Compute steps of random tokens of these lengths, with and without an update."""
+        for learning, of_these in lengths.items():
+            for tokens in of_these:
                 self._compute(self._random_step(tokens), tokens, self._rows(tokens), learning)
 
     def _rows(self, tokens: int) -> int:
