@@ -253,7 +253,22 @@ class RunConfig:
     ttt_mlp_lora: bool = _field(True, "adapt the MLP")
     ttt_o_lora: bool = _field(True, "adapt the attention output")
     ttt_optimizer: str = _field("adam", "optimizer of the adapters", choices=("adam", "sgd"))
+    ttt_conf_weighted: bool = _field(
+        False, "adapters learn from a chunk's target in proportion to its loss over the chunk's mean (ConfTTT)"
+    )
+    ttt_conf_alpha: float = _field(1.0, "share of that proportion; the rest is the same for all", low=0.0, high=1.0)
+    ttt_conf_clip: float = _field(3.0, "highest proportion; its inverse is the lowest", low=1.0)
     ttt_eval_batches: str = _field("", "comma-separated batch numbers to score, 0 the shortest documents; empty: all")
+    ngram_tilt_boost: float = _field(
+        0.0, "added to the logit of what followed the same tokens before (2.625 in #2135); 0: no tilt", low=0.0
+    )
+    ngram_tilt_order: int = _field(16, "tokens of that n-gram, the hinted one included", low=2)
+    ngram_tilt_threshold: float = _field(0.8, "least share of the times that it followed", low=0.0, high=1.0)
+    ngram_tilt_scope: str = _field(
+        "document",
+        "where n-grams are counted: document: in the target's own; stream: in all before it, with ttt_order=stream",
+        choices=("document", "stream"),
+    )
     phased_ttt_enabled: bool = _field(True, "also train the base weights on scored documents, in phases")
     phased_ttt_prefix_docs: int = _field(2000, "scored documents trained on by the last phase", low=0)
     phased_ttt_num_phases: int = _field(3, "pauses for that training", low=1)
@@ -322,6 +337,11 @@ class RunConfig:
             self.max_wallclock_seconds == 0 or self.max_wallclock_seconds > self.gptq_reserve_seconds,
             f"gptq_reserve_seconds {self.gptq_reserve_seconds} leaves nothing of "
             f"max_wallclock_seconds {self.max_wallclock_seconds}",
+        )
+        need(
+            self.ngram_tilt_scope == "document" or self.ttt_order == "stream" or not self.ngram_tilt_boost,
+            "ngram_tilt_scope=stream counts documents that are scored later with ttt_order=length; "
+            "set ttt_order=stream or ngram_tilt_scope=document",
         )
         self.chunks_by_length()
 

@@ -68,8 +68,12 @@ def test_what_is_planted_in_a_submission_is_found(planted: Submission, tmp_path:
 
 @pytest.mark.parametrize("kv_cache, checks", [(False, tuple(CHECKS)), (True, ("charged loss", "reported score"))])
 def test_test_time_training_passes(kv_cache: bool, checks: tuple[str, ...]) -> None:
-    """Also without the mask, whose leak is in packed rows only, with a cache, and where it learns from chunks twice."""
+    """Also without the mask, whose leak is in packed rows only, with a cache, and where it learns from chunks twice.
+
+    With a tilt, which changes distributions, and weighted targets.
+    """
     changed = dict(smear_gate_bos_mask=False, ttt_kv_cache=kv_cache, ttt_grad_steps=1 + kv_cache, ttt_lanes=2)
+    changed |= dict(ngram_tilt_boost=2.0, ngram_tilt_order=2, ngram_tilt_threshold=0.3, ttt_conf_weighted=True)
     model, config, table, text = audit_exam.model_and_text(**changed)
     findings, examined = check_scorer(TTTScorer("ttt", model, config, table), text, checks)
     assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings
@@ -102,7 +106,9 @@ def test_in_the_stream_s_order_no_later_document_matters() -> None:
     model, config, table, text = audit_exam.model_and_text()
     differences = []
     for order in ("stream", "length"):
-        examined = Examined(TTTScorer("ttt", model, config.replace(ttt_order=order), table), text)
+        tilt = dict(ngram_tilt_boost=2.0, ngram_tilt_order=2)
+        tilt["ngram_tilt_scope"] = "stream" if order == "stream" else "document"
+        examined = Examined(TTTScorer("ttt", model, config.replace(ttt_order=order, **tilt), table), text)
         places, middle = np.arange(text.stream.size), examined.one_of_each(0)[text.starts.size // 2]
         differences.append(examined.compare(places >= middle, places <= middle, learning=False).difference)
     assert differences[0] == "" and "moves" in differences[1]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from pgolf.config import ConfigError, RunConfig
 from pgolf.data.bpb import ByteTable
 from pgolf.model.gpt import GPT
 from pgolf.scoring.evaluate import evaluate_packed, evaluate_sliding
+from pgolf.scoring.ngram import ngram_hints
 from pgolf.scoring.stream import find_documents
 from pgolf.scoring.ttt import engine, inputs, scorer
 from pgolf.scoring.ttt.adapters import ADAM_EPS, AdapterBank
 from pgolf.scoring.ttt.base import rows_loss, train_base
 from pgolf.scoring.ttt.engine import TTTResult
-from pgolf.scoring.ttt.inputs import CachedChunks, Chunk
+from pgolf.scoring.ttt.inputs import CachedChunks, Chunk, Stream
 from pgolf.scoring.ttt.ledger import ScoredLedger
 from pgolf.scoring.ttt.plan import (
     batch_windows,
@@ -232,7 +234,14 @@ class Replayed:
 
 
 @pytest.mark.parametrize("kv_cache", [False, True])
-@pytest.mark.parametrize("fields", [{}, {"ttt_chunks_by_length": "13:4", "ttt_batch_size": 4}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"ttt_chunks_by_length": "13:4", "ttt_batch_size": 4},
+        {"ttt_conf_weighted": True, "ngram_tilt_boost": 2.0, "ngram_tilt_order": 2},
+    ],
+)
 def test_padded_streams_change_nothing(kv_cache: bool, fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SMALL.replace(ttt_kv_cache=kv_cache, **fields)
     exact = score(config).token_nats
@@ -253,9 +262,9 @@ def test_a_cache_holds_the_windows_of_all_chunks(context: int) -> None:
     for start, length, scored, goes_on in zip(*batch_windows(predictions, config), strict=True):
         chunk = Chunk(start + starts, start, length, scored, goes_on > 0)
         rows = int(scored.sum()) + 5  # more than there are
-        whole, places = cached.fill(chunk, tokens, int(length.sum()) + 3, rows)
+        whole, places = cached.fill(chunk, Stream(tokens, np.empty(0)), int(length.sum()) + 3, rows)
         fields = [part.tolist() for part in cached.parts(whole, int(length.sum()) + 3, rows)]
-        _, offsets, _, targets, ids, previous, positions, own, stored, bounds, sources = fields
+        _, offsets, _, targets, _, ids, previous, positions, own, stored, bounds, sources = fields
         assert targets[: offsets[-1]] == (places[: offsets[-1]] + 1).tolist()
         for slot in range(3):
             mine = range(offsets[slot], offsets[slot + 1])
@@ -329,6 +338,9 @@ def unchanged() -> torch.Tensor:
         {"ttt_q_lora": False, "ttt_v_lora": False},
         {"ttt_lanes": 2},
         {"ttt_kv_cache": True},
+        {"ttt_conf_weighted": True},
+        {"ttt_conf_weighted": True, "ttt_conf_alpha": 0.5},
+        {"ngram_tilt_boost": 2.0, "ngram_tilt_order": 2},
         {"ttt_mlp_lora": False},
         {"ttt_o_lora": False},
         {"ttt_warm_start_a": False},
@@ -348,6 +360,27 @@ def test_settings_count(fields: dict, unchanged: torch.Tensor) -> None:
     """The least that a setting moves the loss of any token is 0.15; weights rounded in float32 move one by 1e-4."""
     changed = score(SMALL.replace(**fields)).token_nats
     assert changed.isfinite().all() and (changed - unchanged).abs().max() > 0.03
+
+
+def test_the_tilt_changes_only_what_has_a_hint() -> None:
+    """The adapters and the base learn from the model's losses."""
+    plain, changed = score().token_nats, score(SMALL.replace(ngram_tilt_boost=2.0, ngram_tilt_order=2)).token_nats
+    text = stream(13)[0]
+    hints = ngram_hints(text, 2, SMALL.ngram_tilt_threshold, torch.nonzero(text == 1).flatten())[1:]
+    scored = plain.isfinite()
+    assert torch.equal((plain != changed) & scored, (hints != -1) & scored) and (hints != -1).any()
+    right = (hints == text[1:]) & scored
+    assert (changed < plain)[right].all() and (changed > plain)[(hints != -1) & ~right & scored].all()
+
+
+def test_confident_targets_count_less() -> None:
+    config = SMALL.replace(ttt_conf_weighted=True, ttt_conf_alpha=0.75, ttt_conf_clip=2.0)
+    weighs = SimpleNamespace(config=config)
+    nats, shares = torch.tensor([1.0, 3.0, 8.0, 6.0, 5.0]), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 0.0])
+    found = scorer.ChunkScorer._proportions(weighs, nats, shares, torch.tensor([0, 3, 4], dtype=torch.int32))
+    mean = (1 + 3 + 8) / 3
+    expected = [0.25 + 0.75 * max(min(loss / mean, 2.0), 0.5) for loss in (1.0, 3.0, 8.0)] + [1.0]
+    torch.testing.assert_close(found[:4], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("drop", [True, False])

@@ -25,6 +25,7 @@ from pgolf.data.shards import BOS_ID
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.model.gpt import GPT
 from pgolf.scoring.evaluate import Row
+from pgolf.scoring.ngram import NO_HINT
 from pgolf.scoring.ttt.adapters import AdapterBank
 from pgolf.scoring.ttt.engine import test_time_training
 from pgolf.scoring.ttt.inputs import Chunk
@@ -203,7 +204,8 @@ class _Witness:
         with distributions(self.model, rows) as found:
             losses, places = step(chunk)
         # The first are those of the state with which the step begins, whatever else it computes.
-        vectors = {targets[row]: vector for row, vector in zip(rows, found[: len(rows)], strict=True)}
+        first = zip((targets[row] for row in rows), found[: len(rows)], strict=True)
+        vectors = {target: self._tilted(scorer, target, vector) for target, vector in first}
         nats = losses.cpu().numpy()
         row = 0
         for slot, (start, stop) in spans.items():
@@ -223,6 +225,16 @@ class _Witness:
             for slot in np.flatnonzero(chunk.learning).tolist():
                 self.record(Updated(f"adapters {slot}", after[slot], [spans[slot]]))
         return losses, places
+
+    @staticmethod
+    def _tilted(scorer: ChunkScorer, target: int, vector: np.ndarray) -> np.ndarray:
+        """Return the tilted distribution, by its definition: a boost for the hint, then normalised."""
+        hints = scorer.stream.hints
+        if not hints.size or hints[target] == NO_HINT:
+            return vector
+        raised = vector.astype(np.float64)
+        raised[hints[target]] += scorer.config.ngram_tilt_boost
+        return (raised - np.logaddexp.reduce(raised)).astype(np.float32)
 
 
 class _WatchedScorer(ChunkScorer):

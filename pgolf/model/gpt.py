@@ -387,6 +387,12 @@ class GPT(nn.Module):
             first_queries=first_queries,
             continuation=continuation,
         )
+        return self.head_losses(h, target_ids, updates, reduction)
+
+    def head_losses(
+        self, h: Tensor, target_ids: Tensor, updates: Updates | None = None, reduction: str = "none"
+    ) -> Tensor:
+        """Compute `token_losses` from what `hidden` returned for the same updates."""
         to_logits, h = added(None if updates is None else updates.head, h)
         table, cap = self.head_weight.to(h.dtype), self.config.logit_softcap
         return self.cross_entropy(h, table, target_ids, cap, reduction, update=to_logits)

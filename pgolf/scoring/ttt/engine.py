@@ -18,11 +18,12 @@ from pgolf.config import RunConfig
 from pgolf.data.bpb import ByteCounter, bits_per_byte
 from pgolf.data.shards import BOS_ID
 from pgolf.model.gpt import GPT, evaluation_mode
+from pgolf.scoring.ngram import ngram_hints
 from pgolf.scoring.stream import check_stream, find_documents
 from pgolf.scoring.ttt import plan
 from pgolf.scoring.ttt.adapters import AdapterBank, AdapterInit
 from pgolf.scoring.ttt.base import train_base
-from pgolf.scoring.ttt.inputs import Chunk
+from pgolf.scoring.ttt.inputs import Chunk, Stream
 from pgolf.scoring.ttt.ledger import ScoredLedger
 from pgolf.scoring.ttt.scorer import ChunkScorer
 
@@ -138,15 +139,24 @@ class _Run:
         self.device = model.qo_bank.device
         # Compile and capture before anything depends on the stream's tokens.
         self.bank = AdapterBank(model, config, config.ttt_batch_size, adapter_init)
-        self.scorer = scorer(model, config, self.bank, stream.numpy())
         self.stream = stream
         self.starts, self.lengths = find_documents(stream)
+        self.scorer = scorer(model, config, self.bank, Stream(stream.numpy(), self._hints()))
         self.predictions = self.lengths - 1
         self.ledger = ledger(self.predictions)
         self.token_nats = torch.zeros(stream.numel(), device=self.device)  # the last place is for padding rows
         self.phases = plan.plan_phases(self.predictions, config)
         self.phase_log: list[dict[str, Any]] = []
         self.first_score = math.nan
+
+    def _hints(self) -> np.ndarray:
+        """Return the n-gram's hints for the stream's tokens, or an empty array without a tilt."""
+        config = self.config
+        if not config.ngram_tilt_boost:
+            return np.empty(0, dtype=np.int32)
+        starts = torch.from_numpy(self.starts) if config.ngram_tilt_scope == "document" else None
+        tokens = self.stream.to(self.device)
+        return ngram_hints(tokens, config.ngram_tilt_order, config.ngram_tilt_threshold, starts).cpu().numpy()
 
     def steps(self) -> Iterator[None]:
         """Score and learn; yield after every chunk and after every step of the base weights."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pgolf.config import ConfigError, RunConfig
 from pgolf.kernels.gated_attention import KVCache, flash_takes
-from pgolf.model.gpt import GPT, Continuation
+from pgolf.model.gpt import GPT, Continuation, Updates
 from pgolf.scoring.ttt.adapters import AdapterBank
 
 
@@ -29,15 +29,22 @@ class Chunk(NamedTuple):
     learning: np.ndarray  # bool, whether the adapters are updated on it
 
 
+class Stream(NamedTuple):
+    """The text of all documents."""
+
+    tokens: np.ndarray  # int32 [N]
+    hints: np.ndarray  # int32 [N], the n-gram's for each token, or without a tilt [0]
+
+
 class _Rows:
     """The place of each target of a chunk, in the stream and in the windows, for a step of ``rows`` rows."""
 
-    def __init__(self, chunk: Chunk, stream: np.ndarray, rows: int) -> None:
+    def __init__(self, chunk: Chunk, stream: Stream, rows: int) -> None:
         self.offsets = np.append(0, chunk.scored.cumsum())  # each slot's first row
         self.count = self.offsets[-1]  # rows of documents; the others are padding
         self.bounds = np.append(0, chunk.length.cumsum())  # of the joined windows
         self.used = self.bounds[-1]
-        self.inputs = np.full(rows, stream.size - 1)  # each row's input in the stream
+        self.inputs = np.full(rows, stream.tokens.size - 1)  # each row's input in the stream
         self.inputs[: self.count] = self._last(chunk, chunk.start + chunk.length)
         self.in_windows = self._last(chunk, self.bounds[1:])
 
@@ -52,56 +59,59 @@ class Windows:
     capturable = True  # whether a CUDA graph can capture a step, if it can capture the model
 
     def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
-        self.model, self.slots = model, slots
+        self.model, self.slots, self.hinted = model, slots, config.ngram_tilt_boost > 0
         self.limit = max(config.ttt_micro_batch_tokens, config.ttt_eval_seq_len)  # window tokens of one step
         self.longest = min(self.limit, slots * config.ttt_eval_seq_len)  # that a step can have
 
     def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
         """Split a step's tensor into its parts.
 
-        They are learning [slots], row_offsets [slots + 1], weights [rows], targets [rows], chosen [rows],
-        segments [slots + 2] and ids [tokens].
+        They are learning [slots], row_offsets [slots + 1], weights [rows], targets [rows], hints [rows] or without a
+        tilt [0], chosen [rows], segments [slots + 2] and ids [tokens].
         """
         return list(whole.split(self._sizes(tokens, rows)))
 
     def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
-        return self.slots, self.slots + 1, rows, rows, rows, self.slots + 2, tokens
+        return self.slots, self.slots + 1, rows, rows, rows * self.hinted, rows, self.slots + 2, tokens
 
-    def fill(self, chunk: Chunk, stream: np.ndarray, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
+    def fill(self, chunk: Chunk, stream: Stream, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
         """Return a step's tensor, and the place of each row's input in ``stream`` (for padding the stream's last)."""
         whole, found = torch.zeros(sum(self._sizes(tokens, rows)), dtype=torch.int32), _Rows(chunk, stream, rows)
-        learning, row_offsets, weights, targets, chosen, segments, ids = (
-            part.numpy() for part in self.parts(whole, tokens, rows)
-        )
-        _fill_rows(chunk, stream, found, learning, row_offsets, weights, targets)
+        *of_rows, chosen, segments, ids = (part.numpy() for part in self.parts(whole, tokens, rows))
+        _fill_rows(chunk, stream, found, *of_rows)
         segments[:-1], segments[-1] = found.bounds, tokens
-        ids[: found.used] = stream[np.repeat(chunk.start - found.bounds[:-1], chunk.length) + np.arange(found.used)]
+        ids[: found.used] = stream.tokens[
+            np.repeat(chunk.start - found.bounds[:-1], chunk.length) + np.arange(found.used)
+        ]
         chosen[:] = tokens - 1
         chosen[: found.count] = found.in_windows
         return whole, found.inputs
 
-    def losses(self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int) -> Tensor:
-        """Compute the nats of every row, float32 [rows], with the adapters in ``leaves``."""
-        _, row_offsets, _, targets, chosen, segments, ids = self.parts(whole, tokens, rows)
+    def hidden(
+        self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int
+    ) -> tuple[Tensor, Updates]:
+        """Compute the hidden states [1, rows, d] with the adapters in ``leaves``; return also the model's updates."""
+        _, row_offsets, *_, chosen, segments, ids = self.parts(whole, tokens, rows)
         first = segments.diff() - F.pad(row_offsets.diff(), (0, 1))  # the chunk's start in its window; padding has none
-        (losses,) = self.model.token_losses(
+        updates = bank.updates(leaves, segments[:-1], row_offsets)
+        h = self.model.hidden(
             ids[None].long(),
-            targets[None].long(),
             segments,
             tokens,
             sequences=segments,
-            updates=bank.updates(leaves, segments[:-1], row_offsets),
+            updates=updates,
             rows=chosen.long(),
             first_queries=first,
         )
-        return losses
+        return h, updates
 
 
 class CachedChunks:
     """Computes only the chunks, and keeps the keys and values of earlier tokens as they were when computed."""
 
     def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
-        self.model, self.slots, self.capacity = model, slots, config.ttt_eval_seq_len
+        self.model, self.slots, self.hinted = model, slots, config.ngram_tilt_boost > 0
+        self.capacity = config.ttt_eval_seq_len
         self.limit = self.longest = slots * self.capacity  # all windows fit, because only their chunks are computed
         passes = sum(len(part) for part in model.execution_lists(looping=config.num_loops > 0))
         places = slots * self.capacity + 1  # the last one is for padding
@@ -116,22 +126,23 @@ class CachedChunks:
     def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
         """Split a step's tensor into its parts.
 
-        They are learning, row_offsets, weights and targets as in `Windows.parts`, then ids, previous, positions, places
-        and stored [rows], bounds [slots + 2] and sources [tokens + rows].
+        They are learning, row_offsets, weights, targets and hints as in `Windows.parts`, then ids, previous, positions,
+        places and stored [rows], bounds [slots + 2] and sources [tokens + rows].
         """
         return list(whole.split(self._sizes(tokens, rows)))
 
     def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
         # After the windows, the stream of keys has a place for each padding row, which attends to itself.
-        return self.slots, self.slots + 1, *[rows] * 7, self.slots + 2, tokens + rows
+        of_rows = rows, rows, rows * self.hinted
+        return self.slots, self.slots + 1, *of_rows, *[rows] * 5, self.slots + 2, tokens + rows
 
-    def fill(self, chunk: Chunk, stream: np.ndarray, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
+    def fill(self, chunk: Chunk, stream: Stream, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
         """Return what `Windows.fill` returns."""
         whole, found = torch.zeros(sum(self._sizes(tokens, rows)), dtype=torch.int32), _Rows(chunk, stream, rows)
-        learning, row_offsets, weights, targets, ids, previous, positions, places, stored, bounds, sources = (
+        *of_rows, ids, previous, positions, places, stored, bounds, sources = (
             part.numpy() for part in self.parts(whole, tokens, rows)
         )
-        _fill_rows(chunk, stream, found, learning, row_offsets, weights, targets)
+        _fill_rows(chunk, stream, found, *of_rows)
         count, used, pad = found.count, found.used, rows - found.count
         in_document = np.repeat(chunk.skipped - found.bounds[:-1], chunk.length) + np.arange(used)
         slot = np.repeat(np.arange(self.slots), chunk.length)
@@ -141,42 +152,41 @@ class CachedChunks:
         places[:count], places[count:] = found.in_windows, used + np.arange(pad)
         stored[:] = sources[places]
         positions[:count] = in_document[found.in_windows]
-        ids[:count], previous[:count] = stream[found.inputs[:count]], stream[np.maximum(found.inputs[:count] - 1, 0)]
+        inputs = found.inputs[:count]
+        ids[:count], previous[:count] = stream.tokens[inputs], stream.tokens[np.maximum(inputs - 1, 0)]
         return whole, found.inputs
 
-    def losses(self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int) -> Tensor:
-        """Compute what `Windows.losses` computes."""
-        _, row_offsets, _, targets, ids, previous, positions, places, stored, bounds, sources = self.parts(
-            whole, tokens, rows
-        )
+    def hidden(
+        self, bank: AdapterBank, leaves: list[Tensor], whole: Tensor, tokens: int, rows: int
+    ) -> tuple[Tensor, Updates]:
+        """Compute what `Windows.hidden` computes."""
+        _, row_offsets, *_, ids, previous, positions, places, stored, bounds, sources = self.parts(whole, tokens, rows)
         longest = max(self.capacity, rows)
         where = sources, places.long(), stored.long(), bounds, longest
         continuation = Continuation(
             previous[None].long(), positions.long(), [KVCache(keys, values, *where) for keys, values in self._kept]
         )
         segments = F.pad(row_offsets, (0, 1), value=rows)
-        (losses,) = self.model.token_losses(
-            ids[None].long(),
-            targets[None].long(),
-            segments,
-            rows,
-            updates=bank.updates(leaves, row_offsets, row_offsets),
-            continuation=continuation,
-        )
-        return losses
+        updates = bank.updates(leaves, row_offsets, row_offsets)
+        h = self.model.hidden(ids[None].long(), segments, rows, updates=updates, continuation=continuation)
+        return h, updates
 
 
 def _fill_rows(
     chunk: Chunk,
-    stream: np.ndarray,
+    stream: Stream,
     found: _Rows,
     learning: np.ndarray,
     row_offsets: np.ndarray,
     weights: np.ndarray,
     targets: np.ndarray,
+    hints: np.ndarray,
 ) -> None:
     """Fill the parts that both classes have. A target's weight is 1 / targets of its chunk, or 0 without learning."""
     learning[:], row_offsets[:] = chunk.learning, found.offsets
     shares = (chunk.learning / np.maximum(chunk.scored, 1)).astype(np.float32)
     weights[: found.count] = np.repeat(shares, chunk.scored).view(np.int32)
-    targets[: found.count] = stream[found.inputs[: found.count] + 1]
+    predicted = found.inputs[: found.count] + 1
+    targets[: found.count] = stream.tokens[predicted]
+    if hints.size:
+        hints[: found.count] = stream.hints[predicted]

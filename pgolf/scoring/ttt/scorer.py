@@ -19,8 +19,9 @@ from pgolf.config import RunConfig
 from pgolf.kernels.common.compiling import compiling_ahead
 from pgolf.model.gpt import GPT
 from pgolf.model.graphs import Graphs, uses_graphs
+from pgolf.scoring.ngram import tilted
 from pgolf.scoring.ttt.adapters import AdapterBank, Stack
-from pgolf.scoring.ttt.inputs import CachedChunks, Chunk, Windows
+from pgolf.scoring.ttt.inputs import CachedChunks, Chunk, Stream, Windows
 
 # Arguments ``exact`` and ``factor`` of `stream_lengths`, for steps with an update and for the one in a batch without.
 LEARNING_LENGTHS, SCORING_LENGTHS = (12, 1.1), (4, 1.35)
@@ -30,12 +31,8 @@ TOKENS_MULTIPLE = 128  # of a stream's length, so that its tiles are full
 class ChunkScorer:
     """Scores chunks of a batch's documents with the adapters of a bank, and updates the adapters."""
 
-    def __init__(self, model: GPT, config: RunConfig, bank: AdapterBank, stream: np.ndarray) -> None:
-        """Compile kernels, and capture graphs if the model uses them. This overwrites the bank's adapters.
-
-        Args:
-            stream: int32 tokens of all documents.
-        """
+    def __init__(self, model: GPT, config: RunConfig, bank: AdapterBank, stream: Stream) -> None:
+        """Compile kernels, and capture graphs if the model uses them. This overwrites the bank's adapters."""
         self.model, self.config, self.bank, self.stream = model, config, bank, stream
         self.device = model.qo_bank.device
         self._inputs = (CachedChunks if config.ttt_kv_cache else Windows)(model, config, bank.slots)
@@ -66,8 +63,9 @@ class ChunkScorer:
     def step(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Score a chunk of the documents, then update the adapters of those that learn from it.
 
-        Returns float32 losses in nats, and int64 places in the stream of the tokens before their targets. Both may have
-        more rows than there are targets; the place of such a row is the last of the stream.
+        Returns float32 losses in nats, those of the tilted distributions where there is a tilt, and int64 places in the
+        stream of the tokens before their targets. Both may have more rows than there are targets; the place of such a
+        row is the last of the stream.
         """
         learning = bool(chunk.learning.any())
         tokens, rows = int(chunk.length.sum()), int(chunk.scored.sum())
@@ -82,19 +80,36 @@ class ChunkScorer:
 
     def _compute(self, whole: Tensor, tokens: int, rows: int, learning: bool) -> Tensor:
         leaves = self.bank.leaves(learning)
+        learns, row_offsets, weights, targets, hints, *_ = self._inputs.parts(whole, tokens, rows)
         with torch.set_grad_enabled(learning):
-            losses = self._inputs.losses(self.bank, leaves, whole, tokens, rows)
+            h, updates = self._inputs.hidden(self.bank, leaves, whole, tokens, rows)
+            (losses,) = self.model.head_losses(h, targets[None].long(), updates)
+        scored = losses.detach()
+        if hints.numel():
+            with torch.no_grad():
+                (of_hints,) = self.model.head_losses(h, hints[None].clamp(min=0).long(), updates)
+                scored = tilted(scored, of_hints, targets, hints, self.config.ngram_tilt_boost)
         if learning:
-            learns, _, weights, *_ = self._inputs.parts(whole, tokens, rows)
-            learns = learns.bool()
             for stack, leaf in zip(self.bank.stacks, leaves, strict=True):
-                leaf.register_hook(partial(self._update, stack, learns))
+                leaf.register_hook(partial(self._update, stack, learns.bool()))
+            shares = weights.view(torch.float32)
+            if self.config.ttt_conf_weighted:
+                shares = shares * self._proportions(losses.detach(), shares, row_offsets)
             # Differentiate a scalar: given output gradients, autograd imports sympy, which takes a second.
-            gradients = torch.autograd.grad((losses * weights.view(torch.float32)).sum(), leaves)
+            gradients = torch.autograd.grad((losses * shares).sum(), leaves)
             if self._updates is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self._updates)
             del gradients  # the updates have read them
-        return losses.detach()
+        return scored
+
+    def _proportions(self, losses: Tensor, shares: Tensor, row_offsets: Tensor) -> Tensor:
+        """Return what each row weighs by its loss over the mean of its chunk: ConfTTT (parameter-golf #1879)."""
+        rows = torch.arange(losses.numel(), device=losses.device)[:, None]
+        mine = (row_offsets[:-1] <= rows) & (rows < row_offsets[1:])  # [rows, slots]; sums by index have no fixed order
+        means = torch.where(mine, (losses * shares)[:, None], 0).sum(0)
+        mean = torch.where(mine, means, 0).sum(1).clamp(min=1e-8)
+        clip, alpha = self.config.ttt_conf_clip, self.config.ttt_conf_alpha
+        return 1 - alpha + alpha * (losses / mean).clamp(1 / clip, clip)
 
     def _update(self, stack: Stack, learning: Tensor, gradient: Tensor) -> None:
         """Update a stack concurrently with the backward of earlier layers: memory limits one, arithmetic the other."""
@@ -140,8 +155,8 @@ class ChunkScorer:
         length = np.diff(bounds)
         scored = np.minimum(length, self._chunk_sizes[-1])
         chunk = Chunk(bounds[:-1], np.zeros_like(length), length, scored, np.ones_like(length, dtype=bool))
-        stream = np.random.default_rng(0).integers(self.config.vocab_size, size=tokens + 1)
-        return self._inputs.fill(chunk, stream, tokens, self._rows(tokens))[0].to(self.device)
+        text = np.random.default_rng(0).integers(self.config.vocab_size, size=tokens + 1)
+        return self._inputs.fill(chunk, Stream(text, text), tokens, self._rows(tokens))[0].to(self.device)
 
 
 def stream_lengths(units: Sequence[int], longest: int, exact: int, factor: float) -> list[int]:
