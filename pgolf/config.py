@@ -97,6 +97,11 @@ class RunConfig:
     train_batch_tokens: int = _field(786_432, "tokens of one optimizer step, over all ranks", low=1)
     micro_batch_tokens: int = _field(98_304, "tokens of one forward and backward pass on one rank", low=1)
     train_seq_len: int = _field(2048, "longest attention segment in training, tokens", low=2)
+    train_seq_schedule: str = _field(
+        "",
+        "longest segments up to fractions of training, like 1024@0.1,2048@0.7,3072@1 with train_seq_len 3072; empty: "
+        "train_seq_len throughout",
+    )
     eval_seq_len: int = _field(2048, "window of the evaluation, tokens", low=2)
     val_batch_tokens: int = _field(
         524_288, "tokens of one evaluation batch over 8 ranks; a rank takes an eighth", low=1
@@ -159,8 +164,16 @@ class RunConfig:
     adam_wd: float = _field(0.02, "weight decay of gains, scales and gates", low=0.0)
     embed_wd: float = _field(0.085, "weight decay of the embedding", low=0.0)
     grad_clip_norm: float = _field(0.3, "clip the norm of the reduced gradient; 0: off", low=0.0)
+    wd_taper_final_mult: float = _field(
+        1.0, "what the weight decay of banks, gains, scales and gates falls to, linearly, by the end", low=0.0
+    )
+    wd_taper_start_frac: float = _field(0.7, "fraction of training at which that begins", low=0.0, high=1.0)
     ema_decay: float = _field(0.9965, "decay of the weights' moving average", low=0.0, high=1.0)
-
+    swa_blend: float = _field(
+        0.0, "share of the mean of snapshots (SWA) in the average at the end of training", low=0.0, high=1.0
+    )
+    swa_window_frac: float = _field(0.05, "fraction of training, its end, in which snapshots are taken", low=0.0)
+    swa_interval: int = _field(50, "steps between snapshots", low=1)
     average_tuning: float = _field(
         0.0,
         "fraction of training, its end, in which the average's gains, scales and gates are tuned",
@@ -344,6 +357,7 @@ class RunConfig:
             "set ttt_order=stream or ngram_tilt_scope=document",
         )
         self.chunks_by_length()
+        self.segments_by_fraction()
 
     @property
     def head_dim(self) -> int:
@@ -366,6 +380,25 @@ class RunConfig:
             raise ConfigError(
                 "ttt_chunks_by_length must be lengths and chunks in ascending order, like 256:8,2000:24, and "
                 f"{self.ttt_chunks_by_length!r} is not"
+            )
+        return pairs
+
+    def segments_by_fraction(self) -> list[tuple[int, float]]:
+        """Read train_seq_schedule as (longest segment, end of its use as a fraction of training) pairs, in their order.
+
+        Raises ConfigError if the setting is not a list of such pairs that ends with train_seq_len at 1.
+        """
+        text = self.train_seq_schedule.strip() or f"{self.train_seq_len}@1"
+        try:
+            pairs = [(int(length), float(end)) for length, end in (part.split("@") for part in text.split(","))]
+        except ValueError:  # not two, or not numbers
+            pairs = []
+        ends = [0.0, *(end for _, end in pairs)]
+        short = min((length for length, _ in pairs), default=0) < 2
+        if short or ends != sorted(set(ends)) or pairs[-1] != (self.train_seq_len, 1):
+            raise ConfigError(
+                "train_seq_schedule must be lengths and ascending fractions that end with train_seq_len at 1, like "
+                f"1024@0.1,{self.train_seq_len}@1, and {self.train_seq_schedule!r} is not"
             )
         return pairs
 

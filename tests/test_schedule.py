@@ -11,10 +11,13 @@ from pgolf.training.schedule import (
     Clock,
     is_over,
     learning_rate_scale,
+    longest_segment,
     looping_starts,
     muon_momentum,
+    takes_snapshot,
     training_fraction,
     tuning_rate_scale,
+    weight_decay_scale,
 )
 
 RECORD = RunConfig.preset("record")
@@ -48,6 +51,32 @@ def test_loop_starts_and_training_ends() -> None:
     assert not looping_starts(BY_STEP.replace(num_loops=0), 0.9)
     assert is_over(RECORD, 5, 596.0) and not is_over(RECORD, 5, 595.9) and is_over(RECORD, 20_000, 1.0)
     assert is_over(BY_STEP, 160, 0.0) and not is_over(BY_STEP, 159, 1e9)
+
+
+def test_weight_decay_falls_at_the_end() -> None:
+    tapered = RECORD.replace(wd_taper_final_mult=0.5)
+    scales = [weight_decay_scale(tapered, fraction) for fraction in (0.0, 0.7, 0.85, 1.0, 1.1)]
+    assert scales == pytest.approx([1, 1, 0.75, 0.5, 0.5])
+    assert weight_decay_scale(RECORD, 0.99) == weight_decay_scale(tapered.replace(wd_taper_start_frac=1), 1.1) == 1
+
+
+def test_segments_grow_with_training() -> None:
+    grown = RECORD.replace(train_seq_len=3072, train_seq_schedule="1024@0.100, 2048@0.700, 3072@1.000")
+    lengths = [longest_segment(grown, fraction) for fraction in (0.0, 0.0999, 0.1, 0.6999, 0.7, 1.0, 1.2)]
+    assert lengths == [1024, 1024, 2048, 2048, 3072, 3072, 3072]
+    assert longest_segment(RECORD, 0.5) == 2048
+
+
+@pytest.mark.parametrize("text", ["1024", "1024@x,2048@1", "1024@0.5,2048@0.5", "1024@0.5", "3072@1", "1@0.5,2048@1"])
+def test_schedules_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="like 1024@0.1,2048@1, and"):
+        RECORD.replace(train_seq_schedule=text)
+
+
+def test_snapshots_are_taken_at_the_end() -> None:
+    blended = RECORD.replace(swa_blend=0.5)
+    taken = [(step, f) for step, f in ((100, 0.9499), (99, 0.96), (100, 0.96)) if takes_snapshot(blended, step, f)]
+    assert taken == [(100, 0.96)] and not takes_snapshot(RECORD, 100, 0.96)
 
 
 def test_tuning_takes_the_end_of_the_clock() -> None:

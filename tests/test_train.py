@@ -201,11 +201,60 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted[0]), abs=1e-4)
 
 
+LEVERS = dict(
+    train_seq_schedule="16@0.5,64@1", wd_taper_final_mult=0.5, wd_taper_start_frac=0.5, swa_blend=0.25, swa_interval=1
+)
+
+
+def test_segments_grow_decay_falls_and_snapshots_are_blended(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = config.replace(**LEVERS, swa_window_frac=0.5)
+    decays, longest, weights = [], [], []
+    step, next_batch = ModelOptimizer.step, DocumentPackingLoader.next_batch
+
+    def recorded(self: ModelOptimizer, *arguments) -> torch.Tensor:
+        norm = step(self, *arguments)
+        decays.append([group["weight_decay"] for group in (*self.muon.param_groups, *self.adamw.param_groups)])
+        weights.append({name: parameter.detach().clone() for parameter, name in self.names.items()})
+        averages.append({name: average.clone() for name, average in arguments[2].items()})
+        return norm
+
+    def counted(self: DocumentPackingLoader) -> Batch:
+        batch = next_batch(self)
+        longest.append(int(batch.cu_seqlens.diff().max()))
+        assert batch.max_seqlen == 64
+        return batch
+
+    averages: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(ModelOptimizer, "step", recorded)
+    monkeypatch.setattr(DocumentPackingLoader, "next_batch", counted)
+    found = trained(changed, tmp_path / "whole")
+    monkeypatch.undo()
+    assert longest == [16] * 12 + [64] * 12
+    scales = [1, 1, 1, 1, 1 - 0.5 / 3, 1 - 0.5 * 2 / 3]
+    muon, embedding, small = (list(group) for group in zip(*decays, strict=True))
+    assert muon == pytest.approx([config.muon_wd * scale for scale in scales])
+    assert small == pytest.approx([config.adam_wd * scale for scale in scales])
+    assert embedding == [config.embed_wd] * 6
+    for name, average in averages[-1].items():
+        mean = torch.stack([each[name].double() for each in weights[3:]]).mean(0)
+        torch.testing.assert_close(found[name].double(), 0.75 * average.double() + 0.25 * mean, rtol=1e-5, atol=1e-6)
+
+    monkeypatch.setattr(TrainingProgress, "step", lambda self, step, *_: step == 4 and os.kill(os.getpid(), 15))
+    with pytest.raises(Interrupted):
+        trained(changed, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert_same(trained(changed, tmp_path / "stopped", resume=True), found)
+    assert_same(trained(changed, tmp_path / "stopped", resume=True), found)  # from the end: they are blended once
+
+
 TUNED = dict(average_tuning=0.34, average_tuning_lr=0.01)  # 4 steps of training, and 2 of tuning
 
 
 def test_the_average_s_small_tensors_are_tuned(config: RunConfig, tmp_path: Path, monkeypatch) -> None:
     """At a rate of 0 nothing moves; else matrices stay, and each step is AdamW's at a rate that falls to 0."""
+    config = config.replace(swa_blend=0.25, swa_window_frac=1.0, swa_interval=2)  # blended before, and once
     still = trained(config.replace(**TUNED | dict(average_tuning_lr=0.0)), tmp_path / "still")
     tuned = trained(config.replace(**TUNED), tmp_path / "tuned")
     entries = [json.loads(line) for line in RunFolder(tmp_path / "tuned").metrics.read_text().splitlines()]

@@ -104,14 +104,15 @@ class DocumentPackingLoader:
         Args:
             files: shards in the order of the walk.
             micro_batch_tokens: L.
-            max_segment: longest attention segment, tokens.
+            max_segment: longest attention segment, tokens; `limit_segments` may lower it.
             vocab_size: tokens must be less; None: unchecked.
 
         Raises ShardError for a bad shard, and if no shard holds a micro-batch after its first BOS.
         """
         _check_ranks(rank, world_size)
         self._files = [Path(file) for file in files]
-        self._length, self._max_segment = micro_batch_tokens, max_segment
+        self._length = micro_batch_tokens
+        self._max_segment = self._longest = max_segment
         self._rank, self._world_size = rank, world_size
         self._device = torch.device(device)
         self._bos_id, self._vocab_size = bos_id, vocab_size
@@ -144,6 +145,17 @@ class DocumentPackingLoader:
         self._pending.popleft()
         self._position += self._world_size
         return batch.to(self._device)
+
+    def limit_segments(self, max_segment: int) -> None:
+        """Cut segments of at most ``max_segment`` tokens from the next micro-batch on.
+
+        Raises ValueError for more than what the loader was made with, which stays the bound of all batches.
+        """
+        if not 0 < max_segment <= self._longest:
+            raise ValueError(f"segments of 1 to {self._longest} tokens can be cut, not of {max_segment}")
+        if max_segment != self._max_segment:
+            self.close()  # what has been read ahead is read again
+            self._max_segment = max_segment
 
     def failure(self, count: int) -> BaseException | None:
         """Return what `next_batch` would raise within ``count`` calls; waits until these micro-batches are read."""
@@ -190,6 +202,7 @@ class DocumentPackingLoader:
         within = number - (self._ends[index - 1] if index else 0)
         start = self._first[index] + within * (self._length + 1)
         batch = packed(self._shard(index)[start : start + self._length + 1], self._max_segment, self._bos_id)
+        batch = batch._replace(max_seqlen=min(self._longest, self._length))  # a change would be another graph
         return batch.pin_memory() if self._device.type == "cuda" else batch
 
     def _shard(self, index: int) -> np.ndarray:

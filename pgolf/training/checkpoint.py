@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pgolf.model.gpt import GPT
 from pgolf.training.optim import ModelOptimizer
 from pgolf.training.schedule import Clock
 
-FORMAT = "pgolf training checkpoint 1"
+FORMAT = "pgolf training checkpoint 2"
 # Settings that may differ between the run that wrote a checkpoint and the run that continues from it.
 _MAY_DIFFER = {
     "run_id",
@@ -41,6 +41,8 @@ class TrainingState:
     loader: DocumentPackingLoader
     clock: Clock
     step: int = 0
+    snapshots: dict[str, torch.Tensor] = field(default_factory=dict)  # float32, their sum; empty without any
+    snapshot_count: int = 0
 
 
 def save_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: World) -> None:
@@ -59,6 +61,8 @@ def save_checkpoint(path: Path, state: TrainingState, config: RunConfig, world: 
             "looping": state.model.looping_active,
             "model": state.model.state_dict(),
             "ema": state.ema,
+            "snapshots": state.snapshots,
+            "snapshot_count": state.snapshot_count,
             "optimizer": optimizer,
             "loader": loader,
             "random": random_state(),
@@ -99,6 +103,10 @@ def _apply(payload: dict, state: TrainingState) -> None:
     state.optimizer.load_state_dict(payload["optimizer"])
     for name, average in check_tensors(payload["ema"], state.ema).items():
         state.ema[name].copy_(average)
+    state.snapshot_count = int(payload["snapshot_count"])
+    expected = state.ema if state.snapshot_count else {}
+    sums = check_tensors(payload["snapshots"], expected)
+    state.snapshots = {name: sums[name].to(average.device) for name, average in expected.items()}
     state.loader.load_state_dict(payload["loader"])
     state.clock, state.step = Clock(elapsed), step
     set_random_state(payload["random"])

@@ -247,6 +247,7 @@ class ModelOptimizer:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         for group in (*self.adamw.param_groups, *self.muon.param_groups):
             group["base_lr"] = group["lr"]
+        self._decays = [(group, group["weight_decay"]) for group in (*self.muon.param_groups, groups[1])]
 
     def zero_grad(self) -> None:
         """Set the gradients to None."""
@@ -255,11 +256,17 @@ class ModelOptimizer:
 
     @torch.no_grad()
     def step(
-        self, lr_scale: float, momentum: float, averages: Mapping[str, Tensor] | None = None, decay: float = 0.0
+        self,
+        lr_scale: float,
+        momentum: float,
+        averages: Mapping[str, Tensor] | None = None,
+        decay: float = 0.0,
+        weight_decay_scale: float = 1.0,
     ) -> Tensor:
         """Reduce and clip the gradients and update the parameters.
 
         Args:
+            weight_decay_scale: of the weight decay of banks, gains, scales and gates.
             averages: a float32 moving average for each parameter, by name; becomes
                 decay · average + (1 - decay) · parameter.
 
@@ -269,6 +276,8 @@ class ModelOptimizer:
             group["lr"] = group["base_lr"] * lr_scale
         for group in self.muon.param_groups:
             group["momentum"] = momentum
+        for group, weight_decay in self._decays:
+            group["weight_decay"] = weight_decay * weight_decay_scale
         self.muon.reduce_gradients()
         self._reduce_replicated()
         norm, scale = self._clip()

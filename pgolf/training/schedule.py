@@ -60,6 +60,24 @@ def learning_rate_scale(config: RunConfig, fraction: float) -> float:
     return max((1 - fraction) / config.warmdown_frac, config.min_lr)
 
 
+def weight_decay_scale(config: RunConfig, fraction: float) -> float:
+    """Return the weight decay's scale: 1 up to wd_taper_start_frac, then linear to wd_taper_final_mult at the end."""
+    start, fraction = config.wd_taper_start_frac, min(fraction, 1.0)
+    done = (fraction - start) / (1 - start) if fraction > start else 0.0
+    return 1 + done * (config.wd_taper_final_mult - 1)
+
+
+def longest_segment(config: RunConfig, fraction: float) -> int:
+    """Return the longest attention segment at this fraction of training."""
+    pairs = config.segments_by_fraction()
+    return next((length for length, end in pairs if fraction < end), pairs[-1][0])
+
+
+def takes_snapshot(config: RunConfig, step: int, fraction: float) -> bool:
+    """Return whether the weights after step number ``step``, counted from 1, are one of the snapshots for SWA."""
+    return config.swa_blend > 0 and fraction >= 1 - config.swa_window_frac and step % config.swa_interval == 0
+
+
 def muon_momentum(config: RunConfig, step: int) -> float:
     """Return Muon's momentum at a step: it rises linearly over ``muon_momentum_warmup_steps``."""
     if config.muon_momentum_warmup_steps == 0:

@@ -37,10 +37,13 @@ from pgolf.training.schedule import (
     Clock,
     is_over,
     learning_rate_scale,
+    longest_segment,
     looping_starts,
     muon_momentum,
+    takes_snapshot,
     training_fraction,
     tuning_rate_scale,
+    weight_decay_scale,
 )
 from pgolf.training.tuning import AverageTuning
 
@@ -102,7 +105,7 @@ def _training_loader(config: RunConfig, world: World) -> DocumentPackingLoader:
     return DocumentPackingLoader(
         shard_files(config.data_dir, config.vocab_size, "train"),
         micro_batch_tokens=config.micro_batch_tokens,
-        max_segment=config.train_seq_len,
+        max_segment=max(length for length, _ in config.segments_by_fraction()),
         rank=world.rank,
         world_size=world.size,
         device=world.device,
@@ -201,15 +204,39 @@ class _Trainer:
             state.model.looping_active = True
             if self.progress:
                 self.progress.message(f"the loop starts at step {state.step + 1}")
+        state.loader.limit_segments(longest_segment(config, fraction))
         scale, momentum = learning_rate_scale(config, fraction), muon_momentum(config, state.step)
-        measured = self._step(scale, momentum, state.ema)
+        measured = self._step(scale, momentum, state.ema, weight_decay_scale(config, fraction))
         state.step += 1
+        if takes_snapshot(config, state.step, fraction):
+            self._take_snapshot()
         self._expect(measured, lr_scale=scale, muon_momentum=momentum)
+
+    @torch.no_grad()
+    def _take_snapshot(self) -> None:
+        state = self.state
+        for name, value in state.model.state_dict().items():
+            if name in state.snapshots:
+                state.snapshots[name] += value
+            else:
+                state.snapshots[name] = value.float().clone()
+        state.snapshot_count += 1
+
+    @torch.no_grad()
+    def _blend_snapshots(self) -> None:
+        """Blend the mean of the snapshots into the average: ema ← (1 - swa_blend) ema + swa_blend mean."""
+        state = self.state
+        for name, total in state.snapshots.items():
+            state.ema[name].lerp_(total / state.snapshot_count, self.config.swa_blend)
+        if state.snapshot_count:
+            self._say(f"{state.snapshot_count} snapshots are blended into the average")
+        state.snapshots, state.snapshot_count = {}, 0
 
     def _tuning_step(self, elapsed: float) -> None:
         """Launch a step of the average's tuning."""
         config, state = self.config, self.state
         if self.tuning is None:
+            self._blend_snapshots()
             self.tuning = AverageTuning(state, config, self.world.size)
             if self.progress:
                 self.progress.message(f"the average is tuned from step {state.step + 1} on")
@@ -231,11 +258,17 @@ class _Trainer:
         }
         self.waiting.append((entry, measured, self._mark()))
 
-    def _step(self, lr_scale: float, momentum: float, averages: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    def _step(
+        self,
+        lr_scale: float,
+        momentum: float,
+        averages: dict[str, torch.Tensor] | None = None,
+        weight_decay_scale: float = 1.0,
+    ) -> torch.Tensor:
         """Launch one optimizer step, which also updates the averages; return a tensor (mean loss, gradient norm)."""
         state = self.state
         loss = self.gradient(state.loader.next_batch() for _ in range(self.gradient.count))
-        norm = state.optimizer.step(lr_scale, momentum, averages, self.config.ema_decay)
+        norm = state.optimizer.step(lr_scale, momentum, averages, self.config.ema_decay, weight_decay_scale)
         return self._start_copy(torch.stack([self.world.mean(loss), norm]))
 
     def _start_copy(self, measured: torch.Tensor) -> torch.Tensor:
@@ -299,6 +332,7 @@ class _Trainer:
         """Write the average, and a checkpoint of the end, after which --resume only validates."""
         if self.tuning is not None:
             self.tuning.end()
+        self._blend_snapshots()
         weights = final_weights(self.state) if self.world.is_main else None
         save_weights(self.folder.ema, weights, self.state.step, self.world)
         self._save_if_possible(shown=self.config.checkpoint_minutes > 0)
