@@ -216,6 +216,9 @@ def _as_bank(matrices: Tensor) -> Tensor:
     return matrices if matrices.ndim == 3 else matrices[None]
 
 
+SMALL = 1  # AdamW's group of gains, scales and gates
+
+
 class ModelOptimizer:
     """The optimizer of a model: Muon for the banks, AdamW for the embedding and for gains, scales and gates."""
 
@@ -247,7 +250,6 @@ class ModelOptimizer:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         for group in (*self.adamw.param_groups, *self.muon.param_groups):
             group["base_lr"] = group["lr"]
-        self._decays = [(group, group["weight_decay"]) for group in (*self.muon.param_groups, groups[1])]
 
     def zero_grad(self) -> None:
         """Set the gradients to None."""
@@ -275,9 +277,8 @@ class ModelOptimizer:
         for group in (*self.adamw.param_groups, *self.muon.param_groups):
             group["lr"] = group["base_lr"] * lr_scale
         for group in self.muon.param_groups:
-            group["momentum"] = momentum
-        for group, weight_decay in self._decays:
-            group["weight_decay"] = weight_decay * weight_decay_scale
+            group["momentum"], group["weight_decay"] = momentum, self.config.muon_wd * weight_decay_scale
+        self.adamw.param_groups[SMALL]["weight_decay"] = self.config.adam_wd * weight_decay_scale
         self.muon.reduce_gradients()
         self._reduce_replicated()
         norm, scale = self._clip()
