@@ -11,12 +11,13 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from pgolf.data.fineweb import REPOSITORY, DownloadError, download
+from pgolf.data.dataset import build_dataset
+from pgolf.data.fineweb import EXPORTS, DownloadError, download
 from pgolf.data.manifest import check_dataset
 from pgolf.data.shards import ShardError, read_shard, shard_files, tokenizer_path, write_shard
 from pgolf.data.tokenizer import load_tokenizer, train_tokenizer
 
-VOCAB = 300
+VOCAB, CASED = 300, 330
 WORDS = ["cat", "river", "mountain", "telescope", "fountain", "winter", "umbrella", "garden"]
 
 
@@ -25,16 +26,17 @@ class Hub:
 
     def __init__(self, root: Path) -> None:
         self.root, self.asked, self.broken = root, [], {}
-        self.newest, self.revisions = "a" * 40, set()
+        self.newest, self.revisions, self.repositories = "a" * 40, set(), set()
 
     def dataset_info(self, repository: str, revision: str | None):
-        assert repository == REPOSITORY
+        self.repositories.add(repository)
         return SimpleNamespace(sha=revision or self.newest)
 
     def hf_hub_download(
         self, *, repo_id: str, filename: str, repo_type: str, revision: str, local_dir: Path, force_download: bool
     ):
-        assert (repo_id, repo_type) == (REPOSITORY, "dataset")
+        assert repo_type == "dataset"
+        self.repositories.add(repo_id)
         self.revisions.add(revision)
         self.asked.append(filename)
         content = (self.root / filename).read_bytes()
@@ -83,7 +85,41 @@ def test_download(hub: Hub, tmp_path: Path) -> None:
     assert [read_shard(file, VOCAB).size for file in shard_files(tmp_path, VOCAB, "train")] == [200, 201]
     load_tokenizer(tokenizer_path(tmp_path, VOCAB), VOCAB)
     assert json.loads((tmp_path / "manifest.json").read_text())["datasets"] == [entry]
-    assert not (tmp_path / ".download").exists()
+    assert not (tmp_path / ".download").exists() and hub.repositories == {EXPORTS[""].repository}
+
+
+def test_case_coded_documents_come_with_their_sidecars(hub: Hub, tmp_path: Path) -> None:
+    """The published names are longer, and the files here are named as those of the plain variant."""
+    built, root = tmp_path / "built", tmp_path / "hub" / "datasets"
+    documents = [" ".join(f"{word.title()} and {word.upper()} {number}" for word in WORDS) for number in range(6)]
+    train_tokenizer(documents, CASED, tokenizer_path(built, CASED), case_coding=True)
+    entry = build_dataset(documents, tokenizer_path(built, CASED), built, val_docs=2, case_coding=True)
+    ending = EXPORTS["_caseops"].ending
+    (root / "tokenizers").mkdir(parents=True)
+    shutil.copy(tokenizer_path(built, CASED), root / f"tokenizers/fineweb_{CASED}_bpe{ending}.model")
+    name = f"fineweb10B_sp{CASED}"
+    shutil.copytree(built / "datasets" / name, root / "datasets" / (name + ending))
+    manifest = {"datasets": [{"name": name + ending, "stats": {"files_train": 1, "files_val": 1}}]}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    hub.root = root.parent
+
+    out = tmp_path / "out"
+    found = download(out, f"sp{CASED}_caseops", train_shards=1)
+    assert hub.repositories == {EXPORTS["_caseops"].repository}
+    assert found["splits"]["val"]["bytes"] == entry["splits"]["val"]["bytes"] == sum(map(len, documents[:2]))
+    counts, _ = check_dataset(out, CASED, case_coding=True)
+    assert counts["val_sidecar_bytes"] == found["splits"]["val"]["bytes"]
+
+    sidecar = out / "datasets" / name / "fineweb_val_bytes_000000.bin"
+    whole = sidecar.read_bytes()
+    sidecar.write_bytes(whole[:-2] + b"\x09\x00")
+    with pytest.raises(ShardError, match="val_sidecar_bytes|sha256 of fineweb_val_bytes"):
+        check_dataset(out, CASED, case_coding=True)
+    hub.asked.clear()
+    download(out, f"sp{CASED}_caseops", train_shards=1)
+    assert names(hub) == [sidecar.name] and sidecar.read_bytes() == whole
+    with pytest.raises(DownloadError, match="has no dataset fineweb10B_sp330; it has"):
+        download(tmp_path / "plain", f"sp{CASED}", train_shards=1)
 
 
 def test_a_second_call_fetches_only_what_is_missing_or_broken(hub: Hub, tmp_path: Path) -> None:
@@ -112,8 +148,9 @@ def test_what_the_hub_has_not(hub: Hub, tmp_path: Path) -> None:
         download(tmp_path, "sp512")
     with pytest.raises(DownloadError, match="sp300 has 3 training shards, 80 cannot"):
         download(tmp_path, f"sp{VOCAB}")
-    with pytest.raises(ValueError, match="'byte260'"):
-        download(tmp_path, "byte260")
+    for variant in ("byte260", "sp300_other"):
+        with pytest.raises(ValueError, match=f"sp8192_caseops; got '{variant}'"):
+            download(tmp_path, variant)
 
 
 def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +167,7 @@ def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_revision_is_pinned_and_told(hub: Hub, tmp_path: Path) -> None:
     entry = download(tmp_path, f"sp{VOCAB}", train_shards=1)
-    assert (entry["repository"], entry["revision"]) == (REPOSITORY, "a" * 40)
+    assert (entry["repository"], entry["revision"]) == (EXPORTS[""].repository, "a" * 40)
     hub.newest = "b" * 40  # the hub's files change; the folder goes on with those it has begun with
     entry = download(tmp_path, f"sp{VOCAB}", train_shards=2)
     assert hub.revisions == {"a" * 40} and entry["revision"] == "a" * 40

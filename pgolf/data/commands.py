@@ -17,7 +17,7 @@ from pgolf.common.progress import progress
 def add_actions(actions: Any) -> None:
     """Add ``fineweb``, ``build`` and ``tokenizer`` to the subparsers of ``pgolf data``."""
     fineweb = actions.add_parser("fineweb", help="download the published FineWeb shards and tokenizer")
-    fineweb.add_argument("--variant", default="sp8192", help="tokenizer variant (default: sp8192)")
+    fineweb.add_argument("--variant", default="sp8192", help="sp8192 (the default), or sp8192_caseops: case-coded")
     fineweb.add_argument("--train-shards", type=int, default=80, help="training shards of 100M tokens (default: 80)")
     fineweb.add_argument("--revision", help="commit of the repository (default: the one begun with, else the newest)")
     fineweb.add_argument("--out", type=Path, default=Path("data"), help="data folder (default: data)")

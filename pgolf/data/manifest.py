@@ -142,7 +142,7 @@ def _stated(entry: dict[str, Any], tokenizer: str, train_shards: int) -> dict[st
             counts[f"{split}_shards"] = len(built["shards"])
             stated |= {f"sha256 of {shard['file']}": shard["sha256"] for shard in built["shards"]}
         if "sidecars" in built:
-            counts |= {f"{split}_sidecar_bytes": built["bytes"], f"{split}_decoded_bytes": built["decoded_bytes"]}
+            counts |= {f"{split}_sidecar_bytes": built["bytes"], f"{split}_decoded_bytes": built.get("decoded_bytes")}
             stated |= {f"sha256 of {sidecar['file']}": sidecar["sha256"] for sidecar in built["sidecars"]}
     return stated | counts
 

@@ -115,7 +115,8 @@ def read_sidecar(shard: str | os.PathLike, tokens: np.ndarray) -> np.ndarray:
     if not path.is_file():
         raise ShardError(
             f"there is no byte sidecar {path}, without which the bytes of case-coded documents cannot be counted: "
-            "build the data again with `pgolf data build --case`"
+            "get the published data (`pgolf data fineweb --variant sp8192_caseops`), or build them (`pgolf data build "
+            "--case`)"
         )
     counts = np.array(read_shard(path))
     if counts.size != tokens.size:
