@@ -40,10 +40,25 @@ def test_the_published_codes(text: str, code: str) -> None:
     assert decode(written(code)) == text
 
 
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        (" The end of HTML, OK", "< the end of^ html,^ ok"),
+        ("The iPhone X", "<the i+phone< x"),
+        ("a\n McDonald\tMc", "a\n< mc+donald\t<mc"),
+        (f"  A {TITLE} b{ALLCAPS} B", f" < a \\{TITLE} b\\{ALLCAPS}< b"),
+    ],
+)
+def test_operators_stand_before_the_space_of_their_word(text: str, code: str) -> None:
+    assert encode(text, before_space=True) == written(code)
+    assert decode(written(code)) == text
+
+
+@pytest.mark.parametrize("before_space", [False, True])
 @settings(max_examples=300, deadline=None)
 @given(ANY_TEXT | CASED_TEXT)
-def test_every_text_comes_back(text: str) -> None:
-    code = encode(text)
+def test_every_text_comes_back(before_space: bool, text: str) -> None:
+    code = encode(text, before_space)
     assert decode(code) == text
     assert not set(code.replace(ESCAPE, "")) & set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     counts = original_bytes(code)
@@ -58,14 +73,14 @@ def test_different_texts_have_different_codes(one: str, two: str) -> None:
 
 def test_every_character_comes_back() -> None:
     text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
-    assert decode(encode(text)) == text
+    assert decode(encode(text)) == decode(encode(text, before_space=True)) == text
     assert int(original_bytes(encode(text)).sum()) == len(text.encode())
 
 
 @pytest.mark.parametrize("run", ["a" * 300_000, "a" * 300_000 + "B", "aB" * 150_000, "A" * 300_000, " A" * 150_000])
 def test_long_runs(run: str) -> None:
     """They would take hours if the time grew with the square of the length."""
-    assert decode(encode(run)) == run
+    assert decode(encode(run)) == decode(encode(run, before_space=True)) == run
 
 
 def test_original_bytes() -> None:
@@ -79,7 +94,9 @@ def test_original_bytes() -> None:
     [
         ("a<", TITLE, 1),
         ("<A", TITLE, 0),
-        ("^ a", ALLCAPS, 0),
+        ("^  a", ALLCAPS, 0),
+        ("< A", TITLE, 0),
+        ("+ a", CAPITAL, 0),
         ("+é", CAPITAL, 0),
         ("a\\b", ESCAPE, 1),
         ("<<a", TITLE, 0),

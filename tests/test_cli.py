@@ -433,13 +433,16 @@ def test_a_strange_environment(
     assert re.search(words, message)
 
 
-def test_case_coded_data(data: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("coding", [["--case"], ["--case", "before-space"]])
+def test_case_coded_data(
+    coding: list[str], data: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """By the command line, and that a run takes data of its own coding only."""
     model, out = tmp_path / "coded.model", tmp_path / "coded"
     train = ["data", "tokenizer", "--docs", str(documents), "--vocab-size", "400", "--out", str(model)]
     build = ["data", "build", "--docs", str(documents), "--val-docs", "6", "--tokenizer"]
-    assert main([*train, "--case"]) == 0
-    assert main([*build, str(model), "--out", str(out), "--case"]) == 0
+    assert main([*train, *coding]) == 0
+    assert main([*build, str(model), "--out", str(out), *coding]) == 0
     texts = [json.loads(line)["text"] for line in documents.read_text().splitlines()[:6]]
     assert "val: 6 documents, " in (printed := capsys.readouterr().out)
     assert f"{sum(len(text.encode()) for text in texts):,} bytes" in printed

@@ -13,6 +13,8 @@ from typing import Any
 
 from pgolf.common.progress import progress
 
+AFTER_SPACE, BEFORE_SPACE = "after-space", "before-space"  # where the operators are; the first is published
+
 
 def add_actions(actions: Any) -> None:
     """Add ``fineweb``, ``build`` and ``tokenizer`` to the subparsers of ``pgolf data``."""
@@ -30,7 +32,7 @@ def add_actions(actions: Any) -> None:
     split = build.add_mutually_exclusive_group(required=True)
     split.add_argument("--val-docs", type=int, default=0, help="the first so many documents are for validation")
     split.add_argument("--val-file", type=Path, help="documents for validation, in a file of their own")
-    build.add_argument("--case", action="store_true", help="case-code the documents (CaseOps); count bytes in sidecars")
+    add_case(build, "case-code the documents (CaseOps); count bytes in sidecars")
     build.add_argument("--workers", type=int, help="threads (default: all cores)")
     build.set_defaults(action=_build)
 
@@ -39,8 +41,14 @@ def add_actions(actions: Any) -> None:
     tokenizer.add_argument("--vocab-size", type=int, default=8192, help="tokens (default: 8192)")
     tokenizer.add_argument("--out", type=Path, required=True, help="file of the model to write")
     tokenizer.add_argument("--max-docs", type=int, help="use only the first so many documents")
-    tokenizer.add_argument("--case", action="store_true", help="train on case-coded documents (CaseOps)")
+    add_case(tokenizer, "train on case-coded documents (CaseOps)")
     tokenizer.set_defaults(action=_tokenizer)
+
+
+def add_case(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add the option --case, which takes the place of the operators."""
+    help += f": operators {AFTER_SPACE} (the default, as published) or {BEFORE_SPACE} of their word"
+    parser.add_argument("--case", nargs="?", const=AFTER_SPACE, choices=(AFTER_SPACE, BEFORE_SPACE), help=help)
 
 
 def _fineweb(arguments: argparse.Namespace) -> int:
@@ -63,7 +71,8 @@ def _build(arguments: argparse.Namespace) -> int:
         val_docs=arguments.val_docs,
         val_documents=arguments.val_file,
         workers=arguments.workers,
-        case_coding=arguments.case,
+        case_coding=arguments.case is not None,
+        before_space=arguments.case == BEFORE_SPACE,
         progress=progress,
     )
     for name, split in entry["splits"].items():
@@ -81,6 +90,7 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
     from pgolf.data.tokenizer import train_tokenizer
 
     documents = islice(read_documents(arguments.docs), arguments.max_docs)
-    train_tokenizer(documents, arguments.vocab_size, arguments.out, case_coding=arguments.case)
+    coding = dict(case_coding=arguments.case is not None, before_space=arguments.case == BEFORE_SPACE)
+    train_tokenizer(documents, arguments.vocab_size, arguments.out, **coding)
     print(f"{arguments.out}: {arguments.vocab_size} tokens")
     return 0

@@ -71,6 +71,7 @@ def build_dataset(
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
     case_coding: bool = False,
+    before_space: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Tokenize documents into training and validation shards in the challenge's format, with a manifest.
@@ -85,6 +86,7 @@ def build_dataset(
         shard_tokens: tokens of a full shard.
         workers: threads (None: all cores). The files do not depend on it.
         case_coding: tokenize the documents' case codes, and write a byte sidecar beside each validation shard.
+        before_space: that of `case_coding.encode`.
         progress: called with (documents, None, name of the split).
 
     Returns the dataset's entry, which is also written to the manifest: for each split its documents, tokens, bytes of
@@ -101,7 +103,7 @@ def build_dataset(
     if workers is not None and workers < 1:
         raise ShardError(f"workers must be at least 1, got {workers}")
     read_manifest(out_dir)  # fail now if it is damaged, not after the work
-    encoder = _Encoder(tokenizer, workers or os.cpu_count() or 1, case_coding)
+    encoder = _Encoder(tokenizer, workers or os.cpu_count() or 1, case_coding, before_space)
     vocab_size = encoder.processor.vocab_size()
     folder = dataset_dir(out_dir, vocab_size)
     if folder.is_dir() and any(folder.iterdir()):
@@ -120,6 +122,8 @@ def build_dataset(
         split.finish()
 
     entry = _manifest_entry(vocab_size, tokenizer, case_coding, val, train)
+    if case_coding:
+        entry["case_operators_before_space"] = before_space
     model = tokenizer_path(out_dir, vocab_size)
     model.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(model)
@@ -141,10 +145,10 @@ class _Document(NamedTuple):
 class _Encoder:
     """Tokenizes texts on several threads; SentencePiece releases the interpreter's lock while it works."""
 
-    def __init__(self, tokenizer: str | os.PathLike, workers: int, case_coding: bool) -> None:
+    def __init__(self, tokenizer: str | os.PathLike, workers: int, case_coding: bool, before_space: bool) -> None:
         self.processor = load_tokenizer(tokenizer, case_coding=case_coding)
         self.table = None if case_coding else ByteTable.from_sentencepiece(tokenizer)
-        self.workers = workers
+        self.workers, self.before_space = workers, before_space
         if self.processor.vocab_size() > 2**16:
             raise ShardError(f"{tokenizer} has {self.processor.vocab_size()} tokens, and shards hold 16 bits a token")
         if case_coding and not hasattr(self.processor, "encode_as_offset_mapping"):
@@ -178,13 +182,13 @@ class _Encoder:
         return documents
 
     def _encode_coded(self, texts: list[str]) -> list[_Document]:
-        pairs = zip(texts, self._tokens([encode_case(text) for text in texts]), strict=True)
+        pairs = zip(texts, self._tokens([encode_case(text, self.before_space) for text in texts]), strict=True)
         return [_Document(tokens, len(text.encode()), self._digest(text)) for text, tokens in pairs]
 
     def _encode_counted(self, texts: list[str]) -> list[_Document]:
         documents = []
         for text in texts:
-            code = encode_case(text)
+            code = encode_case(text, self.before_space)
             mapping = self.processor.encode(code, out_type="offset_mapping")
             ids = np.array(mapping["ids"], dtype=np.uint16)
             offsets = np.array(mapping["offsets"], dtype=np.int64).reshape(-1, 2)

@@ -37,19 +37,26 @@ class TokenizerError(FileError):
 
 
 def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, model_path: str | os.PathLike, *, case_coding: bool = False
+    documents: Iterable[str],
+    vocab_size: int,
+    model_path: str | os.PathLike,
+    *,
+    case_coding: bool = False,
+    before_space: bool = False,
 ) -> None:
     """Train a BPE tokenizer of exactly ``vocab_size`` tokens on ``documents`` and write it to ``model_path``.
 
     Ids: 0 pad, 1 BOS, 2 EOS, 3 unknown, 4-259 bytes, then merges, then characters. With ``case_coding`` the documents
-    are coded, and the operators are 4-7, before the bytes. The documents are held in memory.
+    are coded, as `case_coding.encode` does with ``before_space``, and the operators are 4-7, before the bytes. The
+    documents are held in memory.
     The same documents give the same file. Raises TokenizerError if they hold too little text for ``vocab_size`` tokens,
     or more different characters than tokens.
     """
     texts: Iterable[str] = (text for document in documents if (text := document.replace("\0", " ").strip()))
     settings = CHALLENGE_SETTINGS
     if case_coding:
-        texts, settings = map(encode_case, texts), {**settings, "user_defined_symbols": list(OPERATORS)}
+        texts = (encode_case(text, before_space) for text in texts)
+        settings = {**settings, "user_defined_symbols": list(OPERATORS)}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
