@@ -317,6 +317,14 @@ def byte_table(folder: Path, planted: bool) -> list[Finding]:
     return [denominators(text, counted, {"score": (2.0, 2.0 * (text.stream.size - 1) / math.log(2) / text.text_bytes)})]
 
 
+def sidecar(folder: Path, planted: bool) -> list[Finding]:
+    text = documents()
+    counts = np.array([0 if token == BOS else len(text.decode([token]).encode()) for token in text.stream.tolist()])
+    counts[7] += 2 * planted  # of some thousand bytes
+    text = Documents(text.stream, text.decode, BOS, counts)
+    return [denominators(text, int(counts.sum()), {}, fineweb=True)]
+
+
 def overlap(folder: Path, planted: bool) -> list[Finding]:
     training, validation = documents(40, seed=8), documents(8)
     shards = [training.stream[:123], training.stream[123:]]  # a document goes on in the second shard
@@ -380,6 +388,7 @@ OWN = "self-containment"
 SUBMISSIONS = [
     Submission("a subset of the split", "#1858", "reframed by its author", subset, "complete", "C4 once each"),
     Submission("spaces counted twice", "#1719", "a checker wanted", byte_table, "denominators", "C4 once each"),
+    Submission("bytes added to a sidecar", "#1729", "–", sidecar, "denominators", "C4 once each"),
     Submission("training documents in validation", "#2127", "15 of 34 affected", overlap, "disjoint", "data"),
     Submission("code counted packed and shipped raw", "#1874", "–", over_the_cap, "sizes", "budget"),
     Submission("an evaluation of 610 s", "#1858", "noted", slow, "wall time", "budget"),

@@ -142,15 +142,15 @@ def once(examined: Examined) -> Result:
 
 
 def reported(examined: Examined) -> Result:
-    """Check C4: the reported score is the recorded losses over the bytes of the decoded text."""
+    """Check C4: the reported score is the recorded losses over the bytes of the text."""
     ledger, bits = examined.first
     nats = sum(float(np.sum(score.nats, dtype=np.float64)) for score in ledger.scores)
     found = nats / math.log(2) / examined.documents.text_bytes
     if not abs(bits - found) <= SCORE * found:
         implied = nats / math.log(2) / bits if bits else math.inf
-        text = f"{implied:,.0f} bytes, and the decoded text has {examined.documents.text_bytes:,}"
+        text = f"{implied:,.0f} bytes, and the text has {examined.documents.text_bytes:,}"
         return FAILED, f"{bits:.6f} bits per byte are reported, and the losses give {found:.6f}: as if of {text}"
-    return PASSED, f"{bits:.6f} bits per byte, of {examined.documents.text_bytes:,} bytes of decoded text"
+    return PASSED, f"{bits:.6f} bits per byte, of {examined.documents.text_bytes:,} bytes of text"
 
 
 CHECKS: dict[str, tuple[str, Callable[[Examined], Result]]] = {

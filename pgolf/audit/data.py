@@ -14,6 +14,7 @@ from pgolf.audit.protocol import Documents
 CHALLENGE_DOCUMENTS = 50_000  # the first of the challenge's file are its validation split
 CHALLENGE_BYTES = 150_900_000, 151_300_000  # of normalised text: about 151.08 million, by any tokenizer
 BLOCK = 1 << 22  # tokens hashed at once, which bounds memory
+NORMALISED = 1e-4  # of a text's bytes, by which normalisation may change them
 SHARE = 1e-3  # of the validation documents that may be in the training data: published text repeats itself a little
 
 
@@ -43,26 +44,42 @@ def complete(documents: Documents, stated: Mapping[str, int | None], fineweb: bo
     return finding(PASSED, f"{counts}: as the manifest states{' and the challenge has' if fineweb else ''}")
 
 
-def denominators(documents: Documents, counted: int, reported: Mapping[str, tuple[float, float]]) -> Finding:
+def denominators(
+    documents: Documents, counted: int, reported: Mapping[str, tuple[float, float]], fineweb: bool = False
+) -> Finding:
     """Compare the bytes of the table, and those that a run's scores imply, with the decoded text's.
 
+    With a sidecar they are compared with its bytes, and these with the decoded text's, from which the original text's
+    differ by normalisation only.
+
     Args:
-        counted: bytes by the byte table.
+        counted: bytes by which the run's stages count.
         reported: for each score its mean loss in nats and its bits per byte.
+        fineweb: the data are the challenge's, whose text normalisation hardly changes.
     """
     text, targets = documents.text_bytes, documents.stream.size - 1
 
     def finding(verdict: str, evidence: str) -> Finding:
         return Finding("denominators", "C4 once each", "validation split", verdict, evidence)
 
+    by, of = "the byte table", "the decoded text"
+    if documents.sidecar is not None:
+        by, of, decoded = "the run", "the byte sidecar", documents.decoded_bytes
+        if not abs(text - decoded) <= NORMALISED * decoded:
+            differ = f"the byte sidecar has {text:,}, and the decoded text {decoded:,}"
+            if fineweb:
+                return finding(FAILED, differ)
+            return finding(NOT_CHECKED, f"{differ}: normalisation, or not; the original text is not at hand")
     if counted != text:
-        return finding(FAILED, f"the byte table counts {counted:,}, and the decoded text has {text:,}")
+        return finding(FAILED, f"{by} counts {counted:,}, and {of} has {text:,}")
     for name, (loss, bits) in reported.items():
         implied = loss * targets / math.log(2) / bits if bits else math.inf
         if not abs(implied - text) <= 1e-6 * text:
-            return finding(FAILED, f"{name} divides by {implied:,.1f} bytes, and the decoded text has {text:,}")
+            return finding(FAILED, f"{name} divides by {implied:,.1f} bytes, and {of} has {text:,}")
     scores = f", and so do {', '.join(reported)}" if reported else ""
-    return finding(PASSED, f"the byte table counts {text:,}, as the decoded text has{scores}")
+    if documents.sidecar is not None:
+        scores += f"; the text that the tokens decode to has {documents.decoded_bytes:,}"
+    return finding(PASSED, f"{by} counts {text:,}, as {of} has{scores}")
 
 
 def disjoint(validation: Documents, shards: Iterable[np.ndarray], tokens: int, most: int | None = None) -> Finding:

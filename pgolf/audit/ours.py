@@ -19,7 +19,7 @@ from pgolf.audit.protocol import Record, Scored, Span, Updated
 from pgolf.common.progress import Progress
 from pgolf.common.tensors import to_device
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
+from pgolf.data.bpb import ByteCounter
 from pgolf.data.loader import packed
 from pgolf.data.shards import BOS_ID
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
@@ -90,9 +90,14 @@ class EvaluationScorer:
     """Evaluation by a fixed model: `evaluate_packed` or `evaluate_sliding`."""
 
     def __init__(
-        self, name: str, evaluate: Callable[..., tuple[float, float]], model: GPT, config: RunConfig, table: ByteTable
+        self,
+        name: str,
+        evaluate: Callable[..., tuple[float, float]],
+        model: GPT,
+        config: RunConfig,
+        counter: ByteCounter,
     ) -> None:
-        self.name, self.evaluate, self.model, self.table = name, evaluate, model, table
+        self.name, self.evaluate, self.model, self.counter = name, evaluate, model, counter
         self.config = config.replace(cuda_graphs="off")  # launched one by one, kernels can be watched
         self.progress: Progress | None = None
 
@@ -100,7 +105,7 @@ class EvaluationScorer:
         """Score the stream as the stage does; see `protocol.Scorer`."""
         observe = partial(self._observe, frozenset(asked), record)
         tokens = torch.from_numpy(stream)
-        return self.evaluate(self.model, self.config, tokens, self.table, progress=self.progress, record=observe)[1]
+        return self.evaluate(self.model, self.config, tokens, self.counter, progress=self.progress, record=observe)[1]
 
     def _observe(self, asked: frozenset[int], record: Record, row: Row, losses: Tensor) -> None:
         targets, nats, counted = row.places + 1, losses.cpu().numpy(), row.counted.numpy()
@@ -162,8 +167,8 @@ class TrainingForward:
 class TTTScorer:
     """Test-time training; its states are the base's weights and each slot's adapters."""
 
-    def __init__(self, name: str, model: GPT, config: RunConfig, table: ByteTable) -> None:
-        self.name, self.model, self.table = name, model, table
+    def __init__(self, name: str, model: GPT, config: RunConfig, counter: ByteCounter) -> None:
+        self.name, self.model, self.counter = name, model, counter
         self.config = config.replace(cuda_graphs="off")
         self.progress: Progress | None = None
 
@@ -174,7 +179,7 @@ class TTTScorer:
             self.model,
             self.config,
             torch.from_numpy(stream),
-            self.table,
+            self.counter,
             progress=self.progress,
             scorer=partial(_WatchedScorer, witness),
             ledger=partial(_WatchedLedger, witness),

@@ -75,11 +75,13 @@ class Documents:
         stream: int64 [N] token ids; every document begins with ``bos``.
         decode: returns the text of a document's ids, without BOS.
         bos: the id with which a document begins.
+        sidecar: the bytes of the original text that each token stands for, [N]; None where the decoded text counts.
     """
 
     stream: np.ndarray
     decode: Callable[[list[int]], str]
     bos: int = 1
+    sidecar: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.stream.ndim != 1 or self.stream.size < 2 or self.stream[0] != self.bos:
@@ -97,6 +99,11 @@ class Documents:
 
     @cached_property
     def text_bytes(self) -> int:
+        """The bytes by which a score divides: those of the decoded texts, or of the original text by the sidecar."""
+        return self.decoded_bytes if self.sidecar is None else int(self.sidecar.sum(dtype=np.int64))
+
+    @cached_property
+    def decoded_bytes(self) -> int:
         """The UTF-8 bytes of all decoded texts."""
         pieces = np.split(self.stream, self.starts[1:])
         return sum(len(self.decode(piece[1:].tolist()).encode()) for piece in pieces)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pgolf.artifact.weights import load_artifact
 from pgolf.audit.checks import FAILED, NOT_CHECKED, NOTED, PASSED, Finding, check_scorer
@@ -28,9 +29,18 @@ from pgolf.common.folder import RunFolder, RunFolderError
 from pgolf.common.progress import format_duration, format_table, progress
 from pgolf.common.runtime import World, describe_environment
 from pgolf.config import RunConfig
-from pgolf.data.bpb import ByteTable
+from pgolf.data import case_coding
+from pgolf.data.bpb import ByteCounter
 from pgolf.data.manifest import check_unchanged, recorded_dataset, sha256_of
-from pgolf.data.shards import ShardError, dataset_dir, read_shard, shard_files, tokenizer_path, write_shard
+from pgolf.data.shards import (
+    ShardError,
+    dataset_dir,
+    read_shard,
+    shard_files,
+    sidecar_path,
+    tokenizer_path,
+    write_shard,
+)
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.data.validation import validation_data
 from pgolf.model.build import model_with
@@ -61,7 +71,7 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
 
     An artifact with the settings in a config.json is enough; what else a run has and this one lacks is not checked.
     Raises FileError if the artifact or the data are missing, or the data are not those that the run checked, and
-    ValueError for several processes and for case-coded data.
+    ValueError for several processes.
     """
     if world.size > 1:
         raise ValueError("the audit runs in one process: start it without torchrun")
@@ -69,19 +79,17 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
     artifact = folder.need(folder.artifact(config), "quantize")
     if checked := folder.checked_files():
         check_unchanged(config.data_dir, config.vocab_size, checked, splits=("val",))
-    tokens, table = validation_data(config)
-    if not isinstance(table, ByteTable):
-        raise ValueError("case-coded runs cannot be audited yet: replays change tokens, whose bytes no sidecar counts")
-    tokenizer = load_tokenizer(tokenizer_path(config.data_dir, config.vocab_size), config.vocab_size)
-    documents = Documents(tokens.numpy().astype(np.int64), tokenizer.decode)
+    tokens, counter = validation_data(config)
+    documents = _documents(tokens, counter, config)
     few, settings = sample(documents, config)
+    few_counter = counter if few.sidecar is None else _PlacedBytes(few.sidecar, config.vocab_size)
     model = model_with(config, world, load_artifact(config, folder, world))
 
-    findings = _data(documents, folder, config, table, full)
+    findings = _data(documents, folder, config, counter, full)
     with _one_thread():
-        found, by_ttt = _sample(_stages(model, settings, table), few, folder, world)
+        found, by_ttt = _sample(_stages(model, settings, few_counter), few, folder, world)
         findings += found
-    findings += _whole_split(model, config, table, documents, folder, world) if full else [_not_reproduced()]
+    findings += _whole_split(model, config, counter, documents, folder, world) if full else [_not_reproduced()]
     if folder.program.exists():
         findings.append(sizes([artifact, folder.program]))
         findings += _program(folder, config, settings, few, by_ttt)
@@ -93,6 +101,31 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
     findings.append(wall_time(folder.summary(), environment))
     _write(folder, findings, few, full, time.perf_counter() - begun)
     return findings
+
+
+def _documents(tokens: Tensor, counter: ByteCounter, config: RunConfig) -> Documents:
+    """Return the validation split's documents; case-coded ones with the bytes of their sidecar, and decoded twice."""
+    path = tokenizer_path(config.data_dir, config.vocab_size)
+    tokenizer = load_tokenizer(path, config.vocab_size, case_coding=config.case_coding)
+    stream = tokens.numpy().astype(np.int64)
+    if not config.case_coding:
+        return Documents(stream, tokenizer.decode)
+    sidecar = np.append(0, counter.of_stream(tokens).numpy())  # the first token is a BOS
+    return Documents(stream, lambda ids: case_coding.decode(tokenizer.decode(ids)), sidecar=sidecar)
+
+
+class _PlacedBytes(ByteCounter):
+    """Counts by place, whatever token is there: replays change tokens, and their scores are not compared."""
+
+    def __init__(self, counts: np.ndarray, vocab_size: int) -> None:
+        self._counts, self._vocab_size = torch.from_numpy(counts).long(), vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def of_targets(self, stream: Tensor, places: Tensor) -> Tensor:
+        return self._counts[places]
 
 
 @contextmanager
@@ -122,28 +155,29 @@ def _sample(stages: _Stages, few: Documents, folder: RunFolder, world: World) ->
     return findings, examined.get("ttt")
 
 
-def _stages(model: GPT, config: RunConfig, table: ByteTable) -> _Stages:
+def _stages(model: GPT, config: RunConfig, counter: ByteCounter) -> _Stages:
     scores: dict[str, EvaluationScorer | TTTScorer] = {}
     in_stream_order = None
-    scores["eval"] = EvaluationScorer("evaluation", evaluate_packed, model, config, table)
+    scores["eval"] = EvaluationScorer("evaluation", evaluate_packed, model, config, counter)
     if config.sliding_window_enabled:
-        scores["sliding"] = EvaluationScorer("sliding window", evaluate_sliding, model, config, table)
+        scores["sliding"] = EvaluationScorer("sliding window", evaluate_sliding, model, config, counter)
     if config.ttt_enabled:
-        scores["ttt"] = TTTScorer("test-time training", model, config, table)
+        scores["ttt"] = TTTScorer("test-time training", model, config, counter)
         if config.ttt_order != "stream":
             ordered = config.replace(ttt_order="stream")
-            in_stream_order = TTTScorer("test-time training", model, ordered, table)
+            in_stream_order = TTTScorer("test-time training", model, ordered, counter)
     loops = (False, True) if config.num_loops else (False,)
     return _Stages(scores, in_stream_order, [TrainingForward(model, config, looping) for looping in loops])
 
 
-def _data(documents: Documents, folder: RunFolder, config: RunConfig, table: ByteTable, full: bool) -> list[Finding]:
+def _data(
+    documents: Documents, folder: RunFolder, config: RunConfig, counter: ByteCounter, full: bool
+) -> list[Finding]:
     entry = recorded_dataset(config.data_dir, config.vocab_size)
-    stream = torch.from_numpy(documents.stream)
-    counted = int(table.count(stream[:-1], stream[1:]).sum())
+    counted = int(counter.of_stream(torch.from_numpy(documents.stream)).sum())
     findings = [
         complete(documents, stated_counts(entry), "repository" in entry),
-        denominators(documents, counted, _reported(folder)),
+        denominators(documents, counted, _reported(folder), "repository" in entry),
     ]
     try:
         files = shard_files(config.data_dir, config.vocab_size, "train")
@@ -181,13 +215,13 @@ def _stream_order(scorer: TTTScorer, by_length: Examined) -> Finding:
 
 
 def _whole_split(
-    model: GPT, config: RunConfig, table: ByteTable, documents: Documents, folder: RunFolder, world: World
+    model: GPT, config: RunConfig, counter: ByteCounter, documents: Documents, folder: RunFolder, world: World
 ) -> list[Finding]:
     """Score the whole split with the run's settings, and compare the scores with the run's."""
     findings = []
     run, reported = folder.summary().get("run", {}), _reported(folder)
     chip = describe_environment(world)["chip"]
-    for name, scorer in _stages(model, config, table).scores.items():
+    for name, scorer in _stages(model, config, counter).scores.items():
         world.log(f"{scorer.name}: the whole split")
         scorer.name += ", whole split"
         scorer.progress = progress
@@ -238,7 +272,11 @@ def _program(
         shard.parent.mkdir(parents=True)
         shutil.copy(tokenizer_path(config.data_dir, config.vocab_size), tokenizer)
         write_shard(shard, documents.stream)
-        stats = {path: path.stat() for path in (tokenizer, shard)}
+        written = [tokenizer, shard]
+        if documents.sidecar is not None:
+            write_shard(sidecar_path(shard), documents.sidecar)
+            written.append(sidecar_path(shard))
+        stats = {path: path.stat() for path in written}
         files = {
             path.name: {"sha256": sha256_of(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
             for path, stat in stats.items()

@@ -27,7 +27,12 @@ def sample(documents: Documents, config: RunConfig) -> tuple[Documents, RunConfi
     pool = np.setdiff1d(pool[lengths[pool] > 2], long)
     short = np.random.default_rng(config.seed).permutation(pool)[: COUNT - long.size]
     pieces = np.split(documents.stream, documents.starts[1:])
-    stream = np.concatenate([pieces[document] for document in np.sort([*long, *short])])
+    chosen = np.sort([*long, *short])
+    stream = np.concatenate([pieces[document] for document in chosen])
+    sidecar = None
+    if documents.sidecar is not None:
+        counts = np.split(documents.sidecar, documents.starts[1:])
+        sidecar = np.concatenate([counts[document] for document in chosen])
     rows = max(stream.size // 3 // config.eval_seq_len, 1)  # windows of a row of evaluation, of which there are a few
     settings = config.replace(
         val_batch_tokens=PUBLIC_RANKS * rows * config.eval_seq_len,
@@ -37,4 +42,4 @@ def sample(documents: Documents, config: RunConfig) -> tuple[Documents, RunConfi
         global_ttt_chunk_tokens=config.eval_seq_len,
         ttt_eval_batches="",
     )
-    return Documents(stream, documents.decode, documents.bos), settings
+    return Documents(stream, documents.decode, documents.bos, sidecar), settings
