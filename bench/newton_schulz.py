@@ -1,7 +1,9 @@
 """Newton-Schulz, five steps with the Polar Express tuples, bf16 in and out: ``python -m bench.newton_schulz``.
 
-`banks_full` is an optimizer step of the record model on one GPU, `banks_eighth` one GPU's share of eight; the other
-cases are named by their shape. The rates count the least arithmetic known: the symmetric products alone, in the
+`banks_full` is an optimizer step of the record model on one GPU, `banks_eighth` one GPU's share of eight. `list_24` and
+so on are that many matrices, 768×768 and 768×3072 by turns, one by one as optimizers hold them: `pgolf_stacked` and
+`compile_gram` have them in two stacks, and spend no time on making these. The other cases are named by their shape. The
+rates count the least arithmetic known: the symmetric products alone, in the
 standard form or, where it is less, in the Gram form with one restart.
 """
 
@@ -27,6 +29,10 @@ BANKS = {
     "8x512x1280": ((8, 512, 1280),),
     "8x130x70": ((8, 130, 70),),
 }
+
+
+LISTS = {f"list_{count}": count for count in (24, 72, 300)}
+OF_LISTS = (768, 768), (768, 3072)
 
 
 def operations(shape: Shape) -> int:
@@ -99,7 +105,34 @@ def build(shapes: Sequence[Shape], device: torch.device, quick: bool) -> Case:
     return Case(providers, lambda: each(exact, banks), moved, sum(map(operations, shapes)))
 
 
+def build_list(count: int, device: torch.device, quick: bool) -> Case:
+    """The case of a list of so many matrices; six of an eighth of the rows and columns where it is small."""
+    small = quick or device.type != "cuda"
+    count, divisor = (6, 8) if small else (count, 1)
+    shapes = [(count // 2, rows // divisor, columns // divisor) for rows, columns in OF_LISTS]
+    stacks = [torch.randn(shape, device=device).to(torch.bfloat16) for shape in shapes]
+    matrices = [matrix.clone() for matrix in by_turns(stacks)]
+    exact, plain = (
+        partial(each, partial(wide_and_normalised, iterate_plain, dtype)) for dtype in (torch.float64, torch.bfloat16)
+    )
+    gram = compiled(partial(each, partial(wide_and_normalised, iterate_gram, torch.float16)), device)
+    providers = {
+        "eager": lambda: partial(plain, matrices),
+        "compile_gram": lambda: lambda: by_turns(gram(stacks)),
+        "pgolf": lambda: _pgolf(matrices),
+        "pgolf_stacked": lambda: lambda: by_turns(newton_schulz_banks(stacks)),
+    }
+    moved = sum(2 * stack.nbytes for stack in stacks)
+    return Case(providers, lambda: exact(matrices), moved, sum(map(operations, shapes)))
+
+
+def by_turns(stacks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The first matrix of every stack, then the second of every stack, and so on."""
+    return [matrix for matrices in zip(*stacks, strict=True) for matrix in matrices]
+
+
 CASES: dict[str, Builder] = {name: partial(build, shapes) for name, shapes in BANKS.items()}
+CASES |= {name: partial(build_list, count) for name, count in LISTS.items()}
 _CHOICES = dict(
     tile=(64, 128),
     columns=(64, 128, 256),

@@ -46,7 +46,7 @@ FAMILIES = (  # by the kernels' names, the first that fits
     ("attention", r"flash|_attention_"),
     ("head", r"cross_entropy|softmax|nll_loss|log_softmax"),
     ("products", r"gemm|nvjet|cutlass|cublas|xmma|_product|ping_pong|splitK|_gate_logits"),
-    ("optimizer", r"newton_schulz|_tasks_kernel|multi_tensor|adam|_(momentum|apply|squares|sum|clip)_kernel"),
+    ("optimizer", r"newton_schulz|_tasks_kernel|multi_tensor|adam|_(place|momentum|apply|squares|sum|clip)_kernel"),
     ("communication", r"nccl"),
     ("copies", r"[Mm]emcpy|[Mm]emset"),
     ("between", r""),

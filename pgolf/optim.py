@@ -8,8 +8,8 @@ A step of a matrix W [rows, columns] whose gradient is G:
     W ← W - lr weight_decay W - lr f O;   f = max(1, rows / columns)^½ or 0.2 max(rows, columns)^½
 
 Muon is Jordan's (2024), the second f Moonshot's (arXiv 2502.16982), V NorMuon's (arXiv 2510.05491), cautious weight
-decay that of arXiv 2510.12402. Momentum, Newton-Schulz and the update are those of `pgolf.kernels`. Matrices of equal
-shape are stacked, and one call orthogonalises the stacks of all shapes.
+decay that of arXiv 2510.12402. Momentum, Newton-Schulz and the update are those of `pgolf.kernels`. One call
+orthogonalises all matrices of a group, which are stacked by shape only where ranks share them or NorMuon scales them.
 
 The driver trains by `pgolf.training.optim` instead, which is made for the record model's banks: it shards them and
 their bfloat16 momentum over ranks, and hides communication behind AdamW and the first updates.
@@ -198,21 +198,22 @@ class Muon(torch.optim.Optimizer):
         updates = momentum_update(gradients, buffers, momentum, 1 - momentum, group["nesterov"])
         layouts = [_Layout.of(parameter, group["flatten"], self.mesh) for parameter in parameters]
         parts = [_as_stack(update, group["flatten"]) for update in updates]
-        members = _grouped(range(len(parameters)), layouts.__getitem__)
+        alone = [layout.mesh is None and beta2 is None for layout in layouts]
+        members = _grouped(range(len(parameters)), lambda i: (layouts[i], i if alone[i] else None))
         orthogonal = newton_schulz_banks(
-            (layout.whole(torch.cat([parts[i] for i in indices]).to(layout.sent)) for layout, indices in members),
+            (layout.whole(_cat([parts[i] for i in indices]).to(layout.sent)) for (layout, _), indices in members),
             group["ns_steps"],
             group["ns_coefficients"],
             eps=group["eps"],
             row_normalize=group["row_normalize"],
         )
-        for (layout, indices), stack in zip(members, orthogonal, strict=True):
+        for ((layout, _), indices), stack in zip(members, orthogonal, strict=True):
             counts = [len(parts[i]) for i in indices]
             if beta2 is not None:
                 zeros_of_rows = partial(_zeros_of_rows, flatten=group["flatten"])
                 buffers = self._buffers("second_momentum_buffer", [parameters[i] for i in indices], zeros_of_rows)
                 of_rows = layout.of_rows()
-                means = of_rows.whole(torch.cat([_as_stack(buffer, False) for buffer in buffers]))
+                means = of_rows.whole(_cat([_as_stack(buffer, False) for buffer in buffers]))
                 stack, means = _normalize_rows(stack, means, beta2)
                 for buffer, part in zip(buffers, of_rows.local(means, sum(counts)).split(counts), strict=True):
                     buffer.copy_(part.view_as(buffer))
@@ -345,6 +346,11 @@ def _zeros_of_rows(parameter: Tensor, flatten: bool) -> Tensor:
 def _as_stack(matrices: Tensor, flatten: bool) -> Tensor:
     matrices = matrices.flatten(1) if flatten and matrices.ndim > 2 else matrices
     return matrices if matrices.ndim == 3 else matrices[None]
+
+
+def _cat(stacks: list[Tensor]) -> Tensor:
+    """Return one stack of all matrices, without a copy if there is one stack only."""
+    return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
 
 
 def _local(tensor: Tensor) -> Tensor:

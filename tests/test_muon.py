@@ -266,7 +266,15 @@ def test_adamw_groups_are_torch_s_to_the_bit() -> None:
 # --- groups, state, gradients ---
 
 
-def test_equal_shapes_go_to_newton_schulz_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+LISTS = [
+    (None, [(1, 24, 40), (1, 40, 24), (1, 24, 40), (1, 8, 64), (1, 1, 8), (3, 24, 40)]),
+    (0.9, [(5, 24, 40), (1, 40, 24), (1, 8, 64), (1, 1, 8)]),
+]
+
+
+@pytest.mark.parametrize(("beta2", "shapes"), LISTS, ids=["as they lie", "normuon"])
+def test_all_matrices_go_to_newton_schulz_in_one_call(monkeypatch: pytest.MonkeyPatch, beta2, shapes) -> None:
+    """NorMuon, whose scales are PyTorch's, has a stack for each shape."""
     calls = []
 
     def recorded(banks, *arguments, **settings):
@@ -275,11 +283,12 @@ def test_equal_shapes_go_to_newton_schulz_in_one_call(monkeypatch: pytest.Monkey
         return newton_schulz_banks(banks, *arguments, **settings)
 
     newton_schulz_banks = pgolf.optim.newton_schulz_banks
-    together = moved(lambda params: Muon(params, lr=0.1), [*MATRICES, (3, 24, 40)], 2)
+    make = partial(Muon, lr=0.1, normuon_beta2=beta2)
+    together = moved(make, [*MATRICES, (3, 24, 40)], 2)
     monkeypatch.setattr(pgolf.optim, "newton_schulz_banks", recorded)
-    again = moved(lambda params: Muon(params, lr=0.1), [*MATRICES, (3, 24, 40)], 2)
-    assert [call for call in calls if call] == [[(5, 24, 40), (1, 40, 24), (1, 8, 64), (1, 1, 8)]] * 2
-    alone = moved(lambda params: Muon([dict(params=[p]) for p in params], lr=0.1), [*MATRICES, (3, 24, 40)], 2)
+    again = moved(make, [*MATRICES, (3, 24, 40)], 2)
+    assert [call for call in calls if call] == [shapes] * 2
+    alone = moved(lambda params: make([dict(params=[p]) for p in params]), [*MATRICES, (3, 24, 40)], 2)
     assert all(map(torch.equal, together, again)) and all(map(torch.equal, together, alone))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import library
 
+from pgolf.kernels import newton_schulz as family
 from pgolf.kernels.common import backend, launch
 from pgolf.kernels.newton_schulz import (
     ALGORITHMS,
@@ -199,6 +200,42 @@ def test_banks_go_together_or_one_by_one_to_the_same_bits(device) -> None:
     assert newton_schulz_banks([]) == []
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_list_of_matrices_and_a_stack_of_them_to_the_same_bits(device, monkeypatch, aligned: bool) -> None:
+    """Their addresses are written down in several launches, the last of which has few."""
+    monkeypatch.setattr(family.triton, "PLACED", 2)
+    stack = torch.randn(5, 16, 32, device=device)
+    memory = [torch.full((16 * 32 + 2,), 7.0, device=device) for _ in range(10)]
+    start = 0 if aligned else 1
+    places = [each[start : start + 16 * 32].view(16, 32) for each in memory]
+    banks, outs = places[:5], places[5:]
+    for bank, matrix in zip(banks, stack, strict=True):
+        bank.copy_(matrix)
+    newton_schulz_banks(banks, out=outs)
+    assert torch.equal(torch.stack(outs).bfloat16(), newton_schulz(stack))
+    assert torch.equal(torch.stack(banks), stack)
+    assert all((each[:start] == 7).all() and (each[start + 16 * 32 :] == 7).all() for each in memory)
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs CUDA")
+def test_many_matrices_in_a_cuda_graph() -> None:
+    """The graph holds the addresses of its capture, whatever other calls with such a list have since."""
+    device = torch.device("cuda")
+    banks = [torch.randn(shape, device=device) for shape in [(64, 96), (128, 64)] * 50]
+    newton_schulz_banks(banks)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = newton_schulz_banks(banks)
+    for _ in range(10):
+        kept = [torch.randn_like(bank) for bank in banks]
+        newton_schulz_banks(kept)
+        for bank, out in zip(banks, outs, strict=True):
+            bank.normal_()
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(map(torch.equal, outs, newton_schulz_banks(banks)))
+
+
 def test_generators_are_lists_of_matrices(device) -> None:
     banks = [torch.randn(16, 24, device=device), torch.randn(2, 24, 8, device=device)]
     outs = [torch.empty_like(G) for G in banks]
@@ -371,13 +408,31 @@ def test_levels_read_what_is_there_and_keep_it(gram: bool, steps: int) -> None:
 
 
 @lists_tasks
+def test_a_list_s_tasks_are_a_stack_s_but_for_the_places(monkeypatch) -> None:
+    monkeypatch.setattr(launch, "chip", lambda device: "h100")
+    launch.launch_parameters.cache_clear()
+    records, places = [], []
+    for shapes in (((24, 256, 256), (24, 256, 512)), ((1, 256, 256), (1, 256, 512)) * 24):
+        work = tasks.plan.__wrapped__(shapes, "auto", POLAR_EXPRESS, torch.device("cpu"))
+        table = work.tasks.numpy().copy()
+        places.append((table[:, int(tasks.KIND)] >> int(tasks.BANK), table[:, int(tasks.IN_BANK)].copy()))
+        table[:, int(tasks.KIND)] &= 2 ** int(tasks.BANK) - 1
+        table[:, int(tasks.IN_BANK)] = 0
+        records.append((table, work[1:]))
+    launch.launch_parameters.cache_clear()
+    assert (records[0][0] == records[1][0]).all() and records[0][1] == records[1][1]
+    (stack, matrix), (bank, first) = places
+    assert (bank == 2 * matrix + stack).all() and not first.any()
+
+
+@lists_tasks
 def test_workspace_may_pass_two_to_the_31_elements() -> None:
     parameters = dict(tile=128, columns=128, depth=64)
-    bank = tasks.Bank(0, 2, (512, 2048), (512, 2048), 0, 0, 2**34)
+    stack = tasks.Stack(np.zeros((2, 2), int), (512, 2048), (512, 2048), 0, 0, 2**34)
     product = tasks.product_levels(POLAR_EXPRESS, False)[0][0]
-    assert bank.product_tasks(product, parameters)[0, int(tasks.A)] == 2**30
+    assert stack.product_tasks(product, parameters)[0, int(tasks.A)] == 2**30
     with pytest.raises(ValueError, match="fewer at once"):
-        bank._replace(start=2**36).product_tasks(product, parameters)
+        stack._replace(start=2**36).product_tasks(product, parameters)
 
 
 def test_op_is_registered(device) -> None:

@@ -33,6 +33,9 @@ of a matrix; normalisation, cast and transposition into a zero-padded workspace;
 program takes tasks by an atomic ticket, waits until the task's matrix has finished the level before, and counts the
 task as finished. A task waits for tasks with smaller tickets only, and those are finished or held by programs that will
 come to them. So there is no deadlock however few programs run, and other streams may hold any part of the GPU.
+
+The kernel reads from a table where the banks lie, so that one compiled kernel serves any number of them. A short
+launch before it, one for every 64 banks, writes the table from its arguments and zeroes the counters.
 """
 
 from __future__ import annotations
@@ -120,9 +123,11 @@ def newton_schulz_banks(
 ) -> list[torch.Tensor]:
     """Compute `newton_schulz` of several banks: on a GPU one launch, whatever their number and shapes.
 
-    ``banks`` and ``out`` are lists, or generators, of what `newton_schulz` takes, on one device. Banks of different
-    dtypes take one launch for each dtype. No tensor of ``out`` may overlap the bank of another. The first call with a
-    list of shapes copies a table to the GPU, where it stays: make this call before capturing a graph.
+    ``banks`` and ``out`` are lists, or generators, of what `newton_schulz` takes, on one device. Matrices need not be
+    stacked: equal ones are worked through as a stack of them is, to the same bits. Banks of different dtypes take one
+    launch for each dtype. No tensor of ``out`` may overlap the bank of another. The first call with a list of shapes
+    copies a table of tasks to the GPU, where it stays: make this call before capturing a graph. Addresses may change
+    at every call; a graph keeps those of its capture.
     """
     banks, out = list(banks), None if out is None else list(out)
     dtype = dtype or torch.bfloat16

@@ -37,17 +37,17 @@ ALIGN, TASK = constexpr(16), constexpr(32)
     CONSTANT,
     LINEAR,
     QUADRATIC,
-    BANK,
     IN_BANK,
     ROW,
     COLUMN,
     ROWS,
     COLUMNS,
     NORMS,
-) = map(constexpr, range(22))
+) = map(constexpr, range(21))
 (UPDATE, MIRROR, DIAGONAL, LAST, TALL, POLYNOMIAL, GRAM, ROW_NORMS, NORMALIZE) = (
     constexpr(1 << bit) for bit in range(9)
 )
+BANK = constexpr(9)  # from this bit on KIND holds the number of the bank, which a task needs as soon as its kind
 
 Fields = dict[int, np.ndarray | int]  # values by the number of the field, an array for the tasks or one for all
 
@@ -120,11 +120,10 @@ def _tasks(fields: Fields) -> np.ndarray:
     return table
 
 
-class Bank(NamedTuple):
-    """A bank's matrices in the workspace, wide and padded: each has two buffers M x N and five M x M."""
+class Stack(NamedTuple):
+    """All matrices of one shape in the workspace, wide and padded: each has two buffers M x N and five M x M."""
 
-    number: int
-    matrices: int
+    places: np.ndarray  # [matrices, 2]: the number of each one's bank, and its own in this bank
     shape: tuple[int, int]
     padded: tuple[int, int]
     first_matrix: int
@@ -133,7 +132,7 @@ class Bank(NamedTuple):
 
     @property
     def tall(self) -> int:
-        """The bit TALL for a tall bank, else 0."""
+        """The bit TALL for tall matrices, else 0."""
         return int(TALL) if self.shape[0] > self.shape[1] else 0
 
     @property
@@ -148,10 +147,10 @@ class Bank(NamedTuple):
         return number * M * N if name[0] == "X" else 2 * M * N + number * M * M
 
     def _records(self, matrix: np.ndarray, kind: int | np.ndarray, fields: Fields) -> np.ndarray:
-        """Return records with these fields and those of all kinds; ``matrix`` counts from the bank's first."""
-        return _tasks(
-            {KIND: kind | self.tall, MATRIX: self.first_matrix + matrix, BANK: self.number, IN_BANK: matrix, **fields}
-        )
+        """Return records with these fields and those of all kinds; ``matrix`` counts from the stack's first."""
+        bank, in_bank = self.places[matrix].T
+        kind = kind | self.tall | bank << int(BANK)
+        return _tasks({KIND: kind, MATRIX: self.first_matrix + matrix, IN_BANK: in_bank, **fields})
 
     def _source_fields(self, matrix: np.ndarray) -> Fields:
         rows, columns = self.shape
@@ -159,14 +158,14 @@ class Bank(NamedTuple):
 
     def row_norm_tasks(self, block: int) -> np.ndarray:
         """Return the tasks of row norms, ``block`` rows each."""
-        matrix, row = _points(range(self.matrices), range(0, self.shape[0], block))
+        matrix, row = _points(range(len(self.places)), range(0, self.shape[0], block))
         return self._records(matrix, int(ROW_NORMS), {ROW: row, **self._source_fields(matrix)})
 
     def normalize_tasks(self, block: int) -> np.ndarray:
         """Return the tasks of normalisation, tiles of ``block`` by ``block``."""
         M, N = self.padded
         height, width = (N, M) if self.tall else (M, N)
-        matrix, row, column = _points(range(self.matrices), range(0, height, block), range(0, width, block))
+        matrix, row, column = _points(range(len(self.places)), range(0, height, block), range(0, width, block))
         return self._records(
             matrix,
             int(NORMALIZE),
@@ -184,7 +183,7 @@ class Bank(NamedTuple):
         (M, N), tile = self.padded, parameters["tile"]
         update, gram = (bool(int(product.kind) & int(kind)) for kind in (UPDATE, GRAM))
         width = parameters["columns"] if update else tile
-        matrix, row, column = _points(range(self.matrices), range(0, M, tile), range(0, N if update else M, width))
+        matrix, row, column = _points(range(len(self.places)), range(0, M, tile), range(0, N if update else M, width))
         kind: np.ndarray | int = int(product.kind)
         if not (whole or update):
             matrix, row, column = (axis[row <= column] for axis in (matrix, row, column))
@@ -236,9 +235,10 @@ def plan(
 ) -> Plan:
     """Return the tasks for banks of (matrices, rows, columns), which are copied to the device once.
 
-    All matrices advance at one pace, except that with the launch parameter ``stagger`` a bank's last matrix starts so
-    many hundredths of its own time later than its first. Then less data is in use at a time, so more of it stays in
-    the L2 cache. At each point of time the largest matrices come first.
+    Matrices of equal shape are one stack, whichever banks hold them. All advance at one pace, except that with the
+    launch parameter ``stagger`` a stack's last matrix starts so many hundredths of its own time later than its first.
+    Then less data is in use at a time, so more of it stays in the L2 cache. At each point of time the largest matrices
+    come first.
     """
     tiles = sum(count * (_padded(min(shape), 128) // 128) ** 2 for count, *shape in shapes) // 2
     case = "large" if tiles >= multiprocessors(device) else "small"
@@ -246,23 +246,27 @@ def plan(
         case = "odd"  # smaller tiles: less padding
     parameters = launch_parameters("newton_schulz", case, device)
     tile, width, depth = (parameters[name] for name in ("tile", "columns", "depth"))
+    places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for bank, (count, height, columns) in enumerate(shapes):
+        places.setdefault((height, columns), []).extend((bank, matrix) for matrix in range(count))
     tables, times, sizes, masked = [], [], [], False
     matrices = sum(count for count, *_ in shapes)
     rows, start, first_matrix = matrices, 0, 0  # the scratch memory begins with a number for every matrix
-    for number, (count, *shape) in enumerate(shapes):
+    for shape, of_shape in places.items():
         short, long = sorted(shape)
-        padded = _padded(short, max(tile, depth)), _padded(long, max(tile, width, depth))
+        count, padded = len(of_shape), (_padded(short, max(tile, depth)), _padded(long, max(tile, width, depth)))
         masked = masked or padded != (short, long)
-        bank = Bank(number, count, (shape[0], shape[1]), padded, first_matrix, rows, start)
-        levels = list(bank.levels(coefficients, algorithm, parameters))
+        stack = Stack(np.array(of_shape), shape, padded, first_matrix, rows, start)
+        levels = list(stack.levels(coefficients, algorithm, parameters))
         needed = 0
         for position, table in enumerate(levels):
             table[:, NEEDED] = needed
             needed += len(table) // count
             tables.append(table)
-            times.append(position / len(levels) + parameters["stagger"] / 100 * table[:, IN_BANK] / count)
+            late = parameters["stagger"] / 100 * (table[:, MATRIX] - first_matrix) / count
+            times.append(position / len(levels) + late)
             sizes.append(np.full(len(table), padded[0] * padded[1]))
-        rows, start, first_matrix = rows + count * shape[0], start + count * bank.size, first_matrix + count
+        rows, start, first_matrix = rows + count * shape[0], start + count * stack.size, first_matrix + count
     order = np.lexsort((-np.concatenate(sizes), np.concatenate(times)))  # stable: levels stay in order
     tasks = torch.from_numpy(np.concatenate(tables)[order]).to(device)
     even = all(columns % 16 == 0 for *_, columns in shapes)

@@ -1,4 +1,4 @@
-"""Newton-Schulz of all banks in one launch: the kernel works through the tasks that `plan` lists."""
+"""Newton-Schulz of all banks: one launch writes down where the banks lie, one works through the tasks of `plan`."""
 
 from __future__ import annotations
 
@@ -49,26 +49,41 @@ from .tasks import (
 
 NORM_COLUMNS = constexpr(512)  # columns of a row that `_row_norms` reads at a time
 FLOAT16_GROWTH = 2.0**14  # growth of an entry over all steps above which float16 could overflow
+PLACED = 64  # banks of a launch of `_place_kernel`, whose arguments may take 4 KiB
+SOURCE, TARGET = constexpr(0), constexpr(1)  # columns of the table of distances
+
+
+@jit(do_not_specialize=["counters"])
+def _place_kernel(sources, targets, first_source, first_target, distances, sync, counters, BLOCK: tl.constexpr):
+    """Write the distances in elements from the first bank and out to these ones, and zero the counters in ``sync``.
+
+    The addresses, as `odd_addresses` gives them, are arguments: no copy from the host has to be waited for or kept
+    alive, and a CUDA graph has them in itself.
+    """
+    for bank in tl.static_range(len(sources)):
+        tl.store(distances + 2 * bank + SOURCE, (sources[bank] - first_source) // 2)
+        tl.store(distances + 2 * bank + TARGET, (targets[bank] - first_target) // 2)
+    for start in range(0, counters, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(sync + at, 0, mask=at < counters)
 
 
 @jit
-def _bank_offset(addresses, bank, ALIGNED: tl.constexpr):
-    """Return the distance from the first bank to this one, in elements; see `odd_addresses` for the addresses."""
-    offset = addresses[0] - addresses[0]
-    for index in tl.static_range(1, len(addresses)):
-        offset = tl.where(bank == index, (addresses[index] - addresses[0]) // 2, offset)
-    return tl.multiple_of(offset, 16) if ALIGNED else offset
+def _distance(distances, kind, SIDE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the distance in elements from the first bank or out to that of a task of this kind."""
+    distance = tl.load(distances + 2 * (kind >> BANK) + SIDE)
+    return tl.multiple_of(distance, 16) if ALIGNED else distance
 
 
 @jit(noinline=True)  # inlined, it would take registers from the products
-def _row_norms(G, addresses, task, scratch, BLOCK_ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+def _row_norms(G, distances, task, kind, scratch, BLOCK_ROWS: tl.constexpr, ALIGNED: tl.constexpr):
     """Write Euclidean norms of rows, safe from overflow and underflow: ‖row‖ = p ‖row / p‖ with p = max |row|."""
     all_rows, columns = tl.load(task + ROWS), tl.load(task + COLUMNS)
     columns = tl.multiple_of(columns, 16) if ALIGNED else columns
     row = tl.load(task + ROW) + tl.arange(0, BLOCK_ROWS)
     inside = row < all_rows
     place = (tl.load(task + IN_BANK).to(tl.int64) * all_rows + row) * columns
-    base = G + _bank_offset(addresses, tl.load(task + BANK), ALIGNED) + place[:, None]
+    base = G + _distance(distances, kind, SOURCE, ALIGNED) + place[:, None]
     peak = tl.zeros([BLOCK_ROWS], tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, columns, NORM_COLUMNS):
@@ -85,7 +100,17 @@ def _row_norms(G, addresses, task, scratch, BLOCK_ROWS: tl.constexpr, ALIGNED: t
 
 @jit(noinline=True)
 def _normalize(
-    G, addresses, task, scratch, X, norm_scale, eps, BLOCK: tl.constexpr, FLOOR: tl.constexpr, ALIGNED: tl.constexpr
+    G,
+    distances,
+    task,
+    kind,
+    scratch,
+    X,
+    norm_scale,
+    eps,
+    BLOCK: tl.constexpr,
+    FLOOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Write a tile of X = G / ‖G‖_F, zero-padded and wide, and the factor ‖G‖ / (norm_scale ‖G‖ + eps).
 
@@ -110,7 +135,7 @@ def _normalize(
     rows = tl.multiple_of(tl.load(task + ROW), 16) + tl.arange(0, BLOCK)
     column = tl.multiple_of(tl.load(task + COLUMN), 16) + tl.arange(0, BLOCK)
     place = (tl.load(task + IN_BANK).to(tl.int64) * all_rows + rows) * columns
-    source = G + _bank_offset(addresses, tl.load(task + BANK), ALIGNED) + place[:, None]
+    source = G + _distance(distances, kind, SOURCE, ALIGNED) + place[:, None]
     inside = (rows < all_rows)[:, None] & (column < columns)[None, :]
     values = tl.load(source + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if FLOOR > 0:
@@ -118,7 +143,7 @@ def _normalize(
         values = values / tl.maximum(row_norms, FLOOR)[:, None]
     values = (values / tl.where(norm == 0, 1.0, norm)).to(X.dtype.element_ty)
     target, ld = _block(X, task, A), tl.load(task + LD_A).to(tl.int64) * ALIGN
-    if tl.load(task + KIND) & TALL:
+    if kind & TALL:
         tl.store(target + column[:, None] * ld + rows[None, :], tl.trans(values))
     else:
         tl.store(target + rows[:, None] * ld + column[None, :], values)
@@ -169,7 +194,7 @@ def _symmetric_tile(X, task, kind, blocks, shrink, TILE: tl.constexpr, DEPTH_BLO
 def _update_tile(
     X,
     out,
-    addresses,
+    distances,
     task,
     kind,
     blocks,
@@ -197,7 +222,7 @@ def _update_tile(
         rows, columns = tl.load(task + ROWS), tl.load(task + COLUMNS)
         row += tl.multiple_of(tl.load(task + ROW), 16)
         column += tl.multiple_of(tl.load(task + COLUMN), 16)
-        target = out + _bank_offset(addresses, tl.load(task + BANK), ALIGNED)
+        target = out + _distance(distances, kind, TARGET, ALIGNED)
         size = tl.load(task + IN_BANK).to(tl.int64) * rows * columns
         target += size // 16 * 16 if ALIGNED else size  # `multiple_of` would be lost in the product
         if kind & TALL:
@@ -233,9 +258,8 @@ def _operands(tasks, ticket, count):
 @jit(do_not_specialize=["count"])
 def _tasks_kernel(
     G,
-    addresses,
     out,
-    targets,
+    distances,
     tasks,
     count,
     sync,
@@ -272,12 +296,23 @@ def _tasks_kernel(
         task = tasks + ticket.to(tl.int64) * TASK
         if kind & UPDATE:
             _update_tile(
-                X, out, targets, task, kind, blocks, scratch + matrix, TILE, TILE_COLUMNS, DEPTH_BLOCK, ALIGNED, MASKED
+                X,
+                out,
+                distances,
+                task,
+                kind,
+                blocks,
+                scratch + matrix,
+                TILE,
+                TILE_COLUMNS,
+                DEPTH_BLOCK,
+                ALIGNED,
+                MASKED,
             )
         elif kind & ROW_NORMS:
-            _row_norms(G, addresses, task, scratch, NORM_ROWS, ALIGNED)
+            _row_norms(G, distances, task, kind, scratch, NORM_ROWS, ALIGNED)
         elif kind & NORMALIZE:
-            _normalize(G, addresses, task, scratch, X, norm_scale, eps, TILE, FLOOR, ALIGNED)
+            _normalize(G, distances, task, kind, scratch, X, norm_scale, eps, TILE, FLOOR, ALIGNED)
         else:
             _symmetric_tile(X, task, kind, blocks, scratch + matrix, TILE, DEPTH_BLOCK)
         kind, blocks = _operands(tasks, upcoming, count)
@@ -290,8 +325,25 @@ def _tasks_kernel(
         matrix, needed = next_matrix, next_needed
 
 
+def _place(
+    sources: tuple[int, ...], targets: tuple[int, ...], counters: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the table of distances [banks, 2] of these odd addresses, and zeroed counters."""
+    # Lengths of tuples are powers of two, for each of which the kernel is compiled; the last one fills up.
+    length = min(PLACED, 1 << (len(sources) - 1).bit_length())
+    chunks = range(0, len(sources), length)
+    distances = torch.empty((len(chunks) * length, 2), dtype=torch.int64, device=device)
+    sync = torch.empty(counters, dtype=torch.int32, device=device)
+    for start in chunks:
+        some = (ends[start : start + length] for ends in (sources, targets))
+        filled = (ends + ends[-1:] * (length - len(ends)) for ends in some)
+        now = counters if start == 0 else 0
+        _place_kernel[(1,)](*filled, sources[0], targets[0], distances[start:], sync, now, BLOCK=1024)
+    return distances, sync
+
+
 def launch(banks: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], settings: Settings) -> None:
-    """Launch the kernel on contiguous banks of one dtype, into contiguous outs of one dtype.
+    """Launch the kernels on contiguous banks of one dtype, into contiguous outs of one dtype.
 
     ``settings.dtype`` is the dtype of the workspace, bfloat16 or float16.
     """
@@ -305,12 +357,11 @@ def launch(banks: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], settings
     with torch.cuda.device_of(banks[0]):  # Triton launches on the current device
         X = torch.empty(work.workspace, dtype=settings.dtype, device=device)
         scratch = torch.empty(work.rows, dtype=torch.float32, device=device)
-        sync = torch.zeros(work.matrices + 1, dtype=torch.int32, device=device)
+        distances, sync = _place(sources, targets, work.matrices + 1, device)
         _tasks_kernel[(min(tasks, multiprocessors(device) * parameters["programs"]),)](
             banks[0],
-            sources,
             outs[0],
-            targets,
+            distances,
             work.tasks,
             tasks,
             sync,
