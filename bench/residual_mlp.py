@@ -1,7 +1,7 @@
 """The MLP with its residual, bf16: ``python -m bench.residual_mlp``.
 
 `forward` and `forward_backward` are the whole at the record model's 98,304 tokens, width 512 and 2048 hidden units.
-`up` and `gradient` are its products with an epilogue alone.
+`up` and `gradient` are its products with an epilogue alone. `relu2` in a name stands for a negative slope of 0.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ def _inputs(tokens: int, width: int, hidden: int, device: torch.device, quick: b
     return [(size * torch.randn(shape, device=device)).bfloat16() for shape, size in zip(shapes, sizes, strict=True)]
 
 
-def build(backward: bool, tokens: int, width: int, hidden: int, device: torch.device, quick: bool) -> Case:
-    """The whole MLP."""
+def build(
+    backward: bool, slope: float, tokens: int, width: int, hidden: int, device: torch.device, quick: bool
+) -> Case:
+    """The whole MLP with this slope."""
     inputs = _inputs(tokens, width, hidden, device, quick)
     dout = torch.randn_like(inputs[0])
+    plain, ours = (partial(op, negative_slope=slope) for op in (residual_mlp_reference, residual_mlp))
 
     def provider(op: Callable[..., Tensor], compiles: bool = False) -> Function:
         run = compiled(op, device) if compiles else op
@@ -43,13 +46,13 @@ def build(backward: bool, tokens: int, width: int, hidden: int, device: torch.de
 
     def exact() -> tuple[Tensor, ...]:
         double = tuple(value.detach().double().requires_grad_() for value in inputs)
-        results = with_backward(residual_mlp_reference, double, dout.double())
+        results = with_backward(plain, double, dout.double())
         return results if backward else results[:1]
 
     providers = {
-        "eager": lambda: provider(residual_mlp_reference),
-        "compile": lambda: provider(residual_mlp_reference, compiles=True),
-        "pgolf": lambda: provider(residual_mlp),
+        "eager": lambda: provider(plain),
+        "compile": lambda: provider(plain, compiles=True),
+        "pgolf": lambda: provider(ours),
     }
     products = 4 * inputs[0].numel() * hidden
     weights = sum(value.nbytes for value in inputs[2:])
@@ -92,10 +95,11 @@ def build_product(name: str, device: torch.device, quick: bool) -> Case:
 
 CASES: dict[str, Builder] = {
     **{name: partial(build_product, name) for name in ("up", "gradient")},
-    "forward": partial(build, False, TOKENS, WIDTH, HIDDEN),
-    "forward_backward": partial(build, True, TOKENS, WIDTH, HIDDEN),
-    "forward_backward_65536x768": partial(build, True, 65_536, 768, 3072),
-    "forward_backward_4099x70": partial(build, True, 4099, 70, 282),
+    "forward": partial(build, False, 0.5, TOKENS, WIDTH, HIDDEN),
+    "forward_backward": partial(build, True, 0.5, TOKENS, WIDTH, HIDDEN),
+    "forward_backward_65536x768": partial(build, True, 0.5, 65_536, 768, 3072),
+    "forward_backward_65536x768_relu2": partial(build, True, 0.0, 65_536, 768, 3072),
+    "forward_backward_4099x70": partial(build, True, 0.5, 4099, 70, 282),
 }
 # `early` is for a matrix that the epilogue reads, in two subtiles, without `flatten`. What pays comes in combinations
 # (two programs of 128 columns and 4 warps, or one of 256 and 8), so that one change at a time does not find it. With

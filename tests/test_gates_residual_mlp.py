@@ -20,7 +20,7 @@ EPILOGUES = {"up": family.MARKED_SQUARE, "plain": family.SQUARE, "gradient": fam
 
 
 def compile_product(
-    name: str, tokens: int, d: int, m: int, dtype: torch.dtype, capability: int, monkeypatch=None
+    name: str, tokens: int, d: int, m: int, dtype: torch.dtype, capability: int, monkeypatch=None, slope: float = 0.5
 ) -> Compiled:
     """The kernel that would be launched; with ``monkeypatch`` the one for all chips."""
     if monkeypatch:
@@ -29,7 +29,7 @@ def compile_product(
     up = torch.empty(m, d, dtype=dtype)
     operands = (x, up, hidden) if name == "gradient" else (x, up)
     with compiling(capability) as kernels:
-        family.fused_product(name.replace("plain", "up"), EPILOGUES[name].value, *operands)
+        family.fused_product(name.replace("plain", "up"), EPILOGUES[name].value, *operands, slope=slope)
     (kernel,) = kernels
     return kernel
 
@@ -54,9 +54,11 @@ def test_products_on_an_h100(monkeypatch, name: str, tokens: int, d: int, m: int
 
 
 @pytest.mark.parametrize("tokens, d, m", [(98_304, 512, 2048), (2, 640, 384)])
-@pytest.mark.parametrize("name", ["up", "plain", "gradient"])
-def test_ping_pong_on_an_h100(name: str, tokens: int, d: int, m: int) -> None:
-    kernel = compile_product(name, tokens, d, m, torch.bfloat16, 90)
+@pytest.mark.parametrize(
+    ("name", "slope"), [("up", 0.5), ("plain", 0.5), ("gradient", 0.5), ("plain", 0.0), ("gradient", 0.0)]
+)
+def test_ping_pong_on_an_h100(name: str, slope: float, tokens: int, d: int, m: int) -> None:
+    kernel = compile_product(name, tokens, d, m, torch.bfloat16, 90, slope=slope)
     assert kernel.name == "_ping_pong_kernel"
     check(kernel, registers=168, matrix_products=True)
     assert kernel.shared_bytes <= min(14, d // 64 + 6) * 16_384 + 512
@@ -85,9 +87,9 @@ def test_which_products_ping_pong() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 100])
-@pytest.mark.parametrize("name", EPILOGUES)
-def test_products_on_other_chips(name: str, capability: int) -> None:
-    kernel = compile_product(name, 98_304, 512, 2048, torch.bfloat16, capability)
+@pytest.mark.parametrize(("name", "slope"), [("up", 0.5), ("plain", 0.5), ("gradient", 0.5), ("gradient", 0.0)])
+def test_products_on_other_chips(name: str, slope: float, capability: int) -> None:
+    kernel = compile_product(name, 98_304, 512, 2048, torch.bfloat16, capability, slope=slope)
     check(kernel, registers=168, matrix_products=True, streams=name == "gradient")
     assert kernel.count(r"LDGSTS\.E\S*\.128"), f"{kernel.name}: no asynchronous copies of 16 bytes"
     assert kernel.count(r"STG\.E") == kernel.count(r"STG\.E\S*\.128")

@@ -128,7 +128,7 @@ def test_the_simulation_sees_what_is_wrong() -> None:
     a, b = torch.empty(1, 832).half(), torch.empty(128, 832).half()
     if hopper.gluon:
         with pytest.raises(ValueError, match="stages must be 2 or more, .* got 1 for K = 832"):
-            hopper.ping_pong(family.SQUARE.value, a, b, a, a, stages=6)
+            hopper.ping_pong(family.SQUARE.value, a, b, a, a, constants=(0.5,), stages=6)
     with pytest.raises(AssertionError):  # the second tile's consumer takes a new barrier for its stage's second use
         for seed in range(50):
             simulate(6, 0, 1, 8, 6, random.Random(seed), turns=False)
@@ -155,11 +155,12 @@ def test_order_of_rows_for_pairs() -> None:
         assert sorted(mine) == [64 * head + 16 * lane + k for head in range(2) for k in range(16)]
 
 
-def run(epilogue: int, a, b, aux, stages: int = 6, copies: bool = False) -> torch.Tensor:
+def run(epilogue: int, a, b, aux, stages: int = 6, copies: bool = False, slope: float = 0.5) -> torch.Tensor:
     """The product, in the middle of a matrix whose other rows stay as they are."""
     room = torch.full((a.size(0) + 256, b.size(0)), torch.nan, device="cuda", dtype=a.dtype)
     out = room[128:-128]
-    hopper.ping_pong(epilogue, a, b, out if aux is None else aux, out, stages=stages, copies=copies)
+    aux = out if aux is None else aux
+    hopper.ping_pong(epilogue, a, b, aux, out, constants=(slope,), stages=stages, copies=copies)
     assert room[:128].isnan().all() and room[-128:].isnan().all() and not out.isnan().any()
     return out
 
@@ -173,12 +174,13 @@ def operands(epilogue: int, M: int, N: int, K: int, dtype: torch.dtype) -> tuple
 @needs_hopper
 @pytest.mark.parametrize("epilogue", [epilogue.value for epilogue in EPILOGUES])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slope", [0.5, 0.0])
 @pytest.mark.parametrize(
     "M, N, K", [(1, 128, 128), (100, 256, 64), (128, 256, 512), (257, 384, 512), (8500, 256, 320), (4099, 2048, 512)]
 )
-def test_ping_pong(epilogue: int, dtype: torch.dtype, M: int, N: int, K: int) -> None:
+def test_ping_pong(epilogue: int, dtype: torch.dtype, slope: float, M: int, N: int, K: int) -> None:
     given = operands(epilogue, M, N, K, dtype)
-    got, plain = run(epilogue, *given), family.unfused_product(epilogue, *given)
+    got, plain = run(epilogue, *given, slope=slope), family.unfused_product(epilogue, *given, slope=slope)
     # The sums are of one precision in another order: one unit in the last place, more where a sum is nearly zero.
     unit, largest = torch.finfo(dtype).eps, plain.double().abs().max()
     assert ((got.double() - plain.double()).abs() <= 2 * unit * plain.double().abs() + 1e-4 * largest).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -51,19 +53,47 @@ def with_parameters(monkeypatch, **changes: int) -> None:
     monkeypatch.setattr(family, "launch_parameters", lambda *_: tuned)
 
 
-def test_formula(device) -> None:
+SLOPES = [{}, dict(negative_slope=0), dict(negative_slope=0.1), dict(negative_slope=1.0)]
+
+
+@pytest.mark.parametrize("slope", SLOPES, ids=str)
+def test_formula(device, slope) -> None:
     leaves = residual, x, up, down = inputs(device)
     pre = x.double() @ up.double().T
-    hidden = torch.where(pre < 0, pre / 2, pre) ** 2
+    hidden = torch.where(pre < 0, slope.get("negative_slope", 0.5) * pre, pre) ** 2
     expected = residual + hidden @ down.double().T
-    assert torch.allclose(residual_mlp(*leaves).double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(residual_mlp(None, *leaves[1:]).double(), expected - residual, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(residual_mlp(*leaves, **slope).double(), expected, rtol=1e-5, atol=1e-5)
+    alone = residual_mlp(None, *leaves[1:], **slope).double()
+    assert torch.allclose(alone, expected - residual, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients(device) -> None:
+@pytest.mark.parametrize("slope", SLOPES, ids=str)
+def test_gradients(device, slope) -> None:
     leaves = [leaf.requires_grad_() for leaf in inputs(device, (2,), 3, 4, torch.float64)]
-    assert torch.autograd.gradcheck(residual_mlp, leaves)
-    assert torch.autograd.gradcheck(lambda *leaves: residual_mlp(None, *leaves), leaves[1:])
+    assert torch.autograd.gradcheck(partial(residual_mlp, **slope), leaves)
+    assert torch.autograd.gradcheck(partial(residual_mlp, None, **slope), leaves[1:])
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("slope", SLOPES[1:], ids=str)
+def test_precision_with_other_slopes(device, slope, dtype) -> None:
+    leaves, dout = inputs(device, (3, 23), 32, 96, dtype), torch.randn(3, 23, 32, device=device).to(dtype)
+    assert_as_precise(leaves, dout, partial(residual_mlp, **slope), partial(residual_mlp_reference, **slope))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_hidden_of_slope_zero(dtype) -> None:
+    """It is rounded in one way with and without a gradient, and is 0 and NaN as relu is."""
+    _, x, up, down = inputs(DEVICE, (9,), 16, 24, dtype)
+    x[0, 0], up[:, 0] = torch.inf, torch.where(up[:, 0] < 0, -1.0, 1.0)
+    x[1, 1] = torch.nan
+    outs = [family.mlp_forward(None, x, up, down, keep, 0.0) for keep in (True, False)]
+    hidden = family.fused_product("up", family.SQUARE.value, x, up, slope=0.0)
+    assert torch.equal(outs[0][1][2:], hidden[2:]) and torch.equal(outs[0][0][2:], outs[1][0][2:])
+    assert torch.equal(hidden[0].isinf(), up[:, 0] > 0) and not hidden[0][up[:, 0] < 0].any()
+    assert hidden[1].isnan().all() and outs[0][1][1].isnan().all()
+    assert torch.equal(outs[0][1][0], hidden[0])
 
 
 @pytest.mark.parametrize("dtype", FLOOR)
@@ -185,8 +215,8 @@ def test_gradients_of_some(device, which: str) -> None:
 
 @needs_kernels
 def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
-    out, hidden = family.mlp_forward(*inputs(DEVICE), False)
-    assert hidden.numel() == 0 and torch.ops.pgolf.residual_mlp(*inputs(DEVICE), True)[1].shape == (10, 24)
+    out, hidden = family.mlp_forward(*inputs(DEVICE), False, 0.5)
+    assert hidden.numel() == 0 and torch.ops.pgolf.residual_mlp(*inputs(DEVICE), True, 0.5)[1].shape == (10, 24)
 
 
 def test_inputs_that_are_not_contiguous(device) -> None:
@@ -240,13 +270,13 @@ def test_repeats_bit_for_bit() -> None:
 def test_operators_are_registered_as_they_behave() -> None:
     leaves = [leaf.requires_grad_() for leaf in inputs(DEVICE)]
     ops = torch.ops.pgolf
-    library.opcheck(ops.residual_mlp.default, (*leaves, True))
-    library.opcheck(ops.residual_mlp.default, (None, *leaves[1:], True))
+    library.opcheck(ops.residual_mlp.default, (*leaves, True, 0.5))
+    library.opcheck(ops.residual_mlp.default, (None, *leaves[1:], True, 0.0))
     leaves = [leaf.detach() for leaf in leaves]
-    library.opcheck(ops.residual_mlp.default, (*leaves, False))
-    out, hidden = family.mlp_forward(*leaves, True)
+    library.opcheck(ops.residual_mlp.default, (*leaves, False, 0.5))
+    out, hidden = family.mlp_forward(*leaves, True, 0.5)
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        library.opcheck(ops.residual_mlp_backward.default, (out, *leaves[1:], hidden, *needs))
+        library.opcheck(ops.residual_mlp_backward.default, (out, *leaves[1:], hidden, 0.5, *needs))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -257,7 +287,7 @@ def test_compiles_whole(device, frozen: bool) -> None:
 
     def function(*leaves):
         x = leaves[1].tanh()  # of which the compiler must know that it wants a gradient
-        return residual_mlp(leaves[0], x, *leaves[2:], *fixed)
+        return residual_mlp(leaves[0], x, *leaves[2:], *fixed, negative_slope=0.0 if frozen else 0.5)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -286,6 +316,9 @@ def test_errors_name_the_argument() -> None:
         residual_mlp(residual[:1], x, up, down)
     with pytest.raises(TypeError, match="x must be bfloat16, float16, float32 or float64, got torch.int64"):
         residual_mlp(None, x.long(), up, down)
+    for slope in (-0.1, 1.5, torch.nan):
+        with pytest.raises(ValueError, match=f"negative_slope must be from 0, for relu², to 1, got {slope}"):
+            residual_mlp(*leaves, negative_slope=slope)
     for k, name in enumerate(NAMES):
         if name != "x":
             changed = [*leaves[:k], leaves[k].bfloat16(), *leaves[k + 1 :]]

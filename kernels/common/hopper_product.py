@@ -226,9 +226,9 @@ def _consume(
     DEPTH: gl.constexpr,
     STAGES: gl.constexpr,
     EPILOGUE: gl.constexpr,
-    HEADS: gl.constexpr,
+    CONSTANTS: gl.constexpr,
 ):
-    """Compute every other tile. For `NORMALISE`, aux is a tuple of its operands and HEADS are its constants."""
+    """Compute every other tile. For `NORMALISE`, aux is a tuple of its operands; see `ping_pong` for CONSTANTS."""
     ACROSS: gl.constexpr = N // 128
     start, tiles = _share(M, ACROSS)
     for tile in range(WHICH, tiles, 2):
@@ -237,8 +237,8 @@ def _consume(
         second = None
         if EPILOGUE == NORMALISE:
             cos, sin, update, gain, inverse_rms, period = aux
-            c = _angles(cos, row, column, M, period, HEADS[1], 1)
-            s = _angles(sin, row, column, M, period, HEADS[1], 0)
+            c = _angles(cos, row, column, M, period, CONSTANTS[1], 1)
+            s = _angles(sin, row, column, M, period, CONSTANTS[1], 0)
         elif EPILOGUE == GRADIENT:  # loads to registers during the product
             sources, _ = _place(aux, row, column, M, N, EPILOGUE)
             second = gl.load(sources, mask=inside, other=0)
@@ -264,10 +264,10 @@ def _consume(
                     columns = column + gl.arange(0, 128, gl.SliceLayout(0, _layout(EPILOGUE)))[None, :]
                     more = gl.load(update + (rows.to(gl.int64) * N + columns), mask=rows < M, other=0)
                     ordered += more.to(gl.float32)
-                result = _normalise(ordered, c, s, gain, inverse_rms, row, column, M, HEADS)
+                result = _normalise(ordered, c, s, gain, inverse_rms, row, column, M, CONSTANTS)
                 gl.store(pointers, result.to(out.dtype.element_ty), mask=inside)
             else:  # streamed past the cache: it is read again much later
-                result = finish(ordered, second, EPILOGUE, out.dtype.element_ty)
+                result = finish(ordered, second, EPILOGUE, CONSTANTS[0], out.dtype.element_ty)
                 gl.store(pointers, result, mask=inside, cache_modifier=".cs")
 
 
@@ -283,7 +283,7 @@ def _ping_pong_kernel(
     K: gl.constexpr,
     STAGES: gl.constexpr,
     EPILOGUE: gl.constexpr,
-    HEADS: gl.constexpr,
+    CONSTANTS: gl.constexpr,
     REGISTERS: gl.constexpr,
     FEW_REGISTERS: gl.constexpr,
 ):
@@ -301,8 +301,8 @@ def _ping_pong_kernel(
     hopper.fence_async_shared()  # makes the barriers visible to tensor memory access
     gl.warp_specialize(
         [
-            (_consume, (0, aux, out, left, right, full, empty, turn, M, N, STRIDE, DEPTH, STAGES, EPILOGUE, HEADS)),
-            (_consume, (1, aux, out, left, right, full, empty, turn, M, N, STRIDE, DEPTH, STAGES, EPILOGUE, HEADS)),
+            (_consume, (0, aux, out, left, right, full, empty, turn, M, N, STRIDE, DEPTH, STAGES, EPILOGUE, CONSTANTS)),
+            (_consume, (1, aux, out, left, right, full, empty, turn, M, N, STRIDE, DEPTH, STAGES, EPILOGUE, CONSTANTS)),
             (_produce, (a, b, left, right, full, empty, M, N // 128, DEPTH, STAGES)),
         ],
         worker_num_warps=[4, 1],
@@ -337,14 +337,15 @@ def ping_pong(
     aux: torch.Tensor | tuple,
     out: torch.Tensor,
     *,
+    constants: tuple[float, ...],
     stages: int,
     copies: bool = False,
-    heads: tuple[int, int, float, float] = (0, 0, 0.0, 0.0),
 ) -> None:
     """Write ``epilogue`` of a bᵀ into out [M, N]; a [M, K] and b [N, K] are contiguous, of 16-bit numbers.
 
-    aux is out's shape for `GRADIENT`, and the operands of `NORMALISE` for that, whose constants are ``heads``; other
-    epilogues ignore it. ``stages`` is the most to use. ``copies`` permutes b's rows by a copy instead of by the loads;
+    aux is out's shape for `GRADIENT`, and the operands of `NORMALISE` for that; other epilogues ignore it. Constants of
+    `NORMALISE` are the numbers of query heads and of normalised heads, eps and the query's factor, of the others their
+    leaky_relu's slope. ``stages`` is the most to use. ``copies`` permutes b's rows by a copy instead of by the loads;
     `NORMALISE` always copies. Launches on the current device, for shapes that `fits` accepts. Raises ValueError for
     too few stages.
     """
@@ -374,7 +375,7 @@ def ping_pong(
         K=K,
         STAGES=stages,
         EPILOGUE=epilogue,
-        HEADS=heads,
+        CONSTANTS=constants,
         REGISTERS=REGISTERS,
         FEW_REGISTERS=FEW_REGISTERS,
         num_warps=4,
@@ -413,4 +414,4 @@ def normalised_projection(
     heads = q_gain.numel(), inverse_rms.size(0), eps, unit
     update = None if update is None else update.contiguous()
     aux = cos, sin, update, q_gain, inverse_rms, cos.size(0)
-    ping_pong(NORMALISE.value, x, weight, aux, out, stages=stages, heads=heads)
+    ping_pong(NORMALISE.value, x, weight, aux, out, constants=heads, stages=stages)

@@ -10,6 +10,7 @@ from ..common.epilogues import EVENED, GRADIENT, MARKED_SQUARE, SQUARE, finish
 from ..common.hopper_product import fits, ping_pong
 from ..common.launch import launch_parameters, multiprocessors
 from ..common.operators import may_overwrite, operator, overwriting
+from .reference import leaky_relu
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -57,11 +58,12 @@ def _store(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    SLOPE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """Apply the epilogue to a part of a tile, for GRADIENT with the same part of hidden, and store the result."""
-    result = finish(product, hidden, EPILOGUE, dtype)
+    result = finish(product, hidden, EPILOGUE, SLOPE, dtype)
     if DESCRIPTORS:
         out.store([row, column], result)
     else:
@@ -87,6 +89,7 @@ def _finish(
     COLUMNS: tl.constexpr,
     SUBTILES: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    SLOPE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     dtype: tl.constexpr,
 ):
@@ -94,14 +97,14 @@ def _finish(
     if SUBTILES > 1:
         HALF: tl.constexpr = COLUMNS // 2
         left, right = _halves(product, ROWS, COLUMNS)
-        _finish(left, aux, out, row, column, M, N, ROWS, HALF, SUBTILES // 2, EPILOGUE, DESCRIPTORS, dtype)
+        _finish(left, aux, out, row, column, M, N, ROWS, HALF, SUBTILES // 2, EPILOGUE, SLOPE, DESCRIPTORS, dtype)
         column += HALF
-        _finish(right, aux, out, row, column, M, N, ROWS, HALF, SUBTILES // 2, EPILOGUE, DESCRIPTORS, dtype)
+        _finish(right, aux, out, row, column, M, N, ROWS, HALF, SUBTILES // 2, EPILOGUE, SLOPE, DESCRIPTORS, dtype)
     else:
         hidden = None
         if EPILOGUE == GRADIENT:
             hidden = _load(aux, row, column, M, N, ROWS, COLUMNS, DESCRIPTORS)
-        _store(product, hidden, out, row, column, M, N, ROWS, COLUMNS, EPILOGUE, DESCRIPTORS, dtype)
+        _store(product, hidden, out, row, column, M, N, ROWS, COLUMNS, EPILOGUE, SLOPE, DESCRIPTORS, dtype)
 
 
 @jit
@@ -119,6 +122,7 @@ def _product_kernel(
     SUBTILES: tl.constexpr,
     STAGES: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    SLOPE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr,
     EARLY: tl.constexpr,
@@ -144,10 +148,25 @@ def _product_kernel(
             product = tl.dot(left, right.T, product)
         if EARLY:
             left, right = _halves(product, BLOCK_M, BLOCK_N)
-            _store(left, first, out, row, column, M, N, BLOCK_M, HALF, EPILOGUE, DESCRIPTORS, dtype)
-            _store(right, second, out, row, column + HALF, M, N, BLOCK_M, HALF, EPILOGUE, DESCRIPTORS, dtype)
+            _store(left, first, out, row, column, M, N, BLOCK_M, HALF, EPILOGUE, SLOPE, DESCRIPTORS, dtype)
+            _store(right, second, out, row, column + HALF, M, N, BLOCK_M, HALF, EPILOGUE, SLOPE, DESCRIPTORS, dtype)
         else:
-            _finish(product, aux, out, row, column, M, N, BLOCK_M, BLOCK_N, SUBTILES, EPILOGUE, DESCRIPTORS, dtype)
+            _finish(
+                product,
+                aux,
+                out,
+                row,
+                column,
+                M,
+                N,
+                BLOCK_M,
+                BLOCK_N,
+                SUBTILES,
+                EPILOGUE,
+                SLOPE,
+                DESCRIPTORS,
+                dtype,
+            )
 
 
 def _regular(*tensors: torch.Tensor | None) -> bool:
@@ -156,7 +175,9 @@ def _regular(*tensors: torch.Tensor | None) -> bool:
     return all(t.element_size() == 2 and not t.size(-1) % 8 and not t.data_ptr() % 16 for t in given)
 
 
-def unfused_product(epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | None) -> torch.Tensor:
+def unfused_product(
+    epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | None, slope: float = 0.5
+) -> torch.Tensor:
     """Compute `fused_product` with PyTorch's operators, for tensors that the kernel does not support."""
     if a.is_cuda and a.dtype != torch.float32:
         product = torch.mm(a, b.t(), out_dtype=torch.float32)
@@ -166,21 +187,30 @@ def unfused_product(epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.
     if epilogue == GRADIENT.value:
         assert aux is not None
         root = aux.float().sqrt()
-        return (product * torch.where(aux.view(integer) % 2 != 0, -root, 2 * root)).to(a.dtype)
+        derivative = 2 * root
+        if slope:
+            derivative = torch.where(aux.view(integer) % 2 != 0, -slope * derivative, derivative)
+        return (product * derivative).to(a.dtype)
     if epilogue == SQUARE.value:
-        return torch.maximum(product, product * 0.5).square().to(a.dtype)
+        return leaky_relu(product, slope).square().to(a.dtype)
     negative = (product < 0).to(torch.int32)
     if a.dtype == torch.bfloat16:
-        bits = torch.maximum(product * EVENED.value, product * 0.5).square().view(torch.int32) >> 16
+        root = torch.maximum(product * EVENED.value, product * slope)
+        bits = root.square().view(torch.int32) >> 16
     else:
-        bits = torch.maximum(product, product * 0.5).square().to(a.dtype).view(integer).to(torch.int32)
+        bits = leaky_relu(product, slope).square().to(a.dtype).view(integer).to(torch.int32)
     return (bits & -2 | negative).to(integer).view(a.dtype)
 
 
 def fused_product(
-    case: str, epilogue: int, a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor | None = None
+    case: str,
+    epilogue: int,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    aux: torch.Tensor | None = None,
+    slope: float = 0.5,
 ) -> torch.Tensor:
-    """Return ``epilogue`` of a bᵀ, [M, N]; for GRADIENT with aux [M, N], the marked hidden.
+    """Return ``epilogue`` of a bᵀ, [M, N]; for GRADIENT with aux [M, N], the hidden, marked unless ``slope`` is 0.
 
     a is [M, K], b is [N, K]; all are contiguous. ``case`` names the launch parameters.
     """
@@ -189,12 +219,13 @@ def fused_product(
     if not out.numel():
         return out
     if not _regular(a, b, out, aux):
-        return unfused_product(epilogue, a, b, aux)
+        return unfused_product(epilogue, a, b, aux, slope)
     early, aux = aux is not None, out if aux is None else aux
     tuned = launch_parameters("residual_mlp", case, a.device)
     if fits(a, b, tuned["ping_pong"]):
         with torch.cuda.device_of(a):
-            ping_pong(epilogue, a, b, aux, out, stages=tuned["ping_pong"], copies=bool(tuned["copies"]))
+            stages, copies = tuned["ping_pong"], bool(tuned["copies"])
+            ping_pong(epilogue, a, b, aux, out, constants=(slope,), stages=stages, copies=copies)
         return out
     m, n, k, parts = (tuned[name] for name in ("block_m", "block_n", "block_k", "subtiles"))
     early, descriptors = bool(early and tuned["early"]), bool(tuned["descriptors"])
@@ -222,6 +253,7 @@ def fused_product(
             SUBTILES=parts,
             STAGES=tuned["stages"],
             EPILOGUE=epilogue,
+            SLOPE=slope,
             DESCRIPTORS=descriptors,
             FLATTEN=bool(tuned["flatten"]),
             EARLY=early,
@@ -242,11 +274,12 @@ def mlp_forward(
     up: torch.Tensor,
     down: torch.Tensor,
     keep: bool,
+    slope: float,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the result and the marked hidden [T, m] for backward, which is empty unless ``keep``."""
-    epilogue = MARKED_SQUARE if keep else SQUARE
-    hidden = fused_product("up", epilogue.value, _rows(x), up.contiguous())
+    """Return the result and the hidden [T, m] for backward, marked unless ``slope`` is 0, empty unless ``keep``."""
+    epilogue = MARKED_SQUARE if keep and slope else SQUARE
+    hidden = fused_product("up", epilogue.value, _rows(x), up.contiguous(), slope=slope)
     if residual is None:
         out = (hidden @ down.t()).view(x.shape)
     else:
@@ -261,6 +294,7 @@ def _backward(
     up: torch.Tensor,
     down: torch.Tensor,
     hidden: torch.Tensor,
+    slope: float,
     need_x: bool,
     need_up: bool,
     need_down: bool,
@@ -269,7 +303,7 @@ def _backward(
     dout = _rows(dout)
     dx, dup, ddown = (x.new_empty(0) for _ in range(3))
     if need_x or need_up:
-        dpre = fused_product("gradient", GRADIENT.value, dout, down.t().contiguous(), hidden)
+        dpre = fused_product("gradient", GRADIENT.value, dout, down.t().contiguous(), hidden, slope)
         if need_x:
             dx = (dpre @ up).view(x.shape)
         if need_up:
@@ -279,12 +313,12 @@ def _backward(
     return dx, dup, ddown
 
 
-def _fake_forward(residual, x, up, down, keep):
+def _fake_forward(residual, x, up, down, keep, slope):
     tokens = x.numel() // x.size(-1)
     return x.new_empty(x.shape), x.new_empty((tokens, up.size(0)) if keep else (0,))
 
 
-def _fake_backward(dout, x, up, down, hidden, *needs):
+def _fake_backward(dout, x, up, down, hidden, slope, *needs):
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip((x, up, down), needs, strict=True))
 
 
@@ -292,26 +326,28 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # hidden has no gradient
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[1:4], output[1])
+    ctx.slope = inputs[5]
 
 
 @once_differentiable
 def _gradients(ctx, dout, _):
     if dout is None:
-        return (None,) * 5
+        return (None,) * 6
     of_residual, *needs = ctx.needs_input_grad[:4]
-    gradients = _backward_op(dout, *ctx.saved_tensors, *needs) if any(needs) else (None,) * 3
+    gradients = _backward_op(dout, *ctx.saved_tensors, ctx.slope, *needs) if any(needs) else (None,) * 3
     gradients = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return dout if of_residual else None, *gradients, None
+    return dout if of_residual else None, *gradients, None, None
 
 
 _backward_op = operator(
-    "residual_mlp_backward(Tensor dout, Tensor x, Tensor up, Tensor down, Tensor hidden, bool need_x, bool need_up, "
-    "bool need_down) -> (Tensor, Tensor, Tensor)",
+    "residual_mlp_backward(Tensor dout, Tensor x, Tensor up, Tensor down, Tensor hidden, float negative_slope, "
+    "bool need_x, bool need_up, bool need_down) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 _forward_op = operator(
-    "residual_mlp(Tensor? residual, Tensor x, Tensor up, Tensor down, bool keep) -> (Tensor, Tensor)",
+    "residual_mlp(Tensor? residual, Tensor x, Tensor up, Tensor down, bool keep, float negative_slope) -> "
+    "(Tensor, Tensor)",
     mlp_forward,
     _fake_forward,
     setup_context=_save,
@@ -323,9 +359,15 @@ _inplace = overwriting(mlp_forward, _save, _gradients)
 
 
 def residual_mlp_triton(
-    residual: torch.Tensor | None, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *, inplace: bool = False
+    residual: torch.Tensor | None,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    negative_slope: float = 0.5,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """Compute `residual_mlp` by kernels."""
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, up, down))
-    arguments = residual, x, up, down, keep
+    arguments = residual, x, up, down, keep, float(negative_slope)
     return (_inplace if inplace and may_overwrite(arguments) else _forward_op)(*arguments)[0]
