@@ -225,20 +225,14 @@ class Muon(torch.optim.Optimizer):
         self, group: Group, parameters: Sequence[Tensor], updates: Sequence[Tensor], layouts: Sequence[_Layout]
     ) -> None:
         lr, weight_decay = float(group["lr"]), group["weight_decay"]
-        adjust, own = ADJUST_LR[group["adjust_lr_fn"] or "original"], ADJUST_LR["original"]
-        triples = [
-            (parameter, update, adjust(layout.rows, layout.columns) / own(*parameter.shape[-2:]))
-            for parameter, update, layout in zip(map(_local, parameters), updates, layouts, strict=True)
-            if parameter.numel()
-        ]
+        adjust, parameters = ADJUST_LR[group["adjust_lr_fn"] or "original"], list(map(_local, parameters))
         if group["cautious_wd"]:
-            for parameter, update, _ in triples:
+            for parameter, update in zip(parameters, updates, strict=True):
                 agrees = (update * parameter >= 0).to(parameter.dtype)
                 parameter.addcmul_(parameter, agrees, value=-lr * weight_decay)
             weight_decay = 0.0
-        # `apply_update` multiplies lr by `original` of the shape that it sees, which may be a shard's.
-        for factor, chosen in _grouped(triples, lambda triple: triple[2]):
-            apply_update([p for p, _, _ in chosen], [u for _, u, _ in chosen], lr * factor, weight_decay / factor)
+        scales = [adjust(layout.rows, layout.columns) for layout in layouts]
+        apply_update(parameters, updates, lr, weight_decay, scale=scales)
 
 
 class _Layout(NamedTuple):

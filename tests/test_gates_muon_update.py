@@ -70,7 +70,7 @@ def test_apply(averaged: bool, capability: int) -> None:
     def launch() -> None:
         for lr in (0.026, 0.01):  # one compilation
             averages = tensors(FP32) if averaged else []
-            muon_update.triton._apply_update(tensors(FP32), tensors(BF16), averages, lr, lr, 1 - lr)
+            muon_update.triton._apply_update(tensors(FP32), tensors(BF16), averages, lr, lr, 1 - lr, [lr] * len(BANKS))
 
     kernel = compile_one(launch, capability)
     check(kernel, registers=THREE_QUARTERS if averaged else FULL, streams=True)
@@ -97,6 +97,6 @@ def test_any_address() -> None:
     odd = [torch.empty(shape.numel() + 1)[1:].view(shape) for shape in map(torch.Size, EIGHTH)]
     for launch in (
         lambda: muon_update.triton._momentum_update(odd, odd, odd, 0.9, None, 1.0),
-        lambda: muon_update.triton._apply_update(odd, odd, odd, 0.1, 0.1, 0.9),
+        lambda: muon_update.triton._apply_update(odd, odd, odd, 0.1, 0.1, 0.9, [1.0] * len(odd)),
     ):
         check(compile_one(launch), registers=80)

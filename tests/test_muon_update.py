@@ -159,6 +159,21 @@ def test_apply(device, dtypes: str, averaged: bool) -> None:
     assert torch.allclose(results[2][0], expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [2, [0.5, 1.5, 0.0, -1.0, 2.0, 3.0, 0.25]], ids=["one", "each"])
+def test_apply_with_other_scales(device, scale) -> None:
+    """Of any shape, beside tensors of other dtypes and empty ones."""
+    parameters = [*random(torch.float32, device), torch.randn(9, device=device)]
+    parameters[1] = parameters[1].bfloat16()
+    updates = [torch.randn_like(parameter) for parameter in parameters]
+    moved = [copies(parameters), copies(parameters), doubles(parameters)]
+    apply_update(moved[0], updates, 0.03, 0.7, scale=scale)
+    apply_update_reference(moved[1], updates, 0.03, 0.7, scale=scale)
+    for k, (parameter, update) in enumerate(zip(moved[2], updates, strict=True)):
+        factor = scale[k] if isinstance(scale, list) else scale
+        parameter.mul_(1 - 0.03 * 0.7).sub_(0.03 * factor * update.double())
+    assert_as_precise(*moved)
+
+
 def test_averages_follow_what_is_stored(device) -> None:
     parameters, updates = random(torch.bfloat16, device), random(torch.bfloat16, device)
     averages = [torch.zeros(parameter.shape, device=device) for parameter in parameters]
@@ -180,9 +195,8 @@ def test_parameters_that_want_gradients(device) -> None:
 def test_nothing(device) -> None:
     assert momentum_update([], [], 0.9) == []
     apply_update([], [], 0.1)
-    empty = [torch.empty(0, 2, 2, device=device)]
-    (update,) = momentum_update(empty, empty, 0.9)
-    assert update.shape == (0, 2, 2)
+    empty = [torch.empty(0, 2, 2, device=device), torch.empty(3, 0, device=device)]
+    assert [update.shape for update in momentum_update(empty, empty, 0.9)] == [(0, 2, 2), (3, 0)]
     apply_update(empty, empty, 0.1, averages=empty)
 
 
@@ -292,6 +306,7 @@ def bank(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         (lambda: apply_update(bank(), bank(2), 0.1), ValueError, r"updates\[0\] must have shape \[1, 2, 3\] as param"),
         (lambda: apply_update(bank(), bank(), 0.1, averages=[]), ValueError, "averages must have one tensor for each"),
         (lambda: apply_update(bank(2), bank(2), 0.1), ValueError, r"parameters\[0\] must be \[..., rows, columns\]"),
+        (lambda: apply_update(bank(), bank(), 0.1, scale=[1.0, 2.0]), ValueError, "one for each of 1 param.*, got 2"),
         (lambda: apply_update(bank(), bank(dtype=torch.bool), 0.1), TypeError, r"updates\[0\] must be .* torch.bool"),
     ],
 )
@@ -314,8 +329,8 @@ def test_operators() -> None:
     ops = torch.ops.pgolf
     library.opcheck(ops.momentum_update.default, (*lists(3), 0.9, scale, 1.0))
     library.opcheck(ops.momentum_update.default, (*lists(2), [], 0.9, None, 0.5))
-    library.opcheck(ops.apply_update.default, (*lists(3), 0.1, 0.1, 0.5))
-    library.opcheck(ops.apply_update.default, (*lists(2), [], 0.1, 0.1, 0.5))
+    library.opcheck(ops.apply_update.default, (*lists(3), 0.1, 0.1, 0.5, [1.0, 2.0]))
+    library.opcheck(ops.apply_update.default, (*lists(2), [], 0.1, 0.1, 0.5, [1.0, 2.0]))
     library.opcheck(ops.squared_norm.default, lists(1))
     library.opcheck(ops.clip_factor.default, (scale, 0.3))
 
@@ -326,6 +341,7 @@ def test_compiles_whole(backend: str) -> None:
         norm, factor = clip_factor(squared_norm(gradients), 0.3)
         updates = momentum_update(gradients, buffers, 0.9, factor)
         apply_update(parameters, updates, 0.1, 0.1, averages, 0.5)
+        apply_update(parameters, updates, 0.1, scale=0.5)
         return norm
 
     torch._dynamo.reset()

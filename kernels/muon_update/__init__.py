@@ -3,9 +3,10 @@
     momentum_update   g = s · rounded(g);   buf = μ buf + g;   u = g + μ buf (Nesterov) or buf
     squared_norm      Σ g² over all tensors
     clip_factor       norm = (Σ g²)^½;   s = min(1, limit / (norm + 1e-6))
-    apply_update      p = p (1 - lr weight_decay) - lr max(1, rows / columns)^½ u;   mean += (1 - decay) (p - mean)
+    apply_update      p = p (1 - lr weight_decay) - lr scale u;   mean += (1 - decay) (p - mean)
 
-The gradient is rounded to the buffer's dtype first, as it is where ranks send each other gradients in that dtype.
+The scale is Muon's, max(1, rows / columns)^½, or any other. The gradient is rounded to the buffer's dtype first, as it
+is where ranks send each other gradients in that dtype.
 
 Kernels: one launch for each list, one program for each chunk of a tensor, and every element is read and written once.
 Addresses and sizes are arguments of the launch, so nothing is copied to the device and a CUDA graph can capture it.
@@ -103,18 +104,22 @@ def apply_update(
     weight_decay: float = 0.0,
     averages: Sequence[Tensor] | None = None,
     decay: float = 0.0,
+    *,
+    scale: float | Sequence[float] | None = None,
 ) -> None:
     """Step all parameters, and their moving averages where given, in one launch; see the module's docstring.
 
     Args:
         parameters: matrices or banks of matrices [..., rows, columns], bfloat16, float16, float32 or float64, changed
-            in place.
+            in place. With a ``scale`` they may have any shape.
         updates: tensors of the parameters' shapes.
         lr: learning rate, as in the formula.
         weight_decay: weight decay, as in the formula.
         averages: tensors of the parameters' shapes, changed in place. They move towards the parameters as stored, that
             is rounded to the parameters' dtype.
         decay: share of an average that stays.
+        scale: factor on the learning rate, a number for all parameters or one for each, as 0.2 max(rows, columns)^½
+            (Moonshot's, arXiv 2502.16982); None is Muon's.
 
     Tensors of several dtypes take a launch for each dtype. Raises ValueError for a wrong number, shape or device,
     TypeError for a wrong dtype.
@@ -123,11 +128,15 @@ def apply_update(
         return
     lists = {"parameters": parameters, "updates": updates} | ({} if averages is None else {"averages": averages})
     _check((*parameters, *updates, *(averages or ()))[0].device, **lists)
+    if isinstance(scale, Sequence) and len(scale) != len(parameters):
+        raise ValueError(f"scale must be one number, or one for each of {len(parameters)} parameters, got {len(scale)}")
     for i, parameter in enumerate(parameters):
-        if parameter.ndim < 2:
-            raise ValueError(f"parameters[{i}] must be [..., rows, columns], got shape {list(parameter.shape)}")
+        if parameter.ndim < 2 and scale is None:
+            raise ValueError(
+                f"parameters[{i}] must be [..., rows, columns], got shape {list(parameter.shape)}; scale=1.0 takes any"
+            )
     run = _select("apply_update", _APPLY, *lists.values())
-    run(parameters, updates, lr, weight_decay, averages, decay)
+    run(parameters, updates, lr, weight_decay, averages, decay, scale=scale)
 
 
 def _select(op: str, implementations: dict[str, Callable], *lists: Sequence[Tensor]) -> Callable:

@@ -45,16 +45,19 @@ def apply_update_reference(
     weight_decay: float = 0.0,
     averages: Sequence[Tensor] | None = None,
     decay: float = 0.0,
+    *,
+    scale: float | Sequence[float] | None = None,
 ) -> None:
     """Compute `apply_update`, whose arguments it shares, in plain PyTorch."""
-    for parameter, update in zip(parameters, updates, strict=True):
+    for parameter, update, factor in zip(parameters, updates, scales(parameters, scale), strict=True):
         parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(update.to(parameter.dtype), alpha=step_size(parameter, lr))
+        parameter.add_(update.to(parameter.dtype), alpha=-lr * factor)
     for average, parameter in zip(averages or (), parameters, strict=averages is not None):
         average.lerp_(parameter.to(average.dtype), 1 - decay)
 
 
-def step_size(parameter: Tensor, lr: float) -> float:
-    """Return the factor on the update of a matrix: -lr max(1, rows / columns)^½."""
-    rows, columns = parameter.shape[-2:]
-    return -lr * max(1, rows / columns) ** 0.5
+def scales(parameters: Sequence[Tensor], scale: float | Sequence[float] | None) -> list[float]:
+    """Return the factor on the learning rate of each parameter: ``scale``, or max(1, rows / columns)^½."""
+    if scale is None:
+        return [max(1, parameter.size(-2) / max(1, parameter.size(-1))) ** 0.5 for parameter in parameters]
+    return list(map(float, scale if isinstance(scale, Sequence) else [scale] * len(parameters)))

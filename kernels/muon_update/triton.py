@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..common.compiling import jit, tl
 from ..common.launch import launch_parameters, odd_addresses
 from ..common.operators import operator
-from .reference import CLIP_EPS, step_size
+from .reference import CLIP_EPS, scales
 
 MAX_TENSORS = 96  # tensors of a launch, whose arguments may take 4 KiB
 
@@ -293,12 +294,15 @@ class _Launch:
         self.constants = dict(WIDTH=32 * warps * vector, ROUNDS=elements // vector, ALIGNED=aligned, num_warps=warps)
 
 
-def _by_dtypes(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Yield the lists cut so that each has one dtype and at most MAX_TENSORS tensors, none of them empty."""
-    kinds: dict[tuple, list[tuple[Tensor, ...]]] = {}
-    for tensors in zip(*lists, strict=True):
-        if tensors[0].numel():
-            kinds.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(tensors)
+def _by_dtypes(*lists: Sequence[Any]) -> Iterator[list[list[Any]]]:
+    """Yield the lists cut so that each has one dtype and at most MAX_TENSORS tensors, none of them empty.
+
+    Lists after the first may be of numbers.
+    """
+    kinds: dict[tuple, list[tuple[Any, ...]]] = {}
+    for row in zip(*lists, strict=True):
+        if row[0].numel():
+            kinds.setdefault(tuple(item.dtype for item in row if isinstance(item, Tensor)), []).append(row)
     for rows in kinds.values():
         for first in range(0, len(rows), MAX_TENSORS):
             yield [list(column) for column in zip(*rows[first : first + MAX_TENSORS], strict=True)]
@@ -338,12 +342,13 @@ def _apply_update(
     lr: float,
     weight_decay: float,
     decay: float,
+    factors: Sequence[float],
 ) -> None:
     with torch.cuda.device_of(parameters[0]):
-        for targets, sources, means in _by_dtypes(parameters, updates, averages or parameters):
+        for targets, sources, means, scaled in _by_dtypes(parameters, updates, averages or parameters, factors):
             written, written_means = _contiguous(targets), _contiguous(means) if averages else None
             launch = _Launch("apply", written, _contiguous(sources), written_means)
-            steps = tuple(step_size(parameter, lr) for parameter in targets)
+            steps = tuple(-lr * factor for factor in scaled)
             _apply_kernel[(launch.programs,)](
                 *launch.operands, 1.0 - lr * weight_decay, steps, 1.0 - decay, **launch.constants
             )
@@ -392,7 +397,7 @@ _momentum_op = operator(
 )
 _apply_op = operator(
     "apply_update(Tensor(a!)[] parameters, Tensor[] updates, Tensor(b!)[] averages, float lr, float weight_decay, "
-    "float decay) -> ()",
+    "float decay, float[] scales) -> ()",
     _apply_update,
     lambda *arguments: None,
     mutates=("parameters", "averages"),
@@ -433,6 +438,9 @@ def apply_update_triton(
     weight_decay: float = 0.0,
     averages: Sequence[Tensor] | None = None,
     decay: float = 0.0,
+    *,
+    scale: float | Sequence[float] | None = None,
 ) -> None:
     """Compute `apply_update` with kernels."""
-    _apply_op(list(parameters), list(updates), list(averages or ()), float(lr), float(weight_decay), float(decay))
+    lists = list(parameters), list(updates), list(averages or ())
+    _apply_op(*lists, float(lr), float(weight_decay), float(decay), scales(parameters, scale))
