@@ -7,13 +7,26 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def python_blocks(path: Path) -> str:
-    return "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
+    return _python_of(path.read_text(encoding="utf-8"))
+
+
+def _python_of(text: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+
+
+def python_by_section(path: Path) -> dict[str, str]:
+    sections = path.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {section.partition("\n")[0]: _python_of(section) for section in sections}
+
+
+EXAMPLES = python_by_section(ROOT / "docs" / "examples.md")
 
 
 def test_the_readme_stays_short() -> None:
@@ -28,6 +41,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_the_kernels_examples_run() -> None:
     exec(compile(python_blocks(ROOT / "docs" / "kernels.md"), "docs/kernels.md", "exec"), {})
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_an_example_agrees_with_plain_pytorch(device: torch.device, title: str) -> None:
+    assert "torch.testing.assert_close(" in EXAMPLES[title]
+    with device:
+        exec(compile(EXAMPLES[title], f"docs/examples.md, {title}", "exec"), {})
 
 
 def test_the_readme_s_imports_are_there() -> None:
