@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf.kernels.linear_cross_entropy import triton
+from pgolf.kernels.linear_cross_entropy import rows, triton
 from tests.conftest import INTERPRETED
 
 if INTERPRETED:
@@ -28,7 +28,7 @@ ON_OTHER_CHIPS = [
 def test_a_row_in_registers(vocabulary: int, softcap: float, gradient: bool, capability: int) -> None:
     z, targets = torch.empty(4, vocabulary, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64)
     with compiling(capability) as kernels:
-        triton._launch(z, targets, torch.empty(4), softcap, vocabulary, z if gradient else None)
+        rows.launch(z, targets, torch.empty(4), rows.Terms(softcap), vocabulary, z if gradient else None)
     (kernel,) = kernels
     check(kernel, registers=REGISTERS[vocabulary, softcap], shared=1024, streams=gradient)
     wide, all_loads = kernel.count(r"LDG\.E\S*\.128"), kernel.count(r"LDG\.E")
@@ -41,9 +41,9 @@ def test_a_row_in_registers(vocabulary: int, softcap: float, gradient: bool, cap
 @pytest.mark.parametrize("gradient", [True, False])
 def test_a_row_of_a_score(gradient: bool) -> None:
     """Its logits are float32, and the gradient's dtype is that of h."""
-    z, dz = torch.empty(4, 8192), torch.empty(4, 8192, dtype=torch.bfloat16)
+    z, dz, targets = torch.empty(4, 8192), torch.empty(4, 8192, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64)
     with compiling(90) as kernels:
-        triton._launch(z, torch.empty(4, dtype=torch.int64), torch.empty(4), 30.0, 8192, dz if gradient else None)
+        rows.launch(z, targets, torch.empty(4), rows.Terms(30.0), 8192, dz if gradient else None)
     (kernel,) = kernels
     check(kernel, registers=64, shared=1024, streams=gradient)
     assert kernel.count(r"LDG\.E") == kernel.count(r"LDG\.E\S*\.128") + 2
@@ -52,5 +52,33 @@ def test_a_row_of_a_score(gradient: bool) -> None:
 def test_vocabulary_of_odd_size() -> None:
     z = torch.empty(4, triton._row_length(8191), dtype=torch.bfloat16)
     with compiling(90) as kernels:
-        triton._launch(z, torch.empty(4, dtype=torch.int32), torch.empty(4), 30.0, 8191, z)
+        rows.launch(z, torch.empty(4, dtype=torch.int32), torch.empty(4), rows.Terms(30.0), 8191, z)
     check(kernels[0], registers=72, shared=1024)
+
+
+VOCABULARIES = sorted({vocabulary for vocabulary, _ in REGISTERS})
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_a_row_without_a_cap(vocabulary: int, gradient: bool) -> None:
+    z, targets = torch.empty(4, vocabulary, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64)
+    with compiling(90) as kernels:
+        rows.launch(z, targets, torch.empty(4), rows.Terms(ignore_index=-100), vocabulary, z if gradient else None)
+    (kernel,) = kernels
+    check(kernel, registers=64, shared=1024, streams=gradient)
+    assert kernel.count(r"LDG\.E") == kernel.count(r"LDG\.E\S*\.128") + 2
+    if vocabulary == 8192:
+        assert kernel.count("MUFU") <= 32 + 6, f"{kernel.name}: more than one special function an element"
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0, 100.0])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_a_row_with_every_term(vocabulary: int, softcap: float | None) -> None:
+    z, targets = torch.empty(4, vocabulary, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64)
+    bias, weight = torch.empty(vocabulary, dtype=torch.bfloat16), torch.empty(vocabulary)
+    terms = rows.Terms(softcap, -100, 0.1, 1e-4, bias, weight)
+    with compiling(90) as kernels:
+        rows.launch(z, targets, torch.empty(4), terms, vocabulary, z, torch.empty(4))
+    (kernel,) = kernels
+    check(kernel, registers=128, shared=1024, streams=True)

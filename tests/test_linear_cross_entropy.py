@@ -8,7 +8,7 @@ import torch
 from torch import library
 
 from pgolf.kernels.common.backend import INTERPRETED
-from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, triton
+from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, rows, triton
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-5}  # of a relative error
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -85,8 +85,8 @@ def test_gradients(device, reduction: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("vocabulary", [2, 24, 70, 512])
-@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0, 1e30])
-def test_precision(device, softcap: float, vocabulary: int, dtype) -> None:
+@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0, 1e30, None])
+def test_precision(device, softcap: float | None, vocabulary: int, dtype) -> None:
     h, table, targets = inputs(device, (3, 7), 16, vocabulary, dtype)
     for dloss in (torch.ones((), device=device), torch.tensor(0.3, device=device)):
         assert_as_precise(h, table, targets, softcap, dloss)
@@ -132,8 +132,8 @@ def test_scores_in_pieces(monkeypatch) -> None:
     call = lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0, "none")  # noqa: E731
     whole = results(call, h, table, weights)
     monkeypatch.setattr(triton, "CHUNK_BYTES", 6 * 64 * 4)
-    pieces, launch = [], triton._launch
-    monkeypatch.setattr(triton, "_launch", lambda z, *rest: (pieces.append((len(z), z.dtype)), launch(z, *rest)))
+    pieces, launch = [], triton.launch
+    monkeypatch.setattr(triton, "launch", lambda z, *rest: (pieces.append((len(z), z.dtype)), launch(z, *rest)))
     parts = results(call, h, table, weights)
     assert pieces == [(n, torch.float32) for n in (6, 6, 6, 2)]
     assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-5) for a, b in zip(whole, parts, strict=True))
@@ -174,20 +174,20 @@ def test_chunks_by_memory(monkeypatch) -> None:
     whole = results(lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0), h, table, torch.ones(()))
     monkeypatch.setattr(triton, "ONE_CHUNK_BYTES", 20 * 128 - 1)
     monkeypatch.setattr(triton, "CHUNK_BYTES", 6 * 128)
-    chunks, launch = [], triton._launch
-    monkeypatch.setattr(triton, "_launch", lambda z, *rest: (chunks.append(len(z)), launch(z, *rest)))
+    chunks, launch = [], triton.launch
+    monkeypatch.setattr(triton, "launch", lambda z, *rest: (chunks.append(len(z)), launch(z, *rest)))
     parts = results(lambda *leaves: linear_cross_entropy(*leaves, targets, 30.0), h, table, torch.ones(()))
     assert chunks == [6, 6, 6, 2]
     assert all(torch.allclose(a, b, rtol=2e-2, atol=1e-3) for a, b in zip(whole, parts, strict=True))
 
 
 @needs_kernels
-@pytest.mark.parametrize("softcap", [30.0, 100.0])
+@pytest.mark.parametrize("softcap", [30.0, 100.0, None])
 @pytest.mark.parametrize("vocabulary", [33, 70, 96])
-def test_rows_in_blocks(monkeypatch, vocabulary: int, softcap: float) -> None:
+def test_rows_in_blocks(monkeypatch, vocabulary: int, softcap: float | None) -> None:
     """Rows longer than a program keeps in registers, here of 32 elements."""
-    monkeypatch.setattr(triton, "ROW_ELEMENTS", 32)
-    monkeypatch.setattr(triton, "launch_parameters", lambda *_: dict(block=32, columns_per_warp=32))
+    monkeypatch.setattr(rows, "ROW_ELEMENTS", 32)
+    monkeypatch.setattr(rows, "launch_parameters", lambda *_: dict(block=32, columns_per_warp=32))
     h, table, targets = inputs(DEVICE, (9,), 16, vocabulary, torch.bfloat16)
     assert_as_precise(h, table, targets, softcap, torch.ones((), device=DEVICE))
 
@@ -242,9 +242,9 @@ def test_one_token(device) -> None:
     assert_as_precise(h, table, targets, 30.0, torch.ones((), device=device), reduction="none")
 
 
-@pytest.mark.parametrize("softcap", [1e-6, 0.5, 30.0, 40.0, 1000.0, 1e8, 1e30])
+@pytest.mark.parametrize("softcap", [1e-6, 0.5, 30.0, 40.0, 1000.0, 1e8, 1e30, None])
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1e4])
-def test_logits_of_any_size(device, size: float, softcap: float) -> None:
+def test_logits_of_any_size(device, size: float, softcap: float | None) -> None:
     """At their caps or all equal: finite, and zero gradients where tanh is flat."""
     h, table, targets = inputs(device, (4,), size=size)
     table = torch.cat([table, -table])
@@ -256,15 +256,16 @@ def test_logits_of_any_size(device, size: float, softcap: float) -> None:
     assert dh.isfinite().all() and dtable.isfinite().all()
 
 
-@pytest.mark.parametrize("softcap", [40.0, 41.0, 300.0, 1e4, 1e6, 1e30])
-def test_losses_are_exact_whatever_the_cap(device, softcap: float) -> None:
+@pytest.mark.parametrize("softcap", [40.0, 41.0, 300.0, 1e4, 1e6, 1e30, None])
+def test_losses_are_exact_whatever_the_cap(device, softcap: float | None) -> None:
     """As sums of fp32 are, whether caps are far above the logits, near them or below."""
     h, table, targets = inputs(device, (40,), vocabulary=70, size=4.0)
-    h[::4] *= softcap / 30 if softcap < 1e3 else 1
+    h[::4] *= softcap / 30 if softcap and softcap < 1e3 else 1
     got = linear_cross_entropy(h, table, targets, softcap, "none")
     z = (h @ table.T).double()  # products of fp32 differ
-    exact = torch.nn.functional.cross_entropy(softcap * torch.tanh(z / softcap), targets, reduction="none")
-    error = (got.double() - exact).abs() / (1 + z.abs().amax(1).clamp(max=softcap))
+    logits = z if softcap is None else softcap * torch.tanh(z / softcap)
+    exact = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    error = (got.double() - exact).abs() / (1 + logits.abs().amax(1))
     assert error.max() < 1e-6
 
 
@@ -275,7 +276,7 @@ def test_one_word(device) -> None:
 
 
 @pytest.mark.parametrize("way", ["reference", "compiled", "triton", "chunks"])
-@pytest.mark.parametrize("wild", [-100, -1, 24, 2**40])
+@pytest.mark.parametrize("wild", [-101, -1, 24, 2**40])
 def test_a_target_outside_the_table(device, wild: int, way: str) -> None:
     """Its loss is NaN, and so is the mean's; it has no part in the gradients, and the others' are what they were."""
     if way in ("triton", "chunks") and device.type == "cpu" and not INTERPRETED:
@@ -304,7 +305,7 @@ def test_a_target_outside_the_table(device, wild: int, way: str) -> None:
 def test_padding_of_rows_is_left_alone() -> None:
     z, targets = torch.randn(3, 64, device=DEVICE), torch.zeros(3, device=DEVICE, dtype=torch.int64)
     before, losses = z.clone(), torch.empty(3, device=DEVICE)
-    triton._launch(z, targets, losses, 30.0, 41, z)
+    rows.launch(z, targets, losses, rows.Terms(30.0), 41, z)
     assert torch.equal(z[:, 41:], before[:, 41:]) and not torch.equal(z[:, :41], before[:, :41])
 
 
@@ -319,7 +320,7 @@ def test_offsets_beyond_32_bits() -> None:
     z, losses = memory.as_strided((2, 32), (stride, 1)), torch.empty(2, device=DEVICE)
     z.copy_(torch.randn(2, 32))
     targets, logits = torch.tensor([3, 5], device=DEVICE), 30 * torch.tanh(z.double() / 30)
-    triton._launch(z, targets, losses, 30.0, 32, z)
+    rows.launch(z, targets, losses, rows.Terms(30.0), 32, z)
     assert torch.allclose(losses, torch.nn.functional.cross_entropy(logits, targets, reduction="none").float())
     dz = (logits.softmax(-1) - torch.eye(32, device=DEVICE)[targets]) * (1 - (logits / 30) ** 2)
     assert torch.allclose(z.double(), dz, atol=1e-3)
@@ -337,33 +338,35 @@ def test_repeats_bit_for_bit() -> None:
 @needs_kernels
 def test_operators_are_registered_as_they_behave() -> None:
     h, table, targets = inputs(DEVICE, (6,), 8, 25)
-    leaves = [h.requires_grad_(), table.requires_grad_()]
+    update, bias = torch.randn(6, 25, device=DEVICE), torch.randn(25, device=DEVICE)
+    h, table, update, bias = (tensor.requires_grad_() for tensor in (h, table, update, bias))
     ops = torch.ops.pgolf
-    for chunk in (6, 4):
-        library.opcheck(
-            ops.linear_cross_entropy.default, (*leaves, targets, None, 30.0, chunk, "mean", True, True, False)
-        )
-    for reduction in ("none", "sum"):
-        every = (*leaves, targets, None, 30.0, 6, reduction, True, True, False)
-        library.opcheck(ops.linear_cross_entropy.default, every)
-    update = torch.randn(6, 25, device=DEVICE, requires_grad=True)
-    library.opcheck(ops.linear_cross_entropy.default, (*leaves, targets, update, 30.0, 6, "none", True, True, True))
-    h, table, update = h.detach(), table.detach(), update.detach()
-    for added in (None, update):
-        none = (h, table, targets, added, 30.0, 4, "mean", False, False, False)
-        library.opcheck(ops.linear_cross_entropy.default, none)
-    for chunk, reduction, added in (
-        (6, "mean", None),
-        (6, "none", None),
-        (4, "mean", None),
-        (4, "sum", None),
-        (6, "sum", update),
-        (6, "none", update),
+    plain, every = (None, None, 30.0, None, 0.0, 0.0, False), (bias, bias.detach().abs(), None, 2, 0.1, 1e-2, True)
+    for terms, chunk, reduction, added in (
+        (plain, 6, "mean", None),
+        (plain, 4, "mean", None),
+        (plain, 6, "sum", update),
+        (plain, 6, "none", update),
+        (every, 6, "none", None),
+        (every, 4, "none", None),
+        (every, 4, "sum", None),
     ):
-        needed = (True, True, added is not None)
-        loss, *kept = triton._forward(h, table, targets, added, 30.0, chunk, reduction, *needed)
-        arguments = (torch.ones_like(loss), h, table, *kept, chunk == 6, reduction, *needed)
-        library.opcheck(ops.linear_cross_entropy_backward.default, arguments)
+        needed = (True, True, added is not None, terms is every)
+        arguments = (h, table, targets, added, *terms, chunk, reduction, *needed)
+        library.opcheck(ops.linear_cross_entropy.default, arguments)
+        loss, _, *kept = triton._forward(*_detached(arguments))
+        if chunk < 6 and reduction == "none":
+            again = (torch.ones_like(loss), h, table, targets, *terms[:-1], chunk, *needed)
+            library.opcheck(ops.linear_cross_entropy_backward_again.default, _detached(again))
+        else:
+            backward = (torch.ones_like(loss), h, table, *kept, chunk == 6, reduction, *needed)
+            library.opcheck(ops.linear_cross_entropy_backward.default, _detached(backward))
+    none = (h, table, targets, None, *every, 4, "mean", False, False, False, False)
+    library.opcheck(ops.linear_cross_entropy.default, _detached(none))
+
+
+def _detached(arguments: tuple) -> tuple:
+    return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
 @pytest.mark.parametrize("vocabulary", [24, 25])
@@ -406,14 +409,14 @@ def test_errors_name_the_argument() -> None:
         linear_cross_entropy(h, table, targets[:1], 30.0)
     with pytest.raises(TypeError, match="h must be bfloat16, float16, float32 or float64, got torch.int64"):
         linear_cross_entropy(h.long(), table.long(), targets, 30.0)
-    with pytest.raises(TypeError, match="table must have h's dtype torch.float32, got torch.bfloat16"):
+    with pytest.raises(TypeError, match="table must have h's dtype torch.float32 or be float32, got torch.bfloat16"):
         linear_cross_entropy(h, table.bfloat16(), targets, 30.0)
     with pytest.raises(TypeError, match="targets must be int32 or int64"):
         linear_cross_entropy(h, table, targets.float(), 30.0)
     with pytest.raises(ValueError, match="table must be on h's device cpu, got meta"):
         linear_cross_entropy(h, table.to("meta"), targets, 30.0)
     for softcap in (0.0, -1.0, float("inf"), float("nan"), 1e-7, 2e30):
-        with pytest.raises(ValueError, match=r"softcap must be from 1e-06 to 1e\+30, got"):
+        with pytest.raises(ValueError, match=r"softcap must be from 1e-06 to 1e\+30, or None, got"):
             linear_cross_entropy(h, table, targets, softcap)
     with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'max'"):
         linear_cross_entropy(h, table, targets, 30.0, "max")
@@ -427,5 +430,24 @@ def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
         linear_cross_entropy(h, table, targets, 30.0, chunk_tokens=0)
     for wild in (24, -1):
-        with pytest.raises(ValueError, match=rf"targets must be in \[0, 24\), got {wild}"):
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, 24\) or ignore_index -100, got {wild}"):
             linear_cross_entropy(h, table, targets.clone().fill_(wild), 30.0)
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 24\), got -100"):
+        linear_cross_entropy(h, table, targets.clone().fill_(-100), ignore_index=None)
+    with pytest.raises(TypeError, match="bias must have h's dtype torch.float32 or be float32, got torch.float64"):
+        linear_cross_entropy(h, table, targets, bias=torch.zeros(24).double())
+    for name in ("bias", "weight"):
+        with pytest.raises(ValueError, match=rf"{name} must be \[V\], \(24,\), got \(23,\)"):
+            linear_cross_entropy(h, table, targets, **{name: torch.zeros(23)})
+        with pytest.raises(ValueError, match=f"{name} must be on h's device cpu, got meta"):
+            linear_cross_entropy(h, table, targets, **{name: torch.zeros(24, device="meta")})
+    with pytest.raises(TypeError, match="weight must be of floating point, got torch.int64"):
+        linear_cross_entropy(h, table, targets, weight=torch.ones(24).long())
+    with pytest.raises(ValueError, match=r"weight, of the classes, has no gradient.*give weight.detach\(\)"):
+        linear_cross_entropy(h, table, targets, weight=torch.ones(24, requires_grad=True))
+    for smoothing in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="label_smoothing must be from 0 to 1, got"):
+            linear_cross_entropy(h, table, targets, label_smoothing=smoothing)
+    for scale in (-1e-4, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="lse_square_scale must be a number from 0 on, got"):
+            linear_cross_entropy(h, table, targets, lse_square_scale=scale)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a softcapped linear head: the kernel, its launches in chunks of tokens, and the operators."""
+"""Cross-entropy of a linear head: the products, in chunks of tokens, and the operators."""
 
 from __future__ import annotations
 
@@ -10,131 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common.compiling import jit, tl
-from ..common.launch import launch_parameters
 from ..common.operators import operator
+from .rows import Terms, launch
 
 ONE_CHUNK_BYTES = 2**31  # the most that the logits of all tokens may take to be kept whole for the backward
 CHUNK_BYTES = 2**29  # bytes of a chunk's logits where there are several chunks
-ROW_ELEMENTS = 16_384  # the longest row that a program keeps in registers; it reads longer rows twice, in blocks
-LARGEST_FIXED_CAP = 40.0  # exp(-2 cap) is a normal number of fp32
-
-
-@jit
-def _complement(z, scale, CENTRED: tl.constexpr):
-    """Return r = 1 / (1 + exp(2 z / cap)), by one exponential and one reciprocal root.
-
-    CENTRED returns r - 1/2 to fp32's precision. Near 0 that takes a series: the minimax polynomial of
-    -tanh(z / cap) / 2 for |z / cap| < 1/2, with a relative error of 2e-8.
-    """
-    x = z.to(tl.float32) * scale
-    root = tl.rsqrt(1 + tl.exp2(x))
-    r = root * root
-    if CENTRED:
-        y = x * x
-        series = -3.3312521e-4 + y * (1.5911184e-5 - y * 6.1805992e-7)
-        series = x * (-0.17328679 + y * (6.93795876e-3 + y * series))
-        r = tl.where(tl.abs(x) < 1.442695, series, r - 0.5)
-    return r
-
-
-@jit
-def _slope(r, CENTRED: tl.constexpr):
-    """Return (1 - tanh²) / 4 from the r of `_complement`."""
-    return 0.25 - r * r if CENTRED else r - r * r
-
-
-@jit
-def _softcap_cross_entropy_kernel(
-    z,
-    gradient,
-    targets,
-    losses,
-    stride,
-    gradient_stride,
-    cap,
-    scale,
-    slope,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SHIFTED: tl.constexpr,
-):
-    """Write the losses of rows of z, and dz into ``gradient``, which may be z.
-
-    ``scale`` is 2 / cap and ``slope`` is -2 cap, both times log2(e). Where SHIFTED, the softmax subtracts its maximum.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    z += row * stride
-    columns = tl.arange(0, BLOCK)
-    target = tl.load(targets + row)
-    known = (target >= 0) & (target < V)
-    r_target = _complement(tl.load(z + tl.where(known, target, 0)), scale, SHIFTED)
-    least = 0.0  # r of the largest logit; 0, the r of the cap, where the cap can stand in for the maximum
-    if V <= BLOCK:
-        inside = (columns < V) | (V == BLOCK)
-        r = _complement(tl.load(z + columns, mask=inside, other=0), scale, SHIFTED)
-        if SHIFTED:
-            least = tl.min(tl.where(inside, r, 1))
-        weight = tl.where(inside, tl.exp2((r - least) * slope), 0)
-        total = tl.sum(weight)
-    else:
-        sums = tl.zeros((BLOCK,), tl.float32)
-        if SHIFTED:
-            lowest = tl.full((BLOCK,), 1, tl.float32)
-            for start in range(0, V, BLOCK):
-                inside = (start + columns < V) | (V % BLOCK == 0)
-                r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale, SHIFTED)
-                lowest = tl.minimum(lowest, tl.where(inside, r, 1))
-            least = tl.min(lowest)
-        for start in range(0, V, BLOCK):
-            inside = (start + columns < V) | (V % BLOCK == 0)
-            r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale, SHIFTED)
-            sums += tl.where(inside, tl.exp2((r - least) * slope), 0)
-        total = tl.sum(sums)
-    loss = tl.log(total) + 2 * cap * (r_target - least)
-    tl.store(losses + row, tl.where(known, loss, float("nan")))
-    if gradient is not None:
-        gradient += row * gradient_stride
-        share = tl.where(known, 4 / total, 0)
-        if V <= BLOCK:
-            dz = weight * _slope(r, SHIFTED) * share
-            tl.store(gradient + columns, dz.to(gradient.dtype.element_ty), mask=inside)
-        else:
-            for start in range(0, V, BLOCK):
-                inside = (start + columns < V) | (V % BLOCK == 0)
-                r = _complement(tl.load(z + start + columns, mask=inside, other=0), scale, SHIFTED)
-                dz = tl.exp2((r - least) * slope) * _slope(r, SHIFTED) * share
-                tl.store(gradient + start + columns, dz.to(gradient.dtype.element_ty), mask=inside)
-        # Write the target's element once more: a comparison in every element would cost as much as the exponentials.
-        dz = (tl.exp2((r_target - least) * slope) / total - 1) * 4 * _slope(r_target, SHIFTED)
-        tl.debug_barrier()
-        tl.store(gradient + target, dz.to(gradient.dtype.element_ty), mask=known)
-
-
-def _launch(
-    z: Tensor, targets: Tensor, losses: Tensor, softcap: float, vocabulary: int, gradient: Tensor | None
-) -> None:
-    """Write the losses of the rows of z [T, >= V], and dz into ``gradient`` [T, >= V], which may be z, or None."""
-    case = "blocks" if vocabulary > ROW_ELEMENTS else "loss" if gradient is None else "gradient"
-    tuned = launch_parameters("linear_cross_entropy", case, z.device)
-    block = tuned["block"] if case == "blocks" else 1 << (vocabulary - 1).bit_length()
-    warps = min(32, max(1, block // tuned["columns_per_warp"]))
-    with torch.cuda.device_of(z):  # Triton launches on the current device
-        _softcap_cross_entropy_kernel[(z.size(0),)](
-            z,
-            gradient,
-            targets,
-            losses,
-            z.stride(0),
-            0 if gradient is None else gradient.stride(0),
-            softcap,
-            2 * math.log2(math.e) / softcap,
-            -2 * math.log2(math.e) * softcap,
-            V=vocabulary,
-            BLOCK=block,
-            SHIFTED=softcap > LARGEST_FIXED_CAP,
-            num_warps=warps,
-        )
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -142,6 +22,13 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _column_sums(dz: Tensor, dloss: Tensor) -> Tensor:
+    """Return the sums over tokens of dz times dloss, one number or one for each token, in fp32."""
+    if dloss.ndim:
+        return _wide_product(dloss.to(dz.dtype)[None], dz)[0]
+    return dz.sum(0, dtype=torch.float32) * dloss
 
 
 def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,20 +68,27 @@ class _Needed(NamedTuple):
     h: bool
     table: bool
     update: bool
+    bias: bool
 
 
 def _shapes(h: Tensor, table: Tensor, chunk: int, reduction: str, needed: _Needed) -> tuple[Sequence[int], ...]:
-    """Return the shapes of the loss and of the two tensors kept for the backward.
+    """Return the shapes of the loss and of the three tensors kept for the backward.
 
-    In one chunk the first is dz and the second is empty. In several chunks they are dh and dtable.
+    In one chunk the first is dz and the others are empty. In several chunks they are dh, dtable and dbias, and of every
+    token's loss nothing is kept.
     """
-    count = h.size(0)
+    count, vocabulary = h.size(0), table.size(0)
     loss = (count,) if reduction == "none" else ()
-    if not any(needed):
-        return loss, (0,), (0,)
-    if chunk >= count:
-        return loss, (count, _row_length(table.size(0))), (0,)
-    return loss, h.shape if needed.h else (0,), table.shape if needed.table else (0,)
+    if any(needed) and chunk >= count:
+        return loss, (count, _row_length(vocabulary)), (0,), (0,)
+    if not any(needed) or reduction == "none":
+        return loss, (0,), (0,), (0,)
+    return (
+        loss,
+        h.shape if needed.h else (0,),
+        table.shape if needed.table else (0,),
+        (vocabulary,) if needed.bias else (0,),
+    )
 
 
 def _rows_at_a_time(vocabulary: int, element_bytes: int) -> int:
@@ -212,19 +106,29 @@ def _forward(
     table: Tensor,
     targets: Tensor,
     update: Tensor | None,
-    softcap: float,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    softcap: float | None,
+    ignore_index: int | None,
+    label_smoothing: float,
+    lse_square_scale: float,
+    with_z_loss: bool,
     chunk: int,
     reduction: str,
     *needed_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss and what `_shapes` says is kept for the backward."""
-    h, table, targets, needed = h.contiguous(), table.contiguous(), targets.contiguous(), _Needed(*needed_gradients)
+) -> tuple[Tensor, ...]:
+    """Return the loss, the part of it that the z-loss is or an empty tensor, and what `_shapes` says is kept."""
+    h, targets, needed = h.contiguous(), targets.contiguous(), _Needed(*needed_gradients)
+    rounded = table.contiguous().to(h.dtype)
+    terms = Terms(softcap, ignore_index, label_smoothing, lse_square_scale, bias, weight)
     count, vocabulary, divisor = h.size(0), table.size(0), _divisor(reduction, h.size(0))
     losses = h.new_empty(count, dtype=torch.float32)
-    _, first_shape, second_shape = _shapes(h, table, chunk, reduction, needed)
-    whole, differentiated, scores = chunk >= count, any(needed), reduction == "none"
-    first = h.new_empty(first_shape)
-    second = torch.zeros(second_shape, dtype=torch.float32, device=h.device)
+    z_losses = torch.empty_like(losses) if with_z_loss else None
+    _, *shapes = _shapes(h, table, chunk, reduction, needed)
+    whole, scores = chunk >= count, reduction == "none"
+    differentiated = any(needed) and (whole or not scores)
+    first = h.new_empty(shapes[0])
+    second, third = (torch.zeros(shape, dtype=torch.float32, device=h.device) for shape in shapes[1:])
     memory = first if whole and differentiated else None
     if not scores and memory is None:
         memory = h.new_empty(min(chunk, count), _row_length(vocabulary))
@@ -233,16 +137,26 @@ def _forward(
     rows = min(chunk, _rows_at_a_time(vocabulary, 4)) if scores else chunk
     for start in range(0, count, rows):
         part = slice(start, start + rows)
-        z = _logits(h[part], table, None if update is None else update[part], None if scores else memory)
+        z = _logits(h[part], rounded, None if update is None else update[part], None if scores else memory)
         gradient = None if not differentiated else first[part] if scores else z
-        _launch(z, targets[part], losses[part], softcap, vocabulary, gradient)
+        launch(
+            z, targets[part], losses[part], terms, vocabulary, gradient, None if z_losses is None else z_losses[part]
+        )
         if differentiated and not whole:
             if needed.h:
-                _dz_times(z, table, divisor, first[part])
+                _dz_times(z, rounded, divisor, first[part])
             if needed.table:
                 second += _wide_product(z[:, :vocabulary].t(), h[part])
-    loss = {"mean": losses.mean, "sum": losses.sum}.get(reduction, lambda: losses)
-    return loss(), first, second
+            if needed.bias:
+                third += z[:, :vocabulary].sum(0, dtype=torch.float32)
+        del z, gradient  # before the next are allocated
+    z_loss = losses.new_empty(0) if z_losses is None else _reduced(z_losses, reduction)
+    return _reduced(losses, reduction), z_loss, first, second, third
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Return the mean or the sum, or all."""
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
 def _backward(
@@ -251,39 +165,84 @@ def _backward(
     table: Tensor,
     first: Tensor,
     second: Tensor,
+    third: Tensor,
     whole: bool,
     reduction: str,
     *needed_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of h, table and update, empty where not needed.
+) -> tuple[Tensor, ...]:
+    """Return the gradients of h, table, update and bias, empty where not needed; that of a bias in fp32.
 
-    ``dloss`` is one number, or one for each token. ``first`` and ``second`` are those of `_forward`.
+    ``dloss`` is one number, or one for each token. The tensors after the table are those of `_forward`.
     """
     h, table, needed = h.contiguous(), table.contiguous(), _Needed(*needed_gradients)
     divisor = _divisor(reduction, h.size(0))
-    dh, dtable, dupdate = _empty_gradients(h, table, needed._replace(table=False))
+    dh, dtable, dupdate, dbias = _empty_gradients(h, table, needed._replace(table=False, bias=False))
     dz = first[:, : table.size(0)] if whole else first
     if needed.update:  # dz itself stays as it is: there may be another backward
         torch.mul(dz, (dloss.float() / divisor).reshape(-1, 1), out=dupdate)
     if needed.h:
         if needed.update:
-            dh = torch.mm(dupdate, table, out=dh)
+            dh = torch.mm(dupdate, table.to(h.dtype), out=dh)
         elif not whole:
             dh = _scaled(first, dloss, h.dtype)
         elif reduction == "mean":
-            dh = _dz_times(dz, _scaled(table, dloss, table.dtype), divisor, dh)
+            dh = _dz_times(dz, _scaled(table, dloss, h.dtype), divisor, dh)
         else:
-            dh = _scaled(dz @ table, dloss, h.dtype)
+            dh = _scaled(dz @ table.to(h.dtype), dloss, h.dtype)
     if needed.table:
         if reduction == "none":
             dtable = _wide_product(dz.t(), _scaled(h, dloss, h.dtype)).to(table.dtype)
         else:
             total = _wide_product(dz.t(), h) if whole else second
             dtable = _scaled(total, dloss / divisor, table.dtype)
-    return dh, dtable, dupdate
+    if needed.bias:
+        dbias = _column_sums(dz, dloss.float() / divisor) if whole else third * (dloss / divisor)
+    return dh, dtable, dupdate, dbias
 
 
-def _empty_gradients(h: Tensor, table: Tensor, needed: _Needed) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_again(
+    dlosses: Tensor,
+    h: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    softcap: float | None,
+    ignore_index: int | None,
+    label_smoothing: float,
+    lse_square_scale: float,
+    chunk: int,
+    *needed_gradients: bool,
+) -> tuple[Tensor, ...]:
+    """Return what `_backward` does for every token's loss, from logits that are computed again in chunks."""
+    h, targets, needed = h.contiguous(), targets.contiguous(), _Needed(*needed_gradients)
+    rounded = table.contiguous().to(h.dtype)
+    terms = Terms(softcap, ignore_index, label_smoothing, lse_square_scale, bias, weight)
+    count, vocabulary = h.size(0), table.size(0)
+    dh, _, dupdate, _ = _empty_gradients(h, table, needed._replace(table=False, bias=False))
+    dtable, dbias = (
+        torch.zeros(shape if need else (0,), dtype=torch.float32, device=h.device)
+        for shape, need in ((table.shape, needed.table), ((vocabulary,), needed.bias))
+    )
+    rows = min(chunk, _rows_at_a_time(vocabulary, 4))
+    memory, losses = h.new_empty(rows, _row_length(vocabulary)), h.new_empty(rows, dtype=torch.float32)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        z = _logits(h[part], rounded, None, None)
+        gradient, dloss = memory[: z.size(0)], dlosses[part]
+        launch(z, targets[part], losses, terms, vocabulary, gradient)
+        dz = gradient[:, :vocabulary]
+        if needed.h:
+            torch.mul(dz @ rounded, dloss.float()[:, None], out=dh[part])
+        if needed.table:
+            dtable += _wide_product(dz.t(), _scaled(h[part], dloss, h.dtype))
+        if needed.bias:
+            dbias += _column_sums(dz, dloss)
+        del z  # before the next is allocated
+    return dh, dtable.to(table.dtype), dupdate, dbias
+
+
+def _empty_gradients(h: Tensor, table: Tensor, needed: _Needed) -> tuple[Tensor, ...]:
     """Allocate the gradients; the update's has rows as long as dz's, whose alignment products need."""
     dupdate = h.new_empty(0)
     if needed.update:
@@ -292,63 +251,64 @@ def _empty_gradients(h: Tensor, table: Tensor, needed: _Needed) -> tuple[Tensor,
         h.new_empty(h.shape if needed.h else (0,)),
         table.new_empty(table.shape if needed.table else (0,)),
         dupdate,
+        h.new_empty((table.size(0),) if needed.bias else (0,), dtype=torch.float32),
     )
 
 
-def _fake_forward(
-    h: Tensor,
-    table: Tensor,
-    targets: Tensor,
-    update: Tensor | None,
-    softcap: float,
-    chunk: int,
-    reduction: str,
-    *needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, first, second = _shapes(h, table, chunk, reduction, _Needed(*needed))
-    return h.new_empty(loss, dtype=torch.float32), h.new_empty(first), h.new_empty(second, dtype=torch.float32)
+def _fake_forward(h: Tensor, table: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, with_z_loss, chunk, reduction = rest[:-4]
+    loss, *kept = _shapes(h, table, chunk, reduction, _Needed(*rest[-4:]))
+    shapes, wide = (loss, loss if with_z_loss else (0,), kept[1], kept[2]), torch.float32
+    found, z_loss, second, third = (h.new_empty(shape, dtype=wide) for shape in shapes)
+    return found, z_loss, h.new_empty(kept[0]), second, third
 
 
-def _fake_backward(
-    dloss: Tensor,
-    h: Tensor,
-    table: Tensor,
-    first: Tensor,
-    second: Tensor,
-    whole: bool,
-    reduction: str,
-    *needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(h, table, _Needed(*needed))
+def _fake_backward(dloss: Tensor, h: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _empty_gradients(h, table, _Needed(*rest[-4:]))
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    h, table, _, _, _, chunk, reduction, *_ = inputs
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    h, table, targets, _, bias, weight, *terms, _, chunk, ctx.reduction = inputs[:-4]
     ctx.set_materialize_grads(False)  # the gradient of dz would be as large as the logits
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(h, table, *output[1:])
-    ctx.whole, ctx.reduction = chunk >= h.size(0), reduction
+    ctx.whole, ctx.again = chunk >= h.size(0), (*terms, chunk)
+    kept = (targets, bias, weight) if ctx.reduction == "none" and not ctx.whole else output[2:]
+    ctx.save_for_backward(h, table, *kept)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 @once_differentiable
 def _gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 10
-    needed = _Needed(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    found = _backward_op(dloss, *ctx.saved_tensors, ctx.whole, ctx.reduction, *needed)
-    dh, dtable, dupdate = (tensor if need else None for tensor, need in zip(found, needed, strict=True))
-    return dh, dtable, None, dupdate, *(None,) * 6
+        return (None,) * 17
+    needed = _Needed(*(ctx.needs_input_grad[place] for place in (0, 1, 3, 4)))
+    if ctx.reduction == "none" and not ctx.whole:
+        found = _backward_again_op(dloss, *ctx.saved_tensors, *ctx.again, *needed)
+    else:
+        found = _backward_op(dloss, *ctx.saved_tensors, ctx.whole, ctx.reduction, *needed)
+    dh, dtable, dupdate, dbias = (tensor if need else None for tensor, need in zip(found, needed, strict=True))
+    return dh, dtable, None, dupdate, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * 12
 
 
+_TERMS = (
+    "Tensor? bias, Tensor? weight, float? softcap, int? ignore_index, float label_smoothing, float lse_square_scale"
+)
+_NEEDED = "bool need_h, bool need_table, bool need_update, bool need_bias"
 _backward_op = operator(
-    "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor table, Tensor first, Tensor second, bool whole, "
-    "str reduction, bool need_h, bool need_table, bool need_update) -> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor table, Tensor first, Tensor second, Tensor third, "
+    f"bool whole, str reduction, {_NEEDED}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
+_backward_again_op = operator(
+    f"linear_cross_entropy_backward_again(Tensor dlosses, Tensor h, Tensor table, Tensor targets, {_TERMS}, int chunk, "
+    f"{_NEEDED}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_again,
+    _fake_backward,
+)
 _forward_op = operator(
-    "linear_cross_entropy(Tensor h, Tensor table, Tensor targets, Tensor? update, float softcap, int chunk, "
-    "str reduction, bool need_h, bool need_table, bool need_update) -> (Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy(Tensor h, Tensor table, Tensor targets, Tensor? update, {_TERMS}, bool with_z_loss, "
+    f"int chunk, str reduction, {_NEEDED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     setup_context=_save,
@@ -356,25 +316,67 @@ _forward_op = operator(
 )
 
 
+def _weight_of(targets: Tensor, weight: Tensor, ignore_index: int | None) -> Tensor:
+    """Return the sum of the targets' class weights."""
+    known = (targets >= 0) & (targets < weight.size(0))
+    if ignore_index is not None:
+        known &= targets != ignore_index
+    return weight.index_select(0, targets.where(known, 0)).where(known, 0).sum()
+
+
 def linear_cross_entropy_triton(
     h: Tensor,
     table: Tensor,
     targets: Tensor,
-    softcap: float,
+    softcap: float | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     *,
     update: Tensor | None = None,
-) -> Tensor:
+    bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    return_z_loss: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `linear_cross_entropy` with the kernel, in as many chunks as the memory suggests."""
-    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (h, table, update)]
-    tokens = h.reshape(-1, h.size(-1))
+    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (h, table, update, bias)]
+    tokens, targets_1d = h.reshape(-1, h.size(-1)), targets.reshape(-1)
     updates = None if update is None else update.reshape(-1, table.size(0))
     count, row_bytes = tokens.size(0), table.size(0) * h.element_size()
-    chunked = reduction != "none" and update is None  # the backward can take several chunks
-    if any(needed) and (not chunked or (chunk_tokens is None and count * row_bytes <= ONE_CHUNK_BYTES)):
+    fits = chunk_tokens is None and count * row_bytes <= ONE_CHUNK_BYTES
+    if any(needed) and (update is not None or fits):  # the gradient of an update is as large as all logits
         chunk_tokens = max(count, 1)
     elif chunk_tokens is None:
         chunk_tokens = _rows_at_a_time(table.size(0), 4 if reduction == "none" else h.element_size())
-    loss, *_ = _forward_op(tokens, table, targets.reshape(-1), updates, softcap, chunk_tokens, reduction, *needed)
-    return loss.view(targets.shape) if reduction == "none" else loss
+    counted = None if ignore_index is None or reduction != "mean" else (targets_1d != ignore_index).sum().float()
+    if weight is not None:
+        weight = weight.detach().float().contiguous()
+        if reduction == "mean":
+            weight = weight * ((count if counted is None else counted) / _weight_of(targets_1d, weight, ignore_index))
+    loss, z_loss, *_ = _forward_op(
+        tokens,
+        table,
+        targets_1d,
+        updates,
+        None if bias is None else bias.contiguous(),
+        weight,
+        softcap,
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        return_z_loss,
+        chunk_tokens,
+        reduction,
+        *needed,
+    )
+    if counted is not None:
+        # The operator divides by all tokens. The share is exactly 1 where none is ignored; where all are, the mean is
+        # NaN and the gradients stay zero.
+        share, none = count / counted.clamp(min=1), counted == 0
+        loss, z_loss = ((value * share).masked_fill(none, math.nan) for value in (loss, z_loss))
+    if reduction == "none":
+        loss = loss.view(targets.shape)
+        z_loss = z_loss.view(targets.shape) if return_z_loss else z_loss
+    return (loss, z_loss) if return_z_loss else loss

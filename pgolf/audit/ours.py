@@ -67,7 +67,9 @@ def distributions(model: GPT, rows: list[int]) -> Iterator[list[np.ndarray]]:
     """
     found: list[np.ndarray] = []
 
-    def observed(h: Tensor, table: Tensor, targets: Tensor, *settings: Any, update: Tensor | None = None) -> Tensor:
+    def observed(
+        h: Tensor, table: Tensor, targets: Tensor, *settings: Any, update: Tensor | None = None, **options: Any
+    ) -> Tensor:
         alphabet = torch.arange(table.size(0), device=h.device)
         for row in rows:
             same, added = (
@@ -77,7 +79,7 @@ def distributions(model: GPT, rows: list[int]) -> Iterator[list[np.ndarray]]:
             assert same is not None
             losses = linear_cross_entropy(same, table.detach(), alphabet, settings[0], "none", update=added)
             found.append(-losses.float().cpu().numpy())
-        return linear_cross_entropy(h, table, targets, *settings, update=update)
+        return linear_cross_entropy(h, table, targets, *settings, update=update, **options)
 
     model.cross_entropy = observed
     try:

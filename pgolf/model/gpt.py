@@ -395,7 +395,7 @@ class GPT(nn.Module):
         """Compute `token_losses` from what `hidden` returned for the same updates."""
         to_logits, h = added(None if updates is None else updates.head, h)
         table, cap = self.head_weight.to(h.dtype), self.config.logit_softcap
-        return self.cross_entropy(h, table, target_ids, cap, reduction, update=to_logits)
+        return self.cross_entropy(h, table, target_ids, cap, reduction, update=to_logits, ignore_index=None)
 
     def forward(
         self, input_ids: Tensor, target_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0
