@@ -52,7 +52,11 @@ class Case:
 
 @dataclass
 class Row:
-    """One provider's result. ratio: its time over ours; in our row the best opponent's, replayed or not, over ours."""
+    """One provider's result.
+
+    ratio: its time over ours; in our row the best opponent's, replayed or not, over ours. peak_mib: the most memory
+    that a call holds beyond its arguments; None on a CPU and for a graph, which holds its memory for good.
+    """
 
     provider: str
     median_us: float
@@ -62,6 +66,7 @@ class Row:
     ceiling_share: float
     ratio: float | None
     error: float
+    peak_mib: float | None = None
 
 
 Builder = Callable[[torch.device, bool], Case]  # (device, quick) -> Case, smaller if quick or on a CPU
@@ -154,8 +159,8 @@ def measure(
     right = True
     reference_errors = check(REFERENCE, case.providers[REFERENCE](), exact)
 
-    def add(provider: str, timing: Sequence[float], graph: float | None, error: float) -> None:
-        rows.append(Row(provider, *timing, graph, floor / timing[0], None, error))
+    def add(provider: str, timing: Sequence[float], graph: float | None, error: float, peak: float | None) -> None:
+        rows.append(Row(provider, *timing, graph, floor / timing[0], None, error, peak))
 
     for provider, build in case.providers.items():
         if providers and provider not in providers:
@@ -166,16 +171,28 @@ def measure(
             require(check(provider, function, exact), allowed)
             timing = time_calls(function, device, quick)
             error = require(relative_errors(function(), exact), allowed)  # what it computes in a row, too
+            peak = peak_mib(function, device)
         except Exception as reason:  # whatever a package or kernel does, the others are still timed
             _skipped(bench, name, provider, reason)
             right = right and not _is_ours(provider)
             continue
         graph = _time_graph(function, exact, allowed, device, quick, f"{bench} {name} {provider}")
-        add(provider, timing, graph and graph[0], error)
+        add(provider, timing, graph and graph[0], error, peak)
         if provider.startswith("compile") and graph:
-            add(f"{provider}_graph", graph, graph[0], error)
+            add(f"{provider}_graph", graph, graph[0], error, None)
     _set_ratios(rows)
     return rows, right
+
+
+def peak_mib(function: Function, device: torch.device) -> float | None:
+    """The most memory that a call of ``function`` holds beyond what is held before it, in MiB; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _time_graph(
@@ -239,6 +256,7 @@ def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
         "of ceiling",
         "ratio",
         "error",
+        "peak MiB",
     )
     work = operations / 1e6 if computes else moved_bytes / 1e3
     lines = [
@@ -252,6 +270,7 @@ def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
             f"{row.ceiling_share:.1%}",
             "" if row.ratio is None else f"{row.ratio:.2f}",
             f"{row.error:.1e}",
+            "" if row.peak_mib is None else f"{row.peak_mib:,.0f}",
         )
         for row in sorted(rows, key=lambda row: row.median_us)
     ]

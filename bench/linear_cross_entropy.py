@@ -1,7 +1,7 @@
-"""Softcapped linear cross-entropy, bf16: ``python -m bench.linear_cross_entropy``.
+"""Linear cross-entropy, bf16: ``python -m bench.linear_cross_entropy``.
 
 `forward` and `forward_backward` have the record model's 98,304 tokens of width 512 and its vocabulary of 8192; the
-other cases end in tokens x width x vocabulary.
+other cases end in tokens x width x vocabulary. All are softcapped but those that end in `_uncapped`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ EXACT_TOKENS = 4096  # float64 logits of more than these would not fit
 Tensor = torch.Tensor
 
 
-def build(backward: bool, tokens: int, width: int, vocabulary: int, device: torch.device, quick: bool) -> Case:
+def build(
+    backward: bool, tokens: int, width: int, vocabulary: int, softcap: float | None, device: torch.device, quick: bool
+) -> Case:
     if quick or device.type != "cuda":
         tokens, vocabulary = -(-tokens // 256), vocabulary // 16
     # A trained model's: logits of some units, targets likelier than others.
@@ -29,6 +31,9 @@ def build(backward: bool, tokens: int, width: int, vocabulary: int, device: torc
     targets = torch.randint(0, vocabulary, (tokens,), device=device)
     h = (0.1 * torch.randn(tokens, width, device=device) + 0.01 * table[targets]).bfloat16()
     inputs, one = (h, table), torch.ones((), device=device)
+
+    def plain(h: Tensor, table: Tensor, targets: Tensor = targets) -> Tensor:
+        return linear_cross_entropy_reference(h, table, targets, softcap)
 
     def provider(op: Callable[[Tensor, Tensor], Tensor], compiles: bool = False) -> Function:
         run = compiled(op, device) if compiles else op
@@ -42,21 +47,19 @@ def build(backward: bool, tokens: int, width: int, vocabulary: int, device: torc
         double.grad = torch.zeros_like(double)
         for rows, part in zip(h.detach().split(EXACT_TOKENS), targets.split(EXACT_TOKENS), strict=True):
             leaf = rows.double().requires_grad_()
-            loss = linear_cross_entropy_reference(leaf, double, part, SOFTCAP) * (part.numel() / tokens)
+            loss = plain(leaf, double, part) * (part.numel() / tokens)
             loss.backward()
             total += loss.detach()
             gradients.append(leaf.grad)
         return (total, torch.cat(gradients), double.grad) if backward else (total,)
 
     def ours(**options: int) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda h, table: linear_cross_entropy(h, table, targets, SOFTCAP, **options)
+        return lambda h, table: linear_cross_entropy(h, table, targets, softcap, **options)
 
     providers = {
-        "eager": lambda: provider(lambda h, table: linear_cross_entropy_reference(h, table, targets, SOFTCAP)),
-        "compile": lambda: provider(
-            lambda h, table: linear_cross_entropy_reference(h, table, targets, SOFTCAP), compiles=True
-        ),
-        "liger": lambda: provider(_liger(targets)),
+        "eager": lambda: provider(plain),
+        "compile": lambda: provider(plain, compiles=True),
+        "liger": lambda: provider(_liger(targets, softcap)),
         "pgolf": lambda: provider(ours()),
         "pgolf_chunks": lambda: provider(ours(chunk_tokens=-(-tokens // 4))),
     }
@@ -64,20 +67,22 @@ def build(backward: bool, tokens: int, width: int, vocabulary: int, device: torc
     return Case(providers, exact, factor * (h.nbytes + table.nbytes), factor * 2 * tokens * width * vocabulary)
 
 
-def _liger(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _liger(targets: Tensor, softcap: float | None) -> Callable[[Tensor, Tensor], Tensor]:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def loss(h: Tensor, table: Tensor) -> Tensor:
-        result = liger_fused_linear_cross_entropy(h, table, targets, softcap=SOFTCAP)
+        result = liger_fused_linear_cross_entropy(h, table, targets, softcap=softcap)
         return result if isinstance(result, Tensor) else result[0]
 
     return loss
 
 
 SHAPES = {
-    "": (98_304, 512, 8192),
-    "_32768x768x50304": (32_768, 768, 50_304),
-    "_8192x2048x131072": (8192, 2048, 131_072),
+    "": (98_304, 512, 8192, SOFTCAP),
+    "_16384x768x50304": (16_384, 768, 50_304, SOFTCAP),
+    "_16384x768x50304_uncapped": (16_384, 768, 50_304, None),
+    "_32768x768x50304": (32_768, 768, 50_304, SOFTCAP),
+    "_8192x2048x131072": (8192, 2048, 131_072, SOFTCAP),
 }
 CASES: dict[str, Builder] = {
     f"forward{'_backward' * backward}{name}": partial(build, backward, *shape)

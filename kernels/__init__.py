@@ -8,7 +8,7 @@ residual              the residual stream between the products: mixes, skips, la
 varlen_attention      causal attention within the segments of a packed token stream
 gated_attention       an attention sublayer from its normalised input to the input of its output projection
 residual_mlp          the MLP with its residual connection, elementwise steps inside the products
-linear_cross_entropy  cross-entropy of a softcapped linear head
+linear_cross_entropy  cross-entropy of a linear head, softcapped or not
 muon_update           momentum, gradient norm, clipping and the step of the Muon optimizer
 newton_schulz         orthogonalisation of the updates of the Muon optimizer
 

@@ -134,11 +134,15 @@ def test_extras_are_imported_where_they_are_used(path: Path) -> None:
 
 
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """Public functions of a module and public methods of its public classes; Triton kernels are no Python."""
+    """Public functions of a module and public methods of its public classes.
+
+    Triton kernels are no Python, and overloads only types of a function that follows.
+    """
     bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
     for node in (node for body in bodies for node in body):
-        compiled = any("jit" in ast.unparse(mark) for mark in getattr(node, "decorator_list", ()))
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not compiled:
+        marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", ())]
+        other = any("jit" in mark or mark == "overload" for mark in marks)
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not other:
             yield node
 
 
