@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.compiling import jit, tl
 from ..common.launch import launch_parameters
 
-ROW_ELEMENTS = 16_384  # the longest row that a program keeps in registers; it reads longer rows twice, in blocks
+ROW_ELEMENTS = 16_384  # the longest row that a program keeps in registers; longer ones it reads again, in blocks
 LARGEST_FIXED_CAP = 40.0  # exp(-2 cap) is a normal number of fp32
 
 
@@ -44,7 +44,7 @@ def _depth(z, bias, start, columns, inside, scale, CAPPED: tl.constexpr, CENTRED
     reciprocal root. CENTRED returns r - 1/2 to fp32's precision. Near 0 that takes a series: the minimax polynomial of
     -tanh(z / cap) / 2 for |z / cap| < 1/2, with a relative error of 2e-8.
     """
-    # The order of the sums decides which registers ptxas finds for addresses; these two spill none.
+    # The order of the sum decides how many registers ptxas takes for addresses: without a cap the other one spills.
     x = _load(z, start, columns, inside) if CAPPED else _load(z, 0, start + columns, inside)
     if bias is not None:
         x += _load(bias, start, columns, inside)

@@ -149,7 +149,7 @@ def _forward(
                 second += _wide_product(z[:, :vocabulary].t(), h[part])
             if needed.bias:
                 third += z[:, :vocabulary].sum(0, dtype=torch.float32)
-        del z, gradient  # before the next are allocated
+        del z, gradient  # frees what the next ones take
     z_loss = losses.new_empty(0) if z_losses is None else _reduced(z_losses, reduction)
     return _reduced(losses, reduction), z_loss, first, second, third
 
@@ -238,7 +238,7 @@ def _backward_again(
             dtable += _wide_product(dz.t(), _scaled(h[part], dloss, h.dtype))
         if needed.bias:
             dbias += _column_sums(dz, dloss)
-        del z  # before the next is allocated
+        del z  # frees what the next one takes
     return dh, dtable.to(table.dtype), dupdate, dbias
 
 
