@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py") if path.parent.name != "common")
-FAMILIES += ["cross_entropy_terms", "layer_kernels", "partial_sums"]
+FAMILIES += ["cross_entropy_terms", "layer_kernels", "partial_sums", "varlen_attention_options"]
 PROCESSES = 4  # each takes seconds to import PyTorch
 
 

@@ -220,11 +220,11 @@ def test_tiles(monkeypatch, lengths: list[int], group: int) -> None:
     assert got.shape == segments.tiles_shape(cu_seqlens, *arguments) and got.size(0) == len(sizes)
     parts = [(start, length, s) for s, (start, length) in enumerate(zip(cu_seqlens.tolist(), lengths, strict=False))]
     parts.sort(key=lambda part: (-part[1], part[0]))
-    q, k = (torch.empty(tokens, heads, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (group, 1))
+    q = torch.empty(tokens, group, 64, device=DEVICE, dtype=torch.bfloat16)
     for size in sizes:
         want = [[start, length, first, s] for start, length, s in parts for first in range(0, length, size)]
         want += [[tokens - 50, -50, first, 0] for first in range(0, 50 * bool(lengths), size)]
-        tiles = segments.tiles_of_size(got, size, q, k)
+        tiles = segments.tiles_of_size(got, size, q, group)
         assert tiles.size(0) == tokens // size + len(lengths) + 2
         assert tiles.tolist() == want + [[0] * 4] * (tiles.size(0) - len(want))
 
@@ -537,9 +537,10 @@ def test_operators_are_registered_as_they_behave(dtype) -> None:
     ops = torch.ops.pgolf
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    library.opcheck(ops.varlen_attention.default, (*leaves, tiles, 0.25), test_utils=tests)
-    o, lse = ops.varlen_attention(q, k, v, tiles, 0.25)
-    arguments = (do, q, k, v, o, lse, tiles, 0.25)
+    options = tiles, 0.25, None, 0.0, None, None
+    library.opcheck(ops.varlen_attention.default, (*leaves, *options), test_utils=tests)
+    o, lse = ops.varlen_attention(q, k, v, *options)
+    arguments = (do, None, q, k, v, o, lse, *options)
     library.opcheck(ops.varlen_attention_backward.default, arguments, test_utils=tests)
     library.opcheck(ops.attention_tiles.default, (cu_seqlens, 17, dtype, 16, 2), test_utils=tests)
 
@@ -585,9 +586,8 @@ def test_errors_name_the_argument() -> None:
         *(
             (ValueError, f"cu_seqlens must {match}", dict(cu_seqlens=torch.tensor(bounds, dtype=torch.int32)))
             for bounds, match in (
-                ([0, 5, 8], "go from 0 to the number of tokens, 9, got 0 to 8"),
-                ([3, 5, 9], "go from 0 to the number of tokens, 9, got 3 to 9"),
-                ([0, 5, 11], "go from 0 to the number of tokens, 9, got 0 to 11"),
+                ([3, 5, 9], "go from 0 to at most the number of tokens, 9, got 3 to 9"),
+                ([0, 5, 11], "go from 0 to at most the number of tokens, 9, got 0 to 11"),
                 ([0, 7, 5, 9], "ascend, got 5 after 7 at index 2"),
             )
         ),

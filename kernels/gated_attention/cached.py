@@ -107,7 +107,8 @@ def _check(n: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache) -> No
     if not readable(cu_seqlens, keys, *indices):
         return
     capacity, stream = len(cache.keys), len(cache.sources)
-    check_bounds(keys.tolist(), min(int(keys[-1]), stream), cache.max_seqlen, "cache.")
+    names = "cache.cu_seqlens", "cache.max_seqlen"
+    check_bounds(keys.tolist(), min(int(keys[-1]), stream), cache.max_seqlen, names=names)
     if (keys.diff() < cu_seqlens.diff()).any():
         raise ValueError("cache.cu_seqlens must give every segment a place for each of its own tokens at least")
     for name, values, size in zip(("sources", "places", "rows"), indices, (capacity, stream, capacity), strict=True):

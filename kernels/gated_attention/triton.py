@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -99,7 +100,7 @@ def gated_attention_backward(
     dgain = inverse_rms.new_empty(H)
     q, k, v, logits = _columns(projected, *sizes)
     *dqkv, dlogits = _columns(dprojected, *sizes)
-    options = dict(logits=logits, dlogits=dlogits) if gated else {}
+    gates: dict[str, Any] = dict(logits=logits, dlogits=dlogits) if gated else {}
     attention_backward(
         dy.reshape(-1, H, D),
         q,
@@ -115,7 +116,7 @@ def gated_attention_backward(
         prologue=Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous()),
         padding=dprojected[:, (H + 2 * K) * D + H * gated :],
         first_queries=first_queries,
-        **options,
+        **gates,
     )
     return dprojected, dgain.to(q_gain.dtype)
 

@@ -19,32 +19,51 @@ def segment_bounds(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.where((bounds.diff() < 0).any(), tokens, bounds)
 
 
-def check_segments(cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int | None = None) -> None:
-    """Raise ValueError or TypeError for a wrong shape or dtype of ``cu_seqlens``, and on a CPU for wrong values."""
+NAMES = "cu_seqlens", "max_seqlen"  # in messages
+
+
+def check_segments(
+    cu_seqlens: torch.Tensor,
+    tokens: int,
+    max_seqlen: int | None = None,
+    *,
+    whole: bool = True,
+    names: tuple[str, str] = NAMES,
+) -> None:
+    """Raise ValueError or TypeError for a wrong shape or dtype of ``cu_seqlens``, and on a CPU for wrong values.
+
+    The other arguments are those of `check_bounds`.
+    """
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 + (tokens > 0):
-        raise ValueError(f"cu_seqlens must be [segments + 1], got shape {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"{names[0]} must be [segments + 1], got shape {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"{names[0]} must be int32, got {cu_seqlens.dtype}")
     if readable(cu_seqlens):
-        check_bounds(cu_seqlens.tolist(), tokens, max_seqlen)
+        check_bounds(cu_seqlens.tolist(), tokens, max_seqlen, whole=whole, names=names)
 
 
-def check_bounds(bounds: list[int], tokens: int, max_seqlen: int | None = None, owner: str = "") -> None:
+def check_bounds(
+    bounds: list[int],
+    tokens: int,
+    max_seqlen: int | None = None,
+    *,
+    whole: bool = True,
+    names: tuple[str, str] = NAMES,
+) -> None:
     """Raise ValueError if boundaries do not ascend from 0 to T, or a segment is longer than ``max_seqlen``.
 
-    ``owner`` is a prefix for the names in the message.
+    Unless ``whole``, the last may be less than T. ``names`` are the arguments' in the message.
     """
-    if (bounds[0], bounds[-1]) != (0, tokens):
-        raise ValueError(
-            f"{owner}cu_seqlens must go from 0 to the number of tokens, {tokens}, got {bounds[0]} to {bounds[-1]}"
-        )
+    if bounds[0] or bounds[-1] > tokens or (whole and bounds[-1] < tokens):
+        end = "the number of tokens" if whole else "at most the number of tokens"
+        raise ValueError(f"{names[0]} must go from 0 to {end}, {tokens}, got {bounds[0]} to {bounds[-1]}")
     lengths = [end - start for start, end in pairwise(bounds)]
     if min(lengths, default=0) < 0:
         s = next(s for s, length in enumerate(lengths) if length < 0)
-        raise ValueError(f"{owner}cu_seqlens must ascend, got {bounds[s + 1]} after {bounds[s]} at index {s + 1}")
+        raise ValueError(f"{names[0]} must ascend, got {bounds[s + 1]} after {bounds[s]} at index {s + 1}")
     longest = max(lengths, default=0)
     if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(f"{owner}max_seqlen must be at least the longest segment, {longest}, got {max_seqlen}")
+        raise ValueError(f"{names[1]} must be at least the longest segment, {longest}, got {max_seqlen}")
 
 
 def attention_parameters(
@@ -54,7 +73,8 @@ def attention_parameters(
 
     The cases are ``forward``, ``queries`` and ``keys``; ``width`` is D and ``group`` is H / K.
     """
-    name = "float32" if dtype == torch.float32 else f"{case}_wide" if width > 64 else case
+    case = "float32" if dtype == torch.float32 else case
+    name = f"{case}_widest" if width > 128 else f"{case}_wide" if width > 64 and case != "float32" else case
     tuned = launch_parameters("varlen_attention", name, device)
     return tuned, min(max(group & -group, 1), tuned["heads"])
 
@@ -170,13 +190,13 @@ def attention_tiles(cu_seqlens: torch.Tensor, tokens: int, dtype: torch.dtype, w
 
     Raises ValueError for a wrong shape or, on a CPU, wrong values of ``cu_seqlens``, TypeError for a wrong dtype.
     """
-    check_segments(cu_seqlens, tokens)
+    check_segments(cu_seqlens, tokens, whole=False)
     return _tiles_op(cu_seqlens, tokens, dtype, width, group)
 
 
-def tiles_of_size(tiles: torch.Tensor, size: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Return the tiles of one size, [T // size + S + 2, 4], of the result of `attention_tiles`."""
-    tokens, heads, width = q.shape
-    sizes = tile_sizes(q.dtype, width, heads // k.size(1), q.device)
+def tiles_of_size(tiles: torch.Tensor, size: int, x: torch.Tensor, group: int) -> torch.Tensor:
+    """Return the tiles of one size, [T // size + S + 2, 4], of the result of `attention_tiles` for x [T, heads, D]."""
+    tokens, _, width = x.shape
+    sizes = tile_sizes(x.dtype, width, group, x.device)
     parts = tiles.size(1) - tokens // sizes[0]
     return tiles[sizes.index(size), : tokens // size + parts].contiguous()

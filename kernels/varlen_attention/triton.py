@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ..common.compiling import jit, tl
 from ..common.epilogues import away_from_zero
 from ..common.operators import operator
 from ..common.partial_sums import partial_sums
-from .segments import attention_parameters, attention_tiles, tiles_of_size
+from .segments import attention_parameters, attention_tiles, segment_bounds, tiles_of_size
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -24,6 +25,7 @@ except ImportError:  # no Triton: the references are used
 # Columns of the heads whose q and k may stay in registers as operands of the loop's products. At 32, ptxas of CUDA 12.8
 # gives k's registers to a later product, so that dk and dv are wrong from the second tile of queries on.
 REGISTER_WIDTH = 64
+WIDEST = 256  # columns of a head
 
 
 @jit
@@ -40,6 +42,61 @@ def _tile(tiles, slot):
 def _first_query(first_queries, tiles, slot):
     """Load the index of the first query in a tile's segment."""
     return tl.load(first_queries + tl.load(tiles + slot * 4 + 3))
+
+
+@jit
+def _other_side(bounds, tiles, slot, start, length):
+    """Load where the other side of a tile's segment, its keys or its queries, starts, and its length.
+
+    Without ``bounds`` both sides are the tile's.
+    """
+    if bounds is not None:
+        bounds += tl.load(tiles + slot * 4 + 3)
+        low = tl.load(bounds)
+        length = tl.load(bounds + 1) - low
+        start = low.to(tl.int64)
+    return start, length
+
+
+@jit
+def _keys_seen(first, length, key_length, left, right, QUERIES: tl.constexpr):
+    """Return where the keys that a tile of queries attends to begin and end.
+
+    The segment has ``length`` queries and ``key_length`` keys, and its last query is in its last key's place.
+    """
+    shift = key_length - length
+    begin, end = 0, tl.minimum(first + QUERIES, length) + shift
+    if left is not None:
+        begin, end = tl.maximum(first + shift - left, 0), tl.minimum(end + right, key_length)
+    return begin, end
+
+
+@jit
+def _mask_keys(s, queries, at, first, length, key_length, left, right, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Set scores [queries, keys from ``at`` on] to -inf where the query does not attend to the key.
+
+    Tiles without such pairs stay as they are; ``first`` is the tile's first query.
+    """
+    keys = tl.arange(0, KEYS)
+    if left is None:
+        if at + KEYS > first:  # a tile on the diagonal
+            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+    else:
+        shift = key_length - length
+        if (at + KEYS > tl.minimum(first + shift + right + 1, key_length)) | (at < first + QUERIES - 1 + shift - left):
+            ahead = keys[None, :] + at - shift - queries[:, None]  # of the query's own place
+            s = tl.where((ahead <= right) & (ahead >= -left) & (keys[None, :] < key_length - at), s, float("-inf"))
+    return s
+
+
+@jit
+def _tanh(x):
+    """Return tanh x: a series where the quotient of exponentials would cancel."""
+    square = x * x
+    series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    e = tl.exp2(-2.8853900817779268 * tl.abs(x))  # e^(-2 |x|)
+    quotient = (1 - e) / (1 + e)
+    return tl.where(square < 0.09, series, tl.where(x < 0, -quotient, quotient))
 
 
 @jit
@@ -72,9 +129,9 @@ def _in_registers(x, D: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @jit
-def _base_2(s, scale):
-    """Return scores to the base 2; with a prologue (scale is None) the queries already contain the factor."""
-    return s if scale is None else s * scale
+def _base_2(s, scale, softcap):
+    """Return scores to the base 2; a prologue (scale is None) and a cap have already made them so."""
+    return s if scale is None or softcap is not None else s * scale
 
 
 @jit
@@ -137,12 +194,16 @@ def _attend(
     start,
     first,
     length,
+    key_length,
     head,
     k_t,
     k_h,
     v_t,
     v_h,
+    left,
+    right,
     scale,
+    softcap,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -150,33 +211,39 @@ def _attend(
     PRECISION: tl.constexpr,
     MAXIMUM: tl.constexpr,
 ):
-    """Return the sums over keys of p v and of p = exp2(score - top), and top: the maximum if MAXIMUM, else 0."""
+    """Return the sums over keys of p v and of p = exp2(score - top), and top: the maximum if MAXIMUM, else 0.
+
+    ``start`` is that of the segment's keys.
+    """
     ROWS: tl.constexpr = q.shape[0]
-    keys = tl.arange(0, KEYS)
     acc = tl.zeros((ROWS, D), tl.float32)
-    top = tl.full((ROWS,), float("-inf") if MAXIMUM else 0.0, tl.float32)
+    # A window may hide a row's first tiles: finite, as -inf - -inf is no number.
+    lowest = float("-inf") if left is None else -3e38
+    top = tl.full((ROWS,), lowest if MAXIMUM else 0.0, tl.float32)
     total = tl.zeros((ROWS, 8), tl.float32)  # over every eighth key: they lie in one thread, in a product's result
-    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
-        key = _rows(k, k_descriptor, start, at, length, head, k_t, k_h, KEYS, D)
+    begin, end = _keys_seen(first, length, key_length, left, right, QUERIES)
+    for at in tl.range(begin, end, KEYS, num_stages=STAGES):
+        key = _rows(k, k_descriptor, start, at, key_length, head, k_t, k_h, KEYS, D)
         s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-        if at + KEYS > first:  # a tile on the diagonal
-            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
+        if softcap is not None:
+            s = softcap * _tanh(s * scale)
+        s = _mask_keys(s, queries, at, first, length, key_length, left, right, QUERIES, KEYS)
         if MAXIMUM:
-            higher = tl.maximum(top, _base_2(tl.max(s, 1), scale))
+            higher = tl.maximum(top, _base_2(tl.max(s, 1), scale, softcap))
             shrunk = tl.exp2(top - higher)
             acc *= shrunk[:, None]
             total *= shrunk[:, None]
             top = higher
-            p = tl.exp2(_base_2(s, scale) - top[:, None])
+            p = tl.exp2(_base_2(s, scale, softcap) - top[:, None])
         else:
-            p = tl.exp2(_base_2(s, scale))
+            p = tl.exp2(_base_2(s, scale, softcap))
         total += tl.sum(tl.reshape(p, (ROWS, KEYS // 8, 8)), 1)
-        value = _rows(v, v_descriptor, start, at, length, head, v_t, v_h, KEYS, D)
+        value = _rows(v, v_descriptor, start, at, key_length, head, v_t, v_h, KEYS, D)
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
     return acc, tl.sum(total, 1), top
 
 
-@jit
+@jit(do_not_specialize=["left", "right"])
 def _attention_kernel(
     q,
     k,
@@ -189,6 +256,7 @@ def _attention_kernel(
     logits,
     tiles,
     first_queries,
+    key_bounds,
     q_t,
     q_h,
     k_t,
@@ -197,7 +265,10 @@ def _attention_kernel(
     v_h,
     logits_t,
     T,
+    left,
+    right,
     scale,
+    softcap,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -212,7 +283,8 @@ def _attention_kernel(
 
     NO_MAXIMUM takes exponentials of the scores without subtracting their maximum. If the sums then show that scores
     were too large or all too small, the tile is computed again with the maximum. With first_queries, a tile that has
-    queries is computed as a whole, and its rows before the first query get zeros. Tokens in no segment get zeros.
+    queries is computed as a whole, and its rows before the first query get zeros. Tokens in no segment get zeros, and
+    rows that attend to no key zeros and an lse of -inf.
     """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     slot = tl.program_id(0) // (H // HEADS)
@@ -239,6 +311,7 @@ def _attention_kernel(
     q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
     if k_descriptor is not None:  # barriers take shared memory: with q there too, one program fewer fits on an SM
         q = _in_registers(q, D, PRECISION)
+    key_start, key_length = _other_side(key_bounds, tiles, slot, start, length)
     acc, total, top = _attend(
         q,
         k,
@@ -246,15 +319,19 @@ def _attention_kernel(
         k_descriptor,
         v_descriptor,
         queries,
-        start,
+        key_start,
         first,
         length,
+        key_length,
         head // GROUP,
         k_t,
         k_h,
         v_t,
         v_h,
+        left,
+        right,
         scale,
+        softcap,
         D,
         QUERIES,
         KEYS,
@@ -262,9 +339,14 @@ def _attention_kernel(
         PRECISION,
         not NO_MAXIMUM,
     )
+    if left is not None:
+        own = queries + key_length - length  # the query's place among the keys
+        keys_of_row = tl.minimum(own + right, key_length - 1) - tl.maximum(own - left, 0) + 1
     if NO_MAXIMUM:
         # Nothing has overflowed then, and terms that underflowed are less than 2^-80 of the row's sum.
         sound = (total > 2.0**-40) & (total < 2.0**100) & (tl.sum(tl.abs(acc), 1) < 2.0**126)
+        if left is not None:
+            sound |= keys_of_row <= 0
         if tl.min(sound.to(tl.int32)) == 0:
             acc, total, top = _attend(
                 q,
@@ -273,15 +355,19 @@ def _attention_kernel(
                 None,
                 None,
                 queries,
-                start,
+                key_start,
                 first,
                 length,
+                key_length,
                 head // GROUP,
                 k_t,
                 k_h,
                 v_t,
                 v_h,
+                left,
+                right,
                 scale,
+                softcap,
                 D,
                 QUERIES,
                 32,
@@ -289,8 +375,14 @@ def _attention_kernel(
                 PRECISION,
                 True,
             )
-    # A first token has a single p: divide by p as rounded for the product, which makes o = v exact.
-    acc *= (1 / tl.where(queries == 0, total.to(v.dtype.element_ty).to(tl.float32), total))[:, None]
+    if left is None:
+        single = queries == 0
+    else:
+        single = keys_of_row == 1
+        total = tl.where(keys_of_row > 0, total, 1)
+        top = tl.where(keys_of_row > 0, top, float("-inf"))
+    # A row of one key has a single p: divide by p as rounded for the product, which makes o = v exact.
+    acc *= (1 / tl.where(single, total.to(v.dtype.element_ty).to(tl.float32), total))[:, None]
     at_rows = start + first + head * T + rows // QUERIES * T + rows % QUERIES
     tl.store(lse + at_rows, top + tl.log2(total), mask=inside)
     if components is not None:
@@ -308,7 +400,7 @@ def _attention_kernel(
     tl.store(o + _offsets(H * D, D, QUERIES, HEADS, D), acc.to(o.dtype.element_ty), mask=inside[:, None])
 
 
-@jit
+@jit(do_not_specialize=["left", "right"])
 def _attention_queries_kernel(
     do,
     q,
@@ -318,6 +410,7 @@ def _attention_queries_kernel(
     v_descriptor,
     o,
     lse,
+    dlse,
     components,
     logits,
     pairs,
@@ -333,6 +426,7 @@ def _attention_queries_kernel(
     padding,
     tiles,
     first_queries,
+    key_bounds,
     do_t,
     do_h,
     q_t,
@@ -350,7 +444,10 @@ def _attention_queries_kernel(
     padding_t,
     T,
     period,
+    left,
+    right,
     scale,
+    softcap,
     factor,
     unit,
     H: tl.constexpr,
@@ -366,7 +463,7 @@ def _attention_queries_kernel(
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write dq of a tile of queries, and the pairs (lse, delta = <do, o>).
+    """Write dq of a tile of queries, and the pairs (lse, delta = <do, o>; if dlse is given, less dlse / ln 2).
 
     With core_do, the arguments do and o are the gradient and the result y = g (o - <o, u> u) of the epilogue of
     `attention_forward`. The kernel then also writes core_do = g (do - <do, u> u), dlogits, and into dv the gradient
@@ -446,19 +543,29 @@ def _attention_queries_kernel(
     q += at_first * q_t + head * q_h
     q = tl.load(q + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=is_query[:, None], other=0)
     lse = tl.load(lse + at_rows, mask=is_query, other=0)
+    if dlse is not None:
+        delta -= tl.load(dlse + at_rows, mask=is_query, other=0) * 1.4426950408889634
+    if left is not None:  # rows without keys: exp2(-inf - lse) is zero, and multiplies a finite delta
+        keyless = lse == float("-inf")
+        lse, delta = tl.where(keyless, 0, lse), tl.where(keyless, 0, delta)
     pair = tl.arange(0, WIDTH)[None, :]
     pairs += at_rows[:, None] * WIDTH + pair
     tl.store(pairs, tl.where(pair % 2 == 0, lse[:, None], delta[:, None]), mask=is_query[:, None])
-    keys = tl.arange(0, KEYS)
     acc = tl.zeros((QUERIES * HEADS, D), tl.float32)
-    for at in tl.range(0, tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
-        key = _rows(k, k_descriptor, start, at, length, head // GROUP, k_t, k_h, KEYS, D)
+    key_start, key_length = _other_side(key_bounds, tiles, slot, start, length)
+    begin, end = _keys_seen(first, length, key_length, left, right, QUERIES)
+    for at in tl.range(begin, end, KEYS, num_stages=STAGES):
+        key = _rows(k, k_descriptor, key_start, at, key_length, head // GROUP, k_t, k_h, KEYS, D)
         s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-        if at + KEYS > first:
-            s = tl.where(queries[:, None] >= keys[None, :] + at, s, float("-inf"))
-        value = _rows(v, v_descriptor, start, at, length, head // GROUP, v_t, v_h, KEYS, D)
+        if softcap is not None:
+            tanh = _tanh(s * scale)
+            s = softcap * tanh
+        s = _mask_keys(s, queries, at, first, length, key_length, left, right, QUERIES, KEYS)
+        value = _rows(v, v_descriptor, key_start, at, key_length, head // GROUP, v_t, v_h, KEYS, D)
         dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
-        ds = tl.exp2(_base_2(s, scale) - lse[:, None]) * (dp - delta[:, None])
+        ds = tl.exp2(_base_2(s, scale, softcap) - lse[:, None]) * (dp - delta[:, None])
+        if softcap is not None:
+            ds *= 1 - tanh * tanh
         acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
     if gain is None:
         acc *= factor
@@ -480,7 +587,7 @@ def _attention_queries_kernel(
     _clear_padding(padding, padding_t, at_first, first, length, head, QUERIES, PADDING, PADDED)
 
 
-@jit
+@jit(do_not_specialize=["left", "right"])
 def _attention_keys_kernel(
     do,
     q,
@@ -494,6 +601,7 @@ def _attention_keys_kernel(
     sin,
     tiles,
     first_queries,
+    query_bounds,
     do_t,
     do_h,
     q_t,
@@ -508,7 +616,10 @@ def _attention_keys_kernel(
     dv_h,
     T,
     period,
+    left,
+    right,
     scale,
+    softcap,
     factor,
     H: tl.constexpr,
     GROUP: tl.constexpr,
@@ -550,18 +661,23 @@ def _attention_keys_kernel(
     queries = rows % QUERIES
     acc_k = tl.zeros((KEYS, D), tl.float32)
     acc_v = tl.zeros((KEYS, D), tl.float32)
-    begin = first // QUERIES * QUERIES
+    query_start, query_length = _other_side(query_bounds, tiles, slot, start, length)
+    shift = length - query_length
+    begin, end = first // QUERIES * QUERIES, query_length
+    if left is not None:
+        begin = tl.maximum(first - shift - right, 0)
+        end = tl.minimum(tl.minimum(first + KEYS, length) - shift + left, query_length)
     if first_queries is not None:  # tiles start there, so that no row needs a mask
         begin = tl.maximum(begin, _first_query(first_queries, tiles, slot))
     for part in tl.static_range(0, GROUP, HEADS):
-        at_begin = start + begin
+        at_begin = query_start + begin
         query_head = head * GROUP + part
         q_rows = q + at_begin * q_t + query_head * q_h + _offsets(q_t, q_h, QUERIES, HEADS, D)
         do_rows = do + at_begin * do_t + query_head * do_h + _offsets(do_t, do_h, QUERIES, HEADS, D)
         at_rows = at_begin + query_head * T + rows // QUERIES * T + queries
         of_rows = pairs + at_rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        for at in tl.range(begin, length, QUERIES, num_stages=STAGES):
-            valid = queries[:, None] < length - at
+        for at in tl.range(begin, end, QUERIES, num_stages=STAGES):
+            valid = queries[:, None] < query_length - at
             query = tl.load(q_rows, mask=valid, other=0)
             gradient = tl.load(do_rows, mask=valid, other=0)
             both = tl.load(of_rows, mask=valid, other=0).reshape(QUERIES * HEADS, WIDTH // 2, 2)
@@ -570,12 +686,21 @@ def _attention_keys_kernel(
                 both = tl.split(both)[0]
             lse, delta = tl.split(both.reshape(QUERIES * HEADS, 2))
             s = tl.dot(k, tl.trans(query), input_precision=PRECISION)
-            if at < first + KEYS:
-                s = tl.where(queries[None, :] + at >= keys[:, None], s, float("-inf"))
+            if softcap is not None:
+                tanh = _tanh(s * scale)
+                s = softcap * tanh
+            if left is None:
+                if at < first + KEYS:
+                    s = tl.where(queries[None, :] + at >= keys[:, None], s, float("-inf"))
+            elif (at + shift + right < first + KEYS - 1) | (at + shift + QUERIES - 1 - left > first):
+                ahead = keys[:, None] - (queries[None, :] + at + shift)
+                s = tl.where((ahead <= right) & (ahead >= -left), s, float("-inf"))
             dp = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
-            p = tl.exp2(_base_2(s, scale) - lse[None, :])
+            p = tl.exp2(_base_2(s, scale, softcap) - lse[None, :])
             acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
             ds = p * (dp - delta[None, :])
+            if softcap is not None:
+                ds *= 1 - tanh * tanh
             acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision=PRECISION)
             q_rows += QUERIES * q_t
             do_rows += QUERIES * do_t
@@ -607,17 +732,36 @@ def _attention_keys_kernel(
 # --- Launches ---
 
 
-def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
+class Options(NamedTuple):
+    """What `varlen_attention` does beyond causal attention of tokens on their own segment."""
+
+    window: Sequence[int] | None = (
+        None  # (left, right) as there, right = 0 for causal; None: (-1, 0), by faster kernels
+    )
+    softcap: float = 0.0
+    query_bounds: torch.Tensor | None = None  # of the segments of q and k, int32 [S + 1], as `segment_bounds` returns
+    key_bounds: torch.Tensor | None = None  # them; both or neither, and with a window only
+
+
+PLAIN = Options()
+
+
+def _settings(case: str, q: torch.Tensor, k: torch.Tensor, options: Options) -> dict:
     """Return the constants and options of a case's launch."""
     heads, width = q.shape[1:]
     group = heads // k.size(1)
     tuned, heads_per_tile = attention_parameters(case, q.dtype, width, group, q.device)
-    options: dict[str, Any] = {}
+    # With fewer heads a tile has more tokens, whose addresses take registers; so do a cap's derivative, and a window in
+    # the keys' kernel where it goes over its queries more than once.
+    roomy = heads_per_tile != tuned["heads"]
+    again = case == "keys" and heads_per_tile != group and options.window is not None
+    roomy |= case != "forward" and (options.softcap > 0 or again)
+    constants: dict[str, Any] = {}
     if case == "forward":  # without the maximum, exponentials exceed float16's range
-        options["NO_MAXIMUM"] = bool(tuned["plain"]) and q.dtype != torch.float16
+        constants["NO_MAXIMUM"] = bool(tuned["plain"]) and q.dtype != torch.float16
     elif case == "keys":
-        options["K_IN_REGISTERS"] = bool(tuned["held"]) and width == REGISTER_WIDTH
-    return options | dict(
+        constants["K_IN_REGISTERS"] = bool(tuned["held"]) and width == REGISTER_WIDTH
+    return constants | dict(
         H=heads,
         GROUP=group,
         D=width,
@@ -627,9 +771,21 @@ def _settings(case: str, q: torch.Tensor, k: torch.Tensor) -> dict:
         STAGES=tuned["stages"],
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tuned["warps"],
-        # With fewer heads a tile has more tokens, whose addresses take registers.
-        maxnreg=tuned["maxnreg"] if heads_per_tile == tuned["heads"] else 255,
+        maxnreg=255 if roomy else tuned["maxnreg"],
     )
+
+
+def _score_arguments(
+    q: torch.Tensor, k: torch.Tensor, scale: float, options: Options
+) -> tuple[int | None, int | None, float, float | None]:
+    """Return the kernels' left, right, scale and softcap: what makes masked scores to the base 2 of products q · k."""
+    left = right = None
+    if options.window is not None:
+        most = max(q.size(0), k.size(0))  # as good as unlimited, and far from what 32 bits hold
+        left, right = (most if side < 0 else min(side, most) for side in options.window)
+    if not options.softcap:
+        return left, right, scale * math.log2(math.e), None
+    return left, right, scale / options.softcap, options.softcap * math.log2(math.e)
 
 
 def _with_contiguous_rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -690,6 +846,7 @@ def attention_forward(
     tiles: torch.Tensor,
     scale: float,
     *,
+    options: Options = PLAIN,
     components: torch.Tensor | None = None,
     logits: torch.Tensor | None = None,
     base_2: bool = False,
@@ -707,9 +864,10 @@ def attention_forward(
     o, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=torch.float32)
     if o.numel():
         q, k, v = _with_contiguous_rows(q, k, v)
-        settings = _settings("forward", q, k)
+        settings = _settings("forward", q, k, options)
+        left, right, unit, cap = _score_arguments(q, k, scale, options)
         with torch.cuda.device_of(q):  # Triton launches on the current device
-            tiles = tiles_of_size(tiles, settings["QUERIES"], q, k)
+            tiles = tiles_of_size(tiles, settings["QUERIES"], q, settings["GROUP"])
             _attention_kernel[(tiles.size(0) * heads // settings["HEADS"],)](
                 q,
                 k,
@@ -721,10 +879,14 @@ def attention_forward(
                 logits,
                 tiles,
                 first_queries,
+                options.key_bounds,
                 *_strides(q, k, v),
                 *_row_strides(logits),
                 tokens,
-                None if base_2 else scale * math.log2(math.e),
+                left,
+                right,
+                None if base_2 else unit,
+                cap,
                 **settings,
             )
     return o, lse
@@ -743,6 +905,8 @@ def attention_backward(
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
     *,
+    options: Options = PLAIN,
+    dlse: torch.Tensor | None = None,
     components: torch.Tensor | None = None,
     logits: torch.Tensor | None = None,
     dlogits: torch.Tensor | None = None,
@@ -753,11 +917,13 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk and dv, written into the tensors given for them, whose rows must be contiguous.
 
-    o and lse are the results of `attention_forward`, do is the gradient of o. Pass the same ``components`` (with the
-    values written there), ``logits`` and ``first_queries``: dlogits is then written; components or logits need H / K to
-    be one of `GROUPS`; rows of do before the first query are not read, and get zeros in dq and dlogits. With the
-    ``prologue`` from which q and k come, dq and dk are the gradients of its inputs, and dgain, float32 [H], is written.
-    ``padding`` [T, columns] gets zeros. D is a power of two from 16 to 128, here and in `attention_forward`.
+    o and lse are the results of `attention_forward`, do and dlse, contiguous or None for zeros, their gradients. Pass
+    the same ``options``, ``components`` (with the values written there), ``logits`` and ``first_queries``: dlogits is
+    then written;
+    components or logits need H / K to be one of `GROUPS`; rows of do before the first query are not read, and get zeros
+    in dq and dlogits. With the ``prologue`` from which q and k come, dq and dk are the gradients of its inputs, and
+    dgain, float32 [H], is written. ``padding`` [T, columns] gets zeros. D is a power of two from 16 to 256, here and in
+    `attention_forward`.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
@@ -766,7 +932,7 @@ def attention_backward(
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     do, q, k, v = _with_contiguous_rows(do, q, k, v)
-    by_queries, by_keys = _settings("queries", q, k), _settings("keys", q, k)
+    by_queries, by_keys = _settings("queries", q, k, options), _settings("keys", q, k, options)
     core_do = None
     if components is not None or logits is not None:
         core_do = do.new_empty(do.shape)
@@ -780,12 +946,16 @@ def attention_backward(
     inverse_rms, gain, cos, sin = prologue or (None,) * 4
     constants = dict(WIDTH=width, HALF=prologue.cos.size(1) if prologue else 0)
     with torch.cuda.device_of(q):
-        of_queries, of_keys = (tiles_of_size(tiles, size, q, k) for size in (by_queries["QUERIES"], by_keys["KEYS"]))
+        group = by_keys["GROUP"]
+        of_queries = tiles_of_size(tiles, by_queries["QUERIES"], q, group)
+        if options.key_bounds is not None:
+            tiles = attention_tiles(options.key_bounds, k.size(0), k.dtype, k.size(2), group)
+        of_keys = tiles_of_size(tiles, by_keys["KEYS"], k, group)
         if prologue:
             partials = lse.new_empty(heads, of_queries.size(0))
             period = None if prologue.cos.size(0) == tokens else prologue.cos.size(0)
-        unit = scale * math.log2(math.e)
-        rest = tokens, period, *((None, math.log(2)) if prologue else (unit, scale))
+        left, right, unit, cap = _score_arguments(q, k, scale, options)
+        scores = left, right, None if prologue else unit, cap, math.log(2) if prologue else scale
         _attention_queries_kernel[(of_queries.size(0) * heads // by_queries["HEADS"],)](
             do,
             q,
@@ -794,6 +964,7 @@ def attention_backward(
             *(_descriptors("queries", q, k, v) if prologue else (None, None)),
             o.contiguous(),
             lse,
+            dlse,
             components,
             logits,
             pairs,
@@ -809,9 +980,12 @@ def attention_backward(
             padding,
             of_queries,
             first_queries,
+            options.key_bounds,
             *_strides(do, q, k, v, dq, dv),
             *_row_strides(logits, dlogits, padding),
-            *rest,
+            tokens,
+            period,
+            *scores,
             unit,
             PADDING=columns,
             PADDED=1 << max(columns - 1, 0).bit_length(),
@@ -834,8 +1008,11 @@ def attention_backward(
             sin,
             of_keys,
             first_queries,
+            options.query_bounds,
             *_strides(do, q, k, v, dk, dv),
-            *rest,
+            tokens,
+            period,
+            *scores,
             ADD=components is not None,
             **constants,
             **by_keys,
@@ -846,12 +1023,15 @@ def attention_backward(
 # --- Operators and derivatives ---
 
 
-def _fake_forward(q, k, v, tiles, scale):
-    return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+def _forward_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, scale: float, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return attention_forward(q, k, v, tiles, scale, options=Options(*options))
 
 
 def _backward_triton(
     do: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -859,44 +1039,74 @@ def _backward_triton(
     lse: torch.Tensor,
     tiles: torch.Tensor,
     scale: float,
+    *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return attention_backward(do, q, k, v, o, lse, tiles, scale)
+    dlse = None if dlse is None else dlse.contiguous()
+    return attention_backward(do, q, k, v, o, lse, tiles, scale, options=Options(*options), dlse=dlse)
 
 
+_OPTIONS = "Tensor tiles, float scale, int[]? window, float softcap, Tensor? query_bounds, Tensor? key_bounds"
 _backward_op = operator(
-    "varlen_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor tiles, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
+    "varlen_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward_triton,
-    lambda do, q, k, v, o, lse, tiles, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    lambda do, dlse, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-    ctx.scale = inputs[4]
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3], *inputs[7:])
+    ctx.options = inputs[4:7]
+    ctx.set_materialize_grads(False)
 
 
 @once_differentiable
-def _differentiate(ctx, do, _):
-    return *_backward_op(do, *ctx.saved_tensors, ctx.scale), None, None
+def _differentiate(ctx, do, dlse):
+    if do is None and dlse is None:
+        return (None,) * 9
+    *saved, query_bounds, key_bounds = ctx.saved_tensors
+    do = torch.zeros_like(saved[3]) if do is None else do
+    return *_backward_op(do, dlse, *saved, *ctx.options, query_bounds, key_bounds), *(None,) * 6
 
 
 _forward_op = operator(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor tiles, float scale) -> (Tensor, Tensor)",
-    attention_forward,
-    _fake_forward,
+    f"varlen_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    _forward_triton,
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)),
     setup_context=_save,
     backward=_differentiate,
 )
 
 
 def varlen_attention_triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
-) -> torch.Tensor:
-    """Compute `varlen_attention` by kernels."""
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    *,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_k: int | None,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute `varlen_attention` by kernels; the longest segments are ignored."""
     width = q.size(-1)
+    if width > WIDEST:
+        raise ValueError(f"the kernels take heads of at most {WIDEST} columns, got {width}; PGOLF_KERNELS=reference")
     if width & (width - 1) or width < 16:  # the tiles' widths are powers of two
         q, k, v = (F.pad(x, (0, max(16, 1 << (width - 1).bit_length()) - width)) for x in (q, k, v))
     tiles = attention_tiles(cu_seqlens, q.size(0), q.dtype, q.size(2), q.size(1) // k.size(1))
-    return _forward_op(q, k, v, tiles, scale)[0][..., :width].contiguous()
+    window: tuple[int, int] | None = (window_size[0], 0 if causal else window_size[1])
+    bounds: tuple[torch.Tensor | None, ...] = (None, None)
+    if cu_seqlens_k is not None:
+        sides = ((cu_seqlens, q), (cu_seqlens_k, k))
+        bounds = tuple(segment_bounds(boundaries, x.size(0)).int() for boundaries, x in sides)
+    elif window == (-1, 0):
+        window = None
+    o, lse = _forward_op(q, k, v, tiles, scale, window, softcap, *bounds)
+    o = o[..., :width].contiguous()
+    return (o, math.log(2) * lse) if return_lse else o
