@@ -1,8 +1,10 @@
 """Variable-length causal attention with grouped heads, bf16: ``python -m bench.varlen_attention``.
 
 The cases `forward` and `forward_backward` are the record model's: 98,304 tokens, 8 query and 4 key heads of width 64,
-documents of log-normal length (median 400, cut at 2048). `long` has segments of 8192 tokens, `wide` heads of width 128.
-`eager` is PyTorch's varlen attention (FlashAttention-2) on a GPU, `fa3` and `fa4` later ones where installed.
+documents of log-normal length (median 400, cut at 2048). `long` has segments of 8192 tokens, `wide` heads of width 128,
+`widest` of 256. The cases of `sequence` are one of 32,768 tokens with 16 query and 4 key heads; with a `window` a token
+attends to 1,024. `eager` is PyTorch's varlen attention (FlashAttention-2) on a GPU, `fa3` and `fa4` later ones where
+installed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise, product
 
 import torch
 
@@ -36,19 +39,31 @@ def document_boundaries(tokens: int, device: torch.device) -> Tensor:
     return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """In q's dtype, segment by segment and head by head."""
-    group, bounds, outs = q.size(1) // k.size(1), cu_seqlens.tolist(), []
-    for low, high in zip(bounds, bounds[1:], strict=False):
-        if low == high:
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor | None, cu_seqlens: Tensor, left: int
+) -> tuple[Tensor, ...]:
+    """o, and with ``do`` the gradients of q, k and v, in q's dtype; a block of queries holds its scores at a time."""
+    scale, group, bounds = q.size(2) ** -0.5, q.size(1) // k.size(1), cu_seqlens.tolist()
+    o, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    blocks = [(low, at, min(at + 1024, high)) for low, high in pairwise(bounds) for at in range(low, high, 1024)]
+    for (low, at, end), head in product(blocks, range(k.size(1))):
+        begin = low if left < 0 else max(low, at - left)
+        rows, keys, heads = slice(at, end), slice(begin, end), slice(head * group, (head + 1) * group)
+        query, key, value = q[rows, heads].transpose(0, 1), k[keys, head], v[keys, head]
+        places = torch.arange(begin, end, device=q.device)
+        ahead = places - places[at - begin :, None]
+        hidden = (ahead > 0) | (ahead < -left if left >= 0 else False)
+        p = (scale * query @ key.T).masked_fill(hidden, -torch.inf).softmax(-1)
+        out = p @ value
+        o[rows, heads] = out.transpose(0, 1)
+        if do is None:
             continue
-        later = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
-        heads = []
-        for head in range(q.size(1)):
-            scores = q[low:high, head] @ k[low:high, head // group].T * q.size(2) ** -0.5
-            heads.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ v[low:high, head // group])
-        outs.append(torch.stack(heads, 1))
-    return torch.cat(outs)
+        gradient = do[rows, heads].transpose(0, 1)
+        ds = scale * p * (gradient @ value.T - (gradient * out).sum(-1, keepdim=True))
+        dq[rows, heads] = (ds @ key).transpose(0, 1)
+        dk[keys, head] += torch.einsum("hij,hid->jd", ds, query)
+        dv[keys, head] += torch.einsum("hij,hid->jd", p, gradient)
+    return (o,) if do is None else (o, dq, dk, dv)
 
 
 def build(
@@ -60,11 +75,13 @@ def build(
     width: int,
     device: torch.device,
     quick: bool,
+    window: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Case:
-    """A case with segments of ``segment`` tokens, or documents where it is 0."""
+    """A case with segments of ``segment`` tokens, or documents where it is 0; a ``window`` has so many keys, 0 all."""
     if quick or device.type != "cuda":
-        tokens, segment = tokens // 128, segment // 128
+        tokens, segment, window = tokens // 128, segment // 128, window // 128
+    left = window - 1
     cu_seqlens = document_boundaries(tokens, device)
     if segment:
         cu_seqlens = torch.arange(0, tokens + 1, segment, dtype=torch.int32, device=device)
@@ -84,45 +101,54 @@ def build(
 
         return both
 
+    def ours(attention: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda q, k, v: attention(q, k, v, cu_seqlens, longest, window_size=(left, -1))
+
     def eager() -> Function:
         if device.type != "cuda" or dtype == torch.float32:
-            return provider(lambda q, k, v: varlen_attention_reference(q, k, v, cu_seqlens, longest))
-        return provider(lambda q, k, v: flash_attention(q, k, v, cu_seqlens, longest))
+            return provider(ours(varlen_attention_reference))
+        return provider(lambda q, k, v: flash_attention(q, k, v, cu_seqlens, longest, window_size=(left, 0)))
 
     def flash(module: str) -> Function:
         function = _flash(module)
         settings = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest)
-        return provider(lambda q, k, v: _first(function(q, k, v, **settings, causal=True)))
+        return provider(lambda q, k, v: _first(function(q, k, v, **settings, causal=True, window_size=(left, 0))))
 
     def exact() -> tuple[Tensor, ...]:
-        double = [x.detach().double().requires_grad_() for x in inputs]
-        results = []
-        bounds = cu_seqlens.unique_consecutive().tolist()
-        for low, high in zip(bounds, bounds[1:], strict=False):  # a graph for each: the scores of all are too many
-            part = [x[low:high] for x in double]
-            o = exact_attention(*part, torch.tensor([0, high - low]))
-            gradients = torch.autograd.grad(o, part, do[low:high].double()) if backward else ()
-            results.append((o.detach(), *gradients))
-        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+        double = (x.detach().double() for x in inputs)
+        return exact_attention(*double, do.double() if backward else None, cu_seqlens.unique_consecutive(), left)
 
     providers = {
         "eager": eager,
         "fa3": partial(flash, "flash_attn_interface"),
         "fa4": partial(flash, "flash_attn.cute"),
-        "pgolf": lambda: provider(lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, longest)),
+        "pgolf": lambda: provider(ours(varlen_attention)),
     }
     forward_bytes = 2 * q.nbytes + k.nbytes + v.nbytes
     backward_bytes = 4 * q.nbytes + 2 * (k.nbytes + v.nbytes)  # q, o, do read, dq written
     lengths = cu_seqlens.diff().double()
-    pairs = int((lengths * (lengths + 1) / 2).sum())
+    seen = lengths.clamp(max=window or torch.inf)  # a window's keys, of which its first queries have fewer
+    pairs = int((seen * (seen + 1) / 2 + (lengths - seen) * seen).sum())
     operations = (4 + 10 * backward) * pairs * heads * width
     return Case(providers, exact, forward_bytes + backward * backward_bytes, operations)
 
 
-SHAPES = {"": (98_304, 0, 8, 4, 64), "_long": (32_768, 8192, 8, 4, 64), "_wide": (98_304, 0, 4, 2, 128)}
+SHAPES: dict[str, tuple[int, ...]] = {  # tokens, tokens of a segment, H, K, D
+    "": (98_304, 0, 8, 4, 64),
+    "_long": (32_768, 8192, 8, 4, 64),
+    "_wide": (98_304, 0, 4, 2, 128),
+    "_widest": (98_304, 0, 2, 1, 256),
+    "_sequence": (32_768, 32_768, 16, 4, 64),
+    "_sequence_wide": (32_768, 32_768, 16, 4, 128),
+}
 CASES: dict[str, Builder] = {
     f"forward{'_backward' * backward}{name}": partial(build, backward, *shape)
     for name, shape in SHAPES.items()
+    for backward in (False, True)
+}
+CASES |= {
+    f"forward{'_backward' * backward}{name}_window": partial(build, backward, *SHAPES[name], window=1024)
+    for name in ("_sequence", "_sequence_wide")
     for backward in (False, True)
 }
 _CHOICES = dict(
@@ -131,13 +157,17 @@ _CHOICES = dict(
 _MAXIMUM, _K_IN_REGISTERS = dict(plain=(0, 1)), dict(held=(0, 1))
 TUNING = {
     f"{entry}{name}": Tuning(CASES[f"{case}{name}"], _CHOICES | switch)
-    for name in ("", "_wide")
+    for name in ("", "_wide", "_widest")
     for entry, case, switch in (
         ("forward", "forward", _MAXIMUM),
         ("queries", "forward_backward", {}),
         ("keys", "forward_backward", _K_IN_REGISTERS),
     )
-} | {"float32": Tuning(partial(build, True, 16_384, 512, 8, 4, 64, dtype=torch.float32), _CHOICES | _MAXIMUM)}
+}
+TUNING |= {
+    name: Tuning(partial(build, True, 16_384, 512, *heads, dtype=torch.float32), _CHOICES | _MAXIMUM)
+    for name, heads in (("float32", (8, 4, 64)), ("float32_widest", (2, 1, 256)))
+}
 
 
 def _flash(module: str) -> Callable:

@@ -5,7 +5,7 @@ In the order in which a run uses them. Every step of training:
 layer_weights         all layers' matrices in the compute dtype, from the banks that the optimizer keeps
 smear_gate            embedding lookup, gated addition of the previous token and RMSNorm: the model's prologue
 residual              the residual stream between the products: mixes, skips, lanes and RMSNorm
-varlen_attention      causal attention within the segments of a packed token stream
+varlen_attention      attention within the segments of a packed token stream, causal, windowed or full
 gated_attention       an attention sublayer from its normalised input to the input of its output projection
 residual_mlp          the MLP with its residual connection, elementwise steps inside the products
 linear_cross_entropy  cross-entropy of a linear head, softcapped or not

@@ -36,14 +36,23 @@ def compile_all(
     epilogue: bool = False,
     half: int | None = 8,
     first_queries: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    other_keys: bool = False,
 ) -> list[Compiled]:
-    """Every kernel of the family, alone or with ``epilogue`` and prologue; k and v are slices of a projection."""
+    """Every kernel of the family, alone or with ``epilogue`` and prologue; k and v are slices of a projection.
+
+    With ``other_keys`` keys have boundaries of their own, and lse a gradient.
+    """
     q, fused = torch.empty(TOKENS, heads, width, dtype=dtype), torch.empty(TOKENS, 16 * width + 16, dtype=dtype)
     k, v = (fused[:, i * 4 * width : (i + 1) * 4 * width].unflatten(1, (4, width)) for i in range(2))
     bounds, lse = torch.full((SEGMENTS + 1,), TOKENS, dtype=torch.int32), torch.empty(heads, TOKENS)
     bounds[0] = 0
     logits = fused[:, 16 * width : 16 * width + heads]
     forward, backward = {}, {}
+    options = family.Options(window, softcap, *([bounds, bounds] if other_keys else []))
+    if other_keys:
+        backward = dict(dlse=lse)
     if epilogue:
         forward = dict(components=lse, logits=logits)
         padding = fused[:, 16 * width + heads :]
@@ -56,8 +65,8 @@ def compile_all(
         backward |= dict(prologue=made_by, dgain=gain)
     with compiling(capability) as kernels:
         tiles = attention_tiles(bounds, TOKENS, dtype, width, heads // 4)
-        family.attention_forward(q, k, v, tiles, 0.125, base_2=epilogue, **forward)
-        family.attention_backward(q, q, k, v, q, lse, tiles, 0.125, **backward)
+        family.attention_forward(q, k, v, tiles, 0.125, options=options, base_2=epilogue, **forward)
+        family.attention_backward(q, q, k, v, q, lse, tiles, 0.125, options=options, **backward)
     for kernel in kernels:
         check(kernel)
     small = "_attention_bounds_kernel", "_attention_tiles_kernel", "_partial_sums_kernel"
@@ -121,6 +130,32 @@ def test_attention_of_some_queries(capability: int, width: int) -> None:
         check(kernel, registers=registers, matrix_products=capability != 100, streams=True)
         waits = PRODUCTS[kernel.name] + (kernel.name == "_attention_kernel")
         assert capability != 90 or kernel.count(r"WARPGROUP\.DEPBAR") <= waits, f"{kernel.name}: products in series"
+
+
+WINDOW = dict(window=(1023, 0))
+EVERYTHING = dict(window=(1023, 0), softcap=50.0, other_keys=True)
+
+
+@pytest.mark.parametrize(
+    "width, options",
+    [(64, WINDOW), (64, EVERYTHING), (128, EVERYTHING), (256, {}), (256, EVERYTHING)],
+    ids=str,
+)
+def test_attention_with_options(width: int, options: dict) -> None:
+    for kernel in compile_all(90, width, **options):
+        check(kernel, matrix_products=True, streams=True)
+        assert kernel.count(r"WARPGROUP\.DEPBAR") <= PRODUCTS[kernel.name], f"{kernel.name}: products in series"
+
+
+def test_attention_with_a_window_and_four_heads_to_a_key() -> None:
+    for kernel in compile_all(90, heads=16, **EVERYTHING):
+        check(kernel, matrix_products=True, streams=True)
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_widest_attention_on_other_chips(capability: int) -> None:
+    for kernel in compile_all(capability, 256, **EVERYTHING):
+        check(kernel, matrix_products=capability != 100, streams=True)
 
 
 def test_attention_in_float32() -> None:

@@ -65,17 +65,18 @@ def flash_attention(
     max_seqlen: int,
     cu_keys: Tensor | None = None,
     max_keys: int | None = None,
+    window_size: tuple[int, int] = (-1, 0),
 ) -> Tensor:
     """Compute causal attention of q [T, H, D] on k, v [T, K, D] in segments by PyTorch's FlashAttention.
 
-    ``cu_seqlens`` and ``max_seqlen`` are those of `varlen_attention`. With ``cu_keys`` and ``max_keys``, given both or
-    neither, a segment has more keys than queries; the queries are its last tokens.
+    ``cu_seqlens``, ``max_seqlen`` and ``window_size`` are those of `varlen_attention`. With ``cu_keys`` and
+    ``max_keys``, given both or neither, a segment has more keys than queries; the queries are its last tokens.
     """
     from torch.nn.attention.varlen import varlen_attn  # here, as it imports the compiler, which takes seconds
 
     if cu_keys is None or max_keys is None:
         cu_keys, max_keys = cu_seqlens, max_seqlen
-    o = varlen_attn(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, window_size=(-1, 0), **_GROUPED)
+    o = varlen_attn(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, window_size=window_size, **_GROUPED)
     assert isinstance(o, Tensor)
     return o
 
