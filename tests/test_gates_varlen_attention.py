@@ -147,8 +147,9 @@ def test_attention_with_options(width: int, options: dict) -> None:
         assert kernel.count(r"WARPGROUP\.DEPBAR") <= PRODUCTS[kernel.name], f"{kernel.name}: products in series"
 
 
-def test_attention_with_a_window_and_four_heads_to_a_key() -> None:
-    for kernel in compile_all(90, heads=16, **EVERYTHING):
+@pytest.mark.parametrize("width", [64, 256])
+def test_attention_with_options_and_four_heads_to_a_key(width: int) -> None:
+    for kernel in compile_all(90, width, heads=16, **EVERYTHING):
         check(kernel, matrix_products=True, streams=True)
 
 
