@@ -202,11 +202,14 @@ def test_banks_go_together_or_one_by_one_to_the_same_bits(device) -> None:
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_a_list_of_matrices_and_a_stack_of_them_to_the_same_bits(device, monkeypatch, aligned: bool) -> None:
-    """Their addresses are written down in several launches, the last of which has few."""
+    """Their addresses are written down in several launches, the last of which has few.
+
+    The stack begins where they do: norms of what is not aligned are summed in another order.
+    """
     monkeypatch.setattr(family.triton, "PLACED", 2)
-    stack = torch.randn(5, 16, 32, device=device)
-    memory = [torch.full((16 * 32 + 2,), 7.0, device=device) for _ in range(10)]
     start = 0 if aligned else 1
+    stack = torch.randn(5 * 16 * 32 + start, device=device)[start:].view(5, 16, 32)
+    memory = [torch.full((16 * 32 + 2,), 7.0, device=device) for _ in range(10)]
     places = [each[start : start + 16 * 32].view(16, 32) for each in memory]
     banks, outs = places[:5], places[5:]
     for bank, matrix in zip(banks, stack, strict=True):
