@@ -119,6 +119,9 @@ class RunConfig:
     num_heads: int = _field(8, "query heads", low=1)
     num_kv_heads: int = _field(4, "key and value heads", low=1)
     mlp_mult: float = _field(4.0, "hidden width of the MLP over model_dim", low=0.0)
+    mlp_negative_slope: float = _field(
+        0.5, "slope of the MLP's leaky_relu² below 0 (0.3 in #1948; 0 is relu²)", low=0.0, high=1.0
+    )
     xsa_last_n: int = _field(11, "layers, counted from the last, that remove the own value from attention (XSA)", low=0)
     skip_gates_enabled: bool = _field(True, "skips join by a gated lerp; off: they are added")
     tie_embeddings: bool = _field(True, "the head is the embedding; off: its own matrix, started at zero")

@@ -177,12 +177,13 @@ def test_observe_sees_every_quantised_product(golden) -> None:
     assert seen == {**expected, "tok_emb": 1}
 
 
-def test_observed_inputs_span_the_gradients(golden) -> None:
+@pytest.mark.parametrize("slope", [0.5, 0.3])
+def test_observed_inputs_span_the_gradients(golden, slope: float) -> None:
     """A gradient of W in y = W x is a sum of outer products with x: its rows lie in the span of what was observed.
 
     Of as few tokens that these do not span everything: 3 passes of 12 tokens in at least 64 dimensions.
     """
-    model, inputs = tiny_model(golden), stream(golden)[0][:, :12]
+    model, inputs = tiny_model(golden, mlp_negative_slope=slope), stream(golden)[0][:, :12]
     seen: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
         model.hidden(inputs, observe=lambda name, x: seen.setdefault(name, []).append(x[0]))
@@ -264,6 +265,7 @@ def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
         dict(parallel_final_lane="mlp"),
         dict(rope_yarn=True, rope_train_seq_len=16),
         dict(rope_dims=0),
+        dict(mlp_negative_slope=0.3),
     ],
     ids=lambda fields: next(iter(fields)),
 )

@@ -47,6 +47,7 @@ class LayerWeights(NamedTuple):
     q_gain: Tensor  # [H]
     resid_mix: Tensor  # [2, d]
     ln_scale: Tensor  # scalar, 1 / sqrt(layer + 1)
+    negative_slope: float  # of the MLP's leaky_relu
 
 
 class PassUpdates(NamedTuple):
@@ -160,11 +161,11 @@ def updated(update: Update | None, n: Tensor, residual: Tensor) -> tuple[Tensor,
 
 
 def mlp(residual: Tensor | None, n: Tensor, w: LayerWeights, tap: Observe | None = None) -> Tensor:
-    """Compute residual + mlp_scale leaky_relu(n W_upᵀ, 0.5)² W_downᵀ of the normalised input n [B, T, d]."""
+    """Compute residual + mlp_scale leaky_relu(n W_upᵀ, slope)² W_downᵀ of the normalised input n [B, T, d]."""
     if tap is not None:
         tap("mlp.fc", n)
-        tap("mlp.proj", F.leaky_relu(F.linear(n, w.up), 0.5).square())
-    return residual_mlp(residual, n, w.up, w.down, inplace=True)
+        tap("mlp.proj", F.leaky_relu(F.linear(n, w.up), w.negative_slope).square())
+    return residual_mlp(residual, n, w.up, w.down, negative_slope=w.negative_slope, inplace=True)
 
 
 def serial_block(

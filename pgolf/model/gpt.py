@@ -208,7 +208,8 @@ class GPT(nn.Module):
             for block, ln_scale in zip(blocks, self.ln_scales, strict=True)
         ]
         matrices = layer_weights(*banks, scales, gates, dtype, order)
-        return [LayerWeights(*layer, *vectors[i]) for layer, i in zip(matrices, order, strict=True)]
+        slope = self.config.mlp_negative_slope
+        return [LayerWeights(*layer, *vectors[i], slope) for layer, i in zip(matrices, order, strict=True)]
 
     def _heads(
         self,
