@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bench import prediction
 from bench.results_files import read_all
 from bench.results_sections import (
     CASES,
@@ -57,6 +59,8 @@ def page(results: Results) -> str:
         versions = sorted({f"torch {meta['versions']['torch']}, triton {meta['versions']['triton']}" for meta in metas})
         blocks.append(f"## {metas[0]['chip']}\n\nMeasured with {'; '.join(versions)}.\n")
         blocks += [block for section in SECTIONS for block in section(own)]
+    with suppress(LookupError):  # without what it is made of
+        blocks.append(prediction.section(results))
     return "\n".join(blocks)
 
 

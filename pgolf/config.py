@@ -464,7 +464,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         embed_fp32_master=False,
         phased_ttt_drop_next_bos=False,
     ),
-    "frontier": dict(ttt_chunks_by_length="256:8,2000:24", ttt_eval_seq_len=2560),
+    "frontier": dict(case_coding=True, ttt_chunks_by_length="256:8,2000:24", ttt_eval_seq_len=2560),
     "demo": dict(
         data_dir="./data/demo/",
         data_source="embedded",

@@ -1,0 +1,163 @@
+"""The score that 8 H100s would reach, predicted: ``python -m bench.prediction``; a part of the results page.
+
+No such machine has run this package. The prediction starts from the published runs of PR #1874 and adds what differs:
+steps, by the speed measured on one GPU and two laws through published runs; the tax of quantisation, by the share of
+the public rule's that was measured on the same weights; and for the preset ``frontier`` levers whose gain published
+paired runs state. Every contribution is a range, and ranges add as independent errors do.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bench.results_files import RESULTS, read_all
+from bench.results_sections import Results, by_provider, lookup, of_bench, table
+from pgolf.config import RunConfig
+
+# Of PR #1874, means of its three seeds.
+PUBLIC_STEPS, PUBLIC_BPB, PUBLIC_TAX = 4954, 1.06766, 0.0096
+# Bits per byte before quantisation after so many steps: #1950 seed 42, #1979 (60 minutes), #2008 (4 hours).
+CURVE = (4962, 1.06445), (16_001, 1.03969), (29_888, 1.03546)
+TTT_GAIN = (4962, 0.0127), (16_001, 0.0096)  # of the first two
+GPUS, CLOCK_SECONDS = 8, 596.0
+EFFICIENCY = 0.94, 0.99  # of 8 GPUs; two H200s had 0.99 to 1.02 of one's speed each, with four micro-batches a step
+
+
+class Contribution(NamedTuple):
+    """What adds to the score, in bits per byte."""
+
+    what: str
+    best: float
+    worst: float
+    source: str
+    frontier: bool = False  # not in the preset record
+
+    @property
+    def middle(self) -> float:
+        """The middle of the range, which counts."""
+        return (self.best + self.worst) / 2
+
+
+LEVERS = (
+    Contribution("logits in float32 at test time", -0.0015, -0.0010, "#1923, #1945, 3 pairs"),
+    Contribution("case coding", -0.0060, -0.0050, "#1729, #1736", True),
+    Contribution(
+        "operators before the space",
+        -0.0015,
+        -0.0003,
+        "#2109's fused tokens, -8.5 % tokens, 3 pairs; here -10.8 %",
+        True,
+    ),
+    Contribution("context of 2,560", -0.0009, -0.0002, "#1953, with no adapters on q and v", True),
+    Contribution("chunks by length", -0.0003, -0.0001, "#2014, #2067", True),
+)
+
+
+def fitted() -> tuple[float, float, float]:
+    """Return a, b and k of bpb = a + b steps^-k through the three points of CURVE."""
+    (s1, y1), (s2, y2), (s3, y3) = CURVE
+
+    def excess(k: float) -> float:
+        return (s1**-k - s2**-k) * (y2 - y3) - (y1 - y2) * (s2**-k - s3**-k)
+
+    low, high = 0.1, 4.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if excess(low) * excess(middle) <= 0 else (middle, high)
+    b = (y1 - y2) / (s1**-low - s2**-low)
+    return y1 - b * s1**-low, b, low
+
+
+def along_log(points: tuple[tuple[int, float], ...], steps: float) -> float:
+    """Interpolate between the first two points, linearly in the logarithm of the steps."""
+    (s1, y1), (s2, y2) = points[:2]
+    return y1 + (y2 - y1) * math.log(steps / s1) / math.log(s2 / s1)
+
+
+def from_steps(steps: float) -> tuple[float, float]:
+    """Return what ``steps`` in place of PUBLIC_STEPS change after test-time training, by the power law and by the other.
+
+    Test-time training gains less from a better model: this is taken off both.
+    """
+    a, b, k = fitted()
+    lost = along_log(TTT_GAIN, PUBLIC_STEPS) - along_log(TTT_GAIN, steps)
+    by_power = b * (steps**-k - PUBLIC_STEPS**-k)
+    return by_power + lost, along_log(CURVE, steps) - along_log(CURVE, PUBLIC_STEPS) + lost
+
+
+def steps_in_time(before_loop: float, after_loop: float, efficiency: float, config: RunConfig) -> float:
+    """Return the steps of 8 GPUs within the clock, from one's tokens a second before and after the loop."""
+    start = config.enable_looping_at
+    speed = GPUS * efficiency * (start * before_loop + (1 - start) * after_loop)
+    return CLOCK_SECONDS * speed / config.train_batch_tokens
+
+
+def predict(results: Results, preset: str) -> tuple[list[Contribution], float, float]:
+    """Return the contributions, the score and its error. Raises LookupError without the results that they need."""
+    config = RunConfig.preset(preset)
+    rows = by_provider(results["h100/train_step"]["rows"])["pgolf"]
+    speeds = [float(rows[case]["tokens_per_s"]) for case in ("before_loop", "after_loop")]
+    most, least = (steps_in_time(*speeds, efficiency, config) for efficiency in EFFICIENCY[::-1])
+    found = [*of_bench(results, "quantization").values()][0]
+    share = tax_share(found)
+    contributions = [
+        Contribution("PR #1874, three seeds", PUBLIC_BPB, PUBLIC_BPB, "its logs"),
+        Contribution(
+            f"{least:,.0f} to {most:,.0f} steps in place of {PUBLIC_STEPS:,}",
+            min(from_steps(most)),
+            max(from_steps(least)),
+            f"{speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s on one H100; two laws through #1950, #1979, #2008",
+        ),
+        Contribution(
+            f"{share:.0%} of the public rule's tax",
+            -(1 - share * 0.8) * PUBLIC_TAX,
+            -(1 - share * 1.3) * PUBLIC_TAX,
+            f"both on the weights of {lookup(found, 'weights.steps'):,} steps; longer training may move it",
+        ),
+        *(lever for lever in LEVERS if not lever.frontier or preset == "frontier"),
+    ]
+    error = math.sqrt(sum(((each.worst - each.best) / 2) ** 2 for each in contributions))
+    return contributions, sum(each.middle for each in contributions), error
+
+
+def tax_share(found: Mapping[str, Any]) -> float:
+    """Return the tax of the last way to quantise over that of the first, each at its most bytes."""
+    most: dict[str, Mapping[str, Any]] = {}
+    for row in found["rows"]:
+        most.setdefault(row["way"], row)
+    taxes = [row["tax"] for row in most.values()]
+    return taxes[-1] / taxes[0]
+
+
+def section(results: Results) -> str:
+    """Write the prediction of the presets ``record`` and ``frontier``."""
+    blocks = []
+    for preset in ("record", "frontier"):
+        contributions, score, error = predict(results, preset)
+        rows = [
+            [each.what, f"{each.middle:+.4f}", f"{each.best:+.4f} to {each.worst:+.4f}", each.source]
+            for each in contributions
+        ]
+        rows[0][1:3] = [f"{PUBLIC_BPB:.4f}", "–"]
+        rows.append([f"**{preset}**", f"**{score:.4f}**", f"± {error:.4f}", ""])
+        blocks.append(table(["", "bpb", "range", "from"], rows))
+    return f"""## Prediction for 8 H100s
+
+`python -m bench.prediction`: no such machine has run this package. Gains of single levers are those that published
+paired runs state; one GPU here cannot resolve them. The best accepted public score is 1.0565.
+
+{blocks[0]}
+{blocks[1]}"""
+
+
+def main() -> int:
+    """Print the section."""
+    print(section(read_all(RESULTS)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The prediction for 8 H100s: its law, its sums, and what it reads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from bench import prediction
+from bench.results_files import RESULTS, read_all
+from pgolf.config import RunConfig
+
+
+def test_the_law_goes_through_the_published_points() -> None:
+    a, b, k = prediction.fitted()
+    for steps, bpb in prediction.CURVE:
+        assert a + b * steps**-k == pytest.approx(bpb, abs=1e-9)
+    by_power, by_logarithm = prediction.from_steps(prediction.PUBLIC_STEPS)
+    assert by_power == pytest.approx(0, abs=1e-12) and by_logarithm == pytest.approx(0, abs=1e-12)
+    later, latest = prediction.from_steps(6000), prediction.from_steps(8000)
+    assert all(low < high < 0 for low, high in zip(latest, later, strict=True))
+
+
+def test_steps_follow_from_speed_and_loop() -> None:
+    config = RunConfig.preset("record").replace(enable_looping_at=0.5)
+    found = prediction.steps_in_time(3e6, 1e6, 0.5, config)
+    assert found == pytest.approx(596 * 8 * 0.5 * 2e6 / 786_432)
+
+
+@pytest.mark.parametrize("preset", ["record", "frontier"])
+def test_contributions_add_up(preset: str) -> None:
+    contributions, score, error = prediction.predict(read_all(RESULTS), preset)
+    assert score == pytest.approx(sum((each.best + each.worst) / 2 for each in contributions))
+    assert error == pytest.approx(math.hypot(*((each.worst - each.best) / 2 for each in contributions)))
+    assert all(each.best <= each.worst for each in contributions)
+    assert any(each.frontier for each in contributions) == (preset == "frontier")
+
+
+def test_without_results_there_is_none() -> None:
+    with pytest.raises(LookupError):
+        prediction.predict({}, "record")
