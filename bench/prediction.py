@@ -78,7 +78,7 @@ def along_log(points: tuple[tuple[int, float], ...], steps: float) -> float:
 
 
 def from_steps(steps: float) -> tuple[float, float]:
-    """Return what ``steps`` in place of PUBLIC_STEPS change after test-time training, by the power law and by the other.
+    """Return what ``steps`` in place of PUBLIC_STEPS change after test-time training, by either law.
 
     Test-time training gains less from a better model: this is taken off both.
     """
