@@ -3,6 +3,7 @@
 Each variant is a preset, with settings of its own if it has any:
 
     python -m bench.score --data-dir DIR --seconds 240 --variant record --variant "tuned: record; average_tuning=0.02"
+    python -m bench.score --data-dir DIR --case-data-dir DIR  # record and frontier, which is on case-coded documents
 
 Training and quantising are the package's stages, each in a process of its own; then the average, the artifact, and the
 artifact with test-time training are scored on the same validation documents. Differences are to the first variant, in
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the results."""
     parser = argparse.ArgumentParser("python -m bench.score", description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with datasets/ and tokenizers/")
+    parser.add_argument("--case-data-dir", type=Path, help="the same of case-coded documents, for variants on these")
     parser.add_argument("--run-dir", type=Path, default=Path("runs", "score"), help="of all runs (default: runs/score)")
     parser.add_argument(
         "--variant", type=variant, action="append", help="PRESET or 'NAME: PRESET; SETTING=VALUE; ...'; repeatable"
@@ -117,12 +119,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     variants = arguments.variant or [variant("record"), variant("frontier")]
     if len({each.name for each in variants}) < len(variants):
         parser.error("two variants have one name: give one another, as in 'NAME: PRESET'")
+    folders = {False: arguments.data_dir, True: arguments.case_data_dir}
+    coded = {each.name: RunConfig.preset(each.preset).replace(**each.settings).case_coding for each in variants}
+    if without := [name for name, of in coded.items() if folders[of] is None]:
+        parser.error(
+            f"{', '.join(without)} needs case-coded documents: --case-data-dir DIR (docs/running.md makes them)"
+        )
     device = default_device()
     target = arguments.results or results_path(chip_name(device), "score") or arguments.run_dir / "score.json"
-    settings = [f"data_dir={arguments.data_dir}", f"max_wallclock_seconds={arguments.seconds:g}", *arguments.set]
+    settings = [f"max_wallclock_seconds={arguments.seconds:g}", *arguments.set]
     meta = {**describe("score", device, arguments.commit), "trees": tree_hashes(), "settings": settings}
+    meta["data"] = {name: str(folders[of]) for name, of in coded.items()}
     results: dict[str, Any] = {"meta": meta, "variants": {}}
-    same = {"trees", "settings", "chip", "versions"}
+    same = {"trees", "settings", "data", "chip", "versions"}
     if target.is_file() and (earlier := read(target)) and all(earlier["meta"].get(k) == meta[k] for k in same):
         results["variants"] = earlier["variants"]
     process = Proof(target, meta, arguments.run_dir, limit=arguments.limit)
@@ -150,7 +159,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         folder = RunFolder(arguments.run_dir / chosen.name)
 
         def run_stage(stage: str, chosen: Variant = chosen, folder: RunFolder = folder) -> dict[str, Any]:
-            process.call(*command(stage, chosen, folder, settings))
+            of_data = f"data_dir={folders[coded[chosen.name]]}"
+            process.call(*command(stage, chosen, folder, [of_data, *settings]))
             return folder.summary()[stage]
 
         def score_stage(stage: str, folder: RunFolder = folder) -> dict[str, Any]:

@@ -536,7 +536,9 @@ def test_what_quantisation_costs_is_measured(finished: RunFolder, tmp_path: Path
     assert read(file)["rows"] == results["rows"]
 
 
-def test_presets_are_compared_by_documents(data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_presets_are_compared_by_documents(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     calls = []
 
     def call(self: score.Proof, *words: str) -> str:
@@ -571,3 +573,6 @@ def test_presets_are_compared_by_documents(data: Path, tmp_path: Path, monkeypat
     assert len(calls) == 4, "all was done"
     with pytest.raises(argparse.ArgumentTypeError, match="neither a preset nor"):
         score.variant("nothing")
+    with pytest.raises(SystemExit):
+        score.main([*options, "--variant", "coded: demo; case_coding=1"])
+    assert "coded needs case-coded documents: --case-data-dir DIR" in capsys.readouterr().err
