@@ -30,6 +30,7 @@ family is always its module. PyTorch and Triton are imported when the first name
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "kernels":  # found from the root of a checkout; a second copy would register every operator twice
@@ -84,7 +85,9 @@ if not TYPE_CHECKING:  # to a type checker, names that are not imported above ar
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            family = (Path(__file__).parent / name / "__init__.py").is_file()
+            advice = f"; it is a family: from {__name__}.{name} import {name}" if family else ""
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
         globals()[name] = value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
         return value
 

@@ -203,6 +203,8 @@ def test_names_of_the_kernels_package_are_those_of_the_families() -> None:
         if f"{name}_reference" in module.__all__ or f"{name}reference_" in module.__all__
     }
     assert operations - set(kernels.__all__) == families.keys() & operations
+    with pytest.raises(AttributeError, match="from pgolf.kernels.trellis import trellis"):
+        kernels.__getattr__("trellis")
     with pytest.raises(AttributeError, match="module 'pgolf.kernels' has no attribute 'nothing'"):
         _ = kernels.nothing
 
