@@ -4,12 +4,14 @@ Every file that a run reads is damaged: bits are flipped, it is cut short, parts
 taken from elsewhere. What reads it must refuse it with a `FileError`, or find the content unchanged, as where only
 padding was hit. Damage number n of a kind depends on the seed and n alone. Kinds:
 
-    artifact    the compressed file, of brotli and of xz
+    artifact    the compressed file in the public format, of brotli and of xz
+    packed      the entropy-coded artifact
+    sealed      the same with the right checksum: only exceptions are counted, for it may be another artifact
     archive     the archive inside it, compressed anew
     pickle      the pickle inside the archive, with the right checksum: only exceptions are counted, for another pickle
                 is another artifact
     bomb        a file that decompresses to 400 MB, whole and damaged
-    checkpoint, average, data (shards, tokenizer, manifest)
+    checkpoint, average, data (shards, tokenizer, manifest, and of case-coded documents byte sidecars)
     settings, summary, metrics: text, of which only exceptions are counted
 """
 
@@ -95,8 +97,13 @@ class Examples:
         documents = [document[:1500] for document in embedded_documents()[:30]]
         train_tokenizer(documents, VOCAB, tokenizer_path(data, VOCAB))
         build_dataset(documents, tokenizer_path(data, VOCAB), data, val_docs=6, shard_tokens=4000)
-        self.data = {path: path.read_bytes() for path in sorted(data.rglob("*")) if path.is_file()}
+        coded, coding = folder / "coded", {"case_coding": True}
+        train_tokenizer(documents, VOCAB, tokenizer_path(coded, VOCAB), **coding)
+        build_dataset(documents, tokenizer_path(coded, VOCAB), coded, val_docs=6, shard_tokens=4000, **coding)
+        paths = [path for root in (data, coded) for path in sorted(root.rglob("*")) if path.is_file()]
+        self.data = {path: path.read_bytes() for path in paths}
         self.checked = check_dataset(data, VOCAB)
+        self.checked_coded = check_dataset(coded, VOCAB, **coding)
         self.config = RunConfig.preset("demo").replace(
             data_dir=str(data),
             device="cpu",
@@ -215,13 +222,15 @@ class Examples:
     def read_data(self, content: bytes, number: int) -> bool:
         """Check a data folder with this in place of file ``number``."""
         path = list(self.data)[number]
+        coded = path.is_relative_to(self.folder / "coded")
+        expected = self.checked_coded if coded else self.checked
         path.write_bytes(content)
         try:
-            counts, files = check_dataset(self.config.data_dir, VOCAB)
+            counts, files = check_dataset(self.folder / ("coded" if coded else "data"), VOCAB, case_coding=coded)
         finally:
             path.write_bytes(self.data[path])
-        digests = [{name: known["sha256"] for name, known in found.items()} for found in (files, self.checked[1])]
-        return counts == self.checked[0] and digests[0] == digests[1]
+        digests = [{name: known["sha256"] for name, known in found.items()} for found in (files, expected[1])]
+        return counts == expected[0] and digests[0] == digests[1]
 
     def read_settings(self, content: bytes) -> bool:
         """Read a run's settings."""
