@@ -301,12 +301,16 @@ def test_chunks_by_length() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("kv_cache", [False, True])
-def test_kernels_score_as_their_references_on_cuda(kv_cache: bool) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"ttt_kv_cache": True, "ttt_conf_weighted": True, "ngram_tilt_boost": 2.0, "ngram_tilt_order": 2}],
+    ids=lambda fields: "-".join(fields) or "record",
+)
+def test_kernels_score_as_their_references_on_cuda(fields: dict) -> None:
     tokens, table = stream(13)
 
     def scored(dtype: str, device: str) -> torch.Tensor:
-        config = SMALL.replace(compute_dtype=dtype, ttt_kv_cache=kv_cache)
+        config = SMALL.replace(compute_dtype=dtype, **fields)
         model = small_model(config).to(device)
         return engine.test_time_training(model, config, tokens, table, adapter_init=adapter_init).token_nats
 
