@@ -215,7 +215,7 @@ class TestParts:
     def test_the_limit_ends_a_command_and_what_it_started(self, proof: prove.Proof, tmp_path: Path) -> None:
         proof.deadline = time.monotonic() + 2
         script = "import subprocess, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
-        with pytest.raises(prove.CallFailed, match="the limit of 540 s ended it") as failed:
+        with pytest.raises(prove.CallFailed, match="the limit of 600 s ended it") as failed:
             proof.call("-c", script)
         child = int(failed.value.output)
         for _ in range(50):  # until it is gone, or a zombie that nobody has waited for
