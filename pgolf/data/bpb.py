@@ -147,8 +147,8 @@ def load_sentencepiece(path: str | os.PathLike) -> sentencepiece.SentencePiecePr
     """Open a SentencePiece model. Raises FileError if the file is missing or holds anything else."""
     if not Path(path).is_file():
         raise FileError(
-            f"there is no tokenizer {path}: get the published one with `pgolf data fineweb`, "
-            "or train one with `pgolf data tokenizer`"
+            f"there is no tokenizer {path}: get the published one with `pgolf data fineweb` (for case-coded documents "
+            "with `--variant sp8192_caseops`), or train one with `pgolf data tokenizer`"
         )
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
