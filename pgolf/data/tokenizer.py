@@ -107,8 +107,8 @@ def _check(
         raise TokenizerError(f"the tokenizer {path} has no piece for a single space")
     if has_operators(processor) != case_coding:
         raise TokenizerError(
-            f"the tokenizer {path} is not for case-coded documents: train one with `pgolf data tokenizer --case`, get the "
-            "published one with `pgolf data fineweb --variant sp8192_caseops`, or leave case coding off"
+            f"the tokenizer {path} is not for case-coded documents: train one with `pgolf data tokenizer --case`, get "
+            "the published one with `pgolf data fineweb --variant sp8192_caseops`, or leave case coding off"
             if case_coding
             else f"the tokenizer {path} is for case-coded documents: turn case coding on (case_coding=1, --case)"
         )
