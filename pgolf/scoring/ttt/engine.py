@@ -137,10 +137,10 @@ class _Run:
         self.began = time.perf_counter()
         self.model, self.config, self.rank, self.world_size = model, config, rank, world_size
         self.device = model.qo_bank.device
-        # Compile and capture before anything depends on the stream's tokens.
         self.bank = AdapterBank(model, config, config.ttt_batch_size, adapter_init)
         self.stream = stream
         self.starts, self.lengths = find_documents(stream)
+        # Compiles and captures with random tokens, before anything is scored.
         self.scorer = scorer(model, config, self.bank, Stream(stream.numpy(), self._hints()))
         self.predictions = self.lengths - 1
         self.ledger = ledger(self.predictions)

@@ -45,7 +45,7 @@ class ChunkScorer:
         elif model.runs_kernels():
             unit = bank.slots * config.ttt_chunk_size
             # Streams are not padded: kernels are others where lengths are no multiples of 16.
-            lengths = [self._inputs.longest, self._inputs.longest - 1, unit, unit - 1]
+            lengths = [self._inputs.longest, self._inputs.longest - 1, unit, max(unit - 1, 1)]
             self._compile({True: lengths, False: lengths})
 
     def parts(self, chunk: Chunk) -> Iterator[Chunk]:
