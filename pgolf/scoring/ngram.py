@@ -13,6 +13,8 @@ stream.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,5 +85,5 @@ def tilted(nats: Tensor, hint_nats: Tensor, targets: Tensor, hints: Tensor, boos
         hint_nats: its losses were ``hints`` the targets; any where there is no hint.
         boost: β.
     """
-    normaliser = torch.log1p((-hint_nats).exp() * torch.expm1(nats.new_tensor(boost)))
+    normaliser = torch.log1p((-hint_nats).exp() * math.expm1(boost))
     return torch.where(hints == NO_HINT, nats, nats + normaliser - boost * (targets == hints))
