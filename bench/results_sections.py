@@ -249,6 +249,37 @@ graphs. The ceiling is the chip's measured rate of copies or of products.
         )
 
 
+def gpt2_small(results: Results) -> Iterator[str]:
+    """Write a training of GPT-2 small by PyTorch and by the kernels."""
+    for name, found in of_bench(results, "gpt2_small").items():
+        theirs, ours = found["rows"]
+        differences = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+        yield f"""### GPT-2 small, with and without the kernels
+
+`python -m bench.gpt2_small` trains GPT-2 small, with relu² and rotary positions, from the same weights on the same
+documents, {found["tokens"]:,} tokens a step, both compiled whole ({origin(name, found["meta"])}). PyTorch has
+FlashAttention-2, torch.optim.Muon and AdamW. Over {len(differences)} steps losses differ by {max(differences):.4f} at
+most.
+"""
+        yield tabulate(
+            [
+                {
+                    **row,
+                    "first": row["losses"][0],
+                    "last": row["losses"][-1],
+                    "ratio": theirs["median_milliseconds"] / row["median_milliseconds"],
+                }
+                for row in (theirs, ours)
+            ],
+            ("", "provider", ""),
+            ("first loss", "first", ".4f"),
+            ("last loss", "last", ".4f"),
+            ("ms a step", "median_milliseconds", TENTHS),
+            ("ratio", "ratio", ".2f"),
+            ("peak memory", "peak_memory_bytes", format_bytes),
+        )
+
+
 def compare(bench: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Compare our row of a case with the fastest opponent's, in CUDA graphs; empty where one of them is missing."""
     ours = next((row for row in rows if row["provider"] == "pgolf" and row["graph_us"]), None)
@@ -532,4 +563,4 @@ of the losses in the first 20 steps, nats.
             )
 
 
-SECTIONS = (proof, training_step, kernels, runs, quantization, test_time_training, errors, distributed)
+SECTIONS = (proof, training_step, kernels, gpt2_small, runs, quantization, test_time_training, errors, distributed)

@@ -40,8 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Every test starts from the same seeds."""
+def _same_start() -> None:
+    """Every test starts from the same seeds, without the TF32 that a stage's run allows its process."""
+    torch.set_float32_matmul_precision("highest")
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -8,8 +8,8 @@
     ...        states of the coders, words and escapes of `pgolf.artifact.entropy`
 
 Numbers are little-endian. The header has the marks of `QuantizedModel.meta` and names, dtypes and shapes of all entries
-in their order. Nothing in a file is run, a length that does not fit is refused before memory is taken for it, and the
-same model gives the same bytes.
+in their order, and tells for which of them residuals are coded (`pgolf.artifact.decorrelation`). Nothing in a file is
+run, a length that does not fit is refused before memory is taken for it, and the same model gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf.artifact.decorrelation import decorrelate, has_enough_rows, restore
 from pgolf.artifact.entropy import LANES, EntropyError, Layout, Stream, decode, encode, row_classes
-from pgolf.artifact.quantized import CODES, TRELLIS, ArtifactError, QuantizedModel
+from pgolf.artifact.quantized import CODES, TRELLIS, ArtifactError, QuantizedModel, is_trellised
 
 MAGIC = b"pgolf\x01"
 HEAD = struct.Struct("<6sIIIII32s")
@@ -39,10 +40,11 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "float32", "int8", 
 def pack(quantized: QuantizedModel) -> bytes:
     """Return the file's content. Raises ArtifactError for codes that are on no path of their trellis."""
     codes = {name: codes.numpy().astype("<i2") for name, codes in quantized.tensors.items() if name.endswith(CODES)}
-    classes = {name: row_classes(array) for name, array in codes.items()}
     digest = hashlib.sha256()
     for array in codes.values():
         digest.update(array.tobytes())
+    codes |= {name: decorrelate(codes[name]) for name in _decorrelated(quantized)}
+    classes = {name: row_classes(array) for name, array in codes.items()}
     block, unpacked = side_block(quantized, classes)
     try:
         stream = encode(
@@ -60,7 +62,8 @@ def pack(quantized: QuantizedModel) -> bytes:
 def side_block(quantized: QuantizedModel, classes: Mapping[str, np.ndarray]) -> tuple[bytes, int]:
     """Return the side block of a model whose codes have rows of these classes, and its length unpacked."""
     header = [[name, str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in quantized.tensors.items()]
-    text = json.dumps({"meta": quantized.meta, "entries": header}, separators=(",", ":")).encode()
+    decorrelated = {"decorrelated": names} if (names := _decorrelated(quantized)) else {}
+    text = json.dumps({"meta": quantized.meta, "entries": header, **decorrelated}, separators=(",", ":")).encode()
     parts = [
         classes[name].tobytes() if name in classes else _planes(x.numpy()) for name, x in quantized.tensors.items()
     ]
@@ -82,7 +85,7 @@ def unpack(blob: bytes) -> QuantizedModel:
         raise ArtifactError(f"its side block claims {unpacked:,} bytes")
     places = np.cumsum([HEAD.size, length, states, words, escapes])
     block, states_bytes, words_bytes, escapes_bytes = (blob[a:b] for a, b in zip(places[:-1], places[1:], strict=True))
-    meta, entries, rest = _side(block, unpacked)
+    meta, entries, decorrelated, rest = _side(block, unpacked)
     tensors, layouts = _entries(meta, entries, rest)
     stream = Stream(
         *(
@@ -94,10 +97,17 @@ def unpack(blob: bytes) -> QuantizedModel:
         decoded = decode(stream, list(layouts.values()))
     except EntropyError as error:
         raise ArtifactError(f"its codes do not decode: {error}") from error
-    if hashlib.sha256(b"".join(codes.astype("<i2").tobytes() for codes in decoded)).digest() != digest:
+    codes = dict(zip(layouts, decoded, strict=True))
+    for name in decorrelated:
+        if name not in codes or not has_enough_rows(*codes[name].shape):
+            raise ArtifactError(f"{name} has no residuals")
+        try:
+            codes[name] = restore(codes[name]).astype(np.int16)
+        except ValueError as error:
+            raise ArtifactError(f"{name}: {error}") from error
+    if hashlib.sha256(b"".join(array.astype("<i2").tobytes() for array in codes.values())).digest() != digest:
         raise ArtifactError("its codes have another digest")
-    for name, codes in zip(layouts, decoded, strict=True):
-        tensors[name] = torch.from_numpy(codes)
+    tensors |= {name: torch.from_numpy(array) for name, array in codes.items()}
     ordered = {}
     for name, dtype, _ in entries:
         value = tensors[name].to(DTYPES[dtype])
@@ -105,6 +115,18 @@ def unpack(blob: bytes) -> QuantizedModel:
             raise ArtifactError(f"{name} has codes that are no {dtype}")
         ordered[name] = value
     return QuantizedModel(ordered, meta)
+
+
+def _decorrelated(quantized: QuantizedModel) -> list[str]:
+    """Return the names of codes whose residuals are coded: of 8 bits, on no trellis, and with rows enough."""
+    return [
+        name
+        for name, codes in quantized.tensors.items()
+        if name.endswith(CODES)
+        and codes.dtype == torch.int8
+        and not is_trellised(quantized.meta[name.removesuffix(CODES)])
+        and has_enough_rows(*codes.shape)
+    ]
 
 
 def _layout(name: str, shape: tuple[int, ...] | torch.Size, classes: np.ndarray, meta: dict[str, str]) -> Layout:
@@ -121,8 +143,11 @@ def _planes(array: np.ndarray) -> bytes:
     return flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
 
 
-def _side(block: bytes, length: int) -> tuple[dict[str, str], list[tuple[str, str, tuple[int, ...]]], bytes]:
-    """Marks, entries and the bytes behind them. Raises ArtifactError for a block that is damaged."""
+def _side(block: bytes, length: int) -> tuple[dict[str, str], list[tuple[str, str, tuple[int, ...]]], list[str], bytes]:
+    """Return marks, entries, the names of those whose residuals are coded, and the bytes behind them.
+
+    Raises ArtifactError for a block that is damaged.
+    """
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 28)
     try:
         data = decoder.decompress(block, max_length=length + 1)
@@ -133,15 +158,15 @@ def _side(block: bytes, length: int) -> tuple[dict[str, str], list[tuple[str, st
     (size,) = struct.unpack_from("<I", data)
     try:
         header = json.loads(data[4 : 4 + size])
-        meta, listed = header["meta"], header["entries"]
+        meta, listed, decorrelated = header["meta"], header["entries"], [*header.get("decorrelated", ())]
         entries = [(str(name), str(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in listed]
-        if not all(isinstance(text, str) for pair in meta.items() for text in pair):
+        if not all(isinstance(text, str) for text in (*decorrelated, *meta, *meta.values())):
             raise ValueError("marks are text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"its header is damaged ({error})") from error
     if len({name for name, _, _ in entries}) != len(entries):
         raise ArtifactError("its header lists an entry twice")
-    return meta, entries, data[4 + size :]
+    return meta, entries, decorrelated, data[4 + size :]
 
 
 def _entries(
