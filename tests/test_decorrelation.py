@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pgolf.artifact import packed_format
+from pgolf.artifact.code_length import packed_bytes
 from pgolf.artifact.decorrelation import decorrelate, has_enough_rows, restore
 from pgolf.artifact.packed_format import pack, unpack
 from pgolf.artifact.quantized import CODES, ArtifactError, QuantizedModel
@@ -72,6 +73,7 @@ def model(codes: np.ndarray, mark: str = "gptq (int8)") -> QuantizedModel:
 def test_a_file_has_the_residuals_of_an_embedding() -> None:
     codes = correlated(4096, 64)
     blob = pack(model(codes))
+    assert abs(len(blob) - packed_bytes(model(codes), torch.device("cpu"))) < 500
     shuffled = np.random.default_rng(1).permuted(codes, axis=0)
     assert len(blob) < 0.85 * len(pack(model(shuffled)))  # the same codes without correlations
     back = unpack(blob)
@@ -79,8 +81,8 @@ def test_a_file_has_the_residuals_of_an_embedding() -> None:
 
 
 def test_a_file_that_claims_residuals_of_other_matrices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_format, "_decorrelated", lambda quantized: [*quantized.tensors][:1])
-    monkeypatch.setattr(packed_format, "decorrelate", lambda codes: codes)
+    monkeypatch.setattr(packed_format, "has_residuals", lambda name, quantized: True)
+    monkeypatch.setattr(packed_format, "decorrelate", lambda codes: codes.astype(np.int16))
     blob = pack(model(correlated(100, 64)))
     with pytest.raises(ArtifactError, match="has no residuals"):
         unpack(blob)

@@ -18,7 +18,7 @@ from pgolf.artifact.entropy import (
     Columns,
     frequencies,
 )
-from pgolf.artifact.packed_format import HEAD, side_block
+from pgolf.artifact.packed_format import HEAD, coded, side_block
 from pgolf.artifact.quantized import CODES, QuantizedModel, is_trellised
 
 BITS_OF_A_STATE = 8  # that a coder's last state holds in the mean, of the 16 above its lowest
@@ -31,10 +31,10 @@ def packed_bytes(quantized: QuantizedModel, device: torch.device) -> int:
     Codes are not checked for being on a path of their trellis.
     """
     bits, classes = 0.0, {}
-    for name, codes in quantized.tensors.items():
+    for name in quantized.tensors:
         if name.endswith(CODES):
             trellised = is_trellised(quantized.meta[name.removesuffix(CODES)])
-            found, row_class = code_bits(codes.to(device), trellised=trellised)
+            found, row_class = code_bits(torch.from_numpy(coded(name, quantized)).to(device), trellised=trellised)
             bits += found
             classes[name] = row_class
     side, _ = side_block(quantized, classes)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgolf.artifact.code_length import code_bits
 from pgolf.artifact.container import load
-from pgolf.artifact.packed_format import MAGIC
+from pgolf.artifact.packed_format import MAGIC, coded
 from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, QuantizedModel, is_trellised
 from pgolf.artifact.sizes import ArtifactSize, ClassSize, class_of, class_sizes, matrix_entropy
 from pgolf.artifact.steps import step_sizes
@@ -165,7 +165,8 @@ def _row(name: str, how: str, quantized: QuantizedModel, packed: bool) -> Matrix
         columns = _range(step_sizes(quantized.tensors[name + COLUMN_STEP]))
     spent = None
     if packed:
-        spent = code_bits(codes, trellised=is_trellised(how))[0] / codes.numel()
+        residuals = torch.from_numpy(coded(name + CODES, quantized))
+        spent = code_bits(residuals, trellised=is_trellised(how))[0] / codes.numel()
     entropy = matrix_entropy(codes, how)
     return MatrixRow(name, class_of(name), how, codes.numel(), _range(rows), columns, entropy, spent, None)
 

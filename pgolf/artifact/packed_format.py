@@ -39,11 +39,10 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "float32", "int8", 
 
 def pack(quantized: QuantizedModel) -> bytes:
     """Return the file's content. Raises ArtifactError for codes that are on no path of their trellis."""
-    codes = {name: codes.numpy().astype("<i2") for name, codes in quantized.tensors.items() if name.endswith(CODES)}
     digest = hashlib.sha256()
-    for array in codes.values():
-        digest.update(array.tobytes())
-    codes |= {name: decorrelate(codes[name]) for name in _decorrelated(quantized)}
+    codes = {name: coded(name, quantized) for name in quantized.tensors if name.endswith(CODES)}
+    for name in codes:
+        digest.update(quantized.tensors[name].numpy().astype("<i2").tobytes())
     classes = {name: row_classes(array) for name, array in codes.items()}
     block, unpacked = side_block(quantized, classes)
     try:
@@ -62,8 +61,9 @@ def pack(quantized: QuantizedModel) -> bytes:
 def side_block(quantized: QuantizedModel, classes: Mapping[str, np.ndarray]) -> tuple[bytes, int]:
     """Return the side block of a model whose codes have rows of these classes, and its length unpacked."""
     header = [[name, str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in quantized.tensors.items()]
-    decorrelated = {"decorrelated": names} if (names := _decorrelated(quantized)) else {}
-    text = json.dumps({"meta": quantized.meta, "entries": header, **decorrelated}, separators=(",", ":")).encode()
+    residuals = [name for name in classes if has_residuals(name, quantized)]
+    named = {"residuals": residuals} if residuals else {}
+    text = json.dumps({"meta": quantized.meta, "entries": header, **named}, separators=(",", ":")).encode()
     parts = [
         classes[name].tobytes() if name in classes else _planes(x.numpy()) for name, x in quantized.tensors.items()
     ]
@@ -85,7 +85,7 @@ def unpack(blob: bytes) -> QuantizedModel:
         raise ArtifactError(f"its side block claims {unpacked:,} bytes")
     places = np.cumsum([HEAD.size, length, states, words, escapes])
     block, states_bytes, words_bytes, escapes_bytes = (blob[a:b] for a, b in zip(places[:-1], places[1:], strict=True))
-    meta, entries, decorrelated, rest = _side(block, unpacked)
+    meta, entries, residuals, rest = _side(block, unpacked)
     tensors, layouts = _entries(meta, entries, rest)
     stream = Stream(
         *(
@@ -98,7 +98,7 @@ def unpack(blob: bytes) -> QuantizedModel:
     except EntropyError as error:
         raise ArtifactError(f"its codes do not decode: {error}") from error
     codes = dict(zip(layouts, decoded, strict=True))
-    for name in decorrelated:
+    for name in residuals:
         if name not in codes or not has_enough_rows(*codes[name].shape):
             raise ArtifactError(f"{name} has no residuals")
         try:
@@ -117,16 +117,17 @@ def unpack(blob: bytes) -> QuantizedModel:
     return QuantizedModel(ordered, meta)
 
 
-def _decorrelated(quantized: QuantizedModel) -> list[str]:
-    """Return the names of codes whose residuals are coded: of 8 bits, on no trellis, and with rows enough."""
-    return [
-        name
-        for name, codes in quantized.tensors.items()
-        if name.endswith(CODES)
-        and codes.dtype == torch.int8
-        and not is_trellised(quantized.meta[name.removesuffix(CODES)])
-        and has_enough_rows(*codes.shape)
-    ]
+def has_residuals(name: str, quantized: QuantizedModel) -> bool:
+    """Return whether residuals are coded for the entry ``name``: codes of 8 bits, on no trellis, with rows enough."""
+    codes = quantized.tensors[name]
+    trellised = is_trellised(quantized.meta[name.removesuffix(CODES)])
+    return codes.dtype == torch.int8 and not trellised and has_enough_rows(*codes.shape)
+
+
+def coded(name: str, quantized: QuantizedModel) -> np.ndarray:
+    """Return what is coded for the entry ``name``, int16 [R, C]: its residuals, or the codes themselves."""
+    codes = quantized.tensors[name].numpy()
+    return decorrelate(codes) if has_residuals(name, quantized) else codes.astype("<i2")
 
 
 def _layout(name: str, shape: tuple[int, ...] | torch.Size, classes: np.ndarray, meta: dict[str, str]) -> Layout:
@@ -158,15 +159,15 @@ def _side(block: bytes, length: int) -> tuple[dict[str, str], list[tuple[str, st
     (size,) = struct.unpack_from("<I", data)
     try:
         header = json.loads(data[4 : 4 + size])
-        meta, listed, decorrelated = header["meta"], header["entries"], [*header.get("decorrelated", ())]
+        meta, listed, residuals = header["meta"], header["entries"], [*header.get("residuals", ())]
         entries = [(str(name), str(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in listed]
-        if not all(isinstance(text, str) for text in (*decorrelated, *meta, *meta.values())):
+        if not all(isinstance(text, str) for text in (*residuals, *meta, *meta.values())):
             raise ValueError("marks are text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"its header is damaged ({error})") from error
     if len({name for name, _, _ in entries}) != len(entries):
         raise ArtifactError("its header lists an entry twice")
-    return meta, entries, decorrelated, data[4 + size :]
+    return meta, entries, residuals, data[4 + size :]
 
 
 def _entries(
