@@ -335,13 +335,14 @@ def run_figures(summary: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second_before_loop",
         "tokens_per_second_after_loop",
     )
-    sizes = ("weight_bytes", "code_bytes", "total_bytes", "quantize_seconds", "compress_seconds")
+    sizes = "weight_bytes", "code_bytes", "total_bytes"
+    steps = (f"{step}_seconds" for step in ("hessian", "sensitivity", "prepare", "quantize", "compress"))
     return {
         "stage_seconds": {name: results.get("seconds") for name, results in stages.items()},
         "peak_memory_bytes": {n: r["peak_memory_bytes"] for n, r in stages.items() if "peak_memory_bytes" in r},
         "bits_per_byte": {name: r["bits_per_byte"] for name, r in bits.items() if "bits_per_byte" in r},
         **{name: train[name] for name in kept if name in train},
-        **{name: quantize[name] for name in sizes if name in quantize},
+        **{name: quantize[name] for name in (*sizes, *steps) if name in quantize},
     }
 
 

@@ -19,6 +19,7 @@ import torch
 
 from bench import (
     dequant,
+    gpt2_small,
     harness,
     newton_schulz,
     plots,
@@ -33,6 +34,7 @@ from bench.__main__ import BENCHES
 from bench.train_step import PROVIDERS, main
 from pgolf.common.folder import RunFolder
 from pgolf.config import RunConfig
+from pgolf.data import shards
 from pgolf.data.bpb import ByteTable
 from pgolf.kernels.common import launch
 
@@ -470,3 +472,20 @@ def test_score_errors_are_against_float32(tmp_path: Path, monkeypatch: pytest.Mo
     assert results_files.read(file) == found and found["meta"]["bench"] == "score_errors"
     errors = {row["way"]: (row["evaluation"]["error"], row["test_time_training"]["error"]) for row in found["rows"]}
     assert errors == {"float32": (0.0, 0.0), "kernels": (0.0, 0.25), "references": (0.5, 0.5)}
+
+
+def test_gpt2_small_learns_alike_with_and_without_the_kernels(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(4, 300, 4096)
+    tokens[::100] = 1  # documents
+    shard = shards.dataset_dir(tmp_path, 300) / "fineweb_train_000000.bin"
+    shard.parent.mkdir(parents=True)
+    shards.write_shard(shard, tokens)
+    file = tmp_path / "gpt2.json"
+    options = ["--data-dir", str(tmp_path), "--data-vocabulary", "300", "--steps", "3", "--quick"]
+    results = gpt2_small.main([*options, "--results", str(file)])
+    assert results_files.read(file)["rows"] == results["rows"]
+    theirs, ours = results["rows"]
+    assert [theirs["provider"], ours["provider"]] == ["pytorch", "pgolf"]
+    assert len(ours["losses"]) == len(ours["milliseconds"]) == 3
+    assert ours["losses"][2] < ours["losses"][0] - 0.01
+    assert np.allclose(ours["losses"], theirs["losses"], atol=0.05)

@@ -11,6 +11,7 @@ pivots, so that all columns of a row add the same to the loss.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,15 @@ class Matrix(NamedTuple):
     order: Tensor  # int64 [C]
     slope: Tensor  # float64 [R]: the loss's second derivative by a row's errors at a column step of 1, nats a token
     column_exponent: Tensor  # int16 [C]: log2 of the columns' steps, in sixteenths
+
+
+class Fitted(NamedTuple):
+    """A quantised model, its artifact's content, and the seconds that codes and contents took in all tries."""
+
+    quantized: QuantizedModel
+    blob: bytes
+    code_seconds: float
+    file_seconds: float
 
 
 def prepare(
@@ -190,19 +200,22 @@ def quantize_to_fit(
     device: torch.device,
     path: Path,
     target: int,
-) -> tuple[QuantizedModel, bytes]:
-    """Quantise a model by `quantize_by_rate`; return it with the artifact's content of at most ``target`` bytes.
+) -> Fitted:
+    """Quantise a model by `quantize_by_rate`, so that the artifact's content has at most ``target`` bytes.
 
     Where the content has more bytes than was computed, the model is quantised once more, to fewer.
 
     Raises QuantizeError if it does not fit.
     """
-    aim = target
+    aim, code_seconds, file_seconds = target, 0.0, 0.0
     for _ in range(FITS):
+        begun = time.perf_counter()
         quantized = quantize_by_rate(tensors, matrices, config, device, aim)
+        solved = time.perf_counter()
         blob = content(path, quantized)
+        code_seconds, file_seconds = code_seconds + solved - begun, file_seconds + time.perf_counter() - solved
         if len(blob) <= target:
-            return quantized, blob
+            return Fitted(quantized, blob, code_seconds, file_seconds)
         aim -= len(blob) - target + SLACK_BYTES // 8
     raise QuantizeError(f"the artifact does not fit {target:,} bytes: it takes {len(blob):,}, more than computed")
 

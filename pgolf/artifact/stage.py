@@ -41,8 +41,9 @@ def run_quantize(config: RunConfig, folder: RunFolder, world: World, resume: boo
     reset_peak_memory(world.device)
     weights = world.on_main(lambda: load_weights(folder.need(folder.ema, "train"), config))
     model = model_with(config, world, weights)
+    started = time.perf_counter()
     hessians = calibrate(model, config, world)
-    results: dict[str, Any] = {"hessian_seconds": time.perf_counter() - begun}
+    results: dict[str, Any] = {"hessian_seconds": time.perf_counter() - started}
     sensitivities = None
     if config.quantizer == "trellis":
         started = time.perf_counter()
@@ -100,23 +101,24 @@ def _quantize_and_save(
     remove_leftovers(path)
     begun = time.perf_counter()
     code_bytes = export_program(folder.program, config)
-    exported = time.perf_counter()
-    tensors = unbank(weights, config.num_layers)
+    tensors, seconds = unbank(weights, config.num_layers), {"export_seconds": time.perf_counter() - begun}
+    begun = time.perf_counter()
     if sensitivities is None:
         quantized = quantize_model(tensors, hessians, config, world.device)
-        solved = time.perf_counter()
+        seconds["quantize_seconds"] = time.perf_counter() - begun
         world.log(f"writing the artifact with {config.compressor}")
+        begun = time.perf_counter()
         blob = content(path, quantized, config.compressor)
+        seconds["compress_seconds"] = time.perf_counter() - begun
     else:
         matrices = prepare(tensors, hessians, sensitivities, config, world.device)
+        seconds["prepare_seconds"] = time.perf_counter() - begun
         target = config.weight_bytes or CAP_BYTES - code_bytes
-        quantized, blob = quantize_to_fit(tensors, matrices, config, world.device, path, target)
-        solved = time.perf_counter()
+        fitted = quantize_to_fit(tensors, matrices, config, world.device, path, target)
+        quantized, blob = fitted.quantized, fitted.blob
+        seconds |= {"quantize_seconds": fitted.code_seconds, "compress_seconds": fitted.file_seconds}
     write_aside(path, blob)
-    return {
-        "export_seconds": exported - begun,
-        "quantize_seconds": solved - exported,
-        "compress_seconds": time.perf_counter() - solved,
+    return seconds | {
         "weight_bytes": len(blob),
         "code_bytes": code_bytes,
         "total_bytes": len(blob) + code_bytes,
