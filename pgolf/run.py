@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from pgolf.artifact.sizes import expected_size
 from pgolf.artifact.stage import run_quantize
 from pgolf.common.folder import RunFolder
 from pgolf.common.progress import format_bytes, format_duration
@@ -58,6 +59,8 @@ def run_stage(name: str, stage: Stage, config: RunConfig, folder: RunFolder, wor
     if name in READING and not world.on_main(folder.checked_files):
         run_stage("data", run_data, config, folder, world, resume=False)
     world.log(f"[{name}]")
+    if name == "train":
+        world.log(expected_size(config))
     begun = time.perf_counter()
     with on_terminate(partial(_stop, name)):  # training replaces this handler while it steps
         if name in READING:

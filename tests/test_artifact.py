@@ -6,6 +6,7 @@ import builtins
 import io
 import lzma
 import math
+import re
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from pgolf.artifact.container import ArtifactError, load, save
 from pgolf.artifact.public_format import byte_shuffle, byte_unshuffle
 from pgolf.artifact.quantize import dequantize_model
 from pgolf.artifact.quantized import QuantizedModel
-from pgolf.artifact.sizes import ArtifactSize, bytes_by_class, class_sizes, code_entropy
+from pgolf.artifact.sizes import ArtifactSize, bytes_by_class, class_sizes, code_entropy, expected_size
+from pgolf.config import RunConfig
 from pgolf.kernels.dequant import MAX_RANK
 
 PUBLIC = Path(__file__).parent / "golden" / "pr1874_tiny.int6.ptz"
@@ -271,6 +273,15 @@ def test_other_strides_and_plain_data(data, stride):
     assert byte_unshuffle(data) == data
     shuffled = b"BSHF" + bytes([stride]) + b"".join(data[plane::stride] for plane in range(stride))
     assert byte_unshuffle(shuffled) == data
+
+
+def test_the_size_is_known_before_training() -> None:
+    record, public = (RunConfig.preset(name) for name in ("record", "public_1874"))
+    assert expected_size(record).startswith("the artifact will take 16,000,000 bytes with its program, 3.55 bits")
+    assert "take 520,000 bytes, 3.3" in expected_size(RunConfig.preset("demo"))
+    number = int(re.search(r"take ([\d,]+) bytes", expected_size(public))[1].replace(",", ""))
+    assert abs(number / 15_947_047 - 1) < 0.02  # tests/golden's public artifact of 160 steps
+    assert "more than the cap" in expected_size(public.replace(matrix_bits=7))
 
 
 def test_the_cap():

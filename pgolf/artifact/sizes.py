@@ -1,7 +1,8 @@
-"""The bytes of an artifact and its program against the cap, and the bytes of each class of tensors."""
+"""The bytes of an artifact: expected before training, with its program against the cap, and by class of tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,20 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.container import CAP_BYTES, ArtifactError
-from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, TRELLIS, QuantizedModel, is_trellised
+from pgolf.artifact.quantize import rule_for
+from pgolf.artifact.quantized import (
+    CODES,
+    COLUMN_STEP,
+    ROW_STEP,
+    SCALE,
+    TRELLIS,
+    QuantizedModel,
+    is_trellised,
+    largest_code,
+)
+from pgolf.config import RunConfig
+from pgolf.model.gpt import meta_model
+from pgolf.model.weights import unbank
 
 SHRINK_FIELDS = (
     "lower weight_bytes; with quantizer=gptq raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower "
@@ -50,6 +64,31 @@ class ArtifactSize:
                 f"the artifact is {-self.margin_bytes:,} bytes over the cap: weights {self.weight_bytes:,} + code "
                 f"{self.code_bytes:,} = {self.total_bytes:,} of {self.cap_bytes:,}. To shrink it, {SHRINK_FIELDS}"
             )
+
+
+def expected_size(config: RunConfig) -> str:
+    """Say, before there are weights, how many bytes they will take.
+
+    With quantizer=trellis these are the bytes that are asked for. With quantizer=gptq they follow from the bits and
+    clips: weights of a Gaussian distribution have codes of log2(largest code / clip √(2πe)) bits. Files are within 2 %.
+    """
+    bits, weights, kept = 0.0, 0, 0
+    for name, tensor in unbank(meta_model(config).state_dict(), config.num_layers).items():
+        if (rule := rule_for(name, tensor, config)) is None:
+            kept += tensor.numel()
+            continue
+        weights += tensor.numel()
+        # Their scales are float16, one a row.
+        bits += tensor.numel() * math.log2(largest_code(rule.bits) / rule.clip_sigmas * math.sqrt(2 * math.pi * math.e))
+        bits += 16 * tensor.size(0)
+    if config.quantizer == "trellis":
+        size = config.weight_bytes or CAP_BYTES
+        program = "" if config.weight_bytes else " with its program"
+        each = (8 * size - 16 * kept) / weights
+        return f"the artifact will take {size:,} bytes{program}, {each:.2f} bits for each of {weights:,} weights"
+    size = round(bits / 8 + 2 * kept)
+    over = "" if size <= CAP_BYTES else f", more than the cap of {CAP_BYTES:,}: {SHRINK_FIELDS}"
+    return f"the artifact is expected to take {size:,} bytes without its program{over}"
 
 
 class ClassSize(NamedTuple):
