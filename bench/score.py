@@ -64,10 +64,11 @@ def variant(text: str) -> Variant:
 
 
 class Scored(NamedTuple):
-    """Nats and bytes of each document."""
+    """Nats and bytes of each document; seconds: from the first score of test-time training on."""
 
     nats: np.ndarray
     byte_counts: np.ndarray
+    seconds: float | None
 
 
 def score(stage: str, config: RunConfig, folder: RunFolder, world: World) -> Scored:
@@ -76,9 +77,13 @@ def score(stage: str, config: RunConfig, folder: RunFolder, world: World) -> Sco
     starts, _ = find_documents(tokens)
     byte_counts = table.of_stream(tokens)
     nats: Tensor | np.ndarray
+    seconds = None
     if stage == "ttt":
         model = build_model(config, world, load_artifact(config, folder, world))
-        nats = engine.test_time_training(model, config, tokens, table, progress=progress).token_nats.double().numpy()
+        begun = time.monotonic()
+        scored = engine.test_time_training(model, config, tokens, table, progress=progress)
+        seconds = time.monotonic() - begun - scored.first_score_seconds
+        nats = scored.token_nats.double().numpy()
     else:
         weights = load_weights(folder.ema, config) if stage == "average" else load_artifact(config, folder, world)
         model = model_with(config, world, weights)
@@ -87,7 +92,7 @@ def score(stage: str, config: RunConfig, folder: RunFolder, world: World) -> Sco
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return Scored(np.add.reduceat(nats, starts), np.add.reduceat(byte_counts.double().numpy(), starts))
+    return Scored(np.add.reduceat(nats, starts), np.add.reduceat(byte_counts.double().numpy(), starts), seconds)
 
 
 def command(stage: str, chosen: Variant, folder: RunFolder, settings: Sequence[str]) -> list[str]:
@@ -166,7 +171,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         def score_stage(stage: str, folder: RunFolder = folder) -> dict[str, Any]:
             config = folder.config()
             scored = score(stage, config, folder, start_world(config))
-            return {"nats": scored.nats.tolist(), "bytes": scored.byte_counts.tolist()}
+            found = {"nats": scored.nats.tolist(), "bytes": scored.byte_counts.tolist()}
+            return found if scored.seconds is None else {"seconds": scored.seconds, **found}
 
         done = do(entry, "train", lambda run=run_stage: run("train"))
         done = done and do(entry, "quantize", lambda run=run_stage: run("quantize"))
@@ -175,7 +181,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if not done:
             print(f"nothing is left of {arguments.limit:g} s: the same command goes on from here", flush=True)
             break
-    print(comparison(results["variants"]))
+    results["comparison"] = compare(results["variants"])
+    write(target, **results)
+    print(comparison(results["comparison"]))
     return results
 
 
@@ -199,8 +207,8 @@ def compare(variants: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def comparison(variants: Mapping[str, Mapping[str, Any]]) -> str:
-    """Format `compare` for a reader."""
+def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the rows of `compare` for a reader."""
     headers = ("variant", "stage", "bits per byte", "difference", "± error")
     lines = [
         (
@@ -210,7 +218,7 @@ def comparison(variants: Mapping[str, Mapping[str, Any]]) -> str:
             f"{row['difference']:+.5f}",
             f"{row['error']:.5f}",
         )
-        for row in compare(variants)
+        for row in rows
     ]
     return format_table(lines, headers)
 

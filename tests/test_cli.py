@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import quantization, score
+from bench import quantization, results_sections, score
 from bench.results_files import read
 from pgolf import run
 from pgolf.artifact import container
@@ -569,8 +569,9 @@ def test_presets_are_compared_by_documents(
     ]
     assert all(row["difference"] == row["error"] == 0 for row in rows[:3])
     assert all(row["difference"] > 0 and row["error"] > 0 for row in rows[3:])
-    score.main(options)
+    page = "".join(results_sections.presets({"x1/score": score.main(options)}))
     assert len(calls) == 4, "all was done"
+    assert "| slower | " in page and " 0.0000 |" in page and "`max_wallclock_seconds=0`" in page
     with pytest.raises(argparse.ArgumentTypeError, match="neither a preset nor"):
         score.variant("nothing")
     with pytest.raises(SystemExit):
