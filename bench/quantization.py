@@ -24,7 +24,7 @@ from bench.results_files import add_options, describe, results_path, write
 from bench.timing import chip_name
 from bench.ttt_variants import paired_difference
 from pgolf.artifact import packed_format, public_format
-from pgolf.artifact.code_length import packed_bytes
+from pgolf.artifact.code_length import packed_size
 from pgolf.artifact.quantize import dequantize_model, quantize_model
 from pgolf.artifact.quantized import QuantizedModel
 from pgolf.artifact.rate import Matrix, prepare, quantize_by_rate
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             lambda steps=steps: quantize_model(tensors, hessians, public.replace(**steps), device), device
         )
         kept.setdefault(PUBLIC, quantized)
-        report(PUBLIC, quantized, packed_bytes(quantized, device), steps=factor, seconds=seconds)
+        report(PUBLIC, quantized, packed_size(quantized, device).total, steps=factor, seconds=seconds)
     compressing = _Compressing(kept[PUBLIC]) if arguments.times else None
     for way, (change, settings) in PARTS.items():
         matrices = {name: change(matrix) for name, matrix in base.items()}
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 device,
             )
             kept.setdefault(way, quantized)
-            report(way, quantized, packed_bytes(quantized, device), seconds=seconds)
+            report(way, quantized, packed_size(quantized, device).total, seconds=seconds)
     if arguments.ttt:
         judge.model.load_state_dict(model_with(config, world, weights).state_dict())
         before = judge.adapted()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pgolf.artifact import rate
-from pgolf.artifact.code_length import packed_bytes
+from pgolf.artifact.code_length import PackedSize, packed_size
 from pgolf.artifact.container import load, save
 from pgolf.artifact.hessians import collect_hessians
 from pgolf.artifact.quantize import dequantize_model
@@ -131,7 +131,7 @@ def test_the_artifact_has_the_bytes_it_is_given(tensors, matrices, tmp_path: Pat
     path = tmp_path / "model.pgolf"
     quantized = rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, target)
     size = save(path, quantized)
-    assert abs(size - packed_bytes(quantized, CPU)) < 600
+    assert abs(size - packed_size(quantized, CPU).total) < 600
     assert target - rate.SLACK_BYTES <= size <= target
     weights = dequantize_model(load(path), tensors)
     for name, matrix in matrices.items():
@@ -142,12 +142,17 @@ def test_the_artifact_has_the_bytes_it_is_given(tensors, matrices, tmp_path: Pat
     assert kept and all(torch.equal(weights[name], tensors[name].half().float()) for name in kept)
 
 
+def smaller(size: PackedSize, by: int) -> PackedSize:
+    """A size with so many bytes of codes fewer."""
+    return size._replace(codes=size.codes - by)
+
+
 def test_more_bytes_than_computed_are_quantised_away(tensors, matrices, tmp_path: Path, monkeypatch) -> None:
     path, target = tmp_path / "model.pgolf", 170_000
-    monkeypatch.setattr(rate, "packed_bytes", lambda *given: packed_bytes(*given) - 5000)
+    monkeypatch.setattr(rate, "packed_size", lambda *given: smaller(packed_size(*given), 5000))
     quantized, blob, *_ = rate.quantize_to_fit(tensors, matrices, CONFIG, CPU, path, target)
     assert target - rate.SLACK_BYTES <= len(blob) <= target and save(path, quantized) == len(blob)
-    monkeypatch.setattr(rate, "packed_bytes", lambda *given: packed_bytes(*given) - 90_000)
+    monkeypatch.setattr(rate, "packed_size", lambda *given: smaller(packed_size(*given), 90_000))
     monkeypatch.setattr(rate, "FITS", 1)
     with pytest.raises(QuantizeError, match="does not fit 170,000 bytes: it takes [0-9,]+, more than computed"):
         rate.quantize_to_fit(tensors, matrices, CONFIG, CPU, path, target)
@@ -155,7 +160,7 @@ def test_more_bytes_than_computed_are_quantised_away(tensors, matrices, tmp_path
 
 def test_bounds_of_size(tensors, matrices) -> None:
     finest = rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, 5_000_000)
-    assert 250_000 < packed_bytes(finest, CPU) < 400_000
+    assert 250_000 < packed_size(finest, CPU).total < 400_000
     with pytest.raises(QuantizeError, match="does not fit 50,000 bytes: it takes [0-9,]+ with steps of a standard"):
         rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, 50_000)
 

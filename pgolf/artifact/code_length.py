@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,10 +27,26 @@ BITS_OF_A_STATE = 8  # that a coder's last state holds in the mean, of the 16 ab
 LOSS = 1.2e-3  # bits of a code, by which a coder's states of 32 bits miss the ideal; measured: 0.8e-3 to 1.3e-3
 
 
-def packed_bytes(quantized: QuantizedModel, device: torch.device) -> int:
+class PackedSize(NamedTuple):
+    """The bytes of a packed artifact: of its codes with their coders, and of all else."""
+
+    codes: int
+    side: int
+
+    @property
+    def total(self) -> int:
+        """All bytes of the file."""
+        return self.codes + self.side
+
+
+def packed_size(quantized: QuantizedModel, device: torch.device, side: int | None = None) -> PackedSize:
     """Return how many bytes `pgolf.artifact.packed_format.pack` makes, within 3e-5 bytes a code and 300 bytes.
 
     Codes are not checked for being on a path of their trellis.
+
+    Args:
+        side: the bytes that are no codes, if known: those of the same model at other steps are within some hundred.
+            To compress them takes a few tenths of a second.
     """
     bits, classes = 0.0, {}
     for name in quantized.tensors:
@@ -37,8 +55,9 @@ def packed_bytes(quantized: QuantizedModel, device: torch.device) -> int:
             found, row_class = code_bits(torch.from_numpy(coded(name, quantized)).to(device), trellised=trellised)
             bits += found
             classes[name] = row_class
-    side, _ = side_block(quantized, classes)
-    return round(HEAD.size + len(side) + 4 * LANES + (bits - BITS_OF_A_STATE * LANES) / 8)
+    if side is None:
+        side = HEAD.size + len(side_block(quantized, classes)[0])
+    return PackedSize(round(4 * LANES + (bits - BITS_OF_A_STATE * LANES) / 8), side)
 
 
 def code_bits(codes: Tensor, *, trellised: bool) -> tuple[float, np.ndarray]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pgolf.artifact.code_length import packed_bytes
+from pgolf.artifact.code_length import packed_size
 from pgolf.artifact.container import content
 from pgolf.artifact.gptq import inverse_factor
 from pgolf.artifact.hessians import exact_float32_products, hessian_group
@@ -157,7 +157,7 @@ def quantize_by_rate(
 ) -> QuantizedModel:
     """Quantise a model so that its artifact takes ``target`` bytes or up to `SLACK_BYTES` fewer.
 
-    A model that takes fewer bytes at its finest steps gets those. Bytes are those of `packed_bytes`.
+    A model that takes fewer bytes at its finest steps gets those. Bytes are those of `packed_size`.
 
     Args:
         tensors: float32 weights by per-layer name; those that are no matrices are kept in float16.
@@ -170,10 +170,11 @@ def quantize_by_rate(
     level, aim = _first_level(matrices, target / a_bit), target - SLACK_BYTES / 2
     before: tuple[float, int] | None = None
     best: tuple[int, QuantizedModel] | None = None
-    smallest = 1 << 60
+    smallest, side = 1 << 60, None
     for _ in range(ATTEMPTS):
         quantized = _in_order(tensors, kept, code(matrices, level, config))
-        size = packed_bytes(quantized, device)
+        computed = packed_size(quantized, device, side)
+        side, size = computed.side, computed.total
         smallest = min(smallest, size)
         if size <= target and (best is None or size > best[0]):
             best = size, quantized
