@@ -525,8 +525,11 @@ def test_what_quantisation_costs_is_measured(finished: RunFolder, tmp_path: Path
     monkeypatch.setattr(quantization, "RECORD", way)
     monkeypatch.setattr(quantization, "PUBLIC_STEPS", (1.0,))
     file = tmp_path / "quantization.json"
-    options = ["--run-dir", str(finished.path), "--sizes", "90000", "--ttt", "--times", "--results", str(file)]
-    results = quantization.main(options)
+    monkeypatch.setattr(quantization, "TUNING_STEPS", 2)
+    options = ["--run-dir", str(finished.path), "--sizes", "90000", "--ttt", "--times", "--tune"]
+    results = quantization.main([*options, "--results", str(file)])
+    assert [row["way"] for row in results["tuned"]] == [quantization.PUBLIC, way]
+    assert all(row["tax"] != other["tax"] for row, other in zip(results["tuned"], results["rows"][::2], strict=True))
     ways = [quantization.PUBLIC, *found]
     assert [row["way"] for row in results["rows"]] == ways
     assert [row["way"] for row in results["test_time_training"]] == [ways[0], ways[-1]]
