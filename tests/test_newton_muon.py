@@ -1,10 +1,8 @@
-"""Newton-Muon: the preconditioned update against float64, what the layers' inputs are, and whole trainings with it."""
+"""Newton-Muon: the preconditioned update against float64, and what the layers' inputs are."""
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf.common.progress import TrainingProgress
-from pgolf.common.runtime import Interrupted
 from pgolf.config import RunConfig
 from pgolf.data.loader import Batch
 from pgolf.kernels.newton_schulz import newton_schulz
@@ -22,9 +18,7 @@ from pgolf.model.second_moments import sum_second_moments
 from pgolf.training import optim
 from pgolf.training.optim import ModelOptimizer, Muon, damped_inverse
 from tests.processes import run_processes
-from tests.test_train import CPU, _train_in_group, assert_same, config, losses, trained, uninterrupted
 
-__all__ = ["CPU", "config", "uninterrupted"]  # fixtures of another module
 SHAPE = (5, 12, 20)  # a bank that 2 processes do not share evenly
 
 
@@ -119,7 +113,7 @@ def test_every_matrix_gets_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, given = ModelOptimizer(model, model.config), {}
     monkeypatch.setattr(Muon, "precondition", lambda self, moments: given.update(moments))
     for model.looping_active in (False, True):
-        optimizer.observe(model, batches)
+        optimizer.observe_inputs(model, batches)
         assert model.training
         seen: dict[str, list[Tensor]] = defaultdict(list)
         with torch.no_grad():
@@ -160,43 +154,6 @@ def test_inputs_are_those_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> No
             span = torch.linalg.eigh(K)[1][:, -6:]
             gradient = gradient.double()
             assert (gradient - gradient @ span @ span.mT).norm() < 1e-4 * gradient.norm() != 0, matrix
-
-
-ON = dict(newton_muon=True, newton_muon_every=2, newton_muon_decay=0.5)
-
-
-def test_trainings_learn_and_resume_to_the_same_bytes(
-    uninterrupted, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupted after a step whose next one measures nothing, and after one whose next one does."""
-    on = config.replace(**ON)
-    whole = trained(on, tmp_path / "whole")
-    curve = losses(tmp_path / "whole")
-    assert curve[-1] < curve[0] == losses(uninterrupted[0])[0] and curve != losses(uninterrupted[0])
-    assert_same(trained(on.replace(warmup_steps=2), tmp_path / "warm"), whole)
-    for stop in (3, 4):
-        monkeypatch.setattr(TrainingProgress, "step", lambda self, n, *_, s=stop: n == s and os.kill(os.getpid(), 15))
-        with pytest.raises(Interrupted):
-            trained(on, tmp_path / f"{stop}")
-        monkeypatch.undo()
-        assert_same(trained(on, tmp_path / f"{stop}", resume=True), whole)
-        assert losses(tmp_path / f"{stop}") == curve
-
-
-def test_processes_agree_and_go_on_from_the_checkpoint_of_one(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on = config.replace(**ON)
-    trained(on, tmp_path / "alone")
-    group = run_processes(partial(_train_in_group, on, tmp_path / "group"), 2, tmp_path)
-    assert_same(*group)
-    assert losses(tmp_path / "group") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
-    monkeypatch.setattr(TrainingProgress, "step", lambda self, step, *_: step == 3 and os.kill(os.getpid(), 15))
-    with pytest.raises(Interrupted):
-        trained(on, tmp_path / "stopped")
-    monkeypatch.undo()
-    run_processes(partial(_train_in_group, on, tmp_path / "stopped", resume=True), 2, tmp_path / "stopped")
-    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
 
 
 def test_a_state_of_other_shapes_is_an_error() -> None:

@@ -258,9 +258,9 @@ def _as_bank(matrices: Tensor) -> Tensor:
 def damped_inverse(moments: Tensor, ridge: float) -> Tensor:
     """Compute (1 + ridge) (K / μ + ridge I)⁻¹ with μ = tr K / n, for a batch K [N, n, n] of second moments.
 
-    It is the right factor of Newton-Muon (Du and Su 2026, arXiv 2604.01472) up to a number, for which the update does
-    not care: it is scaled to be I for K = I, so that momentum goes on where K becomes larger, as by the loop. For K = 0
-    it is a multiple of I. A K that has no Cholesky factor gives NaN, on which training stops.
+    It is the right factor of Newton-Muon (Du and Su 2026, arXiv 2604.01472) times a number, on which an orthogonalised
+    gradient does not depend. The number makes it I for K = I, and keeps momentum's scale where K grows, as by the loop.
+    For K = 0 it is a multiple of I. A K that has no Cholesky factor gives NaN, on which training stops.
     """
     scale = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moments.dtype).tiny)
     damped = moments / scale[:, None, None]
@@ -312,7 +312,7 @@ class ModelOptimizer:
         self.adamw.zero_grad(set_to_none=True)
         self.muon.zero_grad(set_to_none=True)
 
-    def observe(self, model: GPT, batches: Iterable[Batch]) -> None:
+    def observe_inputs(self, model: GPT, batches: Iterable[Batch]) -> None:
         """Precondition Muon with the second moments of its matrices' inputs over all ranks' batches of a step.
 
         Every rank must call it at the same time. The mean is over tokens; passes through a looped layer add up. At the

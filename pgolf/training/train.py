@@ -270,7 +270,7 @@ class _Trainer:
         batches: Iterable[Batch] = (state.loader.next_batch() for _ in range(self.gradient.count))
         if config.newton_muon and state.step % config.newton_muon_every == 0:
             batches = list(batches)
-            state.optimizer.observe(state.model, batches)
+            state.optimizer.observe_inputs(state.model, batches)
         loss = self.gradient(batches)
         norm = state.optimizer.step(lr_scale, momentum, averages, config.ema_decay, weight_decay_scale)
         return self._start_copy(torch.stack([self.world.mean(loss), norm]))
