@@ -161,6 +161,12 @@ class RunConfig:
     polar_express_ns: bool = _field(True, "Polar Express coefficients; off: (3.4445, -4.775, 2.0315) every step")
     muon_row_normalize: bool = _field(True, "normalise rows before Newton-Schulz (MuonEq-R)")
     muon_wd: float = _field(0.095, "weight decay of the banks", low=0.0)
+    newton_muon: bool = _field(
+        False, "multiply the banks' gradients by the inverse second moment of the layers' inputs (Newton-Muon)"
+    )
+    newton_muon_every: int = _field(32, "steps from one measurement of it to the next", low=1)
+    newton_muon_decay: float = _field(0.95, "decay of its average over measurements", low=0.0, high=1.0)
+    newton_muon_ridge: float = _field(0.2, "what is added to its diagonal, over the diagonal's mean", low=0.01)
     beta1: float = _field(0.9, "AdamW's first moment", low=0.0, high=1.0)
     beta2: float = _field(0.95, "AdamW's second moment", low=0.0, high=1.0)
     adam_eps: float = _field(1e-8, "AdamW's epsilon", low=0.0)

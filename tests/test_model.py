@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf.artifact.hessians import hessian_group
 from pgolf.config import RunConfig
 from pgolf.model.blocks import PassUpdates
 from pgolf.model.gpt import GPT, Updates, attention_core
+from pgolf.model.second_moments import hessian_group
 from pgolf.model.weights import rebank, unbank
 from tests.golden.make import OPTIONS
 

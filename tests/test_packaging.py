@@ -79,7 +79,7 @@ from pgolf.config import RunConfig
 from pgolf.common.folder import RunFolder
 from pgolf.model.gpt import GPT
 from pgolf.model.weights import unbank
-from pgolf.artifact.hessians import hessian_group
+from pgolf.model.second_moments import hessian_group
 from pgolf.artifact.quantize import quantize_model
 from pgolf.artifact.weights import load_artifact
 from pgolf.common.runtime import start_world

@@ -10,13 +10,14 @@ import torch
 
 from pgolf.artifact import gptq as gptq_module
 from pgolf.artifact.gptq import gptq
-from pgolf.artifact.hessians import _gram, collect_hessians, hessian_group
+from pgolf.artifact.hessians import collect_hessians
 from pgolf.artifact.low_rank import fit_low_rank, low_rank_factors, lqer_pack, lqer_pack_symmetric, outputs_error
 from pgolf.artifact.quantize import dequantize_model, quantize_model, rule_for
 from pgolf.artifact.quantized import largest_code
 from pgolf.config import RunConfig
 from pgolf.kernels.dequant import LowRankFactors, dequantize
 from pgolf.model.gpt import GPT
+from pgolf.model.second_moments import _gram, hessian_group
 from pgolf.model.weights import unbank
 from tests.processes import run_processes
 

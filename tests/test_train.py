@@ -292,6 +292,43 @@ def test_processes_tune_alike(config: RunConfig, tmp_path: Path) -> None:
         assert torch.allclose(group[0][name], value, atol=2e-3), name
 
 
+NEWTON = dict(newton_muon=True, newton_muon_every=2, newton_muon_decay=0.5)
+
+
+def test_newton_muon_learns_and_resumes_to_the_same_bytes(
+    uninterrupted, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after a step whose next one measures nothing, and after one whose next one does."""
+    on = config.replace(**NEWTON)
+    whole = trained(on, tmp_path / "whole")
+    curve = losses(tmp_path / "whole")
+    assert curve[-1] < curve[0] == losses(uninterrupted[0])[0] and curve != losses(uninterrupted[0])
+    assert_same(trained(on.replace(warmup_steps=2), tmp_path / "warm"), whole)
+    for stop in (3, 4):
+        monkeypatch.setattr(TrainingProgress, "step", lambda self, n, *_, s=stop: n == s and os.kill(os.getpid(), 15))
+        with pytest.raises(Interrupted):
+            trained(on, tmp_path / f"{stop}")
+        monkeypatch.undo()
+        assert_same(trained(on, tmp_path / f"{stop}", resume=True), whole)
+        assert losses(tmp_path / f"{stop}") == curve
+
+
+def test_newton_muon_on_two_processes_and_from_the_checkpoint_of_one(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = config.replace(**NEWTON)
+    trained(on, tmp_path / "alone")
+    group = run_processes(partial(_train_in_group, on, tmp_path / "group"), 2, tmp_path)
+    assert_same(*group)
+    assert losses(tmp_path / "group") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
+    monkeypatch.setattr(TrainingProgress, "step", lambda self, step, *_: step == 3 and os.kill(os.getpid(), 15))
+    with pytest.raises(Interrupted):
+        trained(on, tmp_path / "stopped")
+    monkeypatch.undo()
+    run_processes(partial(_train_in_group, on, tmp_path / "stopped", resume=True), 2, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
+
+
 def test_moved_weights(config: RunConfig, tmp_path: Path) -> None:
     """A run goes on from weights that are at most a unit of bfloat16 away from its seed's."""
     folder = RunFolder(tmp_path)

@@ -7,8 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from pgolf.artifact.hessians import DAMPINGS, exact_float32_products
+from pgolf.artifact.hessians import DAMPINGS
 from pgolf.artifact.quantized import SMALLEST_SCALE, QuantizeError
+from pgolf.model.second_moments import exact_float32_products
 
 BLOCK_COLUMNS = 128  # columns that are rounded before one product corrects the remaining ones
 LARGEST_CLIPPED = 0.1  # share of a row's norm that clipping may remove without a warning

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.gptq import gptq
-from pgolf.artifact.hessians import hessian_group
 from pgolf.artifact.low_rank import pack_correction, worth_correcting
 from pgolf.artifact.quantized import (
     CODES,
@@ -31,6 +30,7 @@ from pgolf.artifact.steps import dequantize_codes
 from pgolf.common.progress import progress
 from pgolf.config import RunConfig
 from pgolf.kernels.dequant import LowRankFactors, dequantize
+from pgolf.model.second_moments import hessian_group
 
 
 class Rule(NamedTuple):

@@ -22,13 +22,13 @@ from torch import Tensor
 from pgolf.artifact.code_length import packed_size
 from pgolf.artifact.container import content
 from pgolf.artifact.gptq import inverse_factor
-from pgolf.artifact.hessians import exact_float32_products, hessian_group
 from pgolf.artifact.quantize import half, hessian_for, rule_for
 from pgolf.artifact.quantized import CODES, COLUMN_STEP, PASSTHROUGH, ROW_STEP, QuantizedModel, QuantizeError
 from pgolf.artifact.sensitivity import Sensitivities
 from pgolf.artifact.steps import OCTAVE, step_sizes
 from pgolf.config import RunConfig
 from pgolf.kernels.trellis import trellis_gptq
+from pgolf.model.second_moments import exact_float32_products, hessian_group
 
 COARSEST = 1.0  # a step is at most this many standard deviations of its row: a trellis has no code 0 in half its states
 FINEST = 2.0**-5  # and at least this many: codes of more than 7 bits are worth nothing

@@ -65,16 +65,16 @@ def rebank(tensors: dict[str, Tensor], template: dict[str, Tensor]) -> dict[str,
     num_layers = template["mlp_up_bank"].size(0)
     for name, like in template.items():
         if name in _BANKS:
-            parts = [
-                _take(tensors, f"blocks.{i}.{part}.weight", like[0].shape)
-                for part in _BANKS[name]
-                if part
-                for i in range(num_layers)
-            ]
+            parts = [_take(tensors, part, like[0].shape) for part in bank_names(name, num_layers)]
             state[name] = torch.stack(parts).to(like)
         else:
             state[name] = _take(tensors, name, like.shape).to(like)
     return state
+
+
+def bank_names(bank: str, num_layers: int) -> list[str]:
+    """Return the names that `unbank` gives the matrices of a bank, in the bank's order."""
+    return [f"blocks.{i}.{part}.weight" for part in _BANKS[bank] if part for i in range(num_layers)]
 
 
 _BANKS = {

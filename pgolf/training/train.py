@@ -10,7 +10,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from pgolf.common.runtime import Interrupted, World, on_terminate, peak_memory_b
 from pgolf.common.tensors import diverged
 from pgolf.config import RunConfig
 from pgolf.data.bpb import ByteCounter
-from pgolf.data.loader import DocumentPackingLoader
+from pgolf.data.loader import Batch, DocumentPackingLoader
 from pgolf.data.shards import shard_files
 from pgolf.data.validation import validation_data
 from pgolf.kernels.common.compiling import compiling_ahead
@@ -266,9 +266,13 @@ class _Trainer:
         weight_decay_scale: float = 1.0,
     ) -> torch.Tensor:
         """Launch one optimizer step, which also updates the averages; return a tensor (mean loss, gradient norm)."""
-        state = self.state
-        loss = self.gradient(state.loader.next_batch() for _ in range(self.gradient.count))
-        norm = state.optimizer.step(lr_scale, momentum, averages, self.config.ema_decay, weight_decay_scale)
+        state, config = self.state, self.config
+        batches: Iterable[Batch] = (state.loader.next_batch() for _ in range(self.gradient.count))
+        if config.newton_muon and state.step % config.newton_muon_every == 0:
+            batches = list(batches)
+            state.optimizer.observe_inputs(state.model, batches)
+        loss = self.gradient(batches)
+        norm = state.optimizer.step(lr_scale, momentum, averages, config.ema_decay, weight_decay_scale)
         return self._start_copy(torch.stack([self.world.mean(loss), norm]))
 
     def _start_copy(self, measured: torch.Tensor) -> torch.Tensor:
