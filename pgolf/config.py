@@ -235,6 +235,9 @@ class RunConfig:
     lqer_factor_bits: int = _field(4, "bits of symmetric factors", low=2, high=8)
     lqer_asym_enabled: bool = _field(True, "int2 and int4 factors with group scales; off: symmetric, scale a row")
     lqer_asym_group: int = _field(64, "group size of the second factor's scales", low=1)
+    awq_groups: int = _field(
+        0, "groups of 64 columns, of all matrices the most salient, with 8-bit codes by quantizer=gptq (#1908)", low=0
+    )
     compressor: str = _field("brotli", "entropy coder of the artifact with quantizer=gptq", choices=("brotli", "lzma"))
     control_tensor_name_patterns: str = _field(
         CONTROL_TENSORS, "comma-separated parts of names: tensors kept in fp16 whatever their size"
@@ -581,6 +584,7 @@ _FAMILIES = (
     "TTT_",
     "GLOBAL_TTT",
     "PHASED_TTT",
+    "AWQ_",
     "LQER",
     "GPTQ",
     "MUON_",
