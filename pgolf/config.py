@@ -126,6 +126,9 @@ class RunConfig:
     skip_gates_enabled: bool = _field(True, "skips join by a gated lerp; off: they are added")
     tie_embeddings: bool = _field(True, "the head is the embedding; off: its own matrix, started at zero")
     logit_softcap: float = _field(30.0, "logits = c tanh(z / c)", low=1e-6, high=1e30)
+    logit_softcap_negative: float = _field(
+        0.0, "c of negative z (AsymLogit, #1923); 0: logit_softcap", low=0.0, high=1e30
+    )
     rope_base: float = _field(10_000.0, "rotary base", low=1.0)
     rope_dims: int = _field(16, "leading head dimensions that rotate", low=0)
     rope_train_seq_len: int = _field(2048, "with rope_yarn: positions beyond it stretch the rotary base", low=1)
@@ -238,6 +241,9 @@ class RunConfig:
     lqer_factor_bits: int = _field(4, "bits of symmetric factors", low=2, high=8)
     lqer_asym_enabled: bool = _field(True, "int2 and int4 factors with group scales; off: symmetric, scale a row")
     lqer_asym_group: int = _field(64, "group size of the second factor's scales", low=1)
+    awq_groups: int = _field(
+        0, "groups of 64 columns, of all matrices the most salient, with 8-bit codes by quantizer=gptq (#1908)", low=0
+    )
     compressor: str = _field("brotli", "entropy coder of the artifact with quantizer=gptq", choices=("brotli", "lzma"))
     control_tensor_name_patterns: str = _field(
         CONTROL_TENSORS, "comma-separated parts of names: tensors kept in fp16 whatever their size"
@@ -361,6 +367,10 @@ class RunConfig:
             f"max_wallclock_seconds {self.max_wallclock_seconds}",
         )
         need(
+            self.logit_softcap_negative == 0 or self.logit_softcap_negative >= 1e-6,
+            f"logit_softcap_negative {self.logit_softcap_negative} must be 0 or at least 1e-06",
+        )
+        need(
             self.ngram_tilt_scope == "document" or self.ttt_order == "stream" or not self.ngram_tilt_boost,
             "ngram_tilt_scope=stream counts documents that are scored later with ttt_order=length; "
             "set ttt_order=stream or ngram_tilt_scope=document",
@@ -372,6 +382,12 @@ class RunConfig:
     def head_dim(self) -> int:
         """Return the width of one attention head."""
         return self.model_dim // self.num_heads
+
+    @property
+    def softcap(self) -> float | tuple[float, float]:
+        """Return the softcap of logits, or that of positive and that of negative ones where they differ."""
+        positive, negative = self.logit_softcap, self.logit_softcap_negative
+        return (positive, negative) if negative not in (0, positive) else positive
 
     def chunks_by_length(self) -> list[tuple[int, int]]:
         """Read ttt_chunks_by_length as (length, chunk) pairs, in ascending order.
@@ -574,6 +590,7 @@ _FAMILIES = (
     "TTT_",
     "GLOBAL_TTT",
     "PHASED_TTT",
+    "AWQ_",
     "LQER",
     "GPTQ",
     "MUON_",

@@ -304,7 +304,9 @@ def _quantized_model() -> QuantizedModel:
     tensors = {"a" + CODES: codes(16, 24), "a" + SCALE: scales(16), "b": scales(7)}
     parts = (codes(16, 2, low=-2, high=2), scales(), codes(2, 24, low=-8, high=8), scales(3))
     tensors |= {"a" + key: part for key, part in zip(ASYMMETRIC_KEYS, parts, strict=True)}
-    return QuantizedModel(tensors, {"a": "gptq (int6)+lqer_asym", "b": "passthrough (float16)"})
+    tensors |= {"c" + CODES: codes(4, 128), "c" + SCALE: scales(4)}
+    marks = {"a": "gptq (int6)+lqer_asym", "b": "passthrough (float16)", "c": "gptq (int6)+awq(1)"}
+    return QuantizedModel(tensors, marks)
 
 
 KINDS = (

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf.artifact import public_format
+from pgolf.artifact import packed_format, public_format
 from pgolf.artifact.container import ArtifactError, load, save
 from pgolf.artifact.public_format import byte_shuffle, byte_unshuffle
 from pgolf.artifact.quantize import dequantize_model
@@ -202,6 +202,42 @@ def test_tensors_that_do_not_fit_their_marks_are_errors(tmp_path, changed, marks
     path.write_bytes(lzma.compress(pickled({"w": {**MATRIX, **changed}, "m": {**MARKS, **marks}})))
     with pytest.raises(ArtifactError, match=f"model.int6.ptz .*{words}"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("groups", "codes", "words"),
+    [
+        ("2", {}, r"a.q has 128 columns and no groups \[2\] of 64"),
+        ("1,0", {}, r"no groups \[1, 0\]"),
+        ("1,1", {}, r"no groups \[1, 1\]"),
+        ("", {}, "which is unknown"),
+        ("-1", {}, "which is unknown"),
+        ("99999", {}, "which is unknown"),
+        ("1", {0: 32}, "a.q is no matrix of codes from -31 to 31"),
+        ("0", {64: -32}, "a.q is no matrix of codes from -31 to 31"),
+        ("0,1", {64: -128}, "a.q is no matrix of codes from -127 to 127"),
+        ("0,1", {0: 127, 64: -127}, ""),
+        ("1", {0: 31, 64: -127}, ""),
+    ],
+)
+def test_groups_of_8_bits_are_checked(tmp_path, groups: str, codes: dict[int, int], words: str):
+    tensors = {"a.q": torch.zeros(4, 128, dtype=torch.int8), "a.scale": torch.ones(4).half()}
+    for column, code in codes.items():
+        tensors["a.q"][2, column] = code
+    quantized = QuantizedModel(tensors, {"a": f"gptq (int6)+awq({groups})"})
+    for path in (tmp_path / "model.int6.ptz", tmp_path / "model.pgolf"):
+        pack = packed_format.pack if path.suffix == ".pgolf" else lambda model: public_format.serialize(model, "lzma")
+        path.write_bytes(pack(quantized))
+        if words:
+            with pytest.raises(ArtifactError, match=words):
+                load(path)
+        else:
+            assert torch.equal(load(path).tensors["a.q"], tensors["a.q"])
+    if not words:
+        assert float(quantized.scales("a")[0, 1]) == pytest.approx(31 / 127)
+    narrow = QuantizedModel(MATRIX, {**MARKS, "a": "gptq (int6)+awq(0)+lqer_asym"})
+    with pytest.raises(ArtifactError, match=r"a.q has 6 columns and no groups \[0\]"):
+        save(tmp_path / "narrow.pgolf", narrow)
 
 
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])

@@ -70,10 +70,11 @@ def test_what_is_planted_in_a_submission_is_found(planted: Submission, tmp_path:
 def test_test_time_training_passes(kv_cache: bool, checks: tuple[str, ...]) -> None:
     """Also without the mask, whose leak is in packed rows only, with a cache, and where it learns from chunks twice.
 
-    With a tilt, which changes distributions, and weighted targets.
+    With a tilt and two softcaps, which change distributions, and weighted targets.
     """
     changed = dict(smear_gate_bos_mask=False, ttt_kv_cache=kv_cache, ttt_grad_steps=1 + kv_cache, ttt_lanes=2)
     changed |= dict(ngram_tilt_boost=2.0, ngram_tilt_order=2, ngram_tilt_threshold=0.3, ttt_conf_weighted=True)
+    changed |= dict(logit_softcap=4.0, logit_softcap_negative=2.0)
     model, config, table, text = audit_exam.model_and_text(**changed)
     findings, examined = check_scorer(TTTScorer("ttt", model, config, table), text, checks)
     assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings

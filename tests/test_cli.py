@@ -168,6 +168,8 @@ def test_stages_can_be_repeated_with_other_settings(finished: RunFolder, capsys:
     assert again["bits_per_byte"] == before["bits_per_byte"]
     assert main(["ttt", *run, "--set", "ttt_lora_lr=0.05"]) == 0
     assert finished.summary()["ttt"]["bits_per_byte"] != before["bits_per_byte"]
+    assert main(["ttt", *run, "--set", "logit_softcap_negative=1e-3"]) == 0
+    assert finished.summary()["ttt"]["bits_per_byte"] != before["bits_per_byte"]
     assert main(["report", *run]) == 0
     assert "After test-time training" in capsys.readouterr().out
     assert main(["ttt", *run]) == 0

@@ -213,6 +213,7 @@ def test_alias_and_its_field_must_agree() -> None:
         ({"loop_end": 11}, "loop_end 11 < num_layers 11 must hold"),
         ({"gate_attn_width": 600}, "must not exceed model_dim 512"),
         ({"micro_batch_tokens": 100_000}, "must be a multiple of micro_batch_tokens 100000"),
+        ({"logit_softcap_negative": 1e-7}, "logit_softcap_negative 1e-07 must be 0 or at least 1e-06"),
         ({"gptq_reserve_seconds": 600}, "leaves nothing of max_wallclock_seconds"),
     ],
 )

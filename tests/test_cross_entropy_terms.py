@@ -28,7 +28,10 @@ def composed(
     logits = F.linear(h, table.to(h.dtype), None if bias is None else bias.to(h.dtype))
     logits = logits if update is None else logits + update
     logits = logits.to(torch.promote_types(h.dtype, torch.float32)).flatten(0, -2)
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    if softcap is not None:
+        positive, negative = softcap if isinstance(softcap, tuple) else (softcap, softcap)
+        cap = torch.where(logits > 0, logits.new_tensor(positive), logits.new_tensor(negative))
+        logits = cap * torch.tanh(logits / cap)
     weight = None if weight is None else weight.to(logits.dtype)
     loss = F.cross_entropy(
         logits,
@@ -213,8 +216,8 @@ def test_peers_form_of_the_result(device, asked: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOOR)
-@pytest.mark.parametrize("softcap", [1e-6, 1e-3, 1.0, 39.9, 40.1, 1e3, 1e8, 1e30, None])
-def test_every_cap_is_as_precise_as_pytorch(softcap: float | None, dtype) -> None:
+@pytest.mark.parametrize("softcap", [1e-6, 1e-3, 1.0, 39.9, 40.1, 1e3, 1e8, 1e30, None, (20.0, 5.0), (5.0, 60.0)])
+def test_every_cap_is_as_precise_as_pytorch(softcap, dtype) -> None:
     h, table, targets = problem(9, 16, 45, dtype, ignored=44)
     options = dict(softcap=softcap, ignore_index=44, label_smoothing=0.2, lse_square_scale=1e-2)
     options |= dict(scale=0.1)  # low caps leave no gradients
@@ -224,8 +227,8 @@ def test_every_cap_is_as_precise_as_pytorch(softcap: float | None, dtype) -> Non
 
 
 @needs_kernels
-@pytest.mark.parametrize("softcap", [5.0, 100.0, None])
-def test_terms_of_rows_in_blocks(monkeypatch, softcap: float | None) -> None:
+@pytest.mark.parametrize("softcap", [5.0, 100.0, None, (5.0, 20.0), (100.0, 20.0)])
+def test_terms_of_rows_in_blocks(monkeypatch, softcap) -> None:
     monkeypatch.setattr(rows, "ROW_ELEMENTS", 32)
     monkeypatch.setattr(rows, "launch_parameters", lambda *_: dict(block=32, columns_per_warp=32))
     h, table, targets = problem(9, 16, 70, ignored=3)

@@ -38,6 +38,15 @@ def test_a_row_in_registers(vocabulary: int, softcap: float, gradient: bool, cap
         assert kernel.count("BAR") <= 3
 
 
+@pytest.mark.parametrize("softcap, registers", [((30.0, 20.0), 80), ((100.0, 20.0), 96)])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_row_with_a_cap_for_each_sign(softcap: tuple[float, float], registers: int, gradient: bool) -> None:
+    z, targets = torch.empty(4, 8192, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64)
+    with compiling(90) as kernels:
+        rows.launch(z, targets, torch.empty(4), rows.Terms(softcap), 8192, z if gradient else None)
+    check(kernels[0], registers=registers, shared=1024, streams=gradient)
+
+
 @pytest.mark.parametrize("gradient", [True, False])
 def test_a_row_of_a_score(gradient: bool) -> None:
     """Its logits are float32, and the gradient's dtype is that of h."""

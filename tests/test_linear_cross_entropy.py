@@ -8,7 +8,12 @@ import torch
 from torch import library
 
 from pgolf.kernels.common.backend import INTERPRETED
-from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, rows, triton
+from pgolf.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    rows,
+    triton,
+)
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-5}  # of a relative error
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -45,17 +50,27 @@ def assert_as_precise(h, table, targets, softcap, dloss, update=None, **options)
         assert error <= 1.5 * allowed + FLOOR[h.dtype], f"{name}: {error} where the reference has {allowed}"
 
 
+def capped(z, softcap):
+    """The formula, of one cap, of a pair by sign, or of none."""
+    if softcap is None:
+        return z
+    caps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
+    cap = torch.tensor(caps, device=z.device, dtype=z.dtype)[(z <= 0).long()]
+    return cap * torch.tanh(z / cap)
+
+
 REDUCTIONS = ("mean", "sum", "none")
+PAIRS = [(3.0, 7.0), (30.0, 4.0), (5.0, 39.0), (100.0, 6.0), (6.0, 100.0)]  # caps of positive and of negative z
 
 
 @pytest.mark.parametrize("updated", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("softcap", [3.0, 30.0, 100.0])
-def test_formula(device, softcap: float, reduction: str, updated: bool) -> None:
+@pytest.mark.parametrize("softcap", [3.0, 30.0, 100.0, (3.0, 7.0), (60.0, 2.0)])
+def test_formula(device, softcap, reduction: str, updated: bool) -> None:
     h, table, targets = inputs(device)
     update = torch.randn(2, 5, 24, device=device) if updated else None
     z = h.double() @ table.double().T + (update.double() if updated else 0)
-    logits = softcap * torch.tanh(z / softcap)
+    logits = capped(z, softcap)
     expected = torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None])[..., 0]
     got = linear_cross_entropy(h, table, targets.int(), softcap, reduction, update=update)
     expected = expected if reduction == "none" else getattr(expected, reduction)()
@@ -73,20 +88,21 @@ def test_the_reference_takes_the_softcap_in_float32(device) -> None:
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [4.0, (4.0, 2.0)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradients(device, reduction: str) -> None:
+def test_gradients(device, reduction: str, softcap) -> None:
     h, table, targets = inputs(device, (2, 2), 3, 5, torch.float64)
     leaves = [h, table, torch.randn(2, 2, 5, device=device, dtype=torch.float64)]
     assert torch.autograd.gradcheck(
-        lambda h, table, update: linear_cross_entropy(h, table, targets, 4.0, reduction, update=update),
+        lambda h, table, update: linear_cross_entropy(h, table, targets, softcap, reduction, update=update),
         [leaf.requires_grad_() for leaf in leaves],
     )
 
 
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("vocabulary", [2, 24, 70, 512])
-@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0, 1e30, None])
-def test_precision(device, softcap: float | None, vocabulary: int, dtype) -> None:
+@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0, 1e30, None, *PAIRS])
+def test_precision(device, softcap, vocabulary: int, dtype) -> None:
     h, table, targets = inputs(device, (3, 7), 16, vocabulary, dtype)
     for dloss in (torch.ones((), device=device), torch.tensor(0.3, device=device)):
         assert_as_precise(h, table, targets, softcap, dloss)
@@ -96,8 +112,8 @@ def test_precision(device, softcap: float | None, vocabulary: int, dtype) -> Non
 
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("vocabulary", [2, 24, 70, 512])
-@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0])
-def test_precision_with_an_update(device, softcap: float, vocabulary: int, dtype) -> None:
+@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0, (5.0, 30.0)])
+def test_precision_with_an_update(device, softcap, vocabulary: int, dtype) -> None:
     h, table, targets = inputs(device, (3, 7), 16, vocabulary, dtype)
     update = torch.randn(7, 3, vocabulary, device=device).transpose(0, 1).to(dtype)
     for reduction, dloss in (("mean", 0.3), ("sum", 0.05)):
@@ -182,9 +198,9 @@ def test_chunks_by_memory(monkeypatch) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("softcap", [30.0, 100.0, None])
+@pytest.mark.parametrize("softcap", [30.0, 100.0, None, *PAIRS])
 @pytest.mark.parametrize("vocabulary", [33, 70, 96])
-def test_rows_in_blocks(monkeypatch, vocabulary: int, softcap: float | None) -> None:
+def test_rows_in_blocks(monkeypatch, vocabulary: int, softcap) -> None:
     """Rows longer than a program keeps in registers, here of 32 elements."""
     monkeypatch.setattr(rows, "ROW_ELEMENTS", 32)
     monkeypatch.setattr(rows, "launch_parameters", lambda *_: dict(block=32, columns_per_warp=32))
@@ -242,9 +258,11 @@ def test_one_token(device) -> None:
     assert_as_precise(h, table, targets, 30.0, torch.ones((), device=device), reduction="none")
 
 
-@pytest.mark.parametrize("softcap", [1e-6, 0.5, 30.0, 40.0, 1000.0, 1e8, 1e30, None])
+@pytest.mark.parametrize(
+    "softcap", [1e-6, 0.5, 30.0, 40.0, 1000.0, 1e8, 1e30, None, (1e-6, 1e30), (1e30, 1e-6), (2.0, 40.0)]
+)
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1e4])
-def test_logits_of_any_size(device, size: float, softcap: float | None) -> None:
+def test_logits_of_any_size(device, size: float, softcap) -> None:
     """At their caps or all equal: finite, and zero gradients where tanh is flat."""
     h, table, targets = inputs(device, (4,), size=size)
     table = torch.cat([table, -table])
@@ -256,14 +274,16 @@ def test_logits_of_any_size(device, size: float, softcap: float | None) -> None:
     assert dh.isfinite().all() and dtable.isfinite().all()
 
 
-@pytest.mark.parametrize("softcap", [40.0, 41.0, 300.0, 1e4, 1e6, 1e30, None])
-def test_losses_are_exact_whatever_the_cap(device, softcap: float | None) -> None:
+@pytest.mark.parametrize(
+    "softcap", [40.0, 41.0, 300.0, 1e4, 1e6, 1e30, None, (40.0, 9.0), (9.0, 40.0), (300.0, 2.0), (2.0, 300.0)]
+)
+def test_losses_are_exact_whatever_the_cap(device, softcap) -> None:
     """As sums of fp32 are, whether caps are far above the logits, near them or below."""
     h, table, targets = inputs(device, (40,), vocabulary=70, size=4.0)
-    h[::4] *= softcap / 30 if softcap and softcap < 1e3 else 1
+    h[::4] *= softcap / 30 if isinstance(softcap, float) and softcap < 1e3 else 1
     got = linear_cross_entropy(h, table, targets, softcap, "none")
     z = (h @ table.T).double()  # products of fp32 differ
-    logits = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logits = capped(z, softcap)
     exact = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     error = (got.double() - exact).abs() / (1 + logits.abs().amax(1))
     assert error.max() < 1e-6
@@ -299,6 +319,37 @@ def test_a_target_outside_the_table(device, wild: int, way: str) -> None:
     loss, *found = results(lambda h, table: call(h, table, targets, 30.0, "mean"), h, table, dloss)
     assert loss.isnan() and not found[0][2].any()
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("cap", [30.0, 100.0])
+def test_equal_caps_are_one_bit_for_bit(device, cap: float, dtype) -> None:
+    h, table, targets = inputs(device, (9,), 16, 70, dtype)
+    for reduction in REDUCTIONS:
+        one, pair = (
+            results(lambda *x, rest=rest: linear_cross_entropy(*x, targets, *rest), h, table, torch.ones(()))
+            for rest in ((cap, reduction), ((cap, cap), reduction))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(one, pair, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("softcap", PAIRS)
+def test_gradients_of_logits_by_sign(softcap) -> None:
+    """Each is as near to that of float64 as the same formula in fp32."""
+    z = 5 * torch.randn(8, 64, device=DEVICE)
+    z[:, 0], z[:, 1] = 0, -0.0
+    targets = torch.randint(0, 64, (8,), device=DEVICE)
+
+    def gradient(z):
+        logits = capped(z.requires_grad_(), softcap)
+        return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), z)[0]
+
+    exact, plain = gradient(z.double()), gradient(z.clone())
+    losses, dz = torch.empty(8, device=DEVICE), torch.empty_like(z)
+    rows.launch(z, targets, losses, rows.Terms(softcap), 64, dz)
+    error, allowed = ((found.double() - exact).abs().max() for found in (dz, plain))
+    assert error <= 2 * allowed + 1e-6
 
 
 @needs_kernels
@@ -341,7 +392,10 @@ def test_operators_are_registered_as_they_behave() -> None:
     update, bias = torch.randn(6, 25, device=DEVICE), torch.randn(25, device=DEVICE)
     h, table, update, bias = (tensor.requires_grad_() for tensor in (h, table, update, bias))
     ops = torch.ops.pgolf
-    plain, every = (None, None, 30.0, None, 0.0, 0.0, False), (bias, bias.detach().abs(), None, 2, 0.1, 1e-2, True)
+    plain, every = (
+        (None, None, [30.0, 9.0], None, 0.0, 0.0, False),
+        (bias, bias.detach().abs(), None, 2, 0.1, 1e-2, True),
+    )
     for terms, chunk, reduction, added in (
         (plain, 6, "mean", None),
         (plain, 4, "mean", None),
@@ -415,8 +469,8 @@ def test_errors_name_the_argument() -> None:
         linear_cross_entropy(h, table, targets.float(), 30.0)
     with pytest.raises(ValueError, match="table must be on h's device cpu, got meta"):
         linear_cross_entropy(h, table.to("meta"), targets, 30.0)
-    for softcap in (0.0, -1.0, float("inf"), float("nan"), 1e-7, 2e30):
-        with pytest.raises(ValueError, match=r"softcap must be from 1e-06 to 1e\+30, or None, got"):
+    for softcap in (0.0, -1.0, float("inf"), float("nan"), 1e-7, 2e30, (30.0, 0.0), (-1.0, 3.0), (3.0,), (1.0,) * 3):
+        with pytest.raises(ValueError, match=r"softcap must be from 1e-06 to 1e\+30, a pair of such .*, or None, got"):
             linear_cross_entropy(h, table, targets, softcap)
     with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'max'"):
         linear_cross_entropy(h, table, targets, 30.0, "max")

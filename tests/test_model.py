@@ -223,6 +223,17 @@ def test_updates_that_are_zero_change_nothing(golden) -> None:
         assert not torch.equal(losses, other)
 
 
+def test_logits_have_a_cap_for_each_sign(golden) -> None:
+    one, model = tiny_model(golden), tiny_model(golden, logit_softcap=3.0, logit_softcap_negative=1.5)
+    inputs, targets, cu_seqlens = stream(golden)
+    z = 30 * torch.atanh(one.forward_logits(inputs, cu_seqlens, 48).double() / 30)
+    expected = torch.where(z > 0, 3 * torch.tanh(z / 3), 1.5 * torch.tanh(z / 1.5))
+    logits = model.forward_logits(inputs, cu_seqlens, 48)
+    assert (logits - expected).abs().max() < 1e-4 and (z > 1.5).any() and (z < -1.5).any()
+    losses = model.token_losses(inputs, targets, cu_seqlens, 48)
+    assert (losses[0] - torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="none")).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("mask", [0, 1])
 def test_sequences_are_rows(golden, mask: int) -> None:
     """Whatever token a sequence begins with, it is what it would be in a row of its own."""
@@ -266,6 +277,7 @@ def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
         dict(rope_yarn=True, rope_train_seq_len=16),
         dict(rope_dims=0),
         dict(mlp_negative_slope=0.3),
+        dict(logit_softcap_negative=1.0),
     ],
     ids=lambda fields: next(iter(fields)),
 )

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from pgolf.artifact import gptq as gptq_module
+from pgolf.artifact.container import load, save
 from pgolf.artifact.gptq import gptq
 from pgolf.artifact.hessians import collect_hessians
+from pgolf.artifact.inspection import inspect_artifact
 from pgolf.artifact.low_rank import fit_low_rank, low_rank_factors, lqer_pack, lqer_pack_symmetric, outputs_error
 from pgolf.artifact.quantize import dequantize_model, quantize_model, rule_for
-from pgolf.artifact.quantized import largest_code
+from pgolf.artifact.quantized import largest_code, scales_by_group
 from pgolf.config import RunConfig
 from pgolf.kernels.dequant import LowRankFactors, dequantize
 from pgolf.model.gpt import GPT
@@ -47,7 +49,9 @@ def test_gptq_meets_golden_codes(arrays, device, bits, clip_sigmas):
     assert not codes[:, 7].any(), "column 7 had no input"
 
 
-def one_column_at_a_time(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, R: int) -> torch.Tensor:
+def one_column_at_a_time(
+    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, R: int, fine: range = range(0)
+) -> torch.Tensor:
     """GPTQ from its definition in float64: round a column, then solve anew for all columns not yet rounded."""
     weight, hessian, scale = weight.double(), hessian.double(), scale.double()
     hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(hessian.size(0))
@@ -55,8 +59,9 @@ def one_column_at_a_time(weight: torch.Tensor, hessian: torch.Tensor, scale: tor
     codes = torch.zeros_like(weight)
     for _ in range(weight.size(1)):
         column, rest = left[0], left[1:]
-        codes[:, column] = torch.round(weight[:, column] / scale).clamp(-R, R)
-        error = weight[:, column] - codes[:, column] * scale
+        step, reach = (scale * R / 127, 127) if column in fine else (scale, R)
+        codes[:, column] = torch.round(weight[:, column] / step).clamp(-reach, reach)
+        error = weight[:, column] - codes[:, column] * step
         if rest:  # minimise (e, d) H (e, d)ᵀ over the change d of the columns not rounded yet
             change = torch.linalg.solve(hessian[rest][:, rest], hessian[rest, column])
             weight[:, rest] += error[:, None] * change
@@ -70,6 +75,24 @@ def test_gptq_is_its_definition_in_float64():
     expected = one_column_at_a_time(weight, hessian, scales, 7)
     assert (codes == expected).float().mean() > 0.995
     assert (codes.int() - expected.int()).abs().max() <= 1
+
+
+def test_groups_of_8_bits_follow_the_definition_and_lose_less():
+    weight, hessian = torch.randn(24, 192), correlated_hessian(192)
+    codes, scales = gptq(weight, hessian, 12.85, 31, fine=[1])
+    agreement = codes == one_column_at_a_time(weight, hessian, scales, 31, range(64, 128))
+    assert agreement.float().mean() > 0.999
+    plain, same = gptq(weight, hessian, 12.85, 31)
+    assert torch.equal(scales, same) and codes[:, 64:128].abs().max() > 31 >= codes[:, 128:].abs().max()
+    found, before = (
+        weight - dequantize(each, scales_by_group(scales, 6, fine, 192)) for each, fine in ((codes, [1]), (plain, []))
+    )
+    assert found[:, 64:128].norm() < before[:, 64:128].norm()
+    assert outputs_error(found, hessian) < outputs_error(before, hessian)
+    codes, _ = gptq(weight, torch.eye(192), 12.85, 31, fine=[1])
+    alone = weight - dequantize(codes, scales_by_group(scales, 6, [1], 192))
+    inside, outside = alone[:, 64:128].square().mean(), alone[:, 128:].square().mean()
+    assert inside / outside == pytest.approx((31 / 127) ** 2, rel=0.15), "without correlations only the step counts"
 
 
 def test_blocks_give_what_one_block_gives(monkeypatch):
@@ -368,6 +391,45 @@ def test_the_symmetric_packing_serves_where_groups_do_not_fit():
         factors = quantized.low_rank("blocks.0.mlp.fc.weight")
         assert factors.qA.abs().max() == 3 and factors.sA.shape == (512,)
         assert dequantize_model(quantized, tensors)["blocks.0.mlp.fc.weight"].isfinite().all()
+
+
+def test_the_most_salient_groups_get_8_bits(tmp_path):
+    tensors, hessians = small_model()
+    tensors["tok_emb.weight"][:, 128:192] *= 4
+    tensors["blocks.0.mlp.fc.weight"][:, 64:128] *= 3
+    tensors["blocks.0.mlp.fc.weight"][:, :64] *= 3
+    plain, protected = (quantize_model(tensors, hessians, RunConfig().replace(awq_groups=n)) for n in (0, 3))
+    assert not any("awq" in how for how in plain.meta.values())
+    matrices = [name for name in tensors if name != "blocks.0.attn_scale"]
+    scores = []
+    for name, group in zip(matrices, ("blocks.0.attn.qkv", "blocks.0.mlp.fc", "tok_emb"), strict=True):
+        saliency = hessians[group].diagonal().sqrt() * tensors[name].abs().mean(0)
+        if len(saliency) % 64 == 0:  # of attention's 264 columns none
+            scores += [(float(part.sum()), name, number) for number, part in enumerate(saliency.split(64))]
+    best = sorted(scores)[-3:]
+    for name, how in protected.meta.items():
+        assert [int(n) for n in how.partition("awq(")[2].partition(")")[0].split(",") if n] == sorted(
+            number for _, other, number in best if other == name
+        )
+    assert protected.meta["blocks.0.mlp.fc.weight"].startswith("gptq (int6)+awq(0,1)")
+    restored, before = dequantize_model(protected, tensors), dequantize_model(plain, tensors)
+    for _, name, number in best:
+        columns = slice(64 * number, 64 * number + 64)
+        lost = [float((tensors[name] - found[name])[:, columns].norm()) for found in (restored, before)]
+        assert lost[0] < lost[1], name
+    codes, scale = (protected.tensors["tok_emb.weight" + key].float() for key in (".q", ".scale"))
+    steps = scale[:, None] * torch.ones(256)
+    steps[:, 128:192] *= 63 / 127
+    uncorrected = quantize_model(tensors, hessians, RunConfig().replace(awq_groups=3, lqer_enabled=False))
+    assert torch.equal(dequantize_model(uncorrected, tensors)["tok_emb.weight"], codes * steps)
+    assert protected.meta["tok_emb.weight"] == "gptq (int7)+awq(2)+lqer_asym"
+    for ending in (".pgolf", ".int6.ptz"):
+        save(tmp_path / f"model{ending}", protected, "lzma")
+        loaded = load(tmp_path / f"model{ending}")
+        assert loaded.meta == protected.meta
+        assert all(torch.equal(loaded.tensors[key], value) for key, value in protected.tensors.items())
+        (row,) = (row for row in inspect_artifact(tmp_path / f"model{ending}").matrices if row.name == "tok_emb.weight")
+        assert "awq(2)" in row.stored and row.row_steps[0] == float(protected.scales("tok_emb.weight").min())
 
 
 def test_an_untied_embedding_needs_no_hessian():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
-from pgolf.artifact import rate
+from pgolf.artifact import rate, sensitivity
 from pgolf.artifact.code_length import PackedSize, packed_size
 from pgolf.artifact.container import load, save
 from pgolf.artifact.hessians import collect_hessians
@@ -18,6 +19,7 @@ from pgolf.artifact.steps import OCTAVE, dequantize_codes, step_sizes
 from pgolf.common.runtime import World, start_world
 from pgolf.config import RunConfig
 from pgolf.data.loader import Batch
+from pgolf.kernels.linear_cross_entropy import softcapped
 from pgolf.model.build import model_with
 from pgolf.model.gpt import GPT
 from pgolf.model.weights import unbank
@@ -95,6 +97,22 @@ def test_sensitivities_predict_what_noise_costs(model: GPT, sensitivities: Sensi
             bank.copy_(kept)
             found.append(float((p.exp() * (p - q)).sum(-1).mean()))
     assert expected == pytest.approx(sum(found) / len(found), rel=0.15)  # 0.975 here
+
+
+@pytest.mark.parametrize("negative", [0.0, 2.0])
+def test_the_head_s_sensitivity_follows_the_softcap(model: GPT, negative: float) -> None:
+    model = copy.deepcopy(model).requires_grad_(True)
+    model.config = CONFIG.replace(logit_softcap=0.5, logit_softcap_negative=negative)
+    ids, bounds = torch.arange(1, 25)[None], torch.tensor([0, 24], dtype=torch.int32)
+    sums = sensitivity._Sums(model)
+    sums.add(ids, torch.rand(24), bounds)
+    h = model.hidden(ids, bounds, 24)[0].detach()
+    logits = (h @ model.head_weight.detach().T).double().requires_grad_()
+    z = softcapped(logits, model.config.softcap)
+    (slope,) = torch.autograd.grad(z.sum(), logits)
+    p = z.detach().softmax(-1)
+    expected = (p * (1 - p) * slope.square() * h.square().sum(-1, keepdim=True)).sum(0)
+    torch.testing.assert_close(sums.totals[sensitivity.HEAD], expected, rtol=1e-4, atol=0)
 
 
 def test_ranks_share_the_sequences(model: GPT, sensitivities: Sensitivities, monkeypatch: pytest.MonkeyPatch) -> None:

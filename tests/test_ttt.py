@@ -345,6 +345,7 @@ def unchanged() -> torch.Tensor:
         {"ttt_conf_weighted": True},
         {"ttt_conf_weighted": True, "ttt_conf_alpha": 0.5},
         {"ngram_tilt_boost": 2.0, "ngram_tilt_order": 2},
+        {"logit_softcap_negative": 1.0},
         {"ttt_mlp_lora": False},
         {"ttt_o_lora": False},
         {"ttt_warm_start_a": False},

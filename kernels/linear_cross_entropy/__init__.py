@@ -4,9 +4,10 @@
     loss_t = (1 - s) w_target (lse_t - l_t,target) + s/V Σ_v w_v (lse_t - l_tv) + c lse_t²
 
 in nats, with s the label smoothing, w the class weights and c the factor of the z-loss. `linear_cross_entropy` returns
-the mean or the sum over tokens, or every token's loss. ``update`` is what adapters of the head add to z. The terms are
-those of `torch.nn.functional.cross_entropy`; the z-loss is PaLM's (arXiv:2204.02311), reduced as Liger-Kernel does. The
-kernel is compiled without the terms that a call leaves out.
+the mean or the sum over tokens, or every token's loss. ``update`` is what adapters of the head add to z. The cap of
+negative z may be another one (parameter-golf PR #1923). The terms are those of `torch.nn.functional.cross_entropy`; the
+z-loss is PaLM's (arXiv:2204.02311), reduced as Liger-Kernel does. The kernel is compiled without the terms that a call
+leaves out.
 
 A mean is over the tokens that are not ignored. With class weights the losses' sum is divided by the sum of the targets'
 weights, and the z-loss's sum by the number of tokens. If all are ignored the mean is NaN, as in PyTorch, and the
@@ -19,8 +20,8 @@ of their variance, which is some 2e-4 nats in bfloat16. The bias is added in fp3
 One kernel reads each row of z once and holds it in registers. With r = 1 / (1 + exp(2 z / cap)) a logit is
 cap - 2 cap r, never above cap, and 1 - tanh² is 4 (r - r²). Up to a cap of 40 the softmax needs no maximum, because
 Σ exp(l - cap) cannot vanish. Above 40, where the rounding of r times 2 cap would show, the kernel uses
-r - 1/2 = -tanh / 2 instead, near 0 by a series. It writes the loss, and the loss's gradient over z or, where z is fp32,
-in the dtype of h:
+r - 1/2 = -tanh / 2 instead, near 0 by a series. Where the caps differ, it multiplies r - 1/2 of negative z by their
+ratio. It writes the loss, and the loss's gradient over z or, where z is fp32, in the dtype of h:
 
     dz = (((1 - s) w_target + s/V Σ w + 2 c lse) softmax - (1 - s) w_target onehot - s/V w) (1 - tanh²),
     dh = dz table,   dtable = dzᵀ h,   dbias = Σ_t dz_t.
@@ -53,7 +54,7 @@ from torch import Tensor
 
 from ..common.backend import select
 from ..common.operators import readable
-from .reference import linear_cross_entropy_reference
+from .reference import linear_cross_entropy_reference, softcapped
 from .triton import linear_cross_entropy_triton
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -74,7 +75,7 @@ def linear_cross_entropy(
     h: Tensor,
     table: Tensor,
     targets: Tensor,
-    softcap: float | None = None,
+    softcap: float | tuple[float, float] | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     *,
@@ -93,7 +94,7 @@ def linear_cross_entropy(
     h: Tensor,
     table: Tensor,
     targets: Tensor,
-    softcap: float | None = None,
+    softcap: float | tuple[float, float] | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     *,
@@ -111,7 +112,7 @@ def linear_cross_entropy(
     h: Tensor,
     table: Tensor,
     targets: Tensor,
-    softcap: float | None = None,
+    softcap: float | tuple[float, float] | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     *,
@@ -131,7 +132,8 @@ def linear_cross_entropy(
             unless it is float64.
         table: [V, d] in h's dtype, or float32, which is cast to h's dtype inside; its gradient is float32 then.
         targets: [...] int32 or int64.
-        softcap: from 1e-6 to 1e30, or None for plain logits. Up to 40 kernels compute a few sums less for each logit.
+        softcap: from 1e-6 to 1e30, a pair of such numbers, for positive and for negative z, or None for plain logits.
+            Up to 40 kernels compute a few sums less for each logit, and with equal caps a few products less.
         reduction: ``"mean"`` or ``"sum"`` over tokens, or ``"none"`` for every token's loss.
         chunk_tokens: tokens whose logits are in memory at a time. None is all tokens where a gradient is needed and
             their logits take at most 2 GiB, else as many as take 512 MiB. With an update, and where a gradient is
@@ -184,8 +186,13 @@ def linear_cross_entropy(
     for argument, tensor in tensors.items():
         if tensor is not None and tensor.device != h.device:
             raise ValueError(f"{argument} must be on h's device {h.device}, got {tensor.device}")
-    if softcap is not None and not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
-        raise ValueError(f"softcap must be from {SOFTCAPS[0]:g} to {SOFTCAPS[1]:g}, or None, got {softcap}")
+    if softcap is not None:
+        caps = softcap if isinstance(softcap, (tuple, list)) else (softcap, softcap)
+        if len(caps) != 2 or not all(SOFTCAPS[0] <= cap <= SOFTCAPS[1] for cap in caps):
+            numbers = f"from {SOFTCAPS[0]:g} to {SOFTCAPS[1]:g}"
+            raise ValueError(f"softcap must be {numbers}, a pair of such numbers, or None, got {softcap}")
+        positive, negative = float(caps[0]), float(caps[1])
+        softcap = positive if positive == negative else (positive, negative)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -207,7 +214,7 @@ def linear_cross_entropy(
             h,
             table,
             targets,
-            None if softcap is None else float(softcap),
+            softcap,
             reduction,
             chunk_tokens,
             update=update,
@@ -220,4 +227,4 @@ def linear_cross_entropy(
         )
 
 
-__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference", "softcapped"]

@@ -9,11 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def softcapped(z: Tensor, softcap: float | tuple[float, float]) -> Tensor:
+    """Compute c tanh(z / c), with c the softcap, or of a pair the first for z > 0 and the second for other z."""
+    if isinstance(softcap, tuple):
+        return torch.where(z > 0, softcapped(z, softcap[0]), softcapped(z, softcap[1]))
+    return softcap * torch.tanh(z / softcap)
+
+
 def linear_cross_entropy_reference(
     h: Tensor,
     table: Tensor,
     targets: Tensor,
-    softcap: float | None = None,
+    softcap: float | tuple[float, float] | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     *,
@@ -33,7 +40,7 @@ def linear_cross_entropy_reference(
     z = F.linear(h, table) if update is None else F.linear(h, table) + update
     z = z.to(wide).reshape(-1, table.size(0))
     z = z if bias is None else z + bias.to(wide)
-    logits = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logits = z if softcap is None else softcapped(z, softcap)
 
     flat = targets.flatten().long()
     ignored = torch.zeros_like(flat, dtype=torch.bool) if ignore_index is None else flat == ignore_index

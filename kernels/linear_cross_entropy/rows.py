@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,12 @@ LARGEST_FIXED_CAP = 40.0  # exp(-2 cap) is a normal number of fp32
 
 
 class Terms(NamedTuple):
-    """What a loss is made of besides z and the target; by default a plain softmax is all."""
+    """What a loss is made of besides z and the target; by default a plain softmax is all.
 
-    softcap: float | None = None
+    A softcap of two numbers is that of z > 0 and that of other z.
+    """
+
+    softcap: float | Sequence[float] | None = None
     ignore_index: int | None = None
     label_smoothing: float = 0.0
     lse_square_scale: float = 0.0
@@ -37,19 +41,27 @@ def _load(pointer, start, columns, inside):
 
 
 @jit
-def _depth(z, bias, start, columns, inside, scale, CAPPED: tl.constexpr, CENTRED: tl.constexpr):
+def _stretched(r, factor, CENTRED: tl.constexpr):
+    """Return r with its distance from the r of z = 0 multiplied by ``factor`` where z is negative."""
+    middle: tl.constexpr = 0.0 if CENTRED else 0.5
+    return tl.where(r > middle, middle + (r - middle) * factor, r)
+
+
+@jit
+def _depth(z, bias, start, columns, inside, scale, ratio, CAPPED: tl.constexpr, CENTRED: tl.constexpr):
     """Return what falls as a logit rises: the logit is -2 cap times it, and a constant.
 
     It is -z without a cap, where 2 cap stands for 1, and else r = 1 / (1 + exp(2 z / cap)), by one exponential and one
     reciprocal root. CENTRED returns r - 1/2 to fp32's precision. Near 0 that takes a series: the minimax polynomial of
-    -tanh(z / cap) / 2 for |z / cap| < 1/2, with a relative error of 2e-8.
+    -tanh(z / cap) / 2 for |z / cap| < 1/2, with a relative error of 2e-8. A ``ratio`` is that of the cap of negative z
+    to cap, which the other z have; r is stretched by it, so that one factor makes logits of all.
     """
     # The order of the sum decides how many registers ptxas takes for addresses: without a cap the other one spills.
     x = _load(z, start, columns, inside) if CAPPED else _load(z, 0, start + columns, inside)
     if bias is not None:
         x += _load(bias, start, columns, inside)
     if CAPPED:
-        x *= scale
+        x *= scale if ratio is None else tl.where(x < 0, scale / ratio, scale)
         root = tl.rsqrt(1 + tl.exp2(x))
         r = root * root
         if CENTRED:
@@ -57,14 +69,18 @@ def _depth(z, bias, start, columns, inside, scale, CAPPED: tl.constexpr, CENTRED
             series = -3.3312521e-4 + y * (1.5911184e-5 - y * 6.1805992e-7)
             series = x * (-0.17328679 + y * (6.93795876e-3 + y * series))
             r = tl.where(tl.abs(x) < 1.442695, series, r - 0.5)
+        if ratio is not None:
+            r = _stretched(r, ratio, CENTRED)
     else:
         r = -x
     return r
 
 
 @jit
-def _slope(r, CAPPED: tl.constexpr, CENTRED: tl.constexpr):
+def _slope(r, ratio, CAPPED: tl.constexpr, CENTRED: tl.constexpr):
     """Return a quarter of the logit's derivative over z, (1 - tanh²) / 4, from the r of `_depth`."""
+    if ratio is not None:
+        r = _stretched(r, 1 / ratio, CENTRED)
     return 0.25 if not CAPPED else 0.25 - r * r if CENTRED else r - r * r
 
 
@@ -85,6 +101,7 @@ def _cross_entropy_kernel(
     cap,
     scale,
     slope,
+    ratio,
     bias,
     weights,
     smoothing,
@@ -99,8 +116,8 @@ def _cross_entropy_kernel(
     """Write the losses of rows of z, and dz into ``gradient``, which may be z.
 
     ``scale`` is 2 / cap and ``slope`` is -2 cap, both times log2(e). Where SHIFTED, the softmax subtracts its maximum.
-    What is None takes no part: ``bias``, class ``weights``, label ``smoothing``, ``square_scale`` of lse², and
-    ``z_losses``, which receives that term.
+    What is None takes no part: ``ratio``, of the cap of negative z to ``cap``, ``bias``, class ``weights``, label
+    ``smoothing``, ``square_scale`` of lse², and ``z_losses``, which receives that term.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
@@ -110,12 +127,12 @@ def _cross_entropy_kernel(
     if IGNORED is not None:
         known &= target != IGNORED
     place = tl.where(known, target, 0)
-    r_target = _depth(z, bias, 0, place, None, scale, CAPPED, SHIFTED)
+    r_target = _depth(z, bias, 0, place, None, scale, ratio, CAPPED, SHIFTED)
     least = 0.0  # r of the largest logit; 0, the r of the cap, where the cap can stand in for the maximum
-    most: tl.constexpr = 1.0 if CAPPED else float("inf")
+    most: tl.constexpr = 1.0 if CAPPED and ratio is None else float("inf")
     if V <= BLOCK:
         inside = (columns < V) | (V == BLOCK)
-        r = _depth(z, bias, 0, columns, inside, scale, CAPPED, SHIFTED)
+        r = _depth(z, bias, 0, columns, inside, scale, ratio, CAPPED, SHIFTED)
         if SHIFTED:
             least = tl.min(tl.where(inside, r, most))
         power = tl.where(inside, tl.exp2((r - least) * slope), 0)
@@ -132,12 +149,12 @@ def _cross_entropy_kernel(
             lowest = tl.full((BLOCK,), most, tl.float32)
             for start in range(0, V, BLOCK):
                 inside = (start + columns < V) | (V % BLOCK == 0)
-                r = _depth(z, bias, start, columns, inside, scale, CAPPED, SHIFTED)
+                r = _depth(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
                 lowest = tl.minimum(lowest, tl.where(inside, r, most))
             least = tl.min(lowest)
         for start in range(0, V, BLOCK):
             inside = (start + columns < V) | (V % BLOCK == 0)
-            r = _depth(z, bias, start, columns, inside, scale, CAPPED, SHIFTED)
+            r = _depth(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
             sums += tl.where(inside, tl.exp2((r - least) * slope), 0)
             if smoothing is not None:
                 weight = _weight(weights, start, columns, inside)
@@ -180,21 +197,21 @@ def _cross_entropy_kernel(
         if smoothing is not None:
             rest_share = tl.where(known, 4 * rest, 0)
         if V <= BLOCK:
-            dz = power * _slope(r, CAPPED, SHIFTED) * share
+            dz = power * _slope(r, ratio, CAPPED, SHIFTED) * share
             if smoothing is not None:
-                dz -= weight * _slope(r, CAPPED, SHIFTED) * rest_share
+                dz -= weight * _slope(r, ratio, CAPPED, SHIFTED) * rest_share
             tl.store(gradient + columns, dz.to(gradient.dtype.element_ty), mask=inside)
         else:
             for start in range(0, V, BLOCK):
                 inside = (start + columns < V) | (V % BLOCK == 0)
-                r = _depth(z, bias, start, columns, inside, scale, CAPPED, SHIFTED)
-                dz = tl.exp2((r - least) * slope) * _slope(r, CAPPED, SHIFTED) * share
+                r = _depth(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
+                dz = tl.exp2((r - least) * slope) * _slope(r, ratio, CAPPED, SHIFTED) * share
                 if smoothing is not None:
                     weight = _weight(weights, start, columns, inside)
-                    dz -= weight * _slope(r, CAPPED, SHIFTED) * rest_share
+                    dz -= weight * _slope(r, ratio, CAPPED, SHIFTED) * rest_share
                 tl.store(gradient + start + columns, dz.to(gradient.dtype.element_ty), mask=inside)
         # Write the target's element once more: a comparison in every element would cost as much as the exponentials.
-        dz = (tl.exp2((r_target - least) * slope) / total * factor - own) * 4 * _slope(r_target, CAPPED, SHIFTED)
+        dz = (tl.exp2((r_target - least) * slope) / total * factor - own) * 4 * _slope(r_target, ratio, CAPPED, SHIFTED)
         tl.debug_barrier()
         tl.store(gradient + target, dz.to(gradient.dtype.element_ty), mask=known)
 
@@ -216,7 +233,8 @@ def launch(
     tuned = launch_parameters("linear_cross_entropy", case, z.device)
     block = tuned["block"] if case == "blocks" else 1 << (vocabulary - 1).bit_length()
     warps = min(32, max(1, block // tuned["columns_per_warp"]))
-    cap = 0.5 if terms.softcap is None else terms.softcap
+    caps = terms.softcap if isinstance(terms.softcap, Sequence) else (terms.softcap or 0.5,)
+    cap, below = caps[0], caps[-1]
     with torch.cuda.device_of(z):  # Triton launches on the current device
         _cross_entropy_kernel[(z.size(0),)](
             z,
@@ -228,6 +246,7 @@ def launch(
             cap,
             2 * math.log2(math.e) / cap,
             -2 * math.log2(math.e) * cap,
+            None if below == cap else below / cap,
             terms.bias,
             terms.weight,
             terms.label_smoothing or None,
@@ -236,7 +255,7 @@ def launch(
             V=vocabulary,
             BLOCK=block,
             CAPPED=terms.softcap is not None,
-            SHIFTED=terms.softcap is None or cap > LARGEST_FIXED_CAP,
+            SHIFTED=terms.softcap is None or max(caps) > LARGEST_FIXED_CAP,
             IGNORED=terms.ignore_index,
             num_warps=warps,
         )

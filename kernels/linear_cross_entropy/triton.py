@@ -108,7 +108,7 @@ def _forward(
     update: Tensor | None,
     bias: Tensor | None,
     weight: Tensor | None,
-    softcap: float | None,
+    softcap: Sequence[float] | None,
     ignore_index: int | None,
     label_smoothing: float,
     lse_square_scale: float,
@@ -207,7 +207,7 @@ def _backward_again(
     targets: Tensor,
     bias: Tensor | None,
     weight: Tensor | None,
-    softcap: float | None,
+    softcap: Sequence[float] | None,
     ignore_index: int | None,
     label_smoothing: float,
     lse_square_scale: float,
@@ -291,7 +291,7 @@ def _gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None,
 
 
 _TERMS = (
-    "Tensor? bias, Tensor? weight, float? softcap, int? ignore_index, float label_smoothing, float lse_square_scale"
+    "Tensor? bias, Tensor? weight, float[]? softcap, int? ignore_index, float label_smoothing, float lse_square_scale"
 )
 _NEEDED = "bool need_h, bool need_table, bool need_update, bool need_bias"
 _backward_op = operator(
@@ -328,7 +328,7 @@ def linear_cross_entropy_triton(
     h: Tensor,
     table: Tensor,
     targets: Tensor,
-    softcap: float | None = None,
+    softcap: float | tuple[float, float] | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     *,
@@ -362,7 +362,7 @@ def linear_cross_entropy_triton(
         updates,
         None if bias is None else bias.contiguous(),
         weight,
-        softcap,
+        [softcap] if isinstance(softcap, float) else softcap,
         ignore_index,
         label_smoothing,
         lse_square_scale,

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from pgolf.artifact.quantized import (
     ASYMMETRIC_KEYS,
     CODES,
     COLUMN_STEP,
+    GPTQ,
+    GROUP_COLUMNS,
     PASSTHROUGH,
     ROW_STEP,
     SCALE,
@@ -27,13 +28,13 @@ from pgolf.artifact.quantized import (
     TRELLIS,
     ArtifactError,
     QuantizedModel,
+    fine_groups,
     largest_code,
 )
 from pgolf.common.files import FileError, write_aside
 from pgolf.common.tensors import check_tensor
 from pgolf.kernels.dequant import MAX_RANK
 
-MARK = re.compile(r"gptq \(int([2-8])\)(\+lqer(?:_asym)?)?")
 MOST_EXPONENT = 512  # of steps, in sixteenths: 2^32
 PACKED, PUBLIC = ".pgolf", ".int6.ptz"
 
@@ -96,8 +97,8 @@ def _check(quantized: QuantizedModel) -> None:
             if key not in unlisted:
                 raise ArtifactError(f"it lists {name} as {how!r} and lacks the tensor {key}")
         unlisted -= set(keys)
-        if mark := MARK.fullmatch(how):
-            _check_matrix(keys, quantized.tensors, int(mark[1]), mark[2] == "+lqer_asym")
+        if mark := GPTQ.fullmatch(how):
+            _check_matrix(keys, quantized.tensors, int(mark[1]), fine_groups(mark), mark[3] == "+lqer_asym")
         elif how == PASSTHROUGH:
             check_tensor(name, quantized.tensors[name], None, torch.float16)
         else:
@@ -109,8 +110,8 @@ def _check(quantized: QuantizedModel) -> None:
 def _keys(name: object, how: object) -> tuple[str, ...]:
     """Return the entries of a tensor that is no entry by itself. Raises ArtifactError for an unknown meta string."""
     if isinstance(name, str) and isinstance(how, str):
-        if mark := MARK.fullmatch(how):
-            correction = {"+lqer": SYMMETRIC_KEYS, "+lqer_asym": ASYMMETRIC_KEYS, None: ()}[mark[2]]
+        if mark := GPTQ.fullmatch(how):
+            correction = {"+lqer": SYMMETRIC_KEYS, "+lqer_asym": ASYMMETRIC_KEYS, None: ()}[mark[3]]
             return tuple(name + key for key in (CODES, SCALE, *correction))
         if TRELLIS.fullmatch(how):
             return tuple(name + key for key in (CODES, ROW_STEP, COLUMN_STEP))
@@ -131,13 +132,22 @@ def _check_trellis(keys: tuple[str, ...], tensors: Mapping[str, Tensor]) -> None
             raise ArtifactError(f"{key} has exponents beyond {MOST_EXPONENT}")
 
 
-def _check_matrix(keys: tuple[str, ...], tensors: Mapping[str, Tensor], bits: int, asymmetric: bool) -> None:
+def _check_matrix(
+    keys: tuple[str, ...], tensors: Mapping[str, Tensor], bits: int, fine: list[int], asymmetric: bool
+) -> None:
     """Raise FileError if the codes, scales and factors of a matrix do not fit together."""
-    reach = largest_code(bits)
+    reach = largest_code(8 if fine else bits)
     ends = (-reach, reach), *(((-2, 1), (-8, 7)) if asymmetric else ((-127, 127),) * 2)
     codes = [_check_codes(key, tensors[key], *end) for key, end in zip(keys[::2], ends, strict=False)]
     scales = [check_tensor(key, tensors[key], None, torch.float16).shape for key in keys[1::2]]
     (rows, columns), fits = codes[0], scales[0] == codes[0][:1]
+    if fine:
+        groups = range(columns // GROUP_COLUMNS)
+        if columns % GROUP_COLUMNS or fine != sorted(set(fine).intersection(groups)):
+            raise ArtifactError(f"{keys[0]} has {columns} columns and no groups {fine} of {GROUP_COLUMNS}")
+        others = tensors[keys[0]].unflatten(1, (-1, GROUP_COLUMNS))[:, [g for g in groups if g not in fine]]
+        if others.numel():
+            _check_codes(keys[0], others.flatten(1), -largest_code(bits), largest_code(bits))
     if len(codes) > 1:
         rank = codes[1][1]
         fits = fits and codes[1:] == [(rows, rank), (rank, columns)] and rank <= MAX_RANK

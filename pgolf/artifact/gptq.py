@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from pgolf.artifact.hessians import DAMPINGS
-from pgolf.artifact.quantized import SMALLEST_SCALE, QuantizeError
+from pgolf.artifact.quantized import GROUP_COLUMNS, SMALLEST_SCALE, QuantizeError
 from pgolf.model.second_moments import exact_float32_products
 
 BLOCK_COLUMNS = 128  # columns that are rounded before one product corrects the remaining ones
@@ -17,7 +18,12 @@ LARGEST_CLIPPED = 0.1  # share of a row's norm that clipping may remove without 
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, hessian: Tensor, clip_sigmas: float, clip_range: int, name: str = "weight"
+    weight: Tensor,
+    hessian: Tensor,
+    clip_sigmas: float,
+    clip_range: int,
+    name: str = "weight",
+    fine: Collection[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Round a matrix to integer codes so that its products with the calibration inputs change least.
 
@@ -30,6 +36,8 @@ def gptq(
         clip_sigmas: the largest code stands for this many standard deviations of a row.
         clip_range: largest code R; codes are in [-R, R].
         name: the weight's name in warnings.
+        fine: groups of 64 columns with codes up to 127, which reach as far as R elsewhere (AWQ-lite, parameter-golf
+            PR #1908).
 
     Returns codes int8 [rows, columns] and scales float16 [rows], clip_sigmas · std / R of each row.
     Raises QuantizeError for a wrong shape, a number that is not finite, or a Hessian that no damping makes invertible.
@@ -43,24 +51,29 @@ def gptq(
         factor, order, dead = inverse_factor(hessian, name)
         work = weight.T[order]  # transposed, so that a column is contiguous
         work[dead] = 0
-        codes = _round_columns(work, factor, scales.float(), clip_range)
+        places = {j for j, column in enumerate(order.tolist()) if column // GROUP_COLUMNS in fine} if fine else set()
+        codes = _round_columns(work, factor, scales.float(), clip_range, places)
     in_order = torch.empty_like(codes)
     in_order[order] = codes
     return in_order.T.contiguous(), scales
 
 
-def _round_columns(work: Tensor, factor: Tensor, scale: Tensor, clip_range: int) -> Tensor:
-    """Return the codes [columns, rows] of ``work``, the transposed and ordered weight, which is overwritten."""
-    columns = work.size(0)
+def _round_columns(work: Tensor, factor: Tensor, scale: Tensor, clip_range: int, fine: set[int]) -> Tensor:
+    """Return the codes [columns, rows] of ``work``, the transposed and ordered weight, which is overwritten.
+
+    Those of ``fine`` columns reach 127.
+    """
+    columns, grids = work.size(0), ((scale, clip_range), (scale * (clip_range / 127), 127))
     codes = torch.empty_like(work, dtype=torch.int8)
     for start in range(0, columns, BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, columns)
         block, errors = work[start:stop], torch.empty_like(work[start:stop])
         within = factor[start:stop, start:stop]
         for j in range(stop - start):
-            code = torch.round(block[j] / scale).clamp_(-clip_range, clip_range)
+            step, reach = grids[start + j in fine]
+            code = torch.round(block[j] / step).clamp_(-reach, reach)
             codes[start + j] = code
-            errors[j] = (block[j] - code * scale) / within[j, j]
+            errors[j] = (block[j] - code * step) / within[j, j]
             block[j + 1 :] -= within[j, j + 1 :, None] * errors[j]
         work[stop:] -= factor[start:stop, stop:].T @ errors
     return codes

@@ -159,7 +159,7 @@ def _row(name: str, how: str, quantized: QuantizedModel, packed: bool) -> Matrix
     codes = quantized.tensors[name + CODES]
     columns = None
     if name + SCALE in quantized.tensors:
-        rows = quantized.tensors[name + SCALE]
+        rows = quantized.scales(name)
     else:
         rows = step_sizes(quantized.tensors[name + ROW_STEP])
         columns = _range(step_sizes(quantized.tensors[name + COLUMN_STEP]))

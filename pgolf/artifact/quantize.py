@@ -2,7 +2,8 @@
 
 The weights come under their per-layer names (`pgolf.model.weights.unbank`). Matrices become integer codes with a
 float16 scale a row (`gptq`); the matrices that lose most get a correction (`low_rank`); small and control tensors are
-kept in float16. Entry names and meta strings are those of parameter-golf PR #1874's artifact.
+kept in float16. Entry names and meta strings are those of parameter-golf PR #1874's artifact, but for groups of columns
+with 8-bit codes (`salient_groups`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pgolf.artifact.low_rank import pack_correction, worth_correcting
 from pgolf.artifact.quantized import (
     CODES,
     COLUMN_STEP,
+    GROUP_COLUMNS,
     PASSTHROUGH,
     ROW_STEP,
     SCALE,
@@ -25,6 +27,7 @@ from pgolf.artifact.quantized import (
     QuantizedModel,
     QuantizeError,
     largest_code,
+    scales_by_group,
 )
 from pgolf.artifact.steps import dequantize_codes
 from pgolf.common.progress import progress
@@ -75,6 +78,7 @@ def quantize_model(
     stored: dict[str, Tensor] = {}
     meta: dict[str, str] = {}
     worth: dict[str, float] = {}
+    salient = salient_groups(tensors, hessians, config)
     for name in progress(tensors, description="GPTQ", unit="tensors"):
         rule = rule_for(name, tensors[name], config)
         if rule is None:
@@ -83,20 +87,46 @@ def quantize_model(
         weight = tensors[name].to(device, torch.float32)
         try:
             hessian = hessian_for(name, weight, hessians, config)
-            codes, scales = gptq(weight, hessian, rule.clip_sigmas, largest_code(rule.bits), name)
+            fine = salient.get(name, [])
+            codes, scales = gptq(weight, hessian, rule.clip_sigmas, largest_code(rule.bits), name, fine)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         stored[name + CODES], stored[name + SCALE] = codes.cpu(), scales.cpu()
-        meta[name] = f"gptq (int{rule.bits})"
+        meta[name] = f"gptq (int{rule.bits})" + (f"+awq({','.join(map(str, fine))})" if fine else "")
         if config.lqer_enabled:
+            scales = scales_by_group(scales, rule.bits, fine, codes.size(1))
             worth[name] = worth_correcting(weight - dequantize(codes, scales), hessian, config)
     for name in sorted(worth, key=worth.__getitem__, reverse=True)[: config.lqer_top_k]:
         weight = tensors[name].to(device, torch.float32)
-        residual = weight - dequantize(stored[name + CODES].to(device), stored[name + SCALE].to(device))
+        scales = QuantizedModel(stored, meta).scales(name).to(device)
+        residual = weight - dequantize(stored[name + CODES].to(device), scales)
         factors, keys, mark = pack_correction(residual, hessian_for(name, weight, hessians, config), config)
         stored.update({name + key: factor.cpu() for key, factor in zip(keys, factors, strict=True)})
         meta[name] += mark
     return QuantizedModel(stored, meta)
+
+
+def salient_groups(
+    tensors: Mapping[str, Tensor], hessians: Mapping[str, Tensor], config: RunConfig
+) -> dict[str, list[int]]:
+    """Return which groups of 64 columns get codes of 8 bits, by matrix: the awq_groups most salient of all matrices.
+
+    The saliency of column j is √H_jj times the mean of |w| in it, and a group's is the sum (PR #1908). In looped
+    layers H has the inputs of every pass. A matrix whose columns are not a multiple of 64, or whose codes have 8 bits
+    already, takes no part, and neither has a lookup table.
+    """
+    found = []
+    for name, tensor in tensors.items() if config.awq_groups else ():
+        rule, group = rule_for(name, tensor, config), hessian_group(name, tied=config.tie_embeddings)
+        if rule is None or rule.bits == 8 or group is None or tensor.size(1) % GROUP_COLUMNS:
+            continue
+        inputs = hessian_for(name, tensor, hessians, config).diagonal().sqrt()
+        saliency = (tensor.float().abs().mean(0) * inputs).view(-1, GROUP_COLUMNS).sum(1)
+        found += [(score, name, number) for number, score in enumerate(saliency.tolist())]
+    chosen: dict[str, list[int]] = {}
+    for _, name, number in sorted(sorted(found, reverse=True)[: config.awq_groups], key=lambda each: each[1:]):
+        chosen.setdefault(name, []).append(number)
+    return chosen
 
 
 def hessian_for(name: str, weight: Tensor, hessians: Mapping[str, Tensor], config: RunConfig) -> Tensor:
@@ -153,5 +183,4 @@ def _dequantized(quantized: QuantizedModel, name: str, like: Tensor) -> Tensor:
     low_rank = quantized.low_rank(name)
     if low_rank is not None:
         low_rank = LowRankFactors(*(factor.to(like.device) for factor in low_rank))
-    scale = quantized.tensors[name + SCALE].to(like.device)
-    return dequantize(stored.to(like.device), scale, low_rank, dtype=like.dtype)
+    return dequantize(stored.to(like.device), quantized.scales(name).to(like.device), low_rank, dtype=like.dtype)

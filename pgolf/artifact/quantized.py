@@ -15,6 +15,8 @@ CODES, SCALE, ROW_STEP, COLUMN_STEP = ".q", ".scale", ".row", ".column"
 ASYMMETRIC_KEYS = (".lqA_a", ".lqAs_a", ".lqB_a", ".lqBs_a")
 SYMMETRIC_KEYS = (".lqA", ".lqAs", ".lqB", ".lqBs")
 PASSTHROUGH = "passthrough (float16)"
+GPTQ = re.compile(r"gptq \(int([2-8])\)(?:\+awq\((\d{1,4}(?:,\d{1,4})*)\))?(\+lqer(?:_asym)?)?")
+GROUP_COLUMNS = 64  # of a group with codes of 8 bits
 TRELLIS = re.compile(r"trellis \((\d{1,3}) states, (\d{1,5}) rows\)")
 
 
@@ -40,11 +42,18 @@ class QuantizedModel:
         tensors: for a quantised matrix NAME its codes ``NAME.q``, int8, and scales ``NAME.scale``, float16, and the
             factors of its correction (``NAME.lqA_a`` …); for any other tensor ``NAME``, float16.
         meta: for each NAME ``gptq (int6)``, ``gptq (int6)+lqer_asym``, ``gptq (int6)+lqer`` or
-            ``passthrough (float16)``.
+            ``passthrough (float16)``. ``gptq (int6)+awq(0,5)`` has codes of 8 bits in the groups 0 and 5 of 64 columns.
     """
 
     tensors: dict[str, Tensor]
     meta: dict[str, str]
+
+    def scales(self, name: str) -> Tensor:
+        """Return the scales of matrix ``name`` by row, float16 [R], or by row and group, float32 [R, columns / 64]."""
+        mark = GPTQ.fullmatch(self.meta[name])
+        assert mark is not None
+        columns = self.tensors[name + CODES].size(1)
+        return scales_by_group(self.tensors[name + SCALE], int(mark[1]), fine_groups(mark), columns)
 
     def low_rank(self, name: str) -> LowRankFactors | None:
         """Return the correction of matrix ``name``; None if it has none."""
@@ -52,6 +61,20 @@ class QuantizedModel:
             if name + keys[0] in self.tensors:
                 return LowRankFactors(*(self.tensors[name + key] for key in keys))
         return None
+
+
+def fine_groups(mark: re.Match) -> list[int]:
+    """Return the groups with codes of 8 bits that a match of GPTQ names."""
+    return [int(number) for number in mark[2].split(",")] if mark[2] else []
+
+
+def scales_by_group(scales: Tensor, bits: int, fine: list[int], columns: int) -> Tensor:
+    """Return scales [R] as they are, or of every group [R, columns / 64], where ``fine`` ones reach as far with 127."""
+    if not fine:
+        return scales
+    grouped = scales.float()[:, None].repeat(1, columns // GROUP_COLUMNS)
+    grouped[:, fine] *= largest_code(bits) / 127
+    return grouped
 
 
 def largest_code(bits: int) -> int:

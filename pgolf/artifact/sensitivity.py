@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pgolf.common.runtime import World
 from pgolf.config import RunConfig
+from pgolf.kernels.linear_cross_entropy import softcapped
 from pgolf.model.gpt import GPT, evaluation_mode
 from pgolf.model.graphs import Graphs, uses_graphs
 from pgolf.model.weights import unbank
@@ -94,7 +95,7 @@ class _Sums:
     """Sums over tokens of a model's squared gradients."""
 
     def __init__(self, model: GPT) -> None:
-        self.model, self.cap = model, model.config.logit_softcap
+        self.model, self.cap = model, model.config.softcap
         self.matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1}
         self.totals = {name: p.new_zeros(p.shape[:-1], dtype=torch.float64) for name, p in self.matrices.items()}
         self.totals[HEAD] = model.head_weight.new_zeros(model.config.vocab_size, dtype=torch.float64)
@@ -110,11 +111,12 @@ class _Sums:
         h = self.model.hidden(ids, bounds, ids.size(1))[0]
         # The head takes part through the formula, so its own gradient must stay out of the tied embedding's.
         logits = F.linear(h, self.model.head_weight.detach().to(h.dtype)).float()
-        z = self.cap * torch.tanh(logits / self.cap)
+        z = softcapped(logits, self.cap)
         with torch.no_grad():
             p = z.softmax(-1)
             labels = (p.cumsum(-1) < places[:, None]).sum(-1).clamp_max(p.size(1) - 1)
-            slope = 1 - (z / self.cap).square()
+            cap = torch.where(z > 0, *self.cap) if isinstance(self.cap, tuple) else self.cap
+            slope = 1 - (z / cap).square()
             energy = h.float().square().sum(-1, keepdim=True)
             self.totals[HEAD] += (p * (1 - p) * slope.square() * energy).double().sum(0)
         F.cross_entropy(z, labels, reduction="sum").backward()

@@ -21,7 +21,7 @@ from pgolf.data.shards import BOS_ID
 from pgolf.kernels.common.backend import runs_kernels
 from pgolf.kernels.gated_attention import KVCache, attention_tiles, resolve_core
 from pgolf.kernels.layer_weights import layer_weights
-from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
+from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, softcapped
 from pgolf.kernels.residual import Lanes, scaled_rms_norm
 from pgolf.kernels.smear_gate import embed_smear_norm
 from pgolf.model.blocks import (
@@ -354,8 +354,7 @@ class GPT(nn.Module):
         """Compute the softcapped logits [B, T, V], at least in float32. Arguments are those of `hidden`."""
         h = self.hidden(input_ids, cu_seqlens, max_seqlen)
         z = F.linear(h, self.head_weight.to(h.dtype))
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+        return softcapped(z.to(torch.promote_types(z.dtype, torch.float32)), self.config.softcap)
 
     def token_losses(
         self,
@@ -395,7 +394,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Compute `token_losses` from what `hidden` returned for the same updates."""
         to_logits, h = added(None if updates is None else updates.head, h)
-        table, cap = self.head_weight.to(h.dtype), self.config.logit_softcap
+        table, cap = self.head_weight.to(h.dtype), self.config.softcap
         return self.cross_entropy(h, table, target_ids, cap, reduction, update=to_logits, ignore_index=None)
 
     def forward(
