@@ -22,7 +22,7 @@ ALIASES = {"lqer_group_size": "lqer_asym_group"}  # PR #1874's command line says
 # Other programs use variables of these names, so none of them sets a field. PGOLF_KERNELS overrides ``kernels``.
 NOT_FROM_ENVIRONMENT = ("device", "cuda_graphs", "kernels", "preset_name")
 CONTROL_TENSORS = (
-    "attn_scale,mlp_scale,resid_mix,q_gain,attn_gate_proj,skip_weights,skip_gates,parallel_post_lambdas,"
+    "attn_scale,mlp_scale,resid_mix,q_gain,attn_gate_proj,mlp_gate,skip_weights,skip_gates,parallel_post_lambdas,"
     "parallel_resid_lambdas,smear_gate,smear_lambda"
 )
 
@@ -144,6 +144,10 @@ class RunConfig:
     smear_gate_bos_mask: bool = _field(True, "a document's first token gets nothing from the document before it")
     gate_attn_out: bool = _field(True, "gate every attention head's output")
     gate_attn_width: int = _field(24, "input dimensions the attention output gate reads", low=1)
+    mlp_gate: bool = _field(
+        False, "gate every token's MLP output by what the first dimensions of its input say (#1941)"
+    )
+    mlp_gate_width: int = _field(12, "input dimensions the MLP output gate reads, fewer than model_dim", low=1)
     tied_embed_init_std: float = _field(0.005, "standard deviation of the embedding's start", low=0.0)
     embed_fp32_master: bool = _field(
         True, "keep the embedding and its moments in fp32; off: bfloat16, as the public code"
@@ -338,6 +342,10 @@ class RunConfig:
             max(self.smear_gate_width, self.gate_attn_width) <= self.model_dim,
             f"smear_gate_width {self.smear_gate_width} and gate_attn_width {self.gate_attn_width} "
             f"must not exceed model_dim {self.model_dim}",
+        )
+        need(
+            not self.mlp_gate or self.mlp_gate_width < self.model_dim,
+            f"mlp_gate_width {self.mlp_gate_width} must be less than model_dim {self.model_dim}",
         )
         need(self.mlp_dim >= 1, f"mlp_mult {self.mlp_mult} leaves the MLP no hidden dimension")
         need(

@@ -26,7 +26,7 @@ ROUNDING = 2e-5
 def tiny_model(golden, mask: int = 1, loop: int = 1, **fields) -> GPT:
     model = GPT(TINY.replace(smear_gate_bos_mask=mask, **fields))
     weights = {k.removeprefix("param/"): torch.from_numpy(v) for k, v in golden("model").items() if "param/" in k}
-    model.load_state_dict(weights)
+    model.load_state_dict(weights | {name: value for name, value in model.state_dict().items() if "mlp_gate" in name})
     model.looping_active = bool(loop)
     return model
 
@@ -235,7 +235,30 @@ def test_sequences_are_rows(golden, mask: int) -> None:
         assert (packed[:, low:high] - alone).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("fields", [{}, dict(parallel_final_lane="attn"), dict(parallel_start_layer=11)])
+@pytest.mark.parametrize("loop", [0, 1])
+def test_the_mlp_gate_scales_what_mlps_add(golden, loop: int) -> None:
+    """Gates that read nothing are constants, which the rows of W_down can take; those that read change the loss."""
+    inputs, targets, cu_seqlens = stream(golden)
+    plain, gated = tiny_model(golden, loop=loop), tiny_model(golden, loop=loop, mlp_gate=True)
+    assert all((block.mlp_gate == torch.tensor([0.0] * 12 + [5.0])).all() for block in gated.layers)
+    with torch.no_grad():
+        for layer, block in enumerate(gated.layers):
+            block.mlp_gate[-1] = layer - 4.0
+            plain.mlp_down_bank[layer] *= torch.sigmoid(torch.tensor(layer - 4.0))
+    expected, got = (model(inputs, targets, cu_seqlens, 48) for model in (plain, gated))
+    assert got.item() == pytest.approx(expected.item(), abs=ROUNDING)
+    got.backward()
+    assert all(block.mlp_gate.grad.all() for block in gated.layers)
+    with torch.no_grad():
+        for block in gated.layers:
+            block.mlp_gate[:-1] = 1.0
+    assert abs(gated(inputs, targets, cu_seqlens, 48).item() - got.item()) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, dict(parallel_final_lane="attn"), dict(parallel_start_layer=11), dict(mlp_gate=True)],
+)
 def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
     model = tiny_model(golden, **fields)
     inputs, targets, cu_seqlens = stream(golden)
@@ -266,6 +289,7 @@ def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
         dict(rope_yarn=True, rope_train_seq_len=16),
         dict(rope_dims=0),
         dict(mlp_negative_slope=0.3),
+        dict(mlp_gate=True),
     ],
     ids=lambda fields: next(iter(fields)),
 )

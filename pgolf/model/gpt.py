@@ -40,6 +40,8 @@ from pgolf.model.blocks import (
     serial_block,
 )
 
+MLP_GATE_BIAS = 5.0  # at the start: σ(5) = 0.993
+
 
 class Updates(NamedTuple):
     """What adapters add in a whole forward pass."""
@@ -95,7 +97,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Holds a layer's scales, residual mix and attention."""
+    """Holds a layer's scales, residual mix, attention and MLP gate."""
+
+    mlp_gate: nn.Parameter  # if mlp_gate: [width + 1], weights, then a bias
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -104,6 +108,9 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
         self.resid_mix = nn.Parameter(torch.zeros(2, config.model_dim))
         nn.init.ones_(self.resid_mix[0])
+        if config.mlp_gate:
+            self.mlp_gate = nn.Parameter(torch.zeros(config.mlp_gate_width + 1))
+            nn.init.constant_(self.mlp_gate[-1], MLP_GATE_BIAS)
 
 
 def _bank(count: int, rows: int, columns: int) -> nn.Parameter:
@@ -204,7 +211,7 @@ class GPT(nn.Module):
             gates = torch.stack([block.attn.attn_gate_proj.weight for block in blocks])
         banks = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
         vectors = [
-            (block.attn.q_gain, block.resid_mix, ln_scale)
+            (block.attn.q_gain, block.resid_mix, ln_scale, block.mlp_gate if self.config.mlp_gate else None)
             for block, ln_scale in zip(blocks, self.ln_scales, strict=True)
         ]
         matrices = layer_weights(*banks, scales, gates, dtype, order)
