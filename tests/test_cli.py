@@ -47,6 +47,7 @@ TINY = dict(
     rope_dims=4,
     gate_attn_width=8,
     smear_gate_width=4,
+    mlp_gate=1,
     train_batch_tokens=512,
     micro_batch_tokens=512,
     train_seq_len=64,
