@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,6 +137,11 @@ class RunConfig:
     num_loops: int = _field(2, "extra passes through layers loop_start..loop_end once looping is on", low=0)
     loop_start: int = _field(3, "first looped layer", low=0)
     loop_end: int = _field(5, "last looped layer", low=0)
+    loop_mixing: str = _field(
+        "",
+        "of each looped layer β:α:α…, comma-separated: its extra passes end as β times their output plus α times every "
+        "layer's first one (#1779); empty: none",
+    )
     enable_looping_at: float = _field(0.35, "fraction of training at which looping starts", low=0.0)
     parallel_start_layer: int = _field(8, "first layer with attention and MLP in two parallel lanes", low=0)
     parallel_final_lane: str = _field("mean", "what the two lanes end as", choices=("mean", "mlp", "attn"))
@@ -368,6 +374,7 @@ class RunConfig:
             "set ttt_order=stream or ngram_tilt_scope=document",
         )
         self.chunks_by_length()
+        self.mixing_by_layer()
         self.segments_by_fraction()
 
     @property
@@ -393,6 +400,28 @@ class RunConfig:
                 f"{self.ttt_chunks_by_length!r} is not"
             )
         return pairs
+
+    def mixing_by_layer(self) -> dict[int, list[float]]:
+        """Read loop_mixing as [β, α of each looped layer] by looped layer; without the setting there is none.
+
+        Raises ConfigError if the setting does not fit the loop, or the loop is not of serial layers.
+        """
+        if not self.loop_mixing.strip():
+            return {}
+        layers = range(self.loop_start, self.loop_end + 1)
+        try:
+            rows = [[float(number) for number in row.split(":")] for row in self.loop_mixing.split(",")]
+        except ValueError:  # not numbers
+            rows = []
+        fit = [len(row) for row in rows] == [1 + len(layers)] * len(layers)
+        if not fit or not all(row[0] and all(map(math.isfinite, row)) for row in rows):
+            raise ConfigError(
+                f"loop_mixing must be β:α:α… with {len(layers)} α for each of {len(layers)} looped layers and β not 0, "
+                f"like 1.5:0.2:0,1.9:0.1:0 for 2, and {self.loop_mixing!r} is not"
+            )
+        if not self.num_loops or self.loop_end >= self.parallel_start_layer:
+            raise ConfigError("loop_mixing needs num_loops > 0 and loop_end < parallel_start_layer")
+        return dict(zip(layers, rows, strict=True))
 
     def segments_by_fraction(self) -> list[tuple[int, float]]:
         """Read train_seq_schedule as (longest segment, end of its use as a fraction of training) pairs, in their order.

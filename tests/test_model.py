@@ -11,12 +11,13 @@ import torch
 from pgolf.artifact.hessians import hessian_group
 from pgolf.config import RunConfig
 from pgolf.model.blocks import PassUpdates
-from pgolf.model.gpt import GPT, Updates, attention_core
+from pgolf.model.gpt import GPT, LoopMixing, Updates, attention_core
 from pgolf.model.weights import rebank, unbank
 from tests.golden.make import OPTIONS
 
 SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())
 TINY = RunConfig.preset("record").replace(**SCALARS["config"])
+MIXING = "1.597:.252:-.021:-.012,1.883:.067:-.348:.003,1.991:.139:.241:.027"  # of parameter-golf PR #1779
 CASES = [(mask, loop) for mask in (0, 1) for loop in (0, 1)]
 # Of float32 sums in another order: measured 1e-6 on losses of 10, 7e-6 on logits up to 13. An option, the mask or the
 # loop moves the loss by 1e-2 and more.
@@ -235,6 +236,49 @@ def test_sequences_are_rows(golden, mask: int) -> None:
         assert (packed[:, low:high] - alone).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(loop_mixing=MIXING),
+        dict(loop_mixing="1.5:0:0:0,1:0:.5:0,-2:0:.1:.1", skip_gates_enabled=False),
+        dict(loop_mixing="1.5:.2", loop_start=4, loop_end=4, num_loops=3, mlp_gate=True),
+        dict(loop_mixing=MIXING, loop_start=8, loop_end=10, parallel_start_layer=11),
+        dict(loop_mixing=MIXING, loop_start=5, loop_end=7),
+    ],
+)
+def test_the_loop_s_passes_are_mixed(golden, fields: dict, monkeypatch) -> None:
+    """As where β x + Σ α y is the stream, with the y detached, which reads as plainly as the formula."""
+
+    class Plainly(LoopMixing):
+        def __call__(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+            if layer not in self.rows or layer not in self.first:
+                self.first[layer] = x.detach()
+                return x, 1.0
+            beta, *alphas = self.rows[layer]
+            return beta * x + sum(a * self.first[j] for a, j in zip(alphas, self.rows, strict=True)), 1.0
+
+    model = GPT(TINY.replace(**fields))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    inputs, targets, cu_seqlens = stream(golden)
+    parameters = [p for name, p in model.named_parameters() if "parallel" not in name]
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        loss = model(inputs, targets, cu_seqlens, 48)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    model.looping_active = True
+    got = loss_and_gradients()
+    monkeypatch.setattr("pgolf.model.gpt.LoopMixing", Plainly)
+    expected = loss_and_gradients()
+    monkeypatch.setattr("pgolf.model.gpt.LoopMixing", lambda rows: LoopMixing({}))
+    assert abs(got[0] - loss_and_gradients()[0]) > 3e-4
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
+
+
 @pytest.mark.parametrize("loop", [0, 1])
 def test_the_mlp_gate_scales_what_mlps_add(golden, loop: int) -> None:
     """Gates that read nothing are constants, which the rows of W_down can take; those that read change the loss."""
@@ -257,7 +301,13 @@ def test_the_mlp_gate_scales_what_mlps_add(golden, loop: int) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, dict(parallel_final_lane="attn"), dict(parallel_start_layer=11), dict(mlp_gate=True)],
+    [
+        {},
+        dict(parallel_final_lane="attn"),
+        dict(parallel_start_layer=11),
+        dict(mlp_gate=True),
+        dict(loop_mixing=MIXING),
+    ],
 )
 def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
     model = tiny_model(golden, **fields)
@@ -290,6 +340,7 @@ def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
         dict(rope_dims=0),
         dict(mlp_negative_slope=0.3),
         dict(mlp_gate=True),
+        dict(loop_mixing=MIXING),
     ],
     ids=lambda fields: next(iter(fields)),
 )

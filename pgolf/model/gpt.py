@@ -76,6 +76,37 @@ def attention_core(config: RunConfig, device: torch.device) -> str:
         raise ConfigError(f"attention_backend: {error}") from None
 
 
+class LoopMixing:
+    """Mixes what a looped layer i returns in its extra passes: β_i x + Σ_j α_ij y_j, y_j the layers' first outputs.
+
+    The y_j are constants to gradients. A call returns a tensor and the factor that it lacks, β_i: what reads the stream
+    applies it to its vectors, so that a mix costs one addition of [B, T, d] and nothing in the backward.
+    """
+
+    def __init__(self, rows: dict[int, list[float]]) -> None:
+        self.rows = rows
+        self.first: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}  # Σ_j α_ij y_j / the α of the largest size
+
+    def __call__(self, layer: int, x: Tensor) -> tuple[Tensor, float]:
+        """Mix the layer's output x [B, T, d]."""
+        if layer not in self.rows:
+            return x, 1.0
+        if layer not in self.first:
+            self.first[layer] = x.detach()
+            return x, 1.0
+        beta, *alphas = self.rows[layer]
+        pairs = zip(alphas, self.first.values(), strict=True)
+        (largest, total), *others = sorted(pairs, key=lambda pair: -abs(pair[0]))
+        if not largest:
+            return x, beta
+        if layer not in self.sums:
+            for alpha, y in others:
+                total = torch.add(total, y, alpha=alpha / largest) if alpha else total
+            self.sums[layer] = total
+        return torch.add(x, self.sums[layer], alpha=largest / beta), beta
+
+
 class Matrix(nn.Module):
     """Holds a matrix of zeros as ``weight``, as the public state dict names it."""
 
@@ -312,33 +343,45 @@ class GPT(nn.Module):
         weights = self._layer_weights(order, dtype)
         passes = [PassUpdates()] * len(order) if updates is None else updates.passes
 
-        def arguments(number: int) -> tuple[LayerWeights, Heads, bool, PassUpdates, Observe | None]:
+        def arguments(
+            number: int, factor: float = 1.0
+        ) -> tuple[LayerWeights, Heads, bool, PassUpdates, Observe | None]:
             layer = order[number]
             pass_heads = heads._replace(first_queries=first_queries) if number == len(order) - 1 else heads
             if continuation is not None:
                 pass_heads = pass_heads._replace(cache=continuation.caches[number])
             tap = None if observe is None else lambda name, x: observe(f"blocks.{layer}.{name}", x)
-            return weights[number], pass_heads, layer >= c.num_layers - c.xsa_last_n, passes[number], tap
+            w = weights[number]
+            if factor != 1.0:
+                w = w._replace(resid_mix=torch.cat([factor * w.resid_mix[:1], w.resid_mix[1:]]))
+            return w, pass_heads, layer >= c.num_layers - c.xsa_last_n, passes[number], tap
 
         x = x0 = self._prologue(input_ids, sequences, continuation, dtype)
-        skips: list[Tensor] = []
-        for number in range(len(encoder)):
-            output, kept_x, x0 = serial_block(x, x0, Skip(), *arguments(number))
+        mixed = LoopMixing(c.mixing_by_layer() if self.looping_active else {})
+        factor = 1.0  # the stream is factor x
+        skips: list[tuple[Tensor, float]] = []
+        for number, layer in enumerate(encoder):
+            output, kept_x, x0 = serial_block(x, x0, Skip(), *arguments(number, factor))
             if number:
                 assert kept_x is not None  # without a skip
-                skips.append(kept_x)
-            x = output
-        skips.append(x)
+                skips.append((kept_x, factor))
+            x, factor = mixed(layer, output)
+        skips.append((x, factor))
         skip_weights = self.skip_weights.unbind()
         skip_gates = self.skip_gates.unbind() if c.skip_gates_enabled else [None] * len(skip_weights)
         lanes: Lanes | None = None
         outputs: ParallelOutputs | None = None
         for position, layer in enumerate(decoder):
             number, skip = len(encoder) + position, Skip()
+            if lanes is None and layer >= c.parallel_start_layer and factor != 1.0:
+                x, factor = factor * x, 1.0
             if position < len(skip_weights) and skips:
-                skip = Skip(skips.pop(), skip_weights[position], skip_gates[position])
+                skipped, lacks = skips.pop()
+                weight = skip_weights[position] if lacks == factor else lacks / factor * skip_weights[position]
+                skip = Skip(skipped, weight, skip_gates[position])
             if lanes is None and layer < c.parallel_start_layer:
-                x, _, x0 = serial_block(x, x0, skip, *arguments(number))
+                output, _, x0 = serial_block(x, x0, skip, *arguments(number, factor))
+                x, factor = mixed(layer, output)
                 continue
             if lanes is None or outputs is None:
                 lanes = enter_lanes(x, x0, skip, weights[number])
@@ -350,6 +393,7 @@ class GPT(nn.Module):
                 attention, mlp, self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer]
             )
         if lanes is None or outputs is None:
+            x = x if factor == 1.0 else factor * x
             h = scaled_rms_norm(x if rows is None else x.index_select(1, rows))
         else:
             h = leave_lanes(lanes, outputs, c.parallel_final_lane)
