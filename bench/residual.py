@@ -4,8 +4,8 @@ At the record model's 98,304 tokens of width 512. `mix_norm` begins a layer, `jo
 `enter_lanes` the first parallel one; `lanes` ends a parallel layer, `lanes_norm` begins the next one with it,
 `lanes_final` ends the last one with the final norm, which is `norm_of_mean` alone. With `carry` the inputs are handed
 through and have later readers, whose gradients autograd adds for the opponents. `linear` is a product without residual
-(attention's, 512 inputs), `layer` the stream through a whole serial layer with its products onto the residual (512 and
-2048 inputs).
+(attention's, 512 inputs), `linear_norm` one with the norm, also with a gate of each row; `layer` is the stream through
+a whole serial layer with its products onto the residual (512 and 2048 inputs).
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ def _mix(op: Op, scale: Tensor, x, x0, mix, *join):
     return op("residual_mix_norm")(x, x0, mix, scale, **_join(join))
 
 
+def _linear_norm(op: Op, scale: Tensor, x, out, row_gate=None):
+    return op("residual_linear_norm")(None, x, out, scale, row_gate=row_gate)
+
+
 def _layer(op: Op, scale: Tensor, x, x0, mix, attention, out, hidden, down):
     u, n, _, x0 = _mix(op, scale, x, x0, mix)
     v, normed = op("residual_linear_norm")(u, attention, out, scale, inplace=True)
@@ -48,6 +52,7 @@ SHAPES = {
     "down": (WIDTH, HIDDEN),
     "post": (2, 2),
     "resid": (2,),
+    "row_gate": (13,),
 }
 # By name: the function, its leaves, and how many [T, d] it reads and writes forward and backward.
 OPS: dict[str, tuple[Callable, tuple[str, ...], int, int]] = {
@@ -82,6 +87,8 @@ OPS: dict[str, tuple[Callable, tuple[str, ...], int, int]] = {
         9,
     ),
     "linear": (lambda op, scale, *leaves: op("residual_linear")(None, *leaves), ("x", "out"), 2, 4),
+    "linear_norm": (_linear_norm, ("x", "out"), 4, 8),
+    "linear_norm_gated": (_linear_norm, ("x", "out", "row_gate"), 4, 8),
     "layer": (_layer, ("x", "x", "mix", "x", "out", "hidden", "down"), 15, 26),
 }
 

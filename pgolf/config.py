@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ ALIASES = {"lqer_group_size": "lqer_asym_group"}  # PR #1874's command line says
 # Other programs use variables of these names, so none of them sets a field. PGOLF_KERNELS overrides ``kernels``.
 NOT_FROM_ENVIRONMENT = ("device", "cuda_graphs", "kernels", "preset_name")
 CONTROL_TENSORS = (
-    "attn_scale,mlp_scale,resid_mix,q_gain,attn_gate_proj,skip_weights,skip_gates,parallel_post_lambdas,"
+    "attn_scale,mlp_scale,resid_mix,q_gain,attn_gate_proj,mlp_gate,skip_weights,skip_gates,parallel_post_lambdas,"
     "parallel_resid_lambdas,smear_gate,smear_lambda"
 )
 
@@ -139,6 +140,11 @@ class RunConfig:
     num_loops: int = _field(2, "extra passes through layers loop_start..loop_end once looping is on", low=0)
     loop_start: int = _field(3, "first looped layer", low=0)
     loop_end: int = _field(5, "last looped layer", low=0)
+    loop_mixing: str = _field(
+        "",
+        "of each looped layer β:α:α…, comma-separated: its extra passes end as β times their output plus α times every "
+        "layer's first one (#1779); empty: none",
+    )
     enable_looping_at: float = _field(0.35, "fraction of training at which looping starts", low=0.0)
     parallel_start_layer: int = _field(8, "first layer with attention and MLP in two parallel lanes", low=0)
     parallel_final_lane: str = _field("mean", "what the two lanes end as", choices=("mean", "mlp", "attn"))
@@ -147,6 +153,10 @@ class RunConfig:
     smear_gate_bos_mask: bool = _field(True, "a document's first token gets nothing from the document before it")
     gate_attn_out: bool = _field(True, "gate every attention head's output")
     gate_attn_width: int = _field(24, "input dimensions the attention output gate reads", low=1)
+    mlp_gate: bool = _field(
+        False, "gate every token's MLP output by what the first dimensions of its input say (#1941)"
+    )
+    mlp_gate_width: int = _field(12, "input dimensions the MLP output gate reads, fewer than model_dim", low=1)
     tied_embed_init_std: float = _field(0.005, "standard deviation of the embedding's start", low=0.0)
     embed_fp32_master: bool = _field(
         True, "keep the embedding and its moments in fp32; off: bfloat16, as the public code"
@@ -351,6 +361,10 @@ class RunConfig:
             f"smear_gate_width {self.smear_gate_width} and gate_attn_width {self.gate_attn_width} "
             f"must not exceed model_dim {self.model_dim}",
         )
+        need(
+            not self.mlp_gate or self.mlp_gate_width < self.model_dim,
+            f"mlp_gate_width {self.mlp_gate_width} must be less than model_dim {self.model_dim}",
+        )
         need(self.mlp_dim >= 1, f"mlp_mult {self.mlp_mult} leaves the MLP no hidden dimension")
         need(
             self.eval_stride <= self.eval_seq_len or not self.sliding_window_enabled,
@@ -376,6 +390,7 @@ class RunConfig:
             "set ttt_order=stream or ngram_tilt_scope=document",
         )
         self.chunks_by_length()
+        self.mixing_by_layer()
         self.segments_by_fraction()
 
     @property
@@ -407,6 +422,28 @@ class RunConfig:
                 f"{self.ttt_chunks_by_length!r} is not"
             )
         return pairs
+
+    def mixing_by_layer(self) -> dict[int, list[float]]:
+        """Read loop_mixing as [β, α of each looped layer] by looped layer; without the setting there is none.
+
+        Raises ConfigError if the setting does not fit the loop, or the loop is not of serial layers.
+        """
+        if not self.loop_mixing.strip():
+            return {}
+        layers = range(self.loop_start, self.loop_end + 1)
+        try:
+            rows = [[float(number) for number in row.split(":")] for row in self.loop_mixing.split(",")]
+        except ValueError:  # not numbers
+            rows = []
+        fit = [len(row) for row in rows] == [1 + len(layers)] * len(layers)
+        if not fit or not all(all(map(math.isfinite, row)) for row in rows):
+            raise ConfigError(
+                f"loop_mixing must be β:α:α… with {len(layers)} α for each of {len(layers)} looped layers, "
+                f"like 1.5:0.2:0,1.9:0.1:0 for 2, and {self.loop_mixing!r} is not"
+            )
+        if not self.num_loops or self.loop_end >= self.parallel_start_layer:
+            raise ConfigError("loop_mixing needs num_loops > 0 and loop_end < parallel_start_layer")
+        return dict(zip(layers, rows, strict=True))
 
     def segments_by_fraction(self) -> list[tuple[int, float]]:
         """Read train_seq_schedule as (longest segment, end of its use as a fraction of training) pairs, in their order.

@@ -212,6 +212,10 @@ def test_alias_and_its_field_must_agree() -> None:
         ({"rope_dims": 66}, "at most the head dimension 64"),
         ({"loop_end": 11}, "loop_end 11 < num_layers 11 must hold"),
         ({"gate_attn_width": 600}, "must not exceed model_dim 512"),
+        ({"mlp_gate": True, "mlp_gate_width": 512}, "mlp_gate_width 512 must be less than model_dim 512"),
+        ({"loop_mixing": "1:0:0,1:0:0"}, "loop_mixing must be β:α:α… with 3 α for each of 3"),
+        ({"loop_mixing": "1:0:x:0,1:1:0:0,1:0:0:0"}, "loop_mixing must be"),
+        ({"loop_mixing": "1:0", "loop_start": 8, "loop_end": 8}, "loop_end < parallel_start_layer"),
         ({"micro_batch_tokens": 100_000}, "must be a multiple of micro_batch_tokens 100000"),
         ({"logit_softcap_negative": 1e-7}, "logit_softcap_negative 1e-07 must be 0 or at least 1e-06"),
         ({"gptq_reserve_seconds": 600}, "leaves nothing of max_wallclock_seconds"),
@@ -220,6 +224,12 @@ def test_alias_and_its_field_must_agree() -> None:
 def test_values_that_cannot_be(fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig().replace(**fields)
+
+
+def test_mixing_by_layer() -> None:
+    assert RunConfig().mixing_by_layer() == RunConfig().replace(loop_mixing=" ").mixing_by_layer() == {}
+    config = RunConfig().replace(loop_start=2, loop_end=3, loop_mixing="1.5:.2:-0.1, 2:0:1e-1")
+    assert config.mixing_by_layer() == {2: [1.5, 0.2, -0.1], 3: [2.0, 0.0, 0.1]}
 
 
 def test_step_schedule_needs_no_reserve() -> None:

@@ -52,6 +52,15 @@ LAUNCHES = {
     "lanes_norm_join_backward_frozen": (104, 16),
     "lanes_mean_backward_frozen": (72, 20),
     "mix_backward_carry_frozen_x": (160, 12),
+    "enter_lanes_forward_gated": (128, 16),
+    "enter_lanes_backward_gated": (168, 12),
+    "norm_forward_gated": (80, 24),
+    "norm_backward_gated": (128, 16),
+    "lanes_norm_forward_gated": (128, 16),
+    "lanes_norm_join_forward_gated": (128, 16),
+    "lanes_norm_backward_gated": (200, 8),
+    "lanes_norm_join_backward_gated": (255, 8),
+    "lanes_norm_join_backward_gated_frozen": (128, 16),
 }
 FROZEN = [name for name in LAUNCHES if "frozen" in name]
 
@@ -67,6 +76,9 @@ FOR_OTHERS = [
     "lanes_norm_join_backward",
     "enter_lanes_backward_frozen",
     "lanes_norm_join_backward_frozen",
+    "enter_lanes_backward_gated",
+    "norm_backward_gated",
+    "lanes_norm_join_backward_gated",
 ]
 OF_WIDTH_768 = ["join_mix_forward", "join_mix_backward", "norm_backward", "lanes_norm_join_backward"]
 ON_OTHER_CHIPS = [
@@ -79,13 +91,15 @@ ON_OTHER_CHIPS = [
     ("norm_backward", 100),
     ("lanes_norm_join_backward", 100),
     ("lanes_norm_join_backward_frozen", 100),
+    ("lanes_norm_join_backward_gated", 80),
+    ("lanes_norm_join_backward_gated", 100),
 ]
 SUMS = ["_partial_sums_kernel"]
 
 
 def has_sums(name: str) -> bool:
     """Whether a launch leaves parts of parameters' gradients, which a second kernel adds."""
-    return "backward" in name and not name.startswith("norm") and not name.endswith("_frozen")
+    return "backward" in name and not name.endswith("_frozen") and (not name.startswith("norm") or "gated" in name)
 
 
 def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
@@ -97,36 +111,40 @@ def launch(name: str, dtype: torch.dtype, width: int = WIDTH) -> None:
         frozen = dict(need_x=False) if variant[2] else dict(need_x0=False, need_parameters=False)
         backward, lanes_backward = partial(backward, **frozen), partial(lanes_backward, **frozen)
     later = None if variant[1] else x
+    case = variant[0].removesuffix("_gated")
+    row = None if case == variant[0] else torch.empty(13)
     u_and_n = dict(keep_u=True, keep_n=True)
     {
-        "mix_forward": lambda: stream.mix_forward(x, x, mix, *none, scale, EPS, **u_and_n),
-        "join_mix_forward": lambda: stream.mix_forward(x, x, mix, *join, scale, EPS, **u_and_n),
+        "mix_forward": lambda: stream.mix_forward(x, x, mix, *none, scale, row, EPS, **u_and_n),
+        "join_mix_forward": lambda: stream.mix_forward(x, x, mix, *join, scale, row, EPS, **u_and_n),
         "enter_lanes_forward": lambda: stream.mix_forward(
-            x, x, mix, *join, scale, EPS, keep_joined=True, keep_n=True, keep_n1=True
+            x, x, mix, *join, scale, row, EPS, keep_joined=True, keep_n=True, keep_n1=True
         ),
-        "join_forward": lambda: stream.mix_forward(x, None, None, *join, None, EPS, keep_joined=True),
-        "mix_backward": lambda: backward(None, x, x, None, None, None, x, x, mix, *none, scale, EPS),
-        "mix_backward_carry": lambda: backward(None, x, x, None, x, later, x, x, mix, *none, scale, EPS),
-        "join_mix_backward": lambda: backward(None, x, x, None, None, later, x, x, mix, *join, scale, EPS),
-        "mix_backward_one": lambda: backward(None, x, x, None, None, x, x, x, mix, *none, scale, EPS, x0_is_x=True),
+        "join_forward": lambda: stream.mix_forward(x, None, None, *join, None, row, EPS, keep_joined=True),
+        "mix_backward": lambda: backward(None, x, x, None, None, None, x, x, mix, *none, scale, row, EPS),
+        "mix_backward_carry": lambda: backward(None, x, x, None, x, later, x, x, mix, *none, scale, row, EPS),
+        "join_mix_backward": lambda: backward(None, x, x, None, None, later, x, x, mix, *join, scale, row, EPS),
+        "mix_backward_one": lambda: backward(
+            None, x, x, None, None, x, x, x, mix, *none, scale, row, EPS, x0_is_x=True
+        ),
         "join_mix_backward_one": lambda: backward(
-            None, x, x, None, None, x, x, x, mix, *join, scale, EPS, skip_is_x=True
+            None, x, x, None, None, x, x, x, mix, *join, scale, row, EPS, skip_is_x=True
         ),
-        "enter_lanes_backward": lambda: backward(x, None, x, x, x, later, x, x, mix, *join, scale, EPS),
-        "join_backward": lambda: backward(x, None, None, None, None, None, x, None, None, *join, None, EPS),
-        "norm_forward": lambda: stream.norm_forward(x, None, scale, EPS),
+        "enter_lanes_backward": lambda: backward(x, None, x, x, x, later, x, x, mix, *join, scale, row, EPS),
+        "join_backward": lambda: backward(x, None, None, None, None, None, x, None, None, *join, None, row, EPS),
+        "norm_forward": lambda: stream.norm_forward(x, None, scale, EPS, row),
         "norm_forward_mean": lambda: stream.norm_forward(x, x, None, EPS),
-        "norm_backward": lambda: stream.norm_backward(x, x, x, rstd, scale),
-        "norm_backward_mean": lambda: stream.norm_backward(None, x, x, rstd, None, mean=True),
-        "lanes_forward": lambda: two_lanes.lanes_forward(None, *lanes, None, *none, None, EPS),
-        "lanes_backward": lambda: lanes_backward(None, x, x, *none, *lanes, None, *none, None, EPS),
-        "lanes_norm_forward": lambda: two_lanes.lanes_forward(x, *lanes, mix, *none, scale, EPS),
-        "lanes_norm_join_forward": lambda: two_lanes.lanes_forward(x, *lanes, mix, *join, scale, EPS),
-        "lanes_norm_backward": lambda: lanes_backward(later, *[x] * 5, *lanes, mix, *none, scale, EPS),
-        "lanes_norm_join_backward": lambda: lanes_backward(later, *[x] * 5, *lanes, mix, *join, scale, EPS),
-        "lanes_mean_forward": lambda: two_lanes.lanes_forward(None, *lanes, None, *none, None, EPS, mean=True),
-        "lanes_mean_backward": lambda: lanes_backward(*none, x, None, None, *lanes, None, *none, None, EPS),
-    }[variant[0]]()
+        "norm_backward": lambda: stream.norm_backward(x, x, x, rstd, scale, row, need_parameters=True),
+        "norm_backward_mean": lambda: stream.norm_backward(None, x, x, rstd, None, None, mean=True),
+        "lanes_forward": lambda: two_lanes.lanes_forward(None, *lanes, None, *none, None, row, EPS),
+        "lanes_backward": lambda: lanes_backward(None, x, x, *none, *lanes, None, *none, None, row, EPS),
+        "lanes_norm_forward": lambda: two_lanes.lanes_forward(x, *lanes, mix, *none, scale, row, EPS),
+        "lanes_norm_join_forward": lambda: two_lanes.lanes_forward(x, *lanes, mix, *join, scale, row, EPS),
+        "lanes_norm_backward": lambda: lanes_backward(later, *[x] * 5, *lanes, mix, *none, scale, row, EPS),
+        "lanes_norm_join_backward": lambda: lanes_backward(later, *[x] * 5, *lanes, mix, *join, scale, row, EPS),
+        "lanes_mean_forward": lambda: two_lanes.lanes_forward(None, *lanes, None, *none, None, row, EPS, mean=True),
+        "lanes_mean_backward": lambda: lanes_backward(*none, x, None, None, *lanes, None, *none, None, row, EPS),
+    }[case]()
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -139,7 +157,8 @@ def test_shipped(name: str) -> None:
     assert [of_parts.name for of_parts in sums] == SUMS * has_sums(name)
     for of_parts in sums:
         check(of_parts, registers=64)
-        assert name.startswith("lanes") or of_parts.count(r"LDG\.E\.128") >= 4  # whose rows are not of whole 16 bytes
+        # Rows of sums with the lanes' or the row gate's are not of whole 16 bytes.
+        assert name.startswith("lanes") or "gated" in name or of_parts.count(r"LDG\.E\.128") >= 4
     assert warps * 32 * -(-kernel.registers // 8) * 8 <= 65_536
     assert kernel.count(r"LDGSTS\.E\S*\.128") >= 4, "no asynchronous copies of 16 bytes"  # of rows to come
     in_a_program = 2 if name.startswith(("join_mix", "enter_lanes", "lanes_norm")) and "backward" in name else 1

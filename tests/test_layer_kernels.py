@@ -72,7 +72,7 @@ def test_gradients_in_float32(looping: bool, monkeypatch) -> None:
     launches = MagicMock()
     launches.__getitem__.side_effect = segments._attention_tiles_kernel.__getitem__
     monkeypatch.setattr(segments, "_attention_tiles_kernel", launches)
-    model = small_model(compute_dtype="float32")
+    model = small_model(compute_dtype="float32", mlp_gate=looping, loop_mixing="1.5:.2:-.1,1.2:0:.3" if looping else "")
     model.looping_active = looping
     data = batch(44)
     expected, got = (loss_and_gradients(model, backend, data) for backend in ("reference", "triton"))
@@ -82,8 +82,9 @@ def test_gradients_in_float32(looping: bool, monkeypatch) -> None:
 
 
 @on_a_gpu
-def test_errors_in_bfloat16_are_those_of_the_references() -> None:
-    model, exact = small_model(compute_dtype="bfloat16"), small_model(compute_dtype="float32")
+@pytest.mark.parametrize("gated", [False, True])
+def test_errors_in_bfloat16_are_those_of_the_references(gated: bool) -> None:
+    model, exact = (small_model(compute_dtype=dtype, mlp_gate=gated) for dtype in ("bfloat16", "float32"))
     exact.load_state_dict(model.state_dict())
     model.looping_active = exact.looping_active = True
     data = batch(44)

@@ -10,13 +10,14 @@ import torch
 
 from pgolf.config import RunConfig
 from pgolf.model.blocks import PassUpdates
-from pgolf.model.gpt import GPT, Updates, attention_core
+from pgolf.model.gpt import GPT, LoopMixing, Updates, attention_core
 from pgolf.model.second_moments import hessian_group
 from pgolf.model.weights import rebank, unbank
 from tests.golden.make import OPTIONS
 
 SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())
 TINY = RunConfig.preset("record").replace(**SCALARS["config"])
+MIXING = "1.597:.252:-.021:-.012,1.883:.067:-.348:.003,1.991:.139:.241:.027"  # of parameter-golf PR #1779
 CASES = [(mask, loop) for mask in (0, 1) for loop in (0, 1)]
 # Of float32 sums in another order: measured 1e-6 on losses of 10, 7e-6 on logits up to 13. An option, the mask or the
 # loop moves the loss by 1e-2 and more.
@@ -26,7 +27,7 @@ ROUNDING = 2e-5
 def tiny_model(golden, mask: int = 1, loop: int = 1, **fields) -> GPT:
     model = GPT(TINY.replace(smear_gate_bos_mask=mask, **fields))
     weights = {k.removeprefix("param/"): torch.from_numpy(v) for k, v in golden("model").items() if "param/" in k}
-    model.load_state_dict(weights)
+    model.load_state_dict(weights | {name: value for name, value in model.state_dict().items() if "mlp_gate" in name})
     model.looping_active = bool(loop)
     return model
 
@@ -246,7 +247,79 @@ def test_sequences_are_rows(golden, mask: int) -> None:
         assert (packed[:, low:high] - alone).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("fields", [{}, dict(parallel_final_lane="attn"), dict(parallel_start_layer=11)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(loop_mixing=MIXING),
+        dict(loop_mixing="1.5:0:0:0,1:0:.5:0,-2:0:.1:.1", skip_gates_enabled=False),
+        dict(loop_mixing="1.5:.2", loop_start=4, loop_end=4, num_loops=3, mlp_gate=True),
+        dict(loop_mixing=MIXING, loop_start=8, loop_end=10, parallel_start_layer=11),
+        dict(loop_mixing=MIXING, loop_start=5, loop_end=7),
+    ],
+)
+def test_the_loop_s_passes_are_mixed(golden, fields: dict, monkeypatch) -> None:
+    """As by the formula β x + Σ α y in one line, with the y detached."""
+
+    class Plainly(LoopMixing):
+        def __call__(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+            if layer not in self.rows or layer not in self.first:
+                self.first[layer] = x.detach()
+                return x
+            beta, *alphas = self.rows[layer]
+            return beta * x + sum(a * self.first[j] for a, j in zip(alphas, self.rows, strict=True))
+
+    model = GPT(TINY.replace(**fields))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    inputs, targets, cu_seqlens = stream(golden)
+    parameters = [p for name, p in model.named_parameters() if "parallel" not in name]
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        loss = model(inputs, targets, cu_seqlens, 48)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    model.looping_active = True
+    got = loss_and_gradients()
+    monkeypatch.setattr("pgolf.model.gpt.LoopMixing", Plainly)
+    expected = loss_and_gradients()
+    monkeypatch.setattr("pgolf.model.gpt.LoopMixing", lambda rows: LoopMixing({}))
+    assert abs(got[0] - loss_and_gradients()[0]) > 3e-4
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
+
+
+@pytest.mark.parametrize("loop", [0, 1])
+def test_the_mlp_gate_scales_what_mlps_add(golden, loop: int) -> None:
+    """Gates that read nothing are constants, which the rows of W_down can take; those that read change the loss."""
+    inputs, targets, cu_seqlens = stream(golden)
+    plain, gated = tiny_model(golden, loop=loop), tiny_model(golden, loop=loop, mlp_gate=True)
+    assert all((block.mlp_gate == torch.tensor([0.0] * 12 + [5.0])).all() for block in gated.layers)
+    with torch.no_grad():
+        for layer, block in enumerate(gated.layers):
+            block.mlp_gate[-1] = layer - 4.0
+            plain.mlp_down_bank[layer] *= torch.sigmoid(torch.tensor(layer - 4.0))
+    expected, got = (model(inputs, targets, cu_seqlens, 48) for model in (plain, gated))
+    assert got.item() == pytest.approx(expected.item(), abs=ROUNDING)
+    got.backward()
+    assert all(block.mlp_gate.grad.all() for block in gated.layers)
+    with torch.no_grad():
+        for block in gated.layers:
+            block.mlp_gate[:-1] = 1.0
+    assert abs(gated(inputs, targets, cu_seqlens, 48).item() - got.item()) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(parallel_final_lane="attn"),
+        dict(parallel_start_layer=11),
+        dict(mlp_gate=True),
+        dict(loop_mixing=MIXING),
+    ],
+)
 def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
     model = tiny_model(golden, **fields)
     inputs, targets, cu_seqlens = stream(golden)
@@ -278,6 +351,8 @@ def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
         dict(rope_dims=0),
         dict(mlp_negative_slope=0.3),
         dict(logit_softcap_negative=1.0),
+        dict(mlp_gate=True),
+        dict(loop_mixing=MIXING),
     ],
     ids=lambda fields: next(iter(fields)),
 )

@@ -298,6 +298,7 @@ def test_what_is_kept():
     assert rule_for("blocks.0.mlp.fc.weight", torch.zeros(256, 256), config) is None, "65,536 numbers"
     assert rule_for("skip_weights", torch.zeros(300, 256), config) is None, "a control tensor"
     assert rule_for("blocks.0.attn.attn_gate_proj.weight", torch.zeros(300, 256), config) is None
+    assert rule_for("blocks.0.mlp_gate", torch.zeros(300, 256), config) is None
     assert rule_for("table", torch.zeros(300, 256, dtype=torch.int64), config) is None
     none = config.replace(control_tensor_name_patterns="")
     assert rule_for("skip_weights", torch.zeros(300, 256), none) == (6, 12.85)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,6 +77,15 @@ def linear_norm(op, leaves, **options):
     return op("residual_linear_norm")(*leaves, scale_of(leaves[1]), **options)
 
 
+def gated(call: Call) -> Call:
+    """``call`` of all leaves but the last, which is the rows' gate."""
+
+    def with_gate(op, leaves):
+        return call(lambda name: partial(op(name), row_gate=leaves[-1]), leaves[:-1])
+
+    return with_gate
+
+
 CALLS: dict[str, tuple[Call, list]] = {
     "mix_norm": (mix_norm, MIX),
     "join_mix_norm": (mix_norm, [*MIX, "x", "d", "d"]),
@@ -109,6 +119,15 @@ CALLS: dict[str, tuple[Call, list]] = {
         lambda op, leaves: linear_norm(op, [leaves[0] * 1, *leaves[1:]], inplace=True),
         ["x", "h", ("d", "k")],
     ),
+    "enter_lanes_gated": (gated(enter_lanes), [*MIX, "g"]),
+    "enter_lanes_join_gated": (gated(enter_lanes), [*MIX, "x", "d", "d", "g"]),
+    "enter_lanes_of_one_gated": (
+        gated(lambda op, leaves: enter_lanes(op, [leaves[0], *leaves])),
+        ["x", (2, "d"), "g"],
+    ),
+    "lanes_norm_gated": (gated(lanes_norm), [*LANES, *MIX[1:], "g"]),
+    "lanes_norm_join_gated": (gated(lanes_norm), [*LANES, *MIX[1:], "x", "d", "d", "g"]),
+    "linear_norm_gated": (gated(linear_norm), ["x", "h", ("d", "k"), "g"]),
 }
 
 
@@ -121,7 +140,7 @@ def reference(name: str) -> Callable:
 
 
 def leaves_of(case: str, shape=(2, 7, 12), dtype=torch.float64, parameters=None, device=DEVICE) -> list[torch.Tensor]:
-    sizes = {"d": shape[-1], "k": 20}
+    sizes = {"d": shape[-1], "k": 20, "g": min(shape[-1], 13)}
 
     def one(kind) -> torch.Tensor:
         if kind in ("x", "h"):
@@ -192,6 +211,31 @@ def test_formulas() -> None:
     v = residual + h @ w.T
     got = residual_linear_norm(residual, h, w, scale_of(h))
     assert torch.allclose(got[0], v, atol=1e-12) and torch.allclose(got[1], plain_norm(v) * SCALE, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 11])
+def test_a_row_gate_scales_norms_by_its_root(columns: int) -> None:
+    row = torch.randn(columns + 1, dtype=torch.float64, device=DEVICE)
+
+    def expected(v: torch.Tensor) -> torch.Tensor:
+        return SCALE * plain_norm(v) * torch.sigmoid(v[..., :columns] @ row[:-1] + row[-1]).sqrt()[..., None]
+
+    residual, h, w = leaves_of("linear_norm")
+    v, n = residual_linear_norm(residual, h, w, scale_of(h), row_gate=row)
+    assert torch.allclose(n, expected(v), atol=1e-12, rtol=1e-6)
+    for name, leaves in (("enter_lanes", leaves_of("mix_norm")), ("lanes_norm", leaves_of("lanes_norm"))):
+        plain, got = (CALLS[f"{name}{end}"][0](ours, [*leaves, *rest]) for end, rest in (("", []), ("_gated", [row])))
+        assert all(torch.equal(a, b) for a, b in zip(got[:3], plain[:3], strict=True))
+        assert torch.allclose(got.n1, expected(got.lane1), atol=1e-12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [-120.0, 40.0])
+def test_a_row_gate_that_is_shut_or_open(bias: float) -> None:
+    leaves = leaves_of("linear_norm_gated", dtype=torch.float32)
+    leaves[-1] = torch.cat([0 * leaves[-1][1:], leaves[-1].new_tensor([bias])])
+    *outputs, _, _, _, drow = results(lambda v: CALLS["linear_norm_gated"][0](ours, v), leaves)
+    assert all(tensor.isfinite().all() for tensor in outputs) and drow.abs().max() < 1e-6
+    assert outputs[1].abs().max() < 1e-20 if bias < 0 else outputs[1].abs().max() > 0.1
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -430,7 +474,7 @@ def test_a_scale_of_zero() -> None:
 
 @needs_kernels
 def test_repeats_bit_for_bit() -> None:
-    for case in ("join_mix_norm", "lanes_norm_join", "linear_norm", "norm_of_mean"):
+    for case in ("join_mix_norm", "lanes_norm_join_gated", "linear_norm_gated", "norm_of_mean"):
         leaves = leaves_of(case, (1, 3000 if DEVICE == "cuda" else 20, 64), torch.bfloat16)
         repeats = 20 if DEVICE == "cuda" else 2
         first, *others = (results(lambda v, c=case: CALLS[c][0](ours, v), leaves) for _ in range(repeats))
@@ -449,7 +493,7 @@ def test_offsets_beyond_32_bits() -> None:
     expected, weight = 3 * x[:, :8].float(), torch.full((8,), 2.0, device=DEVICE)
     settings = dict(EPS=0.0, D=width, BLOCK=8, STAGES=1, ACC=tl.float32, num_warps=1)
     unused = (None,) * 4
-    family.triton._residual_kernel[(2,)](x, None, None, x, weight, None, None, x, *unused, rows, 2, **settings)
+    family.triton._residual_kernel[(2,)](x, None, None, x, weight, *unused[1:], x, *unused, rows, 2, K=0, **settings)
     assert torch.allclose(x[:, :8].float(), expected, atol=1e-2)
 
 
@@ -458,18 +502,19 @@ def test_operators_are_registered_as_they_behave() -> None:
     ops = torch.ops.pgolf
     x, x0, mix, skip, weight, gate = (leaf.float().requires_grad_() for leaf in leaves_of("join_mix_norm"))
     scale, rstd = scale_of(x), torch.ones(x.shape[:-1], device=DEVICE)
-    library.opcheck(ops.residual_mix.default, (x, x0, mix, skip, weight, gate, scale, 1e-6, *(True,) * 4))
-    library.opcheck(ops.residual_mix.default, (x, x0, mix, None, None, None, scale, 1e-6, False, False, True, False))
+    row = torch.randn(5, device=DEVICE, requires_grad=True)
+    library.opcheck(ops.residual_mix.default, (x, x0, mix, skip, weight, gate, scale, row, 1e-6, *(True,) * 4))
+    library.opcheck(ops.residual_mix.default, (x, x0, mix, *(None,) * 3, scale, None, 1e-6, False, False, True, False))
     library.opcheck(ops.residual_norm.default, (x, x0, scale, 1e-6))
     lanes = [leaf.float().requires_grad_() for leaf in leaves_of("lanes")]
-    library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 5, 0.0, False))
-    library.opcheck(ops.residual_lanes.default, (x0, *lanes, mix, skip, weight, gate, scale, 1e-6, False))
-    library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 5, 1e-6, True))
+    library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 6, 0.0, False))
+    library.opcheck(ops.residual_lanes.default, (x0, *lanes, mix, skip, weight, gate, scale, row, 1e-6, False))
+    library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 6, 1e-6, True))
     residual, h, w = (leaf.float().requires_grad_() for leaf in leaves_of("linear"))
-    for norm in (True, False):
-        library.opcheck(ops.residual_linear.default, (residual, h, w, scale, 1e-6, norm))
-    x, x0, mix, skip, weight, gate, residual, h, w, *lanes = (
-        leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, residual, h, w, *lanes)
+    for row_gate, norm in ((None, True), (row, True), (None, False)):
+        library.opcheck(ops.residual_linear.default, (residual, h, w, scale, row_gate, 1e-6, norm))
+    x, x0, mix, skip, weight, gate, row, residual, h, w, *lanes = (
+        leaf.detach() for leaf in (x, x0, mix, skip, weight, gate, row, residual, h, w, *lanes)
     )
     for flags in (
         (False, False, True, True, True),
@@ -478,11 +523,14 @@ def test_operators_are_registered_as_they_behave() -> None:
         (False, False, False, True, True),
     ):
         library.opcheck(
-            ops.residual_mix_backward.default, (*(x,) * 7, x0, mix, skip, weight, gate, scale, 1e-6, *flags)
+            ops.residual_mix_backward.default, (*(x,) * 7, x0, mix, skip, weight, gate, scale, row, 1e-6, *flags)
         )
-    library.opcheck(ops.residual_norm_backward.default, (None, x, x, rstd, scale, True))
+    library.opcheck(ops.residual_norm_backward.default, (None, x, x, rstd, scale, None, True, False))
+    gated = (None, x, x, torch.ones(2, *x.shape[:-1], device=DEVICE), scale, row, False)
+    for need in (True, False):
+        library.opcheck(ops.residual_norm_backward.default, (*gated, need))
     for needs in ((True, True), (True, False), (False, True), (False, False)):
-        arguments = *(x,) * 5, x0, *lanes, mix, skip, weight, gate, scale, 1e-6, *needs
+        arguments = *(x,) * 5, x0, *lanes, mix, skip, weight, gate, scale, row, 1e-6, *needs
         library.opcheck(ops.residual_lanes_backward.default, arguments)
     for needs in ((True, True), (True, False), (False, True)):
         library.opcheck(ops.residual_linear_backward.default, (residual, h, w, *needs))
@@ -491,7 +539,10 @@ def test_operators_are_registered_as_they_behave() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     "case",
-    ["mix_norm", "join_mix_norm", "join", "norm", "enter_lanes_join", "lanes_norm_join", "linear_norm_inplace"],
+    [
+        *["mix_norm", "join_mix_norm", "join", "norm", "enter_lanes_join", "lanes_norm_join", "linear_norm_inplace"],
+        *["enter_lanes_join_gated", "lanes_norm_join_gated", "linear_norm_gated"],
+    ],
 )
 def test_compiles_whole(case: str, autocast: bool) -> None:
     if autocast and case.startswith("linear") and DEVICE == "cpu" and not INTERPRETED:
@@ -555,6 +606,11 @@ def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match="mlp must have lane0's shape"):
         mix_lanes(*lanes[:3], lanes[3][:1], *lanes[4:])
     residual, h, w = leaves_of("linear", device="cpu")
+    for row_gate in (torch.ones(1), torch.ones(13), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match=r"row_gate must be \[k \+ 1\] with 1 <= k < 12, got shape"):
+            residual_linear_norm(residual, h, w, scale, row_gate=row_gate)
+    with pytest.raises(TypeError, match="row_gate must be bfloat16"):
+        enter_lanes_norm(x, x0, mix, scale, row_gate=torch.ones(3).int())
     with pytest.raises(ValueError, match=r"weight must be \[d, k\], got shape \(12,\)"):
         residual_linear(residual, h, w[:, 0])
     with pytest.raises(ValueError, match=r"weight must have shape \(12, 19\), got \(12, 20\)"):

@@ -10,7 +10,10 @@
     mix_lanes_final       the same and the final norm, rms of the lanes' mean
     scaled_rms_norm       scale rms(x), or scale rms(0.5 (x + other))
 
-with rms(u) = u / sqrt(mean(u²) + eps) over the last dimension. Activations are [..., d] of one dtype (bfloat16,
+with rms(u) = u / sqrt(mean(u²) + eps) over the last dimension. The norm of an MLP's input v, which is the n of
+`residual_linear_norm` or n1, takes a ``row_gate`` [k + 1], 1 <= k < d. Each row of it is then scaled by
+σ(row_gate[:k] · v[:k] + row_gate[k])^½. An MLP of leaky_relu² is homogeneous of degree 2 in its input, so that this
+gates its output by σ. Activations are [..., d] of one dtype (bfloat16,
 float16, float32 or float64), parameters of any of these; scale is one element on the device and has no gradient.
 
 Each op except the products reads its inputs and writes its outputs once, forward and backward. The products are
@@ -66,8 +69,8 @@ def _join_skip_triton(x, skip, weight, gate) -> Tensor:
     return triton.mix_stream(x, skip=skip, weight=weight, gate=gate, keep_joined=True)[0]
 
 
-def _enter_lanes_triton(x, x0, mix, scale, eps, *, skip, weight, gate) -> Lanes:
-    join = dict(skip=skip, weight=weight, gate=gate, keep_joined=skip is not None)
+def _enter_lanes_triton(x, x0, mix, scale, eps, *, skip, weight, gate, row_gate) -> Lanes:
+    join = dict(skip=skip, weight=weight, gate=gate, row_gate=row_gate, keep_joined=skip is not None)
     joined, _, n0, n1, x, x0 = triton.mix_stream(x, x0, mix, scale, eps, **join, keep_n=True, keep_n1=True)
     return Lanes(x if skip is None else joined, x, n0, n1, x0)
 
@@ -77,8 +80,8 @@ def _mix_lanes_triton(lane0, lane1, attention, mlp, post, resid) -> tuple[Tensor
     return lane0, lane1
 
 
-def _mix_lanes_norm_triton(*args, skip, weight, gate) -> Lanes:
-    return Lanes(*lanes.mix_lanes(*args, skip=skip, weight=weight, gate=gate))
+def _mix_lanes_norm_triton(*args, **options) -> Lanes:
+    return Lanes(*lanes.mix_lanes(*args, **options))
 
 
 def _mix_lanes_final_triton(lane0, lane1, attention, mlp, post, resid, eps) -> Tensor:
@@ -159,6 +162,13 @@ def _check_join(x: Tensor, skip: Tensor | None, weight: Tensor | None, gate: Ten
     _check({"x": x, "skip": skip}, {"weight": (weight, x.shape[-1:]), "gate": (gate, x.shape[-1:])})
 
 
+def _check_row_gate(x: Tensor, row_gate: Tensor | None, width: int) -> None:
+    if row_gate is not None:
+        if row_gate.ndim != 1 or not 2 <= row_gate.numel() <= width:
+            raise ValueError(f"row_gate must be [k + 1] with 1 <= k < {width}, got shape {tuple(row_gate.shape)}")
+        _check({"x": x}, {"row_gate": (row_gate, row_gate.shape)})
+
+
 def join_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
     """Compute lerp(weight skip, x, σ(gate)), or x + weight skip without a gate.
 
@@ -191,17 +201,19 @@ def enter_lanes_norm(
     skip: Tensor | None = None,
     weight: Tensor | None = None,
     gate: Tensor | None = None,
+    row_gate: Tensor | None = None,
 ) -> Lanes:
     """Split one stream into two lanes and compute the norms that the first parallel layer reads, in one pass.
 
     Lane 0 is x joined with ``skip`` as by `join_skip`, or x without one; lane 1 is x. The norms are
-    n0 = scale rms(mix[0] lane0 + mix[1] x0) and n1 = scale rms(x). Arguments and errors are those of
-    `residual_mix_norm`. Returns a `Lanes`; pass its lane1 (in place of x) and x0 to later readers.
+    n0 = scale rms(mix[0] lane0 + mix[1] x0) and n1 = scale rms(x), gated by ``row_gate`` if given. Arguments and errors
+    are those of `residual_mix_norm`. Returns a `Lanes`; pass its lane1 (in place of x) and x0 to later readers.
     """
     _check({"x": x, "x0": x0, "skip": skip}, {"mix": (mix, (2, *x.shape[-1:])), "scale": (scale, ())})
     _check_join(x, skip, weight, gate)
+    _check_row_gate(x, row_gate, x.size(-1))
     chosen = select("enter_lanes_norm", _ENTER_LANES, x)
-    return chosen(x, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
+    return chosen(x, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate, row_gate=row_gate)
 
 
 def _check_lanes(lane0, lane1, attention, mlp, post, resid) -> None:
@@ -236,18 +248,20 @@ def mix_lanes_norm(
     skip: Tensor | None = None,
     weight: Tensor | None = None,
     gate: Tensor | None = None,
+    row_gate: Tensor | None = None,
 ) -> Lanes:
     """Compute `mix_lanes` and the norms that the next parallel layer reads, in one pass.
 
     Lane 0 is then joined with ``skip`` as by `join_skip`, if given. The norms are
-    n0 = scale rms(mix[0] lane0 + mix[1] x0) and n1 = scale rms(lane1). Arguments and errors are those of `mix_lanes`
-    and `residual_mix_norm`. Returns a `Lanes`; pass its x0 to later readers.
+    n0 = scale rms(mix[0] lane0 + mix[1] x0) and n1 = scale rms(lane1), gated by ``row_gate`` if given. Arguments and
+    errors are those of `mix_lanes` and `residual_mix_norm`. Returns a `Lanes`; pass its x0 to later readers.
     """
     _check_lanes(lane0, lane1, attention, mlp, post, resid)
     _check({"lane0": lane0, "x0": x0}, {"mix": (mix, (2, *lane0.shape[-1:])), "scale": (scale, ())})
     _check_join(lane0, skip, weight, gate)
-    arguments = (lane0, lane1, attention, mlp, post, resid, x0, mix, scale, eps)
-    return select("mix_lanes_norm", _LANES_NORM, lane0)(*arguments, skip=skip, weight=weight, gate=gate)
+    _check_row_gate(lane0, row_gate, lane0.size(-1))
+    arguments, join = (lane0, lane1, attention, mlp, post, resid, x0, mix, scale, eps), dict(weight=weight, gate=gate)
+    return select("mix_lanes_norm", _LANES_NORM, lane0)(*arguments, skip=skip, **join, row_gate=row_gate)
 
 
 def mix_lanes_final(
@@ -284,14 +298,23 @@ def residual_linear(residual: Tensor | None, x: Tensor, weight: Tensor, *, inpla
 
 
 def residual_linear_norm(
-    residual: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor, eps: float = RMS_EPS, *, inplace: bool = False
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    eps: float = RMS_EPS,
+    *,
+    row_gate: Tensor | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute v = residual + x weightᵀ and n = scale rms(v), and return both.
+    """Compute v = residual + x weightᵀ and n = scale rms(v), gated by ``row_gate`` if given, and return both.
 
     Arguments and errors are those of `residual_linear`; scale is one element and has no gradient.
     """
     _check_linear(residual, x, weight, scale)
-    return select("residual_linear_norm", _LINEAR_NORM, x)(residual, x, weight, scale, eps, inplace=inplace)
+    _check_row_gate(x, row_gate, weight.size(0))
+    chosen = select("residual_linear_norm", _LINEAR_NORM, x)
+    return chosen(residual, x, weight, scale, eps, row_gate=row_gate, inplace=inplace)
 
 
 __all__ = [

@@ -14,12 +14,15 @@ from .rows import (
     contiguous,
     empty,
     empty_sums,
+    gate_columns,
+    gated_norm_gradient,
     inverse_rms,
     join,
     join_gradient,
     kept_gradient,
     load,
     load_gate,
+    load_row_gate,
     load_scalar,
     load_vector,
     needed,
@@ -28,6 +31,7 @@ from .rows import (
     plan,
     pointer,
     row_columns,
+    row_root,
     store,
     store_sums,
     sums_width,
@@ -63,6 +67,7 @@ def _lanes_kernel(
     weight,
     gate,
     scale,
+    row_gate,
     out0,
     out1,
     n0,
@@ -74,10 +79,12 @@ def _lanes_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
+    K: tl.constexpr,
 ):
     """Mix both lanes after a layer into out0 and out1, and join out0 with skip.
 
-    With mix, n0 and n1 are the norms that the next layer reads. Without out0, n0 is the norm of the lanes' mean.
+    With mix, n0 and n1 are the norms that the next layer reads; with row_gate, n1 is scaled by the roots of the rows'
+    gates. Without out0, n0 is the norm of the lanes' mean.
     """
     columns, inside = row_columns(D, BLOCK)
     r0, r1, a0, a1, m0, m1 = _lane_scalars(post, resid, ACC)
@@ -86,6 +93,7 @@ def _lanes_kernel(
         load_gate(gate, columns, inside, ACC),
         load_scalar(scale, ACC),
     )
+    row = load_row_gate(row_gate, columns, K, ACC)
     if mix is not None:
         first, second = load(mix, columns, inside, ACC), load(mix + D, columns, inside, ACC)
     base = tl.program_id(0).to(tl.int64) * chunk
@@ -100,7 +108,10 @@ def _lanes_kernel(
             store(out0, offsets, inside, value0)
             store(out1, offsets, inside, value1)
             if mix is not None:
-                store(n1, offsets, inside, value1 * (inverse_rms(value1, EPS, D) * factor))
+                scaling = inverse_rms(value1, EPS, D) * factor
+                if row_gate is not None:
+                    scaling *= row_root(value1, row, columns, K)
+                store(n1, offsets, inside, value1 * scaling)
                 u = first * value0 + second * load(x0, offsets, inside, ACC)
                 store(n0, offsets, inside, u * (inverse_rms(u, EPS, D) * factor))
         else:
@@ -134,6 +145,7 @@ def _lanes_backward_kernel(
     weight,
     gate,
     scale,
+    row_gate,
     dx0,
     dlane0,
     dlane1,
@@ -148,6 +160,7 @@ def _lanes_backward_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
+    K: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     columns, inside = row_columns(D, BLOCK)
@@ -158,7 +171,8 @@ def _lanes_backward_kernel(
         load_gate(gate, columns, inside, ACC),
         load_scalar(scale, ACC),
     )
-    weight_sum, gate_sum, first_sum, second_sum = zeros, zeros, zeros, zeros
+    row = load_row_gate(row_gate, columns, K, ACC)
+    weight_sum, gate_sum, first_sum, second_sum, row_sum = zeros, zeros, zeros, zeros, zeros
     if mix is not None:
         first, second = load(mix, columns, inside, ACC), load(mix + D, columns, inside, ACC)
     nothing = _thread_sum(zeros, BLOCK)
@@ -178,7 +192,15 @@ def _lanes_backward_kernel(
                 joined = join(value0, skipped, w, sigma, gate is not None)
             if mix is not None:
                 inverse = inverse_rms(value1, EPS, D)
-                g1 += norm_gradient(load(dn1, offsets, inside, ACC), value1 * inverse, factor * inverse, D)
+                if row_gate is not None:
+                    dy, root = load(dn1, offsets, inside, ACC), row_root(value1, row, columns, K)
+                    part, row_part = gated_norm_gradient(
+                        dy, value1, value1 * inverse, inverse, factor, root, row, columns, K, D
+                    )
+                    g1 += part
+                    row_sum += row_part
+                else:
+                    g1 += norm_gradient(load(dn1, offsets, inside, ACC), value1 * inverse, factor * inverse, D)
                 value_x0 = load(x0, offsets, inside, ACC)
                 u = first * joined + second * value_x0
                 inverse = inverse_rms(u, EPS, D)
@@ -223,6 +245,7 @@ def _lanes_backward_kernel(
             second_sum,
             weight_sum,
             gate_sum,
+            row_sum,
             sigma,
             columns,
             inside,
@@ -230,6 +253,8 @@ def _lanes_backward_kernel(
             mix is not None,
             skip is not None,
             gate is not None,
+            row_gate is not None,
+            K,
         )
         tl.store(scalars, tl.sum(r0_sum))
         tl.store(scalars + 1, tl.sum(r1_sum))
@@ -261,6 +286,7 @@ def lanes_forward(
     weight: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
+    row_gate: Tensor | None,
     eps: float,
     mean: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -268,15 +294,16 @@ def lanes_forward(
     outputs = empty(lane0, *_kept(mix, mean))
     if lane0.numel():
         grid, extent, settings = plan(_lanes_case(mix, mean, "forward"), lane0)
-        inputs = contiguous(x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale)
+        inputs = contiguous(x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale, row_gate)
+        settings["K"] = gate_columns(row_gate)
         with torch.cuda.device_of(lane0):
             _lanes_kernel[grid](*inputs, *map(pointer, outputs), *extent, EPS=eps, **settings)
     return outputs
 
 
-def lanes_sums(lane0: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None) -> int:
-    """Return the length of `lanes_backward`'s flat gradient."""
-    return sums_width(lane0, mix, skip, gate) + 6
+def lanes_sums(lane0: Tensor, *parameters: Tensor | None) -> int:
+    """Return the length of `lanes_backward`'s flat gradient, for mix, skip, gate and row_gate."""
+    return sums_width(lane0, *parameters) + 6
 
 
 def _empty_gradients(lane0: Tensor, mix: Tensor | None, skip: Tensor | None, need_x0: bool) -> tuple[Tensor, ...]:
@@ -303,41 +330,41 @@ def lanes_backward(
     weight: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
+    row_gate: Tensor | None,
     eps: float,
     need_x0: bool = True,
     need_parameters: bool = True,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x0, lane0, lane1, attention, mlp and skip, and a flat one of the parameters.
 
-    The flat gradient is that of mix, weight, gate, resid and post, in this order, of those that are given. Without
+    The flat gradient is that of mix, weight, gate, row_gate, resid and post, in this order, of those given. Without
     dout0 the output was the norm of the lanes' mean, whose gradient is dn0. A gradient that is not needed is
     empty.
     """
-    width = lanes_sums(lane0, mix, skip, gate) * need_parameters
+    width = lanes_sums(lane0, mix, skip, gate, row_gate) * need_parameters
     outputs = _empty_gradients(lane0, mix, skip, need_x0)
     if not lane0.numel():
         return *outputs, lane0.new_zeros(width, dtype=accumulator(lane0))
     grid, extent, settings = plan(_lanes_case(mix, dout0 is None, "backward"), lane0)
     partials = lane0.new_empty(*grid, width, dtype=accumulator(lane0)) if need_parameters else None
     gradients = contiguous(dx0_next, dout0, dout1, dn0, dn1)
-    inputs = contiguous(x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale)
+    inputs = contiguous(x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale, row_gate)
+    settings |= dict(EPS=eps, K=gate_columns(row_gate), WIDTH=width)
     with torch.cuda.device_of(lane0):
-        _lanes_backward_kernel[grid](
-            *gradients, *inputs, *map(pointer, outputs), partials, *extent, EPS=eps, WIDTH=width, **settings
-        )
+        _lanes_backward_kernel[grid](*gradients, *inputs, *map(pointer, outputs), partials, *extent, **settings)
     return *outputs, total(partials, lane0)
 
 
 def _fake_lanes_backward(*args: Any) -> tuple[Tensor, ...]:
-    lane0, (mix, skip, _, gate), (need_x0, need_parameters) = args[6], args[12:16], args[18:]
+    lane0, (mix, skip, _, gate, _, row_gate), (need_x0, need_parameters) = args[6], args[12:18], args[19:]
     outputs = _empty_gradients(lane0, mix, skip, need_x0)
-    return *outputs, empty_sums(lane0, lanes_sums(lane0, mix, skip, gate) if need_parameters else 0)
+    return *outputs, empty_sums(lane0, lanes_sums(lane0, mix, skip, gate, row_gate) * need_parameters)
 
 
 _lanes_backward_op = operator(
     "residual_lanes_backward(Tensor? dx0_next, Tensor? dout0, Tensor? dout1, Tensor? dn0, Tensor? dn1, Tensor? x0, "
     "Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid, Tensor? mix, Tensor? skip, "
-    "Tensor? weight, Tensor? gate, Tensor? scale, float eps, bool need_x0, bool need_parameters) "
+    "Tensor? weight, Tensor? gate, Tensor? scale, Tensor? row_gate, float eps, bool need_x0, bool need_parameters) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lanes_backward,
     _fake_lanes_backward,
@@ -352,26 +379,26 @@ def _save_lanes(ctx, inputs, output) -> None:
 
 @once_differentiable
 def _lanes_gradients(ctx: Any, dout0, dout1, dn0, dn1, dx0_next=None):
-    _, lane0, _, _, _, post, resid, mix, skip, weight, gate, _ = ctx.saved_tensors
+    _, lane0, _, _, _, post, resid, mix, _, weight, gate, _, row_gate = ctx.saved_tensors
     gradients = [
         (torch.zeros_like(lane0) if kept_gradient(gradient) is None else gradient) if keep else None
         for gradient, keep in zip((dout0, dout1, dn0, dn1), _kept(mix, ctx.mean), strict=True)
     ]
     needs = ctx.needs_input_grad
-    need_parameters = any(needs[5:8]) or any(needs[9:11])
+    need_parameters = any(needs[5:8]) or any(needs[9:11]) or needs[12]
     dx0, *dlanes, dskip, sums = _lanes_backward_op(
         dx0_next, *gradients, *ctx.saved_tensors, ctx.eps, needs[0], need_parameters
     )
-    dresid = dpost = dmix = dweight = dgate = None
+    dresid = dpost = dmix = dweight = dgate = drow = None
     if need_parameters:
-        dmix, dweight, dgate = parameter_gradients(sums, mix, weight, gate)
+        dmix, dweight, dgate, drow = parameter_gradients(sums, mix, weight, gate, row_gate)
         dresid, dpost = parameter_gradients(sums[-6:], resid, post)
-    return *needed(needs, dx0, *dlanes, dpost, dresid, dmix, dskip, dweight, dgate), None, None, None
+    return *needed(needs, dx0, *dlanes, dpost, dresid, dmix, dskip, dweight, dgate, None, drow), None, None
 
 
 _lanes_op = carrying(
     "residual_lanes(Tensor? x0, Tensor lane0, Tensor lane1, Tensor attention, Tensor mlp, Tensor post, Tensor resid, "
-    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, bool mean) "
+    "Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, Tensor? row_gate, float eps, bool mean) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     lanes_forward,
     lambda *args: empty(args[1], *_kept(args[7], args[-1])),
@@ -396,7 +423,9 @@ def mix_lanes(
     skip: Tensor | None = None,
     weight: Tensor | None = None,
     gate: Tensor | None = None,
+    row_gate: Tensor | None = None,
     mean: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return (lane 0, lane 1, n0, n1, x0) of `_lanes_kernel`; those not kept are empty. ``mean`` keeps only n0."""
-    return _lanes_op(x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale, eps, mean)
+    arguments = x0, lane0, lane1, attention, mlp, post, resid, mix, skip, weight, gate, scale, row_gate, eps, mean
+    return _lanes_op(*arguments)

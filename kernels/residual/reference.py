@@ -36,6 +36,15 @@ def _rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
     return n if scale is None else (n * scale.detach()).to(x.dtype)
 
 
+def _gated_norm(x: Tensor, scale: Tensor, eps: float, row_gate: Tensor | None) -> Tensor:
+    n = _rms_norm(x, scale, eps)
+    if row_gate is None:
+        return n
+    weights, bias = row_gate[None, :-1].to(x.dtype), row_gate[-1:].to(x.dtype)
+    logit = F.linear(x[..., : weights.size(1)], weights, bias)
+    return n * torch.exp(0.5 * F.logsigmoid(logit))  # the root of σ, whose gradient stays finite where σ is 0
+
+
 def _joined(x: Tensor, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None) -> Tensor:
     if skip is None:
         return x
@@ -83,11 +92,12 @@ def enter_lanes_norm_reference(
     skip: Tensor | None = None,
     weight: Tensor | None = None,
     gate: Tensor | None = None,
+    row_gate: Tensor | None = None,
 ) -> Lanes:
     """Compute `enter_lanes_norm` in plain PyTorch, with the same arguments and results."""
     lane0 = _joined(x, skip, weight, gate)
     n0 = residual_mix_norm_reference(lane0, x0, mix, scale, eps).n
-    return Lanes(lane0, x, n0, _rms_norm(x, scale, eps), x0)
+    return Lanes(lane0, x, n0, _gated_norm(x, scale, eps, row_gate), x0)
 
 
 def mix_lanes_reference(
@@ -116,11 +126,12 @@ def mix_lanes_norm_reference(
     skip: Tensor | None = None,
     weight: Tensor | None = None,
     gate: Tensor | None = None,
+    row_gate: Tensor | None = None,
 ) -> Lanes:
     """Compute `mix_lanes_norm` in plain PyTorch, with the same arguments and results."""
     lane0, lane1 = mix_lanes_reference(lane0, lane1, attention, mlp, post, resid)
     entered = enter_lanes_norm_reference(lane0, x0, mix, scale, eps, skip=skip, weight=weight, gate=gate)
-    return entered._replace(lane1=lane1, n1=_rms_norm(lane1, scale, eps))
+    return entered._replace(lane1=lane1, n1=_gated_norm(lane1, scale, eps, row_gate))
 
 
 def mix_lanes_final_reference(
@@ -138,8 +149,15 @@ def residual_linear_reference(residual: Tensor | None, x: Tensor, weight: Tensor
 
 
 def residual_linear_norm_reference(
-    residual: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor, eps: float = RMS_EPS, *, inplace: bool = False
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    eps: float = RMS_EPS,
+    *,
+    row_gate: Tensor | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `residual_linear_norm` in plain PyTorch, with the same arguments and results."""
     v = residual_linear_reference(residual, x, weight)
-    return v, _rms_norm(v, scale, eps)
+    return v, _gated_norm(v, scale, eps, row_gate)

@@ -51,6 +51,18 @@ def load_scalar(pointer, ACC: tl.constexpr):
 
 
 @jit
+def load_row_gate(pointer, columns, K: tl.constexpr, ACC: tl.constexpr):
+    """The weights of the first K columns, then the bias, or 0 without a pointer."""
+    return tl.load(pointer + columns, mask=columns <= K, other=0).to(ACC) if pointer is not None else 0.0
+
+
+@jit
+def row_root(value, row, columns, K: tl.constexpr):
+    """The root of a row's gate."""
+    return tl.sqrt(tl.sigmoid(tl.sum(row * tl.where(columns == K, 1.0, value))))
+
+
+@jit
 def join(value, skipped, w, sigma, GATED: tl.constexpr):
     scaled = w * skipped
     return scaled + sigma * (value - scaled) if GATED else value + scaled
@@ -78,12 +90,22 @@ def norm_gradient(dy, normed, inverse, D: tl.constexpr):
 
 
 @jit
+def gated_norm_gradient(dy, value, normed, inverse, factor, root, row, columns, K: tl.constexpr, D: tl.constexpr):
+    """Return the gradient of value, whose output is root factor normed, and the row's terms of that of its gate."""
+    dot, factor = tl.sum(dy * normed), factor * root
+    dz = 0.5 * (1 - root * root) * (factor * dot)
+    g = factor * inverse * (dy - (dot / D) * normed) + tl.where(columns < K, dz * row, 0.0)
+    return g, dz * tl.where(columns == K, 1.0, value)
+
+
+@jit
 def store_sums(
     partials,
     first,
     second,
     dweight,
     dgate,
+    drow,
     sigma,
     columns,
     inside,
@@ -91,8 +113,10 @@ def store_sums(
     MIX: tl.constexpr,
     JOIN: tl.constexpr,
     GATED: tl.constexpr,
+    ROW: tl.constexpr,
+    K: tl.constexpr,
 ):
-    """Store this program's partial sums for mix, weight and gate; return the pointer behind them."""
+    """Store this program's partial sums for mix, weight, gate and row_gate; return the pointer behind them."""
     if MIX:
         tl.store(partials + columns, first, mask=inside)
         tl.store(partials + D + columns, second, mask=inside)
@@ -105,6 +129,9 @@ def store_sums(
         else:
             tl.store(partials + columns, dweight, mask=inside)
             partials += D
+    if ROW:
+        tl.store(partials + columns, drow, mask=columns <= K)
+        partials += K + 1
     return partials
 
 
@@ -145,9 +172,15 @@ def total(partials: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=accumulator(x)) if partials is None else partial_sums(partials)
 
 
-def sums_width(x: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None) -> int:
-    """Return the length of the flat gradient of mix, weight and gate, of those that are given."""
-    return (2 * (mix is not None) + (skip is not None) + (gate is not None)) * x.size(-1)
+def sums_width(x: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None, row_gate: Tensor | None) -> int:
+    """Return the length of the flat gradient of mix, weight, gate and row_gate, of those that are given."""
+    vectors = 2 * (mix is not None) + (skip is not None) + (gate is not None)
+    return vectors * x.size(-1) + gate_columns(row_gate) + (row_gate is not None)
+
+
+def gate_columns(row_gate: Tensor | None) -> int:
+    """Return how many columns a row's gate reads, 0 without one: all of its elements but the bias have one."""
+    return 0 if row_gate is None else row_gate.numel() - 1
 
 
 def empty(x: Tensor, *kept: bool) -> tuple[Tensor, ...]:

@@ -17,12 +17,15 @@ from .rows import (
     contiguous,
     empty,
     empty_sums,
+    gate_columns,
+    gated_norm_gradient,
     inverse_rms,
     join,
     join_gradient,
     kept_gradient,
     load,
     load_gate,
+    load_row_gate,
     load_scalar,
     load_vector,
     needed,
@@ -31,6 +34,7 @@ from .rows import (
     plan,
     pointer,
     row_columns,
+    row_root,
     store,
     store_sums,
     sums_width,
@@ -49,6 +53,7 @@ def _residual_kernel(
     weight,
     gate,
     scale,
+    row_gate,
     joined,
     u,
     n,
@@ -61,22 +66,28 @@ def _residual_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
+    K: tl.constexpr,
 ):
     """joined = join(x, skip); u = mix[0] joined + mix[1] x0; n = scale rms(u); n1 = scale rms(x).
 
-    Without mix, u is the mean of joined and x0; without x0, u is joined. rstd is 1 / sqrt(mean(u²) + EPS).
+    Without mix, u is the mean of joined and x0; without x0, u is joined. rstd is 1 / sqrt(mean(u²) + EPS). With
+    row_gate, n1, or n if there is rstd, is scaled by the roots of the rows' gates, which then follow in rstd.
     """
     columns, inside = row_columns(D, BLOCK)
     w, sigma = load_vector(weight, columns, inside, ACC), load_gate(gate, columns, inside, ACC)
     first, second, factor = 0.5, 0.5, load_scalar(scale, ACC)
     if mix is not None:
         first, second = load(mix, columns, inside, ACC), load(mix + D, columns, inside, ACC)
+    row = load_row_gate(row_gate, columns, K, ACC)
     base = tl.program_id(0).to(tl.int64) * chunk
     for i in tl.range(0, tl.minimum(rows - base, chunk).to(tl.int32), num_stages=STAGES):
         offsets = (base + i) * D + columns
         value = load(x, offsets, inside, ACC)
         if n1 is not None:
-            store(n1, offsets, inside, value * (inverse_rms(value, EPS, D) * factor))
+            scaling = inverse_rms(value, EPS, D) * factor
+            if row_gate is not None:
+                scaling *= row_root(value, row, columns, K)
+            store(n1, offsets, inside, value * scaling)
         if skip is not None:
             value = join(value, load(skip, offsets, inside, ACC), w, sigma, gate is not None)
             if joined is not None:
@@ -87,7 +98,12 @@ def _residual_kernel(
                 store(u, offsets, inside, value)
         if n is not None:
             inverse = inverse_rms(value, EPS, D)
-            store(n, offsets, inside, value * (inverse * factor))
+            scaling = inverse * factor
+            if rstd is not None and row_gate is not None:
+                root = row_root(value, row, columns, K)
+                tl.store(rstd + rows + base + i, root)
+                scaling *= root
+            store(n, offsets, inside, value * scaling)
             if rstd is not None:
                 tl.store(rstd + base + i, inverse)
 
@@ -107,6 +123,7 @@ def _residual_backward_kernel(
     weight,
     gate,
     scale,
+    row_gate,
     rstd,
     dx,
     dx0,
@@ -119,6 +136,7 @@ def _residual_backward_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
+    K: tl.constexpr,
     HALF: tl.constexpr,
     X0_IS_X: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -135,7 +153,8 @@ def _residual_backward_kernel(
         load_gate(gate, columns, inside, ACC),
         load_scalar(scale, ACC),
     )
-    weight_sum, gate_sum, first_sum, second_sum = zeros, zeros, zeros, zeros
+    row = load_row_gate(row_gate, columns, K, ACC)
+    weight_sum, gate_sum, first_sum, second_sum, row_sum = zeros, zeros, zeros, zeros, zeros
     if mix is not None:
         first, second = load(mix, columns, inside, ACC), load(mix + D, columns, inside, ACC)
     base = tl.program_id(0).to(tl.int64) * chunk
@@ -152,13 +171,26 @@ def _residual_backward_kernel(
             u = first * joined + second * value0
         g = load(du, offsets, inside, ACC) if du is not None else zeros
         if dn is not None:
-            if rstd is not None:
-                inverse = tl.load(rstd + base + i)
-                normed = u if scale is None else u * tl.where(factor == 0, 0, 1 / factor)
+            if rstd is not None and row_gate is not None:
+                dy, inverse, root = (
+                    load(dn, offsets, inside, ACC),
+                    tl.load(rstd + base + i),
+                    tl.load(rstd + rows + base + i),
+                )
+                normed = u * tl.where(factor * root == 0, 0, 1 / (factor * root))
+                part, row_part = gated_norm_gradient(
+                    dy, normed / inverse, normed, inverse, factor, root, row, columns, K, D
+                )
+                g += part
+                row_sum += row_part
             else:
-                inverse = inverse_rms(u, EPS, D)
-                normed = u * inverse
-            g += norm_gradient(load(dn, offsets, inside, ACC), normed, factor * inverse, D)
+                if rstd is not None:
+                    inverse = tl.load(rstd + base + i)
+                    normed = u if scale is None else u * tl.where(factor == 0, 0, 1 / factor)
+                else:
+                    inverse = inverse_rms(u, EPS, D)
+                    normed = u * inverse
+                g += norm_gradient(load(dn, offsets, inside, ACC), normed, factor * inverse, D)
         if mix is not None:
             if partials is not None:
                 first_sum += g * joined
@@ -183,7 +215,15 @@ def _residual_backward_kernel(
                 g += passed
         if dn1 is not None:
             inverse = inverse_rms(value, EPS, D)
-            g += norm_gradient(load(dn1, offsets, inside, ACC), value * inverse, factor * inverse, D)
+            if row_gate is not None:
+                dy, root = load(dn1, offsets, inside, ACC), row_root(value, row, columns, K)
+                part, row_part = gated_norm_gradient(
+                    dy, value, value * inverse, inverse, factor, root, row, columns, K, D
+                )
+                g += part
+                row_sum += row_part
+            else:
+                g += norm_gradient(load(dn1, offsets, inside, ACC), value * inverse, factor * inverse, D)
         if dx_next is not None:
             g += load(dx_next, offsets, inside, ACC)
         if X0_IS_X:
@@ -198,6 +238,7 @@ def _residual_backward_kernel(
             second_sum,
             weight_sum,
             gate_sum,
+            row_sum,
             sigma,
             columns,
             inside,
@@ -205,6 +246,8 @@ def _residual_backward_kernel(
             mix is not None,
             skip is not None,
             gate is not None,
+            row_gate is not None,
+            K,
         )
 
 
@@ -220,6 +263,7 @@ def mix_forward(
     weight: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
+    row_gate: Tensor | None,
     eps: float,
     keep_joined: bool = False,
     keep_u: bool = False,
@@ -230,7 +274,8 @@ def mix_forward(
     outputs = empty(x, keep_joined, keep_u, keep_n, keep_n1)
     if x.numel():
         grid, extent, settings = plan(_case(mix, skip, "forward"), x)
-        inputs = contiguous(x, x0, mix, skip, weight, gate, scale)
+        inputs = contiguous(x, x0, mix, skip, weight, gate, scale, row_gate)
+        settings["K"] = gate_columns(row_gate)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             _residual_kernel[grid](*inputs, *map(pointer, outputs), None, *extent, EPS=eps, **settings)
     return outputs
@@ -250,6 +295,7 @@ def mix_backward(
     weight: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
+    row_gate: Tensor | None,
     eps: float,
     x0_is_x: bool = False,
     skip_is_x: bool = False,
@@ -257,18 +303,19 @@ def mix_backward(
     need_x0: bool = True,
     need_parameters: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, x0 and skip, and the flat gradient of mix, weight and gate, of those that are given.
+    """Return the gradients of x, x0 and skip, and the flat gradient of mix, weight, gate and row_gate, of those that
+    are given.
 
     dx_next and dx0_next are added. A gradient that is not needed is empty; so is that of an x0 or skip that is the
     tensor x, which is part of x's.
     """
-    width = sums_width(x, mix, skip, gate) * need_parameters
+    width = sums_width(x, mix, skip, gate, row_gate) * need_parameters
     outputs = empty(x, need_x, need_x0 and x0 is not None and not x0_is_x, skip is not None and not skip_is_x)
     if not x.numel():
         return *outputs, x.new_zeros(width, dtype=accumulator(x))
     grid, extent, settings = plan(_case(mix, skip, "backward"), x)
     partials = x.new_empty(*grid, width, dtype=accumulator(x)) if need_parameters else None
-    inputs = contiguous(djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale)
+    inputs = contiguous(djoined, du, dn, dn1, dx_next, dx0_next, x, x0, mix, skip, weight, gate, scale, row_gate)
     with torch.cuda.device_of(x):
         _residual_backward_kernel[grid](
             *inputs,
@@ -277,6 +324,7 @@ def mix_backward(
             partials,
             *extent,
             EPS=eps,
+            K=gate_columns(row_gate),
             HALF=False,
             X0_IS_X=x0_is_x,
             WIDTH=width,
@@ -285,72 +333,97 @@ def mix_backward(
     return *outputs, total(partials, x)
 
 
-def norm_forward(x: Tensor, other: Tensor | None, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return n = scale rms(x), or of the mean of x and other, and each row's 1 / sqrt(mean(x²) + eps)."""
-    n, rstd = x.new_empty(x.shape), empty_sums(x, *x.shape[:-1])
+def _row_sizes(x: Tensor, row_gate: Tensor | None) -> tuple[int, ...]:
+    """Return the shape of what a norm keeps of x's rows."""
+    return x.shape[:-1] if row_gate is None else (2, *x.shape[:-1])
+
+
+def norm_forward(
+    x: Tensor, other: Tensor | None, scale: Tensor | None, eps: float, row_gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return n = scale rms(x), or of the mean of x and other, and each row's 1 / sqrt(mean(x²) + eps).
+
+    With row_gate, n is scaled by the roots of the rows' gates, and these are returned behind the latter.
+    """
+    n, rstd = x.new_empty(x.shape), empty_sums(x, *_row_sizes(x, row_gate))
     if x.numel():
         grid, extent, settings = plan("norm_forward", x)
-        inputs = contiguous(x, other)
+        inputs, none = contiguous(x, other), (None,) * 4
+        settings["K"] = gate_columns(row_gate)
         with torch.cuda.device_of(x):
             _residual_kernel[grid](
-                *inputs, None, None, None, None, scale, None, None, n, None, rstd, *extent, EPS=eps, **settings
+                *inputs, *none, scale, row_gate, None, None, n, None, rstd, *extent, EPS=eps, **settings
             )
     return n, rstd
 
 
 def norm_backward(
-    dx_next: Tensor | None, dn: Tensor, n: Tensor, rstd: Tensor, scale: Tensor | None, mean: bool = False
-) -> Tensor:
-    """Return dx_next plus the gradient of the norm's input; with ``mean`` half of it, for either input of the mean."""
-    dx = n.new_empty(n.shape)
-    if n.numel():
-        grid, extent, settings = plan("norm_backward", n)
-        du, dn_rows, n_rows, rstd_rows = contiguous(dx_next, dn, n, rstd)
-        with torch.cuda.device_of(n):
-            _residual_backward_kernel[grid](
-                djoined=None,
-                du=du,
-                dn=dn_rows,
-                dn1=None,
-                dx_next=None,
-                dx0_next=None,
-                x=n_rows,
-                x0=None,
-                mix=None,
-                skip=None,
-                weight=None,
-                gate=None,
-                scale=scale,
-                rstd=rstd_rows,
-                dx=dx,
-                dx0=None,
-                dskip=None,
-                partials=None,
-                rows=extent[0],
-                chunk=extent[1],
-                EPS=0.0,
-                HALF=mean,
-                X0_IS_X=False,
-                WIDTH=0,
-                **settings,
-            )
-    return dx
+    dx_next: Tensor | None,
+    dn: Tensor,
+    n: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    row_gate: Tensor | None,
+    mean: bool = False,
+    need_parameters: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return dx_next plus the gradient of the norm's input, and that of row_gate, empty if not needed.
+
+    With ``mean`` the former is half of it, for either input of the mean.
+    """
+    dx, width = n.new_empty(n.shape), sums_width(n, None, None, None, row_gate) * need_parameters
+    if not n.numel():
+        return dx, n.new_zeros(width, dtype=accumulator(n))
+    grid, extent, settings = plan("mix_backward" if width else "norm_backward", n)  # the former has sums, too
+    partials = n.new_empty(*grid, width, dtype=accumulator(n)) if width else None
+    du, dn_rows, n_rows, rstd_rows = contiguous(dx_next, dn, n, rstd)
+    with torch.cuda.device_of(n):
+        _residual_backward_kernel[grid](
+            djoined=None,
+            du=du,
+            dn=dn_rows,
+            dn1=None,
+            dx_next=None,
+            dx0_next=None,
+            x=n_rows,
+            x0=None,
+            mix=None,
+            skip=None,
+            weight=None,
+            gate=None,
+            scale=scale,
+            row_gate=row_gate,
+            rstd=rstd_rows,
+            dx=dx,
+            dx0=None,
+            dskip=None,
+            partials=partials,
+            rows=extent[0],
+            chunk=extent[1],
+            EPS=0.0,
+            K=gate_columns(row_gate),
+            HALF=mean,
+            X0_IS_X=False,
+            WIDTH=width,
+            **settings,
+        )
+    return dx, total(partials, n)
 
 
 # --- Operators and derivatives ---
 
 
 def _fake_mix_backward(*args: Any) -> tuple[Tensor, ...]:
-    x, x0, mix, skip, _, gate = args[6:12]
-    x0_is_x, skip_is_x, need_x, need_x0, need_parameters = args[14:]
+    x, x0, mix, skip, _, gate, _, row_gate = args[6:14]
+    x0_is_x, skip_is_x, need_x, need_x0, need_parameters = args[15:]
     outputs = empty(x, need_x, need_x0 and x0 is not None and not x0_is_x, skip is not None and not skip_is_x)
-    return *outputs, empty_sums(x, sums_width(x, mix, skip, gate) if need_parameters else 0)
+    return *outputs, empty_sums(x, sums_width(x, mix, skip, gate, row_gate) if need_parameters else 0)
 
 
 _mix_backward_op = operator(
     "residual_mix_backward(Tensor? djoined, Tensor? du, Tensor? dn, Tensor? dn1, Tensor? dx_next, Tensor? dx0_next, "
-    "Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, float eps, "
-    "bool x0_is_x, bool skip_is_x, bool need_x, bool need_x0, bool need_parameters) "
+    "Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, Tensor? row_gate, "
+    "float eps, bool x0_is_x, bool skip_is_x, bool need_x, bool need_x0, bool need_parameters) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     mix_backward,
     _fake_mix_backward,
@@ -358,14 +431,18 @@ _mix_backward_op = operator(
 
 
 _norm_backward_op = operator(
-    "residual_norm_backward(Tensor? dx_next, Tensor dn, Tensor n, Tensor rstd, Tensor? scale, bool mean) -> Tensor",
+    "residual_norm_backward(Tensor? dx_next, Tensor dn, Tensor n, Tensor rstd, Tensor? scale, Tensor? row_gate, "
+    "bool mean, bool need_parameters) -> (Tensor, Tensor)",
     norm_backward,
-    lambda dx_next, dn, n, rstd, scale, mean: n.new_empty(n.shape),
+    lambda dx_next, dn, n, rstd, scale, row_gate, mean, need_parameters: (
+        n.new_empty(n.shape),
+        empty_sums(n, sums_width(n, None, None, None, row_gate) * need_parameters),
+    ),
 )
 
 
 def _save_mix(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs[:8]
+    *tensors, ctx.eps = inputs[:9]
     x, x0, _, skip, *_ = tensors
     ctx.same = x0 is x, skip is x
     ctx.save_for_backward(*tensors)
@@ -374,16 +451,18 @@ def _save_mix(ctx, inputs, output) -> None:
 
 @once_differentiable
 def _mix_gradients(ctx: Any, djoined, du, dn, dn1, dx_next=None, dx0_next=None):
-    x, x0, mix, skip, weight, gate, scale = ctx.saved_tensors
+    x, x0, mix, skip, weight, gate, _, row_gate = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    need_parameters = needs[2] or any(needs[4:6])
+    need_parameters = needs[2] or any(needs[4:6]) or needs[7]
     gradients = *map(kept_gradient, (djoined, du, dn, dn1)), dx_next, dx0_next
     dx, dx0, dskip, sums = _mix_backward_op(
         *gradients, *ctx.saved_tensors, ctx.eps, *ctx.same, *needs[:2], need_parameters
     )
-    dmix, *djoin = parameter_gradients(sums, mix, weight, gate) if need_parameters else (None,) * 3
+    dmix, dweight, dgate, drow = (
+        parameter_gradients(sums, mix, weight, gate, row_gate) if need_parameters else (None,) * 4
+    )
     dx0, dskip = (None if same else gradient for gradient, same in zip((dx0, dskip), ctx.same, strict=True))
-    return *needed(needs, dx, dx0, dmix, dskip, *djoin), *(None,) * 6
+    return *needed(needs, dx, dx0, dmix, dskip, dweight, dgate, None, drow), *(None,) * 5
 
 
 def _save_norm(ctx, inputs, output) -> None:
@@ -397,15 +476,16 @@ def _save_norm(ctx, inputs, output) -> None:
 @once_differentiable
 def _norm_gradients(ctx, dn, drstd):
     n, rstd, scale = ctx.saved_tensors
-    dx = None if dn is None else _norm_backward_op(None, dn, n, rstd, scale, ctx.mean)
+    dx = None if dn is None else _norm_backward_op(None, dn, n, rstd, scale, None, ctx.mean, False)[0]
     return dx, dx if ctx.mean else None, None, None
 
 
 _mix_op = carrying(
     "residual_mix(Tensor x, Tensor? x0, Tensor? mix, Tensor? skip, Tensor? weight, Tensor? gate, Tensor? scale, "
-    "float eps, bool keep_joined, bool keep_u, bool keep_n, bool keep_n1) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? row_gate, float eps, bool keep_joined, bool keep_u, bool keep_n, bool keep_n1) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     mix_forward,
-    lambda x, x0, mix, skip, weight, gate, scale, eps, *keep: empty(x, *keep),
+    lambda *args: empty(args[0], *args[9:]),
     _save_mix,
     _mix_gradients,
     carried=2,
@@ -431,13 +511,14 @@ def mix_stream(
     skip: Tensor | None = None,
     weight: Tensor | None = None,
     gate: Tensor | None = None,
+    row_gate: Tensor | None = None,
     keep_joined: bool = False,
     keep_u: bool = False,
     keep_n: bool = False,
     keep_n1: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return (joined, u, n, n1, x, x0) of `_residual_kernel`; those not kept are empty."""
-    return _mix_op(x, x0, mix, skip, weight, gate, scale, eps, keep_joined, keep_u, keep_n, keep_n1)
+    return _mix_op(x, x0, mix, skip, weight, gate, scale, row_gate, eps, keep_joined, keep_u, keep_n, keep_n1)
 
 
 def norm_rows(x: Tensor, scale: Tensor | None, other: Tensor | None, eps: float) -> Tensor:
@@ -458,6 +539,7 @@ def _linear(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
+    row_gate: Tensor | None,
     eps: float,
     norm: bool,
     inplace: bool = False,
@@ -470,7 +552,7 @@ def _linear(
         v = residual if inplace else residual.clone(memory_format=torch.contiguous_format)
         v.view(-1, v.size(-1)).addmm_(rows, weight.T.to(x.dtype))
     if norm:
-        return v, *norm_forward(v, None, scale, eps)
+        return v, *norm_forward(v, None, scale, eps, row_gate)
     return v, x.new_empty(0), empty_sums(x, 0)
 
 
@@ -495,9 +577,9 @@ _linear_backward_op = operator(
 
 
 def _save_linear(ctx, inputs, output) -> None:
-    residual, x, weight, scale, *_ = inputs
+    residual, x, weight, scale, row_gate, *_ = inputs
     _, n, rstd = output
-    ctx.save_for_backward(x, weight, scale, n, rstd)
+    ctx.save_for_backward(x, weight, scale, row_gate, n, rstd)
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
@@ -505,24 +587,28 @@ def _save_linear(ctx, inputs, output) -> None:
 
 @once_differentiable
 def _linear_gradients(ctx, dv, dn, drstd):
-    x, weight, scale, n, rstd = ctx.saved_tensors
-    if (dn := kept_gradient(dn)) is not None:
-        dv = _norm_backward_op(dv, dn, n, rstd, scale, False)
+    x, weight, scale, row_gate, n, rstd = ctx.saved_tensors
+    *needs, _, need_row = ctx.needs_input_grad[1:5]
+    drow = None
+    if (dn := kept_gradient(dn)) is None:
+        drow = torch.zeros_like(row_gate) if need_row else None
+    else:
+        dv, sums = _norm_backward_op(dv, dn, n, rstd, scale, row_gate, False, need_row)
+        (drow,) = parameter_gradients(sums, row_gate if need_row else None)
     if dv is None:
-        return (None,) * 6
-    needs = ctx.needs_input_grad[1:3]
+        return (None,) * 7
     gradients = _linear_backward_op(dv, x, weight, *needs)
-    return dv if ctx.has_residual else None, *needed(needs, *gradients), None, None, None
+    return dv if ctx.has_residual else None, *needed(needs, *gradients), None, drow, None, None
 
 
 _linear_op = operator(
-    "residual_linear(Tensor? residual, Tensor x, Tensor weight, Tensor? scale, float eps, bool norm) "
+    "residual_linear(Tensor? residual, Tensor x, Tensor weight, Tensor? scale, Tensor? row_gate, float eps, bool norm) "
     "-> (Tensor, Tensor, Tensor)",
     _linear,
-    lambda residual, x, weight, scale, eps, norm: (
+    lambda residual, x, weight, scale, row_gate, eps, norm: (
         v := x.new_empty(*x.shape[:-1], weight.size(0)),
         v.new_empty(v.shape if norm else 0),
-        empty_sums(x, *(x.shape[:-1] if norm else (0,))),
+        empty_sums(x, *(_row_sizes(x, row_gate) if norm else (0,))),
     ),
     setup_context=_save_linear,
     backward=_linear_gradients,
@@ -534,14 +620,21 @@ _linear_inplace = overwriting(_linear, _save_linear, _linear_gradients)
 
 def linear(residual: Tensor | None, x: Tensor, weight: Tensor, *, inplace: bool = False) -> Tensor:
     """Compute `residual_linear`."""
-    return _call_linear((residual, x, weight, None, 0.0, False), inplace)[0]
+    return _call_linear((residual, x, weight, None, None, 0.0, False), inplace)[0]
 
 
 def linear_norm(
-    residual: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor, eps: float, *, inplace: bool = False
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    eps: float,
+    *,
+    row_gate: Tensor | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `residual_linear_norm`."""
-    v, n, _ = _call_linear((residual, x, weight, scale, eps, True), inplace)
+    v, n, _ = _call_linear((residual, x, weight, scale, row_gate, eps, True), inplace)
     return v, n
 
 

@@ -47,11 +47,15 @@ class LayerWeights(NamedTuple):
     q_gain: Tensor  # [H]
     resid_mix: Tensor  # [2, d]
     ln_scale: Tensor  # scalar, 1 / sqrt(layer + 1)
+    mlp_gate: Tensor | None  # [k + 1]: weights of the leading columns of the MLP's input, then a bias
     negative_slope: float  # of the MLP's leaky_relu
 
 
 class PassUpdates(NamedTuple):
-    """What adapters add in one pass through a layer. `out` and `mlp` include the layer's scales."""
+    """What adapters add in one pass through a layer. `out` and `mlp` include the layer's scales.
+
+    With an MLP gate g, `mlp` reads √g times the normalised input, as the MLP does: what it adds is scaled by √g too.
+    """
 
     inputs: Update | None = None  # to q, k and v [B, T, d + 2 kv], from the attention's input
     out: Update | None = None  # to the attention's output, from its input
@@ -178,10 +182,10 @@ def serial_block(
     updates: PassUpdates,
     tap: Observe | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Compute u = m0 x + m1 x0;  v = u + attn_scale Attn(c rms(u)) W_outᵀ;  v + mlp_scale MLP(c rms(v)).
+    """Compute u = m0 x + m1 x0;  v = u + attn_scale Attn(c rms(u)) W_outᵀ;  v + g mlp_scale MLP(c rms(v)).
 
-    First joins x with the skip. Returns the result, then x (None after a skip) and x0 for later readers: see
-    `pgolf.kernels.residual`.
+    A token's gate g is σ(mlp_gate · (v[:k], 1)), or 1. Its root scales the MLP's input: see `pgolf.kernels.residual`.
+    First joins x with the skip. Returns the result, then x (None after a skip) and x0 for later readers.
     """
     u, n, kept_x, x0 = residual_mix_norm(
         x, x0, w.resid_mix, w.ln_scale, skip=skip.skip, weight=skip.weight, gate=skip.gate
@@ -189,14 +193,16 @@ def serial_block(
     to_inputs, n = added(updates.inputs, n)
     u, n = updated(updates.out, n, u)
     y = attention(n, w, heads, xsa, to_inputs, tap)
-    v, n = residual_linear_norm(u, y, w.out, w.ln_scale, inplace=True)
+    v, n = residual_linear_norm(u, y, w.out, w.ln_scale, row_gate=w.mlp_gate, inplace=True)
     v, n = updated(updates.mlp, n, v)
     return mlp(v, n, w, tap), kept_x, x0
 
 
 def enter_lanes(x: Tensor, x0: Tensor, skip: Skip, w: LayerWeights) -> Lanes:
     """Split the stream into two lanes, join lane 0 with the skip, and compute the first parallel layer's inputs."""
-    return enter_lanes_norm(x, x0, w.resid_mix, w.ln_scale, skip=skip.skip, weight=skip.weight, gate=skip.gate)
+    return enter_lanes_norm(
+        x, x0, w.resid_mix, w.ln_scale, skip=skip.skip, weight=skip.weight, gate=skip.gate, row_gate=w.mlp_gate
+    )
 
 
 def parallel_block(
@@ -210,8 +216,9 @@ def parallel_block(
 ) -> tuple[Lanes, Tensor, Tensor]:
     """Compute a = attn_scale Attn(n0) W_outᵀ and f = mlp_scale MLP(n1).
 
-    n0 = c rms(m0 lane0 + m1 x0) and n1 = c rms(lane1). With ``rows``, int64 [n], everything after the attention is
-    computed for these positions only. Returns the lanes, of these positions, then a and f.
+    n0 = c rms(m0 lane0 + m1 x0) and n1 = c rms(lane1), the latter times the root of the token's MLP gate if there is
+    one. With ``rows``, int64 [n], everything after the attention is computed for these positions only. Returns the
+    lanes, of these positions, then a and f.
     """
     to_inputs, n0 = added(updates.inputs, lanes.n0)
     y = attention(n0, w, heads, xsa, to_inputs, tap)
@@ -237,6 +244,7 @@ def mix_into_next(lanes: Lanes, outputs: ParallelOutputs, skip: Skip, w: LayerWe
         skip=skip.skip,
         weight=skip.weight,
         gate=skip.gate,
+        row_gate=w.mlp_gate,
     )
 
 

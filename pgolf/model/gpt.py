@@ -40,6 +40,8 @@ from pgolf.model.blocks import (
     serial_block,
 )
 
+MLP_GATE_BIAS = 5.0  # at the start: σ(5) = 0.993
+
 
 class Updates(NamedTuple):
     """What adapters add in a whole forward pass."""
@@ -74,6 +76,33 @@ def attention_core(config: RunConfig, device: torch.device) -> str:
         raise ConfigError(f"attention_backend: {error}") from None
 
 
+class LoopMixing:
+    """Mixes what a looped layer i returns in its extra passes: β_i x + Σ_j α_ij y_j, y_j the layers' first outputs.
+
+    The y_j are constants to gradients.
+    """
+
+    def __init__(self, rows: dict[int, list[float]]) -> None:
+        self.rows = rows
+        self.first: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}  # Σ_j α_ij y_j
+
+    def __call__(self, layer: int, x: Tensor) -> Tensor:
+        """Mix the layer's output x [B, T, d]."""
+        if layer not in self.rows:
+            return x
+        if layer not in self.first:
+            self.first[layer] = x.detach()
+            return x
+        beta, *alphas = self.rows[layer]
+        if layer not in self.sums:
+            total = torch.zeros_like(x)
+            for alpha, y in zip(alphas, self.first.values(), strict=True):
+                total.add_(y, alpha=alpha)
+            self.sums[layer] = total
+        return torch.add(self.sums[layer], x, alpha=beta)
+
+
 class Matrix(nn.Module):
     """Holds a matrix of zeros as ``weight``, as the public state dict names it."""
 
@@ -95,7 +124,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Holds a layer's scales, residual mix and attention."""
+    """Holds a layer's scales, residual mix, attention and MLP gate."""
+
+    mlp_gate: nn.Parameter  # if mlp_gate: [width + 1], weights, then a bias
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -104,6 +135,9 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
         self.resid_mix = nn.Parameter(torch.zeros(2, config.model_dim))
         nn.init.ones_(self.resid_mix[0])
+        if config.mlp_gate:
+            self.mlp_gate = nn.Parameter(torch.zeros(config.mlp_gate_width + 1))
+            nn.init.constant_(self.mlp_gate[-1], MLP_GATE_BIAS)
 
 
 def _bank(count: int, rows: int, columns: int) -> nn.Parameter:
@@ -204,7 +238,7 @@ class GPT(nn.Module):
             gates = torch.stack([block.attn.attn_gate_proj.weight for block in blocks])
         banks = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
         vectors = [
-            (block.attn.q_gain, block.resid_mix, ln_scale)
+            (block.attn.q_gain, block.resid_mix, ln_scale, block.mlp_gate if self.config.mlp_gate else None)
             for block, ln_scale in zip(blocks, self.ln_scales, strict=True)
         ]
         matrices = layer_weights(*banks, scales, gates, dtype, order)
@@ -314,13 +348,14 @@ class GPT(nn.Module):
             return weights[number], pass_heads, layer >= c.num_layers - c.xsa_last_n, passes[number], tap
 
         x = x0 = self._prologue(input_ids, sequences, continuation, dtype)
+        mixed = LoopMixing(c.mixing_by_layer() if self.looping_active else {})
         skips: list[Tensor] = []
-        for number in range(len(encoder)):
+        for number, layer in enumerate(encoder):
             output, kept_x, x0 = serial_block(x, x0, Skip(), *arguments(number))
             if number:
                 assert kept_x is not None  # without a skip
                 skips.append(kept_x)
-            x = output
+            x = mixed(layer, output)
         skips.append(x)
         skip_weights = self.skip_weights.unbind()
         skip_gates = self.skip_gates.unbind() if c.skip_gates_enabled else [None] * len(skip_weights)
@@ -332,6 +367,7 @@ class GPT(nn.Module):
                 skip = Skip(skips.pop(), skip_weights[position], skip_gates[position])
             if lanes is None and layer < c.parallel_start_layer:
                 x, _, x0 = serial_block(x, x0, skip, *arguments(number))
+                x = mixed(layer, x)
                 continue
             if lanes is None or outputs is None:
                 lanes = enter_lanes(x, x0, skip, weights[number])
