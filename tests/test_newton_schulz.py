@@ -150,9 +150,10 @@ def test_a_few_large_singular_values(device, shape, spread: float, row_normalize
 
 def test_one_singular_value_far_above_the_others(device) -> None:
     """As gradients have early in training."""
-    values = torch.logspace(-1, -5, 512, dtype=torch.float64)
+    rows = 512 if device.type == "cuda" else 128  # bfloat16 products take a CPU half a minute there
+    values = torch.logspace(-1, -5, rows, dtype=torch.float64)
     values[0] = 1.0
-    U, _, V = torch.linalg.svd(torch.randn(512, 2048, dtype=torch.float64), full_matrices=False)
+    U, _, V = torch.linalg.svd(torch.randn(rows, 4 * rows, dtype=torch.float64), full_matrices=False)
     G = (U * values @ V).to(device, torch.bfloat16)
     expected = exact(G)
     plain = relative_error(newton_schulz_reference(G, algorithm="standard"), expected)
