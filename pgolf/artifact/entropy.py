@@ -251,10 +251,10 @@ def decode(stream: Stream, layouts: Sequence[Layout]) -> list[np.ndarray]:
                 if row:
                     block = slice(row - REFRESH, row)
                     columns.add(codes[block], layout.row_class[block])
-                offset = columns.classes()
+                lines = _indices(columns.classes(), layout.row_class[row : row + REFRESH])
             if row % layout.path_length == 0:
                 state = np.zeros(layout.columns, np.int64)
-            line = _indices(offset, layout.row_class[row : row + 1])[0]
+            line = lines[row % REFRESH]
             if trellised:
                 odd = state & 1
                 line += odd * len(CLASSES)
