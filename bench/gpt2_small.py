@@ -208,9 +208,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {"meta": describe("gpt2_small", device, arguments.commit), **sizes._asdict(), "rows": []}
     for provider in ("pytorch", "pgolf"):
         results["rows"].append(train(provider, sizes, batches, device))
-        write(target, **results)
         gc.collect()
         torch._dynamo.reset()
+    write(target, **results)
     print(_table(results["rows"]))
     return results
 

@@ -11,11 +11,11 @@ from ..common.compiling import jit, tl
 from ..common.operators import carrying, operator
 from .rows import (
     accumulator,
+    add_n1_gradient,
     contiguous,
     empty,
     empty_sums,
     gate_columns,
-    gated_norm_gradient,
     inverse_rms,
     join,
     join_gradient,
@@ -191,16 +191,9 @@ def _lanes_backward_kernel(
                 skipped = load(skip, offsets, inside, ACC)
                 joined = join(value0, skipped, w, sigma, gate is not None)
             if mix is not None:
-                inverse = inverse_rms(value1, EPS, D)
-                if row_gate is not None:
-                    dy, root = load(dn1, offsets, inside, ACC), row_root(value1, row, columns, K)
-                    part, row_part = gated_norm_gradient(
-                        dy, value1, value1 * inverse, inverse, factor, root, row, columns, K, D
-                    )
-                    g1 += part
-                    row_sum += row_part
-                else:
-                    g1 += norm_gradient(load(dn1, offsets, inside, ACC), value1 * inverse, factor * inverse, D)
+                g1, row_sum = add_n1_gradient(
+                    g1, row_sum, load(dn1, offsets, inside, ACC), value1, factor, row_gate, row, columns, EPS, K, D
+                )
                 value_x0 = load(x0, offsets, inside, ACC)
                 u = first * joined + second * value_x0
                 inverse = inverse_rms(u, EPS, D)

@@ -99,6 +99,23 @@ def gated_norm_gradient(dy, value, normed, inverse, factor, root, row, columns, 
 
 
 @jit
+def add_n1_gradient(
+    g, row_sum, dy, value, factor, row_gate, row, columns, EPS: tl.constexpr, K: tl.constexpr, D: tl.constexpr
+):
+    """Return g with the gradient of value, whose norm n1 is, and row_sum with the row's terms of that of its gate."""
+    inverse = inverse_rms(value, EPS, D)
+    normed = value * inverse
+    if row_gate is not None:
+        root = row_root(value, row, columns, K)
+        part, row_part = gated_norm_gradient(dy, value, normed, inverse, factor, root, row, columns, K, D)
+        g += part
+        row_sum += row_part
+    else:
+        g += norm_gradient(dy, normed, factor * inverse, D)
+    return g, row_sum
+
+
+@jit
 def store_sums(
     partials,
     first,

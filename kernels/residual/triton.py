@@ -14,6 +14,7 @@ from ..common.compiling import jit, tl
 from ..common.operators import carrying, may_overwrite, operator, overwriting
 from .rows import (
     accumulator,
+    add_n1_gradient,
     contiguous,
     empty,
     empty_sums,
@@ -214,16 +215,9 @@ def _residual_backward_kernel(
             else:
                 g += passed
         if dn1 is not None:
-            inverse = inverse_rms(value, EPS, D)
-            if row_gate is not None:
-                dy, root = load(dn1, offsets, inside, ACC), row_root(value, row, columns, K)
-                part, row_part = gated_norm_gradient(
-                    dy, value, value * inverse, inverse, factor, root, row, columns, K, D
-                )
-                g += part
-                row_sum += row_part
-            else:
-                g += norm_gradient(load(dn1, offsets, inside, ACC), value * inverse, factor * inverse, D)
+            g, row_sum = add_n1_gradient(
+                g, row_sum, load(dn1, offsets, inside, ACC), value, factor, row_gate, row, columns, EPS, K, D
+            )
         if dx_next is not None:
             g += load(dx_next, offsets, inside, ACC)
         if X0_IS_X:
