@@ -57,6 +57,10 @@ LEVERS = (
     ),
     Contribution("context of 2,560", -0.0009, -0.0002, "#1953, with no adapters on q and v", True),
     Contribution("chunks by length", -0.0003, -0.0001, "#2014, #2067", True),
+    Contribution("output gate of the MLPs", -0.0010, -0.0005, "#1941, 3 pairs", True),
+    Contribution("β₂, warmdown, the adapters' rank, β₂ and decay", -0.0006, -0.0001, "#1855, #1925, with clips", True),
+    Contribution("weight decay that falls", -0.0006, 0.0, "#1729, #2020", True),
+    Contribution("snapshots in the average", -0.0004, 0.0, "#2049", True),
 )
 
 
