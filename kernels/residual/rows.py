@@ -192,7 +192,7 @@ def total(partials: Tensor | None, x: Tensor) -> Tensor:
 def sums_width(x: Tensor, mix: Tensor | None, skip: Tensor | None, gate: Tensor | None, row_gate: Tensor | None) -> int:
     """Return the length of the flat gradient of mix, weight, gate and row_gate, of those that are given."""
     vectors = 2 * (mix is not None) + (skip is not None) + (gate is not None)
-    return vectors * x.size(-1) + gate_columns(row_gate) + (row_gate is not None)
+    return vectors * x.size(-1) + (0 if row_gate is None else row_gate.numel())
 
 
 def gate_columns(row_gate: Tensor | None) -> int:
