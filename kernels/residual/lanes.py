@@ -334,7 +334,7 @@ def lanes_backward(
     dout0 the output was the norm of the lanes' mean, whose gradient is dn0. A gradient that is not needed is
     empty.
     """
-    width = lanes_sums(lane0, mix, skip, gate, row_gate) * need_parameters
+    width = lanes_sums(lane0, mix, skip, gate, row_gate) if need_parameters else 0
     outputs = _empty_gradients(lane0, mix, skip, need_x0)
     if not lane0.numel():
         return *outputs, lane0.new_zeros(width, dtype=accumulator(lane0))
@@ -351,7 +351,7 @@ def lanes_backward(
 def _fake_lanes_backward(*args: Any) -> tuple[Tensor, ...]:
     lane0, (mix, skip, _, gate, _, row_gate), (need_x0, need_parameters) = args[6], args[12:18], args[19:]
     outputs = _empty_gradients(lane0, mix, skip, need_x0)
-    return *outputs, empty_sums(lane0, lanes_sums(lane0, mix, skip, gate, row_gate) * need_parameters)
+    return *outputs, empty_sums(lane0, lanes_sums(lane0, mix, skip, gate, row_gate) if need_parameters else 0)
 
 
 _lanes_backward_op = operator(

@@ -303,7 +303,7 @@ def mix_backward(
     dx_next and dx0_next are added. A gradient that is not needed is empty; so is that of an x0 or skip that is the
     tensor x, which is part of x's.
     """
-    width = sums_width(x, mix, skip, gate, row_gate) * need_parameters
+    width = sums_width(x, mix, skip, gate, row_gate) if need_parameters else 0
     outputs = empty(x, need_x, need_x0 and x0 is not None and not x0_is_x, skip is not None and not skip_is_x)
     if not x.numel():
         return *outputs, x.new_zeros(width, dtype=accumulator(x))
@@ -365,7 +365,7 @@ def norm_backward(
 
     With ``mean`` the former is half of it, for either input of the mean.
     """
-    dx, width = n.new_empty(n.shape), sums_width(n, None, None, None, row_gate) * need_parameters
+    dx, width = n.new_empty(n.shape), sums_width(n, None, None, None, row_gate) if need_parameters else 0
     if not n.numel():
         return dx, n.new_zeros(width, dtype=accumulator(n))
     grid, extent, settings = plan("mix_backward" if width else "norm_backward", n)  # the former has sums, too
@@ -430,7 +430,7 @@ _norm_backward_op = operator(
     norm_backward,
     lambda dx_next, dn, n, rstd, scale, row_gate, mean, need_parameters: (
         n.new_empty(n.shape),
-        empty_sums(n, sums_width(n, None, None, None, row_gate) * need_parameters),
+        empty_sums(n, sums_width(n, None, None, None, row_gate) if need_parameters else 0),
     ),
 )
 
