@@ -532,6 +532,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         swa_blend=0.5,
         ttt_chunks_by_length="256:8,2000:24",
         ttt_eval_seq_len=2560,
+        ngram_tilt_boost=2.625,
         ttt_lora_rank=80,
         ttt_beta2=0.99,
         ttt_weight_decay=0.5,
