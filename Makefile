@@ -22,7 +22,7 @@ TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .PHONY: help demo test fuzz kills lint clean
 help:
-	@echo "make demo    install into $(VENV), then the whole pipeline on a small model (about 4 minutes on 2 cores)"
+	@echo "make demo    install into $(VENV), then the whole pipeline on a small model (some 5 minutes on 2 cores)"
 	@echo "make test    install, then the whole test suite"
 	@echo "make fuzz    install, then COUNT damaged artifacts and a tenth of that of every other file (8 to 17 minutes on 2 cores)"
 	@echo "make kills   install, then runs that are killed at every write and at moments, and go on (about 20 minutes)"

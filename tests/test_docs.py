@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import re
 from pathlib import Path
@@ -56,10 +57,24 @@ def test_the_readme_s_imports_are_there() -> None:
     exec("\n".join(lines), {})
 
 
+FAMILIES = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")} - {"common"}
+
+
 def test_every_family_is_described() -> None:
-    families = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")} - {"common"}
     titles = re.findall(r"^## (\w+)$", (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(titles) == families
+    assert set(titles) == FAMILIES
+
+
+def test_the_readme_calls_a_function_of_every_family() -> None:
+    tree = ast.parse(python_blocks(ROOT / "README.md"))
+    imported = {
+        alias.name: node.module.rpartition(".")[2]
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert FAMILIES <= {imported.get(name) for name in called}
 
 
 def test_the_three_ways_through_the_code_name_what_exists() -> None:
