@@ -29,14 +29,18 @@ from bench import (
     timing,
     ttt_variants,
     tune,
+    weight_copies,
 )
 from bench.__main__ import BENCHES
 from bench.train_step import PROVIDERS, main
 from pgolf.common.folder import RunFolder
+from pgolf.common.runtime import start_world
 from pgolf.config import RunConfig
 from pgolf.data import shards
 from pgolf.data.bpb import ByteTable
 from pgolf.kernels.common import launch
+from pgolf.model.gpt import meta_model
+from pgolf.model.weights import load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -489,3 +493,27 @@ def test_gpt2_small_learns_alike_with_and_without_the_kernels(tmp_path: Path) ->
     assert len(ours["losses"]) == len(ours["milliseconds"]) == 3
     assert ours["losses"][2] < ours["losses"][0] - 0.01
     assert np.allclose(ours["losses"], theirs["losses"], atol=0.005)
+
+
+def test_copies_of_weights_keep_ten_bits(tmp_path: Path) -> None:
+    config = RunConfig.preset("demo").replace(device="cpu")
+    run, again = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "again")
+    run.create(config, {})
+    run.record("train", {"steps": 7})
+    run.record("quantize", {"weight_bytes": 1})
+    torch.manual_seed(0)
+    weights = {name: torch.randn(value.shape) for name, value in meta_model(config).state_dict().items()}
+    save_weights(run.ema, weights, 7, start_world(config))
+    assert 0 < weight_copies.save(run, tmp_path / "copies") < 3e-3
+    weight_copies.load(again, tmp_path / "copies")
+    assert again.config() == config and again.summary() == {"train": {"steps": 7}}
+    for name, weight in load_weights(again.ema, config).items():
+        largest = weights[name].abs().amax(-1, keepdim=True) if weight.numel() >= weight_copies.LEAST_NUMBERS else 0
+        assert torch.all((weight - weights[name]).abs() <= largest * (0.501 / weight_copies.LARGEST)), name
+    checkpoint = {"ema": weights, "step": 3}
+    torch.save(checkpoint, tmp_path / "train_state.pt")
+    weight_copies.main(
+        ["save", "--run-dir", str(run.path), "--copies", str(tmp_path / "three"), "--checkpoint"]
+        + [str(tmp_path / "train_state.pt")]
+    )
+    assert json.loads((tmp_path / "three" / weight_copies.RUN).read_text())["step"] == 3
