@@ -100,6 +100,17 @@ def test_codes_are_those_of_the_reference(
     assert ours <= theirs * 1.02
 
 
+def test_compilers_take_it_whole(device: torch.device) -> None:
+    given = problem(device, 1, 16, 4)
+
+    def code(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return trellis_gptq(**given, states=8, path_length=16)
+
+    assert torch.equal(torch.compile(code, fullgraph=True, backend="aot_eager")(given), code(given))
+    if device.type == "cuda" or INTERPRETED:
+        torch.library.opcheck(torch.ops.pgolf.trellis_gptq.default, (*given.values(), 8, 16))
+
+
 def outputs_error(given: dict[str, torch.Tensor], codes: torch.Tensor) -> float:
     """tr(E H Eᵀ) of all matrices, with H⁻¹ = Fᵀ F."""
     given = {name: tensor.double() for name, tensor in given.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.compiling import jit, tl
+from ..common.operators import operator
 from .reference import by_blocks
 from .tables import sources
 
@@ -111,17 +112,16 @@ def _sources(states: int, device: torch.device) -> Tensor:
     return torch.tensor(sources(states) if states > 1 else [[0] * 4], dtype=torch.int32, device=device)
 
 
-def trellis_gptq_triton(
+def _trellis_gptq(
     weight: Tensor,
     factor: Tensor,
     row_step: Tensor,
     column_step: Tensor,
-    *,
+    shrink: Tensor,
     states: int,
     path_length: int,
-    shrink: Tensor,
 ) -> Tensor:
-    """`trellis_gptq` by the kernel."""
+    """Compute `trellis_gptq` by the kernel, block by block of columns."""
     B, R, _ = weight.shape
     paths = -(-R // path_length)
     length = R if paths == 1 else path_length
@@ -159,3 +159,25 @@ def trellis_gptq_triton(
         return errors
 
     return by_blocks(weight, factor, column_step, code_block)
+
+
+_trellis_op = operator(
+    "trellis_gptq(Tensor weight, Tensor factor, Tensor row_step, Tensor column_step, Tensor shrink, int states, "
+    "int path_length) -> Tensor",
+    _trellis_gptq,
+    lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.int16),
+)
+
+
+def trellis_gptq_triton(
+    weight: Tensor,
+    factor: Tensor,
+    row_step: Tensor,
+    column_step: Tensor,
+    *,
+    states: int,
+    path_length: int,
+    shrink: Tensor,
+) -> Tensor:
+    """Compute `trellis_gptq` by the kernel, as one operator for compilers."""
+    return _trellis_op(weight, factor, row_step, column_step, shrink, states, path_length)
