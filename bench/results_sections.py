@@ -281,8 +281,8 @@ def all_providers(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 for peak, ours in [(peaks[row["provider"]], peaks.get("pgolf"))]
             ]
     if rows:
-        yield """All providers of some cases: times as above, the most memory that a call holds beyond its arguments, that
-over ours (what is below 1 needs less memory than ours), and the largest relative error of a result against float64.
+        yield """All providers of some cases: times as above, the most memory that a call holds beyond its arguments,
+that over ours (below 1: less memory than ours), and the largest relative error of a result against float64.
 """
         yield tabulate(
             rows,
