@@ -153,12 +153,12 @@ def jordan_optimizers() -> dict[str, Callable[[], Optimizer]]:
 
 
 def polar_express_optimizers(device: torch.device) -> dict[str, Callable[[], Optimizer]]:
-    """Return those with the Polar Express tuples."""
+    """Return those with the Polar Express tuples; last those that bring CUDA graphs of their own."""
     return {
-        "dion": partial(_dion, device),
-        "gram_newton_schulz": partial(_gram_newton_schulz, True),
-        "gram_newton_schulz_torch": partial(_gram_newton_schulz, False),
         "pgolf": lambda: Optimizer(partial(Muon, momentum=MOMENTUM, ns_coefficients=POLAR_EXPRESS)),
+        "dion": partial(_dion, device),
+        "gram_newton_schulz_torch": partial(_gram_newton_schulz, False),
+        "gram_newton_schulz": partial(_gram_newton_schulz, True),
     }
 
 
