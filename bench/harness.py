@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +36,15 @@ class Case:
 
     providers: by name a function that makes the function to time; it may raise ImportError for a package that is
     absent. exact: the results in float64. moved_bytes, operations: the least that any algorithm known moves and
-    computes; they give the rates and, with the chip's ceilings, the floor of the time.
+    computes; they give the rates and, with the chip's ceilings, the floor of the time. trainings: by provider a
+    function that trains with it and returns the losses of all steps.
     """
 
     providers: dict[str, Callable[[], Function]]
     exact: Callable[[], Any]
     moved_bytes: int
     operations: int = 0
+    trainings: dict[str, Callable[[], list[float]]] = field(default_factory=dict)
 
     def floor_us(self, ceilings: Mapping[str, float]) -> float:
         """Time at the chip's ceilings."""
@@ -55,7 +57,8 @@ class Row:
     """One provider's result.
 
     ratio: its time over ours; in our row the best opponent's, replayed or not, over ours. peak_mib: the most memory
-    that a call holds beyond its arguments; None on a CPU and for a graph, which holds its memory for good.
+    that a call holds beyond its arguments; None on a CPU and for a graph, which holds its memory for good. losses: of a
+    training with it, where the case has one.
     """
 
     provider: str
@@ -67,6 +70,7 @@ class Row:
     ratio: float | None
     error: float
     peak_mib: float | None = None
+    losses: list[float] | None = None
 
 
 Builder = Callable[[torch.device, bool], Case]  # (device, quick) -> Case, smaller if quick or on a CPU
@@ -159,8 +163,8 @@ def measure(
     right = True
     reference_errors = check(REFERENCE, case.providers[REFERENCE](), exact)
 
-    def add(provider: str, timing: Sequence[float], graph: float | None, error: float, peak: float | None) -> None:
-        rows.append(Row(provider, *timing, graph, floor / timing[0], None, error, peak))
+    def add(provider: str, timing: Sequence[float], graph: float | None, error: float, *others: Any) -> None:
+        rows.append(Row(provider, *timing, graph, floor / timing[0], None, error, *others))
 
     for provider, build in case.providers.items():
         if providers and provider not in providers:
@@ -172,14 +176,15 @@ def measure(
             timing = time_calls(function, device, quick)
             error = require(relative_errors(function(), exact), allowed)  # what it computes in a row, too
             peak = peak_mib(function, device)
+            losses = case.trainings[provider]() if provider in case.trainings else None
         except Exception as reason:  # whatever a package or kernel does, the others are still timed
             _skipped(bench, name, provider, reason)
             right = right and not _is_ours(provider)
             continue
         graph = _time_graph(function, exact, allowed, device, quick, f"{bench} {name} {provider}")
-        add(provider, timing, graph and graph[0], error, peak)
+        add(provider, timing, graph and graph[0], error, peak, losses)
         if provider.startswith("compile") and graph:
-            add(f"{provider}_graph", graph, graph[0], error, None)
+            add(f"{provider}_graph", graph, graph[0], error)
     _set_ratios(rows)
     return rows, right
 
@@ -245,7 +250,8 @@ def _say_once(text: str) -> None:
 
 def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
     """Format the rows of one case, the fastest first; TFLOP/s where it computes, otherwise GB/s."""
-    computes = operations > 0
+    rows = sorted(rows, key=lambda row: row.median_us)
+    computes, trains = operations > 0, any(row.losses for row in rows)
     headers = (
         "provider",
         "µs",
@@ -257,6 +263,7 @@ def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
         "ratio",
         "error",
         "peak MiB",
+        *(["last loss"] if trains else []),
     )
     work = operations / 1e6 if computes else moved_bytes / 1e3
     lines = [
@@ -271,8 +278,9 @@ def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
             "" if row.ratio is None else f"{row.ratio:.2f}",
             f"{row.error:.1e}",
             "" if row.peak_mib is None else f"{row.peak_mib:,.0f}",
+            *([f"{row.losses[-1]:.4f}" if row.losses else ""] if trains else []),
         )
-        for row in sorted(rows, key=lambda row: row.median_us)
+        for row in rows
     ]
     return format_table(lines, headers)
 
@@ -280,7 +288,11 @@ def table(rows: Iterable[Row], moved_bytes: int, operations: int) -> str:
 def write_case(path: Path, meta: Mapping[str, Any], case: str, rows: Sequence[Row], cases: Container[str]) -> None:
     """Write the rows of a case; a file of earlier calls keeps its other cases, except what has left ``cases``."""
     kept = {name: entry for name, entry in read_entries(path, meta, "cases").items() if name in cases}
-    write(path, meta, cases=kept | {case: {"rows": [*map(asdict, rows)]}})
+    write(path, meta, cases=kept | {case: {"rows": [*map(_as_written, rows)]}})
+
+
+def _as_written(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name != "losses" or value}
 
 
 def main(benches: Mapping[str, Mapping[str, Builder]], description: str, argv: Sequence[str] | None = None) -> int:

@@ -389,12 +389,13 @@ def prove_audit(proof: Proof, figures: dict[str, Any]) -> None:
 
 
 def _audited(file: Path, figures: dict[str, Any]) -> list[str]:
-    """Count an audit's findings into ``figures``; return those that failed."""
+    """Count an audit's findings into ``figures``, and name what did not pass; return what failed."""
     findings = read_json(file)["findings"] if file.is_file() else []
     figures.update(Counter(finding["verdict"] for finding in findings))
-    failed = [f"{f['check']}, {f['subject']}: {f['evidence']}" for f in findings if f["verdict"] == "failed"]
-    figures["failed_checks"] = failed
-    return failed
+    told = [(f["verdict"], f"{f['check']}, {f['subject']}: {f['evidence']}") for f in findings]
+    figures["failed_checks"] = [text for verdict, text in told if verdict == "failed"]
+    figures["other_checks"] = [f"{verdict}: {text}" for verdict, text in told if verdict not in ("passed", "failed")]
+    return figures["failed_checks"]
 
 
 def prove_train_step(proof: Proof, figures: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ PACKAGES = (
     "quack-kernels",
     "dion",
     "flash-muon",
+    "muon-optimizer",
     "liger-kernel",
     "flash-linear-attention",
     "torchao",

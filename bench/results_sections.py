@@ -24,8 +24,20 @@ OPPONENTS = {
     "fla": "flash-linear-attention",
     "liger": "Liger",
     "torch_muon": "torch.optim.Muon",
+    "kellerjordan": "KellerJordan's Muon",
+    "gram_newton_schulz": "gram-newton-schulz",
+    "gram_newton_schulz_torch": "gram-newton-schulz in PyTorch",
+    "pgolf": "ours",
+    "pgolf_chunks": "ours, in chunks",
+    "pgolf_stacked": "ours, stacked before",
 }
 PYTORCH_OF = {"varlen_attention": "FlashAttention-2"}  # what PyTorch's own operator is there
+WHOLE = {  # cases by family of which every provider is shown
+    "linear_cross_entropy": "16384x768x50304",
+    "newton_schulz": "^list_",
+    "optimizer_step": "",
+    "varlen_attention": "_sequence",
+}
 
 
 def cell(value: Any, form: str | Callable[[Any], str] = "") -> str:
@@ -126,6 +138,8 @@ def proof(results: Results) -> Iterator[str]:
         if audit := lookup(parts, "audit.figures"):
             verdicts = (f"{count} {verdict}" for verdict, count in audit.items() if isinstance(count, int))
             yield f"Its audit: {', '.join(verdicts)}.\n"
+            if others := audit.get("other_checks"):
+                yield "".join(f"- {finding}\n" for finding in others)
         if steps := lookup(parts, "train_step.figures"):
             yield "A training step there:\n"
             yield tabulate(
@@ -247,6 +261,53 @@ graphs. The ceiling is the chip's measured rate of copies or of products.
             ("ours of the ceiling", "ours.ceiling_share", ".0%"),
             ("commit", "commit", ""),
         )
+    yield from all_providers(files)
+
+
+def all_providers(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Write every provider of some cases with its memory and its error, and the losses of optimizers."""
+    rows = []
+    for name, found in files.items():
+        bench = found["meta"]["bench"]
+        for case, entry in found["cases"].items():
+            if bench not in WHOLE or not re.search(WHOLE[bench], case):
+                continue
+            peaks = {row["provider"]: row.get("peak_mib") for row in entry["rows"]}
+            rows += [
+                {"file": link(name), "case": case, **row, "provider": provider_name(bench, row["provider"])}
+                | {"peak_ratio": peak and ours and peak / ours}
+                for row in entry["rows"]
+                if not row["provider"].endswith("_graph")
+                for peak, ours in [(peaks[row["provider"]], peaks.get("pgolf"))]
+            ]
+    if rows:
+        yield """All providers of some cases: times as above, the most memory that a call holds beyond its arguments,
+that over ours (below 1: less memory than ours), and the largest relative error of a result against float64.
+"""
+        yield tabulate(
+            rows,
+            ("family", "file", ""),
+            ("case", "case", ""),
+            ("provider", "provider", ""),
+            ("called", "median_us", TENTHS),
+            ("in a graph", "graph_us", TENTHS),
+            ("peak, MiB", "peak_mib", COUNT),
+            ("over ours", "peak_ratio", ".2f"),
+            ("error", "error", ".1e"),
+        )
+    if trained := [row for row in rows if row.get("losses")]:
+        yield "Losses of a small model that each optimizer trains, from the same weights on the same tokens:\n"
+        last = max(len(row["losses"]) for row in trained)
+        steps = [*(step for step in LOSS_STEPS if step < last), last]
+        yield table(
+            ["case", "provider", *map(str, steps)],
+            [[row["case"], row["provider"], *(cell(loss(row, step), ".4f") for step in steps)] for row in trained],
+        )
+
+
+def provider_name(bench: str, provider: str) -> str:
+    """Return the name of a provider for readers."""
+    return PYTORCH_OF.get(bench, "PyTorch") if provider == "eager" else OPPONENTS.get(provider, provider)
 
 
 def gpt2_small(results: Results) -> Iterator[str]:
@@ -287,8 +348,7 @@ def compare(bench: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not ours or not others:
         return {}
     best = min(others, key=lambda row: row["graph_us"])
-    provider = best["provider"].removesuffix("_graph")
-    opponent = PYTORCH_OF.get(bench, "PyTorch") if provider == "eager" else OPPONENTS.get(provider, provider)
+    opponent = provider_name(bench, best["provider"].removesuffix("_graph"))
     return {"ours": ours, "opponent": opponent, "time": best["graph_us"], "ratio": best["graph_us"] / ours["graph_us"]}
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from bench import (
     gpt2_small,
     harness,
     newton_schulz,
+    optimizer_step,
     plots,
     reference_runs,
     results_files,
@@ -201,7 +202,7 @@ class TestKernelBenchmarks:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="would run in full size")
     def test_all_run_and_report(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         cases = ["banks_eighth", "record_model", "packed6_g64_lqer", "prologue_forward_backward", "8x130x70", "130x70"]
-        cases += ["adamw_one_moment", "gpt2_small"]
+        cases += ["adamw_one_moment", *optimizer_step.CASES]
         arguments = [part for case in cases for part in ("--case", case)]
         assert harness.main(BENCHES, "", [*arguments, "--results", str(tmp_path)]) == 0
         written = [results_files.read(path) for path in tmp_path.iterdir()]
@@ -249,6 +250,12 @@ class TestKernelBenchmarks:
             ("dequant", "int8_rows"): {"torchao"},
             ("smear_gate", "forward_backward"): {"fla"},
             ("smear_gate", "prologue_forward_backward"): {"fla", "liger"},
+            ("optimizer_step", "gpt2_small"): {"kellerjordan"},
+            ("optimizer_step", "gpt2_small_polar_express"): {
+                "dion",
+                "gram_newton_schulz",
+                "gram_newton_schulz_torch",
+            },
         }
         ceilings = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 1.0}
         for (bench, name), packages in expected.items():
@@ -257,6 +264,17 @@ class TestKernelBenchmarks:
                 bench, name, case, ceilings, torch.device("cpu"), providers=sorted(packages), quick=True
             )
             assert {row.provider for row in rows} == packages, capsys.readouterr().err
+            for row in rows if bench == "optimizer_step" else ():
+                assert len(row.losses) == 60 and row.losses[-1] < row.losses[0] - 0.5
+
+    def test_optimizers_learn_alike(self) -> None:
+        given = optimizer_step.jordan_optimizers(), optimizer_step.polar_express_optimizers(torch.device("cpu"))
+        torch_s, ours, others = (
+            optimizer_step.train(optimizers[name], torch.device("cpu"), small=True)
+            for optimizers, name in ((given[0], "torch_muon"), (given[0], "pgolf"), (given[1], "pgolf"))
+        )
+        assert np.allclose(ours, torch_s, atol=0.02) and ours != torch_s
+        assert abs(ours[-1] - others[-1]) < 0.1 and ours != others
 
     def test_pytest_runs_them_too(self) -> None:
         command = [
@@ -307,6 +325,44 @@ def stand_ins() -> dict[str, dict[str, Any]]:
         def __call__(self, X: torch.Tensor) -> torch.Tensor:
             return newton_schulz.wide_and_normalised(newton_schulz.iterate_plain, torch.bfloat16, X)
 
+    class HeavyBallMuon(torch.optim.Optimizer):
+        """Muon whose momentum is a sum, and whose factor on the rate is ``adjust``'s."""
+
+        tuples = POLAR_EXPRESS
+
+        def __init__(self, params, momentum, lr=0.01, weight_decay=0.01, adjust=lambda lr, shape: lr) -> None:
+            super().__init__(params, dict(momentum=momentum, lr=lr, weight_decay=weight_decay, adjust=adjust))
+
+        @torch.no_grad()
+        def step(self) -> None:
+            iterate = partial(optimizer_step.iterate, self.tuples)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.mul_(group["momentum"]).add_(p.grad)
+                    direction = p.grad + group["momentum"] * buffer
+                    update = newton_schulz.wide_and_normalised(iterate, torch.bfloat16, direction)
+                    rate = group["adjust"](group["lr"], p.shape)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    class DionMuon(HeavyBallMuon):
+        def __init__(self, params, mu, nesterov, adjust_lr, use_triton) -> None:
+            assert nesterov and adjust_lr is None and not use_triton
+            super().__init__(params, mu)
+
+    class GramMuon(HeavyBallMuon):
+        def __init__(
+            self, params, lr, weight_decay, momentum, adjust_lr, ns_coefficients, ns_use_kernels,
+            gram_newton_schulz_restart_iterations,
+        ) -> None:  # fmt: skip
+            assert ns_coefficients == [list(abc) for abc in POLAR_EXPRESS]
+            assert gram_newton_schulz_restart_iterations == [2]
+            super().__init__(params, momentum, lr, weight_decay, adjust_lr)
+
+    class SingleDeviceMuon(torch.optim.Muon):
+        def __init__(self, params, lr, weight_decay, momentum) -> None:
+            super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
+
     class LigerRMSNormFunction:
         @staticmethod
         def apply(X, W, eps, offset, casting_mode, in_place) -> torch.Tensor:
@@ -324,8 +380,10 @@ def stand_ins() -> dict[str, dict[str, Any]]:
         return run
 
     return {
-        "gram_newton_schulz": {"GramNewtonSchulz": GramNewtonSchulz},
+        "gram_newton_schulz": {"GramNewtonSchulz": GramNewtonSchulz, "Muon": GramMuon},
         "dion.newton_schulz_triton": {"ns_line_1": lambda A: A @ A.mT, "ns_line_2": symmetric},
+        "dion": {"Muon": DionMuon},
+        "muon": {"SingleDeviceMuon": SingleDeviceMuon},
         "flash_muon.matmul_transpose_triton": {"matmul_transpose": lambda X: X @ X.T},
         "fla.modules.token_shift": {"token_shift": lambda x: torch.nn.functional.pad(x, (0, 0, 1, -1)) - x},
         "liger_kernel.ops.rms_norm": {"LigerRMSNormFunction": LigerRMSNormFunction},

@@ -352,7 +352,8 @@ class TestEachPart:
         def audit(command: list[str]) -> None:
             assert command[:3] == ["-m", "pgolf", "audit"]
             folder = Path(command[command.index("--run-dir") + 1])
-            (folder / "audit.json").write_text(json.dumps({"findings": [found, found]}))
+            findings = [found, found, *(found | {"verdict": other} for other in ("not checked", "noted"))]
+            (folder / "audit.json").write_text(json.dumps({"findings": findings}))
             if verdict == "failed":
                 raise prove.CallFailed("exit status 1", "", 1)
 
@@ -360,7 +361,10 @@ class TestEachPart:
         assert proof.prove("audit") == (verdict == "passed")
         figures = written(proof)["audit"]["figures"]
         assert figures[verdict] == 2
-        assert figures["failed_checks"] == ["causality, ttt: it looks ahead"] * 2 * (verdict == "failed")
+        text = "causality, ttt: it looks ahead"
+        assert figures["failed_checks"] == [text] * 2 * (verdict == "failed")
+        assert figures["other_checks"] == [f"not checked: {text}", f"noted: {text}"]
+        assert figures["not checked"] == figures["noted"] == 1
 
     def test_a_program_of_another_tree_proves_nothing(
         self, proof: prove.Proof, monkeypatch: pytest.MonkeyPatch

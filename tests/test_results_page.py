@@ -132,3 +132,37 @@ def test_gradient_errors_are_on_the_page(root: Path) -> None:
     write(root / "bench" / "results" / "x1" / "gradient_errors.json", meta, batches=3, before_loop=groups)
     page = results_page.page(read_all(root / "bench" / "results"))
     assert "| before the loop | banks | 0.0100 | 0.0200 |" in page
+
+
+def test_memory_errors_and_losses_of_all_providers_are_on_the_page(root: Path) -> None:
+    ours = row("pgolf", 15.0, 10.0) | {"peak_mib": 1818.0, "error": 0.0024}
+    rows = [
+        row("liger", 30.0, None) | {"peak_mib": 122.3, "error": 0.0078},
+        row("compile", 20.0, 19.0) | {"peak_mib": 1669.0, "error": 0.0024},
+        row("compile_graph", 19.0, 19.0) | {"peak_mib": None, "error": 0.0024},
+        ours,
+    ]
+    trained = [ours | {"losses": [4.0 - step / 60 for step in range(1, 61)]}]
+    folder = root / "bench" / "results" / "x1"
+    cases = {"forward_backward_16384x768x50304": {"rows": rows}, "forward": {"rows": rows[2:]}}
+    write(folder / "linear_cross_entropy.json", {"bench": "linear_cross_entropy", **META}, cases=cases)
+    write(folder / "optimizer_step.json", {"bench": "optimizer_step", **META}, cases={"small": {"rows": trained}})
+    page = results_page.page(read_all(root / "bench" / "results"))
+    shown = [line.split(" | ", 1)[1] for line in page.partition("All providers")[2].splitlines() if ".json)" in line]
+    assert shown[:4] == [
+        "forward_backward_16384x768x50304 | Liger | 30.0 | – | 122 | 0.07 | 7.8e-03 |",
+        "forward_backward_16384x768x50304 | torch.compile | 20.0 | 19.0 | 1,669 | 0.92 | 2.4e-03 |",
+        "forward_backward_16384x768x50304 | ours | 15.0 | 10.0 | 1,818 | 1.00 | 2.4e-03 |",
+        "small | ours | 15.0 | 10.0 | 1,818 | 1.00 | 2.4e-03 |",
+    ]
+    assert "| case | provider | 1 | 2 | 3 | 5 | 10 | 20 | 40 | 60 |" in page
+    assert "| small | ours | 3.9833 |" in page and "| 3.0000 |" in page
+
+
+def test_what_an_audit_could_not_check_is_on_the_page(root: Path) -> None:
+    figures = {"passed": 9, "noted": 1, "failed_checks": [], "other_checks": ["noted: wall time, run: 7 s"]}
+    part = {"status": "ok", "date": META["date"], "seconds": 1.0, "message": "", "figures": figures}
+    meta = {"bench": "prove", **META, "trees": {}}
+    write(root / "bench" / "results" / "x1" / "proof.json", meta, parts={"audit": part})
+    page = results_page.page(read_all(root / "bench" / "results"))
+    assert "Its audit: 9 passed, 1 noted.\n\n- noted: wall time, run: 7 s\n" in page
