@@ -126,15 +126,6 @@ def test_errors_are_made_good_by_later_columns() -> None:
     assert outputs_error(given, with_feedback) < 0.9 * outputs_error(given, without)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the reference, which a compiler traces: there is no operator")
-@pytest.mark.parametrize("states", [1, 4])
-def test_the_reference_compiles_whole(states: int) -> None:
-    given = problem(torch.device("cpu"), 2, 4, 3)
-    torch._dynamo.reset()
-    compiled = torch.compile(trellis_gptq, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(**given, states=states), trellis_gptq(**given, states=states))
-
-
 @pytest.mark.skipif(INTERPRETED, reason="of the checks")
 @pytest.mark.parametrize(
     "change,error,message",
