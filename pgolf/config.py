@@ -80,7 +80,7 @@ class RunConfig:
     )
     attention_backend: str = _field(
         "auto",
-        "triton: our kernel; flash: PyTorch's FlashAttention; sdpa: segment by segment; auto: the best there is",
+        "code of attention: our Triton kernel, PyTorch's FlashAttention, or SDPA by segment; auto: the best there is",
         choices=("auto", "triton", "flash", "sdpa"),
     )
 
@@ -128,7 +128,7 @@ class RunConfig:
     tie_embeddings: bool = _field(True, "the head is the embedding; off: the head has its own matrix, started at zero")
     logit_softcap: float = _field(30.0, "c of the logits c tanh(z / c)", low=1e-6, high=1e30)
     logit_softcap_negative: float = _field(
-        0.0, "c of negative z (AsymLogit, #1923); 0: logit_softcap", low=0.0, high=1e30
+        0.0, "c of the logits c tanh(z / c) for negative z (AsymLogit, #1923); 0: logit_softcap", low=0.0, high=1e30
     )
     rope_base: float = _field(10_000.0, "rotary base", low=1.0)
     rope_dims: int = _field(16, "leading head dimensions that rotate", low=0)
@@ -170,7 +170,7 @@ class RunConfig:
     muon_momentum: float = _field(0.97, "Muon's momentum after its warm-up", low=0.0, high=1.0)
     muon_momentum_warmup_start: float = _field(0.92, "Muon's momentum at step 0", low=0.0, high=1.0)
     muon_momentum_warmup_steps: int = _field(1500, "steps over which Muon's momentum rises", low=0)
-    muon_backend_steps: int = _field(5, "Newton-Schulz steps", low=1)
+    muon_backend_steps: int = _field(5, "Newton-Schulz steps of Muon", low=1)
     polar_express_ns: bool = _field(True, "Polar Express coefficients; off: (3.4445, -4.775, 2.0315) every step")
     muon_row_normalize: bool = _field(True, "normalise rows before Newton-Schulz (MuonEq-R)")
     muon_wd: float = _field(0.095, "weight decay of the matrix banks", low=0.0)
@@ -184,14 +184,14 @@ class RunConfig:
     newton_muon_ridge: float = _field(
         0.2, "ridge of Newton-Muon's second moment, over the mean of the diagonal", low=0.01
     )
-    beta1: float = _field(0.9, "AdamW's first moment", low=0.0, high=1.0)
-    beta2: float = _field(0.95, "AdamW's second moment", low=0.0, high=1.0)
+    beta1: float = _field(0.9, "decay of AdamW's first moment", low=0.0, high=1.0)
+    beta2: float = _field(0.95, "decay of AdamW's second moment", low=0.0, high=1.0)
     adam_eps: float = _field(1e-8, "AdamW's epsilon", low=0.0)
     adam_wd: float = _field(0.02, "weight decay of gains, scales and gates", low=0.0)
     embed_wd: float = _field(0.085, "weight decay of the embedding", low=0.0)
     grad_clip_norm: float = _field(0.3, "clip the norm of the reduced gradient; 0: off", low=0.0)
     wd_taper_final_mult: float = _field(
-        1.0, "what the weight decay of banks, gains, scales and gates falls to, linearly, by the end", low=0.0
+        1.0, "factor to which the weight decay of banks, gains, scales and gates falls, linearly, by the end", low=0.0
     )
     wd_taper_start_frac: float = _field(
         0.7, "fraction of training at which the weight decay begins to fall", low=0.0, high=1.0
@@ -240,14 +240,16 @@ class RunConfig:
         256, "training sequences whose gradients give the sensitivities to rounding", low=1
     )
     sensitivity_tokens: int = _field(512, "tokens of a sequence for the sensitivities", low=1)
-    matrix_bits: int = _field(6, "bits of matrices", low=2, high=8)
+    matrix_bits: int = _field(6, "bits of matrices with quantizer=gptq", low=2, high=8)
     attn_bits: int = _field(0, "bits of attention matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
     mlp_bits: int = _field(0, "bits of MLP matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
     embed_bits: int = _field(7, "bits of the embedding", low=2, high=8)
-    matrix_clip_sigmas: float = _field(12.85, "clip of matrices that are neither attention nor MLP", low=0.0)
+    matrix_clip_sigmas: float = _field(
+        12.85, "clip of matrices that are neither attention nor MLP, in row standard deviations", low=0.0
+    )
     embed_clip_sigmas: float = _field(15.0, "clip of the embedding, in row standard deviations", low=0.0)
-    mlp_clip_sigmas: float = _field(12.0, "clip of MLP matrices", low=0.0)
-    attn_clip_sigmas: float = _field(13.0, "clip of attention matrices", low=0.0)
+    mlp_clip_sigmas: float = _field(12.0, "clip of MLP matrices, in row standard deviations", low=0.0)
+    attn_clip_sigmas: float = _field(13.0, "clip of attention matrices, in row standard deviations", low=0.0)
     gptq_calibration_batches: int = _field(16, "calibration batches of a rank", low=1)
     gptq_calibration_tokens: int = _field(98_304, "tokens of one calibration batch", low=1)
     gptq_passthrough_numel: int = _field(65_536, "tensors up to this many numbers are kept in fp16", low=0)
@@ -299,8 +301,8 @@ class RunConfig:
     )
     ttt_grad_steps: int = _field(1, "updates on each scored chunk", low=1)
     ttt_weight_decay: float = _field(1.0, "weight decay of the adapters", low=0.0)
-    ttt_beta1: float = _field(0.0, "AdamW's first moment for the adapters", low=0.0, high=1.0)
-    ttt_beta2: float = _field(0.999, "AdamW's second moment for the adapters", low=0.0, high=1.0)
+    ttt_beta1: float = _field(0.0, "decay of AdamW's first moment for the adapters", low=0.0, high=1.0)
+    ttt_beta2: float = _field(0.999, "decay of AdamW's second moment for the adapters", low=0.0, high=1.0)
     ttt_q_lora: bool = _field(True, "adapt the queries")
     ttt_k_lora: bool = _field(True, "adapt the keys")
     ttt_v_lora: bool = _field(True, "adapt the values")
@@ -316,7 +318,9 @@ class RunConfig:
     ttt_conf_clip: float = _field(3.0, "highest ratio of loss to mean in ConfTTT; the lowest is the inverse", low=1.0)
     ttt_eval_batches: str = _field("", "comma-separated batch numbers to score, 0 the shortest documents; empty: all")
     ngram_tilt_boost: float = _field(
-        0.0, "added to the logit of what followed the same tokens before (2.625 in #2135); 0: no tilt", low=0.0
+        0.0,
+        "added to the logit of the token that followed the same context before (2.625 in #2135); 0: no tilt",
+        low=0.0,
     )
     ngram_tilt_order: int = _field(16, "tokens of the tilt's n-gram, the hinted one included", low=2)
     ngram_tilt_threshold: float = _field(
@@ -324,7 +328,7 @@ class RunConfig:
     )
     ngram_tilt_scope: str = _field(
         "document",
-        "where n-grams are counted; document: in the target's; stream: in all text before it, with ttt_order=stream",
+        "text whose n-grams are counted: the target's document, or with ttt_order=stream the stream before it",
         choices=("document", "stream"),
     )
     phased_ttt_enabled: bool = _field(True, "also train the base weights on scored documents, in phases")
