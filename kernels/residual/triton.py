@@ -478,7 +478,7 @@ def _save_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 @once_differentiable
 def _norm_gradients(ctx: Any, dn: Tensor | None, drstd: Tensor | None) -> tuple[Tensor | None, ...]:
     n, rstd, scale = ctx.saved_tensors
-    need_parameters = False  # ``scale`` has no gradient
+    need_parameters = False  # without a row gate there are none
     dx = None if dn is None else _norm_backward_op(None, dn, n, rstd, scale, None, ctx.mean, need_parameters)[0]
     return dx, dx if ctx.mean else None, None, None
 
@@ -598,7 +598,7 @@ def _linear_gradients(
     if (dn := kept_gradient(dn)) is None:
         drow = torch.zeros_like(row_gate) if need_row else None
     else:
-        mean = False  # of two streams
+        mean = False  # the norm is of one stream
         dv, sums = _norm_backward_op(dv, dn, n, rstd, scale, row_gate, mean, need_row)
         (drow,) = parameter_gradients(sums, row_gate if need_row else None)
     if dv is None:
