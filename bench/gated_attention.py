@@ -13,8 +13,7 @@ from functools import partial
 
 import torch
 
-from bench.harness import Builder, Case, Function, Tuning, compiled, main
-from bench.smear_gate import with_backward
+from bench.harness import Builder, Case, Function, Tuning, compiled, main, on_inputs, with_backward
 from pgolf.kernels.common import RMS_EPS
 from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.gated_attention import (
@@ -69,9 +68,7 @@ def whole(backward: bool, device: torch.device, quick: bool) -> Case:
     def provider(op: Callable, compiles: bool = False, **options: str) -> Function:
         function = partial(call, op, **options)
         run = compiled(function, device) if compiles else function
-        if not backward:
-            return partial(torch.no_grad()(run), *inputs)
-        return partial(with_backward, run, tuple(value.requires_grad_() for value in inputs), i.dy)
+        return on_inputs(run, inputs, i.dy, backward=backward)
 
     def exact() -> tuple[Tensor, ...]:
         double = tuple(value.detach().double().requires_grad_() for value in inputs)

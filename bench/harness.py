@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +106,23 @@ def compiled(function: Callable, device: torch.device) -> Callable:
     """torch.compile of ``function``; on a CPU it is only traced, for smoke tests."""
     backend = "inductor" if device.type == "cuda" else "eager"
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+def with_backward(
+    function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], dy: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return the result of ``function`` and the gradients of its inputs for the result's gradient ``dy``."""
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+
+def on_inputs(
+    function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], dy: torch.Tensor, *, backward: bool
+) -> Function:
+    """Bind ``function`` to its inputs: `with_backward`, or without gradients if there is no ``backward``."""
+    if not backward:
+        return partial(torch.no_grad()(function), *inputs)
+    return partial(with_backward, function, tuple(value.requires_grad_() for value in inputs), dy)
 
 
 class _Poisoned:

@@ -12,8 +12,7 @@ from functools import partial
 
 import torch
 
-from bench.harness import Builder, Case, Function, Tuning, compiled, main
-from bench.smear_gate import with_backward
+from bench.harness import Builder, Case, Function, Tuning, compiled, main, on_inputs
 from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 SOFTCAP = 30.0
@@ -37,9 +36,7 @@ def build(
 
     def provider(op: Callable[[Tensor, Tensor], Tensor], compiles: bool = False) -> Function:
         run = compiled(op, device) if compiles else op
-        if not backward:
-            return partial(torch.no_grad()(run), *inputs)
-        return partial(with_backward, run, tuple(value.requires_grad_() for value in inputs), one)
+        return on_inputs(run, inputs, one, backward=backward)
 
     def exact() -> tuple[Tensor, ...]:
         double = table.detach().double().requires_grad_()

@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 
 def _lengths(rows: int, groups: int, equal: bool) -> list[int]:
-    """How many rows each group has."""
+    """Return how many rows each group has."""
     each = rows // groups
     if equal:
         return [each] * groups
@@ -35,14 +35,18 @@ def build(
     rank: int,
     parts: Sequence[int],
     width: int,
-    backward: bool,
-    equal: bool,
     device: torch.device,
     quick: bool,
+    *,
+    backward: bool = True,
+    equal: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     onto: bool = False,
 ) -> Case:
-    """Forward or, with ``backward``, also the gradients of x, A and B; ``onto`` a residual without gradient."""
+    """Make a case of the forward or, with ``backward``, also of the gradients of x, A and B.
+
+    Groups have ``equal`` lengths, or else a mixture. ``onto`` adds a residual without gradient.
+    """
     groups, d = GROUPS, WIDTH
     if quick or device.type != "cuda":
         groups, d, rank = 4, 32, 16
@@ -106,12 +110,12 @@ _SHAPES = {
     "head": (3072, 128, (8192,), 8192),
 }
 CASES: dict[str, Builder] = {
-    **{f"{name}_forward": partial(build, *shape, False, True) for name, shape in _SHAPES.items()},
-    **{f"{name}_forward_backward": partial(build, *shape, True, True) for name, shape in _SHAPES.items()},
-    "ragged_forward_backward": partial(build, *_SHAPES["attention"], True, False),
-    "residual_forward_backward": partial(build, *_SHAPES["mlp"], True, True, onto=True),
-    "rank256_forward_backward": partial(build, 32_768, 256, (512,), 512, True, True),
-    "float32_forward_backward": partial(build, 8192, 64, (512,), 512, True, True, dtype=torch.float32),
+    **{f"{name}_forward": partial(build, *shape, backward=False) for name, shape in _SHAPES.items()},
+    **{f"{name}_forward_backward": partial(build, *shape) for name, shape in _SHAPES.items()},
+    "ragged_forward_backward": partial(build, *_SHAPES["attention"], equal=False),
+    "residual_forward_backward": partial(build, *_SHAPES["mlp"], onto=True),
+    "rank256_forward_backward": partial(build, 32_768, 256, (512,), 512),
+    "float32_forward_backward": partial(build, 8192, 64, (512,), 512, dtype=torch.float32),
 }
 _CHOICES = dict(rows=(64, 128, 256), columns=(64, 128, 256), depth=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4))
 TUNING = {

@@ -13,8 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.harness import Builder, Case, Function, Tuning, compiled, main
-from bench.smear_gate import with_backward
+from bench.harness import Builder, Case, Function, Tuning, compiled, main, on_inputs, with_backward
 from pgolf.kernels.residual_mlp import residual_mlp, residual_mlp_reference
 from pgolf.kernels.residual_mlp import triton as family
 
@@ -40,9 +39,7 @@ def build(
 
     def provider(op: Callable[..., Tensor], compiles: bool = False) -> Function:
         run = compiled(op, device) if compiles else op
-        if not backward:
-            return partial(torch.no_grad()(run), *inputs)
-        return partial(with_backward, run, tuple(value.requires_grad_() for value in inputs), dout)
+        return on_inputs(run, inputs, dout, backward=backward)
 
     def exact() -> tuple[Tensor, ...]:
         double = tuple(value.detach().double().requires_grad_() for value in inputs)

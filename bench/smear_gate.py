@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.harness import Builder, Case, Function, Tuning, compiled, main
+from bench.harness import Builder, Case, Function, Tuning, compiled, main, on_inputs, with_backward
 from pgolf.kernels.smear_gate import (
     RMS_EPS,
     embed_smear_norm,
@@ -32,12 +32,6 @@ def random_ids(tokens: int, vocabulary: int, device: torch.device) -> Tensor:
     ids = ranks.long() + 2
     ids[::DOCUMENT_TOKENS] = BOS
     return ids.unsqueeze(0)
-
-
-def with_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
-    """The result of ``function`` and the gradients of its inputs for the result's gradient ``dy``."""
-    y = function(*inputs)
-    return y.detach(), *torch.autograd.grad(y, inputs, dy)
 
 
 def build(prologue: bool, backward: bool, tokens: int, width: int, device: torch.device, quick: bool) -> Case:
@@ -64,9 +58,7 @@ def build(prologue: bool, backward: bool, tokens: int, width: int, device: torch
 
     def provider(op: Callable, compiles: bool = False) -> Function:
         run = compiled(function(op), device) if compiles else function(op)
-        if not backward:
-            return partial(torch.no_grad()(run), *inputs)
-        return partial(with_backward, run, tuple(value.requires_grad_() for value in inputs), dy)
+        return on_inputs(run, inputs, dy, backward=backward)
 
     def exact() -> tuple[Tensor, ...]:
         double = tuple(value.detach().double().requires_grad_() for value in inputs)

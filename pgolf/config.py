@@ -61,16 +61,16 @@ class RunConfig:
     preset_name: str = _field("record", "preset this configuration started from (recorded, not set by hand)")
     seed: int = _field(1337, "seed of python, numpy and torch", low=0, high=2**63 - 1)
     artifact_dir: str = _field("", "where the artifact is written; empty: the run's folder")
-    device: str = _field("auto", "auto takes CUDA when there is one", choices=("auto", "cpu", "cuda"))
+    device: str = _field("auto", "device of the run; auto: CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
     dist_timeout_seconds: float = _field(
-        120.0, "of several processes, seconds without a sign of life of one after which the others end", low=1.0
+        120.0, "seconds without a sign of life from one process after which the others end", low=1.0
     )
     compute_dtype: str = _field(
         "auto", "dtype of activations; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
     )
     cuda_graphs: str = _field(
         "auto",
-        "a micro-batch's launches replayed as one; auto: where kernels make up the model",
+        "replay a micro-batch's launches as one CUDA graph; auto: where kernels make up the model",
         choices=("auto", "on", "off"),
     )
     kernels: str = _field(
@@ -80,7 +80,7 @@ class RunConfig:
     )
     attention_backend: str = _field(
         "auto",
-        "triton: our kernel; flash: PyTorch's FlashAttention; sdpa: segment by segment; auto: the best there is",
+        "code of attention: our Triton kernel, PyTorch's FlashAttention, or SDPA by segment; auto: the best there is",
         choices=("auto", "triton", "flash", "sdpa"),
     )
 
@@ -125,10 +125,10 @@ class RunConfig:
     )
     xsa_last_n: int = _field(11, "layers, counted from the last, that remove the own value from attention (XSA)", low=0)
     skip_gates_enabled: bool = _field(True, "skips join by a gated lerp; off: they are added")
-    tie_embeddings: bool = _field(True, "the head is the embedding; off: its own matrix, started at zero")
-    logit_softcap: float = _field(30.0, "logits = c tanh(z / c)", low=1e-6, high=1e30)
+    tie_embeddings: bool = _field(True, "the head is the embedding; off: the head has its own matrix, started at zero")
+    logit_softcap: float = _field(30.0, "c of the logits c tanh(z / c)", low=1e-6, high=1e30)
     logit_softcap_negative: float = _field(
-        0.0, "c of negative z (AsymLogit, #1923); 0: logit_softcap", low=0.0, high=1e30
+        0.0, "c of the logits c tanh(z / c) for negative z (AsymLogit, #1923); 0: logit_softcap", low=0.0, high=1e30
     )
     rope_base: float = _field(10_000.0, "rotary base", low=1.0)
     rope_dims: int = _field(16, "leading head dimensions that rotate", low=0)
@@ -147,15 +147,15 @@ class RunConfig:
     )
     enable_looping_at: float = _field(0.35, "fraction of training at which looping starts", low=0.0)
     parallel_start_layer: int = _field(8, "first layer with attention and MLP in two parallel lanes", low=0)
-    parallel_final_lane: str = _field("mean", "what the two lanes end as", choices=("mean", "mlp", "attn"))
+    parallel_final_lane: str = _field(
+        "mean", "output of the two parallel lanes: their mean or one of them", choices=("mean", "mlp", "attn")
+    )
     smear_gate: bool = _field(True, "add the gated previous embedding to each embedding")
     smear_gate_width: int = _field(12, "embedding dimensions the smear gate reads", low=1)
     smear_gate_bos_mask: bool = _field(True, "a document's first token gets nothing from the document before it")
     gate_attn_out: bool = _field(True, "gate every attention head's output")
     gate_attn_width: int = _field(24, "input dimensions the attention output gate reads", low=1)
-    mlp_gate: bool = _field(
-        False, "gate every token's MLP output by what the first dimensions of its input say (#1941)"
-    )
+    mlp_gate: bool = _field(False, "gate every token's MLP output by the first dimensions of the MLP's input (#1941)")
     mlp_gate_width: int = _field(12, "input dimensions the MLP output gate reads, fewer than model_dim", low=1)
     tied_embed_init_std: float = _field(0.005, "standard deviation of the embedding's start", low=0.0)
     embed_fp32_master: bool = _field(
@@ -169,46 +169,54 @@ class RunConfig:
     embed_lr: float = _field(0.6, "learning rate of an untied embedding (AdamW)", low=0.0)
     muon_momentum: float = _field(0.97, "Muon's momentum after its warm-up", low=0.0, high=1.0)
     muon_momentum_warmup_start: float = _field(0.92, "Muon's momentum at step 0", low=0.0, high=1.0)
-    muon_momentum_warmup_steps: int = _field(1500, "steps over which the momentum rises", low=0)
-    muon_backend_steps: int = _field(5, "Newton-Schulz steps", low=1)
+    muon_momentum_warmup_steps: int = _field(1500, "steps over which Muon's momentum rises", low=0)
+    muon_backend_steps: int = _field(5, "Newton-Schulz steps of Muon", low=1)
     polar_express_ns: bool = _field(True, "Polar Express coefficients; off: (3.4445, -4.775, 2.0315) every step")
     muon_row_normalize: bool = _field(True, "normalise rows before Newton-Schulz (MuonEq-R)")
-    muon_wd: float = _field(0.095, "weight decay of the banks", low=0.0)
+    muon_wd: float = _field(0.095, "weight decay of the matrix banks", low=0.0)
     newton_muon: bool = _field(
         False, "multiply the banks' gradients by the inverse second moment of the layers' inputs (Newton-Muon)"
     )
-    newton_muon_every: int = _field(32, "steps from one measurement of it to the next", low=1)
-    newton_muon_decay: float = _field(0.95, "decay of its average over measurements", low=0.0, high=1.0)
-    newton_muon_ridge: float = _field(0.2, "what is added to its diagonal, over the diagonal's mean", low=0.01)
-    beta1: float = _field(0.9, "AdamW's first moment", low=0.0, high=1.0)
-    beta2: float = _field(0.95, "AdamW's second moment", low=0.0, high=1.0)
+    newton_muon_every: int = _field(32, "steps between Newton-Muon's measurements of the inputs' second moment", low=1)
+    newton_muon_decay: float = _field(
+        0.95, "decay a measurement of Newton-Muon's average of the inputs' second moment", low=0.0, high=1.0
+    )
+    newton_muon_ridge: float = _field(
+        0.2, "ridge of Newton-Muon's second moment, over the mean of the diagonal", low=0.01
+    )
+    beta1: float = _field(0.9, "decay of AdamW's first moment", low=0.0, high=1.0)
+    beta2: float = _field(0.95, "decay of AdamW's second moment", low=0.0, high=1.0)
     adam_eps: float = _field(1e-8, "AdamW's epsilon", low=0.0)
     adam_wd: float = _field(0.02, "weight decay of gains, scales and gates", low=0.0)
     embed_wd: float = _field(0.085, "weight decay of the embedding", low=0.0)
     grad_clip_norm: float = _field(0.3, "clip the norm of the reduced gradient; 0: off", low=0.0)
     wd_taper_final_mult: float = _field(
-        1.0, "what the weight decay of banks, gains, scales and gates falls to, linearly, by the end", low=0.0
+        1.0, "factor to which the weight decay of banks, gains, scales and gates falls, linearly, by the end", low=0.0
     )
-    wd_taper_start_frac: float = _field(0.7, "fraction of training at which that begins", low=0.0, high=1.0)
+    wd_taper_start_frac: float = _field(
+        0.7, "fraction of training at which the weight decay begins to fall", low=0.0, high=1.0
+    )
     ema_decay: float = _field(0.9965, "decay of the weights' moving average", low=0.0, high=1.0)
     swa_blend: float = _field(
         0.0, "share of the mean of snapshots (SWA) in the average at the end of training", low=0.0, high=1.0
     )
-    swa_window_frac: float = _field(0.05, "fraction of training, its end, in which snapshots are taken", low=0.0)
-    swa_interval: int = _field(50, "steps between snapshots", low=1)
+    swa_window_frac: float = _field(0.05, "last fraction of training, in which snapshots (SWA) are taken", low=0.0)
+    swa_interval: int = _field(50, "steps between snapshots (SWA)", low=1)
     average_tuning: float = _field(
         0.0,
-        "fraction of training, its end, in which the average's gains, scales and gates are tuned",
+        "last fraction of training, in which the average's gains, scales and gates are tuned",
         low=0.0,
         high=0.5,
     )
-    average_tuning_lr: float = _field(1e-3, "learning rate of that (AdamW), linear to 0", low=0.0)
+    average_tuning_lr: float = _field(1e-3, "learning rate of the average's tuning (AdamW), linear to 0", low=0.0)
 
     # Schedule
     iterations: int = _field(20_000, "most optimizer steps", low=1)
     max_wallclock_seconds: float = _field(600.0, "training's clock; 0: schedule by step", low=0.0)
-    gptq_reserve_seconds: float = _field(4.0, "taken off the clock for the calibration passes", low=0.0)
-    warmdown_frac: float = _field(0.75, "fraction of training over which the rate falls", low=0.0, high=1.0)
+    gptq_reserve_seconds: float = _field(4.0, "seconds of training's clock kept for the calibration passes", low=0.0)
+    warmdown_frac: float = _field(
+        0.75, "last fraction of training, over which the learning rate falls", low=0.0, high=1.0
+    )
     min_lr: float = _field(0.10, "floor of the learning-rate scale", low=0.0, high=1.0)
     warmup_steps: int = _field(20, "untimed steps in each loop state, undone before the clock starts", low=0)
     train_log_every: int = _field(500, "steps between printed lines; metrics.jsonl has every step", low=1)
@@ -222,37 +230,45 @@ class RunConfig:
     # Quantisation and artifact
     quantizer: str = _field(
         "trellis",
-        "trellis: steps by sensitivity, codes on a trellis, to a number of bytes; gptq: a clip a class, as public",
+        "trellis: steps by sensitivity, codes on a trellis, to a number of bytes; gptq: one clip a class, as public",
         choices=("trellis", "gptq"),
     )
     weight_bytes: int = _field(0, "bytes of the trellis artifact; 0: what the program leaves of the cap", low=0)
     trellis_states: int = _field(128, "states of the trellis; 1: none", choices=(1, 4, 8, 16, 32, 64, 128))
     trellis_rows: int = _field(512, "rows of a path through the trellis, a multiple of 16", low=16)
-    sensitivity_sequences: int = _field(256, "training sequences whose gradients say what rounding costs", low=1)
-    sensitivity_tokens: int = _field(512, "tokens of one of them", low=1)
-    matrix_bits: int = _field(6, "bits of matrices", low=2, high=8)
+    sensitivity_sequences: int = _field(
+        256, "training sequences whose gradients give the sensitivities to rounding", low=1
+    )
+    sensitivity_tokens: int = _field(512, "tokens of a sequence for the sensitivities", low=1)
+    matrix_bits: int = _field(6, "bits of matrices with quantizer=gptq", low=2, high=8)
     attn_bits: int = _field(0, "bits of attention matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
     mlp_bits: int = _field(0, "bits of MLP matrices; 0: matrix_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8))
     embed_bits: int = _field(7, "bits of the embedding", low=2, high=8)
-    matrix_clip_sigmas: float = _field(12.85, "clip of matrices that are neither attention nor MLP", low=0.0)
+    matrix_clip_sigmas: float = _field(
+        12.85, "clip of matrices that are neither attention nor MLP, in row standard deviations", low=0.0
+    )
     embed_clip_sigmas: float = _field(15.0, "clip of the embedding, in row standard deviations", low=0.0)
-    mlp_clip_sigmas: float = _field(12.0, "clip of MLP matrices", low=0.0)
-    attn_clip_sigmas: float = _field(13.0, "clip of attention matrices", low=0.0)
+    mlp_clip_sigmas: float = _field(12.0, "clip of MLP matrices, in row standard deviations", low=0.0)
+    attn_clip_sigmas: float = _field(13.0, "clip of attention matrices, in row standard deviations", low=0.0)
     gptq_calibration_batches: int = _field(16, "calibration batches of a rank", low=1)
     gptq_calibration_tokens: int = _field(98_304, "tokens of one calibration batch", low=1)
     gptq_passthrough_numel: int = _field(65_536, "tensors up to this many numbers are kept in fp16", low=0)
     gptq_calibration_documents: bool = _field(True, "calibrate on packed documents; off: rows cut anywhere, as public")
     lqer_enabled: bool = _field(True, "low-rank correction of the worst quantised tensors")
-    lqer_rank: int = _field(4, "rank of the correction", low=1, high=8)
-    lqer_top_k: int = _field(3, "tensors that get one", low=0)
+    lqer_rank: int = _field(4, "rank of the low-rank correction", low=1, high=8)
+    lqer_top_k: int = _field(3, "tensors that get a low-rank correction", low=0)
     lqer_weighted: bool = _field(
-        True, "choose tensors and factors by the outputs' error; off: by the weights', as public"
+        True, "choose low-rank corrections by the outputs' error; off: by the weights' error, as public"
     )
-    lqer_factor_bits: int = _field(4, "bits of symmetric factors", low=2, high=8)
-    lqer_asym_enabled: bool = _field(True, "int2 and int4 factors with group scales; off: symmetric, scale a row")
-    lqer_asym_group: int = _field(64, "group size of the second factor's scales", low=1)
+    lqer_factor_bits: int = _field(4, "bits of symmetric low-rank factors", low=2, high=8)
+    lqer_asym_enabled: bool = _field(
+        True, "low-rank factors in int2 and int4 with group scales; off: symmetric, with a scale a row"
+    )
+    lqer_asym_group: int = _field(64, "group size of the second low-rank factor's scales", low=1)
     awq_groups: int = _field(
-        0, "groups of 64 columns, of all matrices the most salient, with 8-bit codes by quantizer=gptq (#1908)", low=0
+        0,
+        "most salient groups of 64 columns, over all matrices, that get 8-bit codes with quantizer=gptq (#1908)",
+        low=0,
     )
     compressor: str = _field("brotli", "entropy coder of the artifact with quantizer=gptq", choices=("brotli", "lzma"))
     control_tensor_name_patterns: str = _field(
@@ -280,11 +296,13 @@ class RunConfig:
         choices=("length", "stream"),
     )
     ttt_lanes: int = _field(8, "chains of batches along which A stays warm; the processes share them", low=1)
-    ttt_micro_batch_tokens: int = _field(131_072, "window tokens of one forward and backward pass; less memory", low=1)
+    ttt_micro_batch_tokens: int = _field(
+        131_072, "window tokens of one forward and backward pass; fewer take less memory", low=1
+    )
     ttt_grad_steps: int = _field(1, "updates on each scored chunk", low=1)
     ttt_weight_decay: float = _field(1.0, "weight decay of the adapters", low=0.0)
-    ttt_beta1: float = _field(0.0, "AdamW's first moment for the adapters", low=0.0, high=1.0)
-    ttt_beta2: float = _field(0.999, "AdamW's second moment for the adapters", low=0.0, high=1.0)
+    ttt_beta1: float = _field(0.0, "decay of AdamW's first moment for the adapters", low=0.0, high=1.0)
+    ttt_beta2: float = _field(0.999, "decay of AdamW's second moment for the adapters", low=0.0, high=1.0)
     ttt_q_lora: bool = _field(True, "adapt the queries")
     ttt_k_lora: bool = _field(True, "adapt the keys")
     ttt_v_lora: bool = _field(True, "adapt the values")
@@ -294,22 +312,28 @@ class RunConfig:
     ttt_conf_weighted: bool = _field(
         False, "adapters learn from a chunk's target in proportion to its loss over the chunk's mean (ConfTTT)"
     )
-    ttt_conf_alpha: float = _field(1.0, "share of that proportion; the rest is the same for all", low=0.0, high=1.0)
-    ttt_conf_clip: float = _field(3.0, "highest proportion; its inverse is the lowest", low=1.0)
+    ttt_conf_alpha: float = _field(
+        1.0, "share of ConfTTT's weights that follows the loss; the rest is the same for all targets", low=0.0, high=1.0
+    )
+    ttt_conf_clip: float = _field(3.0, "highest ratio of loss to mean in ConfTTT; the lowest is the inverse", low=1.0)
     ttt_eval_batches: str = _field("", "comma-separated batch numbers to score, 0 the shortest documents; empty: all")
     ngram_tilt_boost: float = _field(
-        0.0, "added to the logit of what followed the same tokens before (2.625 in #2135); 0: no tilt", low=0.0
+        0.0,
+        "added to the logit of the token that followed the same context before (2.625 in #2135); 0: no tilt",
+        low=0.0,
     )
-    ngram_tilt_order: int = _field(16, "tokens of that n-gram, the hinted one included", low=2)
-    ngram_tilt_threshold: float = _field(0.8, "least share of the times that it followed", low=0.0, high=1.0)
+    ngram_tilt_order: int = _field(16, "tokens of the tilt's n-gram, the hinted one included", low=2)
+    ngram_tilt_threshold: float = _field(
+        0.8, "least share of a context's occurrences that the hinted token followed", low=0.0, high=1.0
+    )
     ngram_tilt_scope: str = _field(
         "document",
-        "where n-grams are counted: document: in the target's own; stream: in all before it, with ttt_order=stream",
+        "text whose n-grams are counted: the target's document, or with ttt_order=stream the stream before it",
         choices=("document", "stream"),
     )
     phased_ttt_enabled: bool = _field(True, "also train the base weights on scored documents, in phases")
     phased_ttt_prefix_docs: int = _field(2000, "scored documents trained on by the last phase", low=0)
-    phased_ttt_num_phases: int = _field(3, "pauses for that training", low=1)
+    phased_ttt_num_phases: int = _field(3, "pauses in scoring that train the base weights", low=1)
     phased_ttt_documents: str = _field(
         "shortest",
         "which scored documents a phase takes when more are scored than it needs; shortest is the public set",
@@ -317,14 +341,18 @@ class RunConfig:
     )
     phased_ttt_drop_next_bos: bool = _field(True, "leave out the next document's BOS when documents are joined")
     global_ttt_lr: float = _field(1e-3, "learning rate of the base weights' training, cosine to 0", low=0.0)
-    global_ttt_momentum: float = _field(0.9, "its momentum", low=0.0, high=1.0)
-    global_ttt_epochs: int = _field(1, "its passes over each chunk", low=0)
-    global_ttt_chunk_tokens: int = _field(32_768, "its chunk, tokens", low=2)
-    global_ttt_batch_seqs: int = _field(32, "most sequences of a rank in one of its steps", low=1)
-    global_ttt_warmup_start_lr: float = _field(0.0, "rate its warm-up starts from", low=0.0)
-    global_ttt_warmup_chunks: int = _field(0, "chunks of its warm-up", low=0)
-    global_ttt_grad_clip: float = _field(1.0, "its gradient clip; 0: off", low=0.0)
-    global_ttt_respect_doc_boundaries: bool = _field(True, "its attention stops at document boundaries")
+    global_ttt_momentum: float = _field(0.9, "momentum of the base weights' training", low=0.0, high=1.0)
+    global_ttt_epochs: int = _field(1, "passes over each chunk in the base weights' training", low=0)
+    global_ttt_chunk_tokens: int = _field(32_768, "tokens of a chunk in the base weights' training", low=2)
+    global_ttt_batch_seqs: int = _field(32, "most sequences of a rank in one step of the base weights' training", low=1)
+    global_ttt_warmup_start_lr: float = _field(
+        0.0, "learning rate at the start of the warm-up of the base weights' training", low=0.0
+    )
+    global_ttt_warmup_chunks: int = _field(0, "chunks of the warm-up of the base weights' training", low=0)
+    global_ttt_grad_clip: float = _field(1.0, "gradient clip of the base weights' training; 0: off", low=0.0)
+    global_ttt_respect_doc_boundaries: bool = _field(
+        True, "attention stops at document boundaries in the base weights' training"
+    )
 
     from_env = _FromEnv()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,6 +72,18 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return dict(arrays)
 
     return load
+
+
+@pytest.fixture
+def arrays(golden: Callable[[str], dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """The golden numbers of quantisation, as tensors."""
+    return {name: torch.from_numpy(array) for name, array in golden("quantize").items()}
+
+
+@pytest.fixture
+def data(built: Path, tmp_path: Path) -> Path:
+    """A copy, for one test to change, of the data folder that its module's fixture ``built`` makes."""
+    return shutil.copytree(built, tmp_path / "data")
 
 
 @pytest.fixture(scope="session")

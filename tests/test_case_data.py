@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,11 +50,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(cased(200), VOCAB, model, case_coding=True)
     build_dataset([*ODD, *cased(200)], model, folder, val_docs=44, shard_tokens=1000, case_coding=True)
     return folder
-
-
-@pytest.fixture
-def data(built: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(built, tmp_path / "data")
 
 
 def streams(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -152,12 +152,12 @@ def test_every_score_is_that_of_the_weights_it_is_named_after(finished: RunFolde
     }
     scored = scores(summary)
     assert scored == pytest.approx(found, abs=1e-9)
-    assert all(after - before > 1e-7 for before, after in pairwise(sorted(scored.values()))), "two are one"
+    # The nearest two, "before" and "sliding", are 1.8e-6 apart.
+    assert all(after - before > 1e-6 for before, after in pairwise(sorted(scored.values()))), "two are one"
     without_loop = model(averaged)
     without_loop.looping_active = False
-    assert abs(evaluate_packed(without_loop, config, tokens, table)[1] - scored["before"]) > 1e-7
-    # Codes of 6 and 7 bits lose little of what three steps have made of random weights: measured 1.2e-4.
-    assert abs(scored["quantized"] - scored["before"]) < 1e-3
+    assert abs(evaluate_packed(without_loop, config, tokens, table)[1] - scored["before"]) > 1e-4  # measured 2.1e-4
+    assert abs(scored["quantized"] - scored["before"]) < 1e-4, "codes lose little: measured 4.7e-6"
 
 
 def test_stages_can_be_repeated_with_other_settings(finished: RunFolder, capsys: pytest.CaptureFixture) -> None:

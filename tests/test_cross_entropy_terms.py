@@ -21,9 +21,20 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def composed(
-    h, table, targets, softcap=None, reduction="mean", *, update=None, bias=None, weight=None, ignore_index=-100,
-    label_smoothing=0.0, lse_square_scale=0.0, return_z_loss=False
-):  # fmt: skip
+    h,
+    table,
+    targets,
+    softcap=None,
+    reduction="mean",
+    *,
+    update=None,
+    bias=None,
+    weight=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    lse_square_scale=0.0,
+    return_z_loss=False,
+):
     """The loss as it is written with PyTorch's own functions, with the logits in h's dtype."""
     logits = F.linear(h, table.to(h.dtype), None if bias is None else bias.to(h.dtype))
     logits = logits if update is None else logits + update

@@ -50,11 +50,6 @@ def _fused(monkeypatch):
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
-@pytest.fixture
-def arrays(golden) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in golden("quantize").items()}
-
-
 def factors(arrays: dict[str, torch.Tensor], packing: str) -> LowRankFactors:
     return LowRankFactors(*(arrays[f"{packing}/{name}"] for name in LowRankFactors._fields))
 

@@ -28,11 +28,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def data(built: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(built, tmp_path / "data")
-
-
 def change_manifest(data: Path, change: Callable[[dict], object]) -> None:
     path = manifest_path(data)
     manifest = json.loads(path.read_text())

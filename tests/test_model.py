@@ -14,6 +14,7 @@ from pgolf.model.gpt import GPT, LoopMixing, Updates, attention_core
 from pgolf.model.second_moments import hessian_group
 from pgolf.model.weights import rebank, unbank
 from tests.golden.make import OPTIONS
+from tests.logits import forward_logits
 
 SCALARS = json.loads((Path(__file__).parent / "golden" / "pr1874_tiny.json").read_text())
 TINY = RunConfig.preset("record").replace(**SCALARS["config"])
@@ -42,7 +43,7 @@ def stream(golden) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_logits_and_losses_are_golden(golden, mask: int, loop: int) -> None:
     model = tiny_model(golden, mask, loop)
     inputs, targets, cu_seqlens = stream(golden)
-    logits = model.forward_logits(inputs, cu_seqlens, 48)[0]
+    logits = forward_logits(model, inputs, cu_seqlens, 48)[0]
     expected = torch.from_numpy(golden("model")[f"logits/mask{mask}_loop{loop}"])
     assert (logits - expected).abs().max() < 5 * ROUNDING
     loss, plain = model(inputs, targets, cu_seqlens, 48).item(), model(inputs, targets).item()
@@ -137,9 +138,9 @@ def test_documents_do_not_see_each_other(golden) -> None:
     model = tiny_model(golden, rope_reset_per_segment=True)
     inputs, _, _ = stream(golden)
     bounds = torch.tensor([0, 40, 77, 96], dtype=torch.int32)
-    packed = model.forward_logits(inputs, bounds, 48)
+    packed = forward_logits(model, inputs, bounds, 48)
     for low, high in [(0, 40), (40, 77), (77, 96)]:
-        assert (packed[:, low:high] - model.forward_logits(inputs[:, low:high])).abs().max() < 1e-4
+        assert (packed[:, low:high] - forward_logits(model, inputs[:, low:high])).abs().max() < 1e-4
 
 
 def test_without_mask_the_previous_document_leaks(golden) -> None:
@@ -147,10 +148,10 @@ def test_without_mask_the_previous_document_leaks(golden) -> None:
     inputs, _, cu_seqlens = stream(golden)
     changed = inputs.clone()
     changed[0, 39] = 7
-    differs = (model.forward_logits(inputs, cu_seqlens, 48) - model.forward_logits(changed, cu_seqlens, 48)).abs()
+    differs = (forward_logits(model, inputs, cu_seqlens, 48) - forward_logits(model, changed, cu_seqlens, 48)).abs()
     assert differs[0, 40].max() > 0
     masked = tiny_model(golden, mask=1)
-    same = masked.forward_logits(inputs, cu_seqlens, 48) - masked.forward_logits(changed, cu_seqlens, 48)
+    same = forward_logits(masked, inputs, cu_seqlens, 48) - forward_logits(masked, changed, cu_seqlens, 48)
     assert same[0, 40:].abs().max() == 0
 
 
@@ -159,7 +160,7 @@ def test_future_tokens_change_nothing(golden) -> None:
     inputs, _, cu_seqlens = stream(golden)
     changed = inputs.clone()
     changed[0, 60:76] = 9
-    difference = model.forward_logits(inputs, cu_seqlens, 48) - model.forward_logits(changed, cu_seqlens, 48)
+    difference = forward_logits(model, inputs, cu_seqlens, 48) - forward_logits(model, changed, cu_seqlens, 48)
     assert difference[0, :60].abs().max() == 0 and difference[0, 60:].abs().max() > 0
 
 
@@ -227,9 +228,9 @@ def test_updates_that_are_zero_change_nothing(golden) -> None:
 def test_logits_have_a_cap_for_each_sign(golden) -> None:
     one, model = tiny_model(golden), tiny_model(golden, logit_softcap=3.0, logit_softcap_negative=1.5)
     inputs, targets, cu_seqlens = stream(golden)
-    z = 30 * torch.atanh(one.forward_logits(inputs, cu_seqlens, 48).double() / 30)
+    z = 30 * torch.atanh(forward_logits(one, inputs, cu_seqlens, 48).double() / 30)
     expected = torch.where(z > 0, 3 * torch.tanh(z / 3), 1.5 * torch.tanh(z / 1.5))
-    logits = model.forward_logits(inputs, cu_seqlens, 48)
+    logits = forward_logits(model, inputs, cu_seqlens, 48)
     assert (logits - expected).abs().max() < 1e-4 and (z > 1.5).any() and (z < -1.5).any()
     losses = model.token_losses(inputs, targets, cu_seqlens, 48)
     assert (losses[0] - torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="none")).abs().max() < 1e-5
@@ -371,7 +372,7 @@ def test_every_option_changes_the_model_and_trains(golden, fields: dict) -> None
     loss = model(inputs, targets, cu_seqlens, 48)
     loss.backward()
     assert torch.isfinite(loss) and all(parameter.grad is not None for parameter in model.parameters())
-    difference = reference.forward_logits(inputs, cu_seqlens, 48) - model.forward_logits(inputs, cu_seqlens, 48)
+    difference = forward_logits(reference, inputs, cu_seqlens, 48) - forward_logits(model, inputs, cu_seqlens, 48)
     assert difference.abs().max() > 1e-3
 
 
@@ -408,7 +409,7 @@ def test_bfloat16_model_on_the_gpu_is_near_golden(golden, mask: int, loop: int) 
     assert model.compute_dtype == torch.bfloat16
     assert model(inputs, targets, cu_seqlens, 48).item() == pytest.approx(expected, abs=0.01)
     with torch.no_grad():
-        logits = model.forward_logits(inputs, cu_seqlens, 48)[0].float().cpu()
+        logits = forward_logits(model, inputs, cu_seqlens, 48)[0].float().cpu()
     assert (logits - torch.from_numpy(golden("model")[f"logits/mask{mask}_loop{loop}"])).abs().mean() < 0.05
     exact = tiny_model(golden, mask, loop, compute_dtype="float32", attention_backend="sdpa").cuda()
     assert exact(inputs, targets, cu_seqlens, 48).item() == pytest.approx(expected, abs=1e-3)

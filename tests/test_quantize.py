@@ -24,11 +24,6 @@ from pgolf.model.weights import unbank
 from tests.processes import run_processes
 
 
-@pytest.fixture
-def arrays(golden) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in golden("quantize").items()}
-
-
 def correlated_hessian(columns: int, tokens: int = 400) -> torch.Tensor:
     x = torch.randn(tokens, columns) @ (torch.eye(columns) + 0.3 * torch.randn(columns, columns))
     return x.T @ x / 16

@@ -10,7 +10,7 @@ import torch
 
 from pgolf.kernels.trellis import STATES, trellis, trellis_gptq, trellis_gptq_reference
 from pgolf.kernels.trellis.reference import nearest_path
-from pgolf.kernels.trellis.tables import sources
+from pgolf.kernels.trellis.tables import predecessors
 from tests.conftest import INTERPRETED
 
 
@@ -30,10 +30,10 @@ def test_a_trellis_joins_every_state_to_two_others(states: int) -> None:
     parity, following = trellis(states)
     assert sorted(itertools.chain(*following)) == sorted(2 * list(range(states)))
     assert sum(parity) == states // 2
-    for state, (a, code_a, b, code_b) in enumerate(sources(states)):
+    for state, (a, code_a, b, code_b) in enumerate(predecessors(states)):
         for before, code in ((a, code_a), (b, code_b)):
             assert following[before][(code - parity[before]) // 2] == state and code % 2 == parity[before]
-    assert all(code_a != code_b for _, code_a, _, code_b in sources(states)), "two ways into a state must differ"
+    assert all(code_a != code_b for _, code_a, _, code_b in predecessors(states)), "two ways into a state must differ"
 
 
 @pytest.mark.parametrize("states", [4, 8, 16])

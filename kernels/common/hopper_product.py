@@ -34,7 +34,9 @@ dimensions of each rotated pair.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -62,7 +64,7 @@ HEAD, PAIRS = 64, 8  # columns of a head, and rotated pairs of columns, in `norm
 
 if gluon is not None:
 
-    def jit(function):
+    def jit(function: Callable) -> Any:
         return compiled_ahead(gluon.jit(function))
 
     @gluon.constexpr_function
@@ -82,7 +84,7 @@ if gluon is not None:
 
 else:
 
-    def jit(function):
+    def jit(function: Callable) -> Any:
         """Return the function, which is never called without Triton."""
         return function
 

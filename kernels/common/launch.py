@@ -1,4 +1,4 @@
-"""Launch parameters by chip, and the properties of a device that launches depend on."""
+"""Launch parameters by chip, and the properties of a device and of tensors that launches depend on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def odd_addresses(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
     Triton specialises integer arguments on divisibility by 16; odd values never trigger a recompilation.
     """
     return tuple(2 * (tensor.data_ptr() // tensor.element_size()) + 1 for tensor in tensors)
+
+
+def accumulator(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which kernels compute: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 @lru_cache

@@ -17,9 +17,9 @@ LARGEST_FIXED_CAP = 40.0  # exp(-2 cap) is a normal number of fp32
 
 
 class Terms(NamedTuple):
-    """What a loss is made of besides z and the target; by default a plain softmax is all.
+    """The terms of a loss besides z and the target; the defaults give the plain softmax cross-entropy.
 
-    A softcap of two numbers is that of z > 0 and that of other z.
+    A softcap of two numbers has the cap of z > 0 first, and that of other z second.
     """
 
     softcap: float | Sequence[float] | None = None
@@ -48,15 +48,16 @@ def _stretched(r, factor, CENTRED: tl.constexpr):
 
 
 @jit
-def _depth(z, bias, start, columns, inside, scale, ratio, CAPPED: tl.constexpr, CENTRED: tl.constexpr):
-    """Return what falls as a logit rises: the logit is -2 cap times it, and a constant.
+def _falling_logit(z, bias, start, columns, inside, scale, ratio, CAPPED: tl.constexpr, CENTRED: tl.constexpr):
+    """Return r with logit = -2 cap r + const, so that r falls as the logit rises.
 
-    It is -z without a cap, where 2 cap stands for 1, and else r = 1 / (1 + exp(2 z / cap)), by one exponential and one
-    reciprocal root. CENTRED returns r - 1/2 to fp32's precision. Near 0 that takes a series: the minimax polynomial of
-    -tanh(z / cap) / 2 for |z / cap| < 1/2, with a relative error of 2e-8. A ``ratio`` is that of the cap of negative z
-    to cap, which the other z have; r is stretched by it, so that one factor makes logits of all.
+    Without a cap r = -z, and 2 cap stands for 1. With one r = 1 / (1 + exp(2 z / cap)), computed by one exponential and
+    one reciprocal root, and the constant is cap. CENTRED returns r - 1/2 to fp32's precision, for which the constant is
+    0. Near 0 that takes a series: the minimax polynomial of -tanh(z / cap) / 2 for |z / cap| < 1/2, with a relative
+    error of 2e-8. ``ratio`` is the cap of negative z over cap, which is that of the other z. It scales the distance of
+    r from the r of z = 0, so that the formula holds for all z.
     """
-    # The order of the sum decides how many registers ptxas takes for addresses: without a cap the other one spills.
+    # The order of the addresses' sum decides how many registers ptxas takes: without a cap the other order spills.
     x = _load(z, start, columns, inside) if CAPPED else _load(z, 0, start + columns, inside)
     if bias is not None:
         x += _load(bias, start, columns, inside)
@@ -78,7 +79,7 @@ def _depth(z, bias, start, columns, inside, scale, ratio, CAPPED: tl.constexpr, 
 
 @jit
 def _slope(r, ratio, CAPPED: tl.constexpr, CENTRED: tl.constexpr):
-    """Return a quarter of the logit's derivative over z, (1 - tanh²) / 4, from the r of `_depth`."""
+    """Return a quarter of the logit's derivative over z, (1 - tanh²) / 4, from the r of `_falling_logit`."""
     if ratio is not None:
         r = _stretched(r, 1 / ratio, CENTRED)
     return 0.25 if not CAPPED else 0.25 - r * r if CENTRED else r - r * r
@@ -86,7 +87,7 @@ def _slope(r, ratio, CAPPED: tl.constexpr, CENTRED: tl.constexpr):
 
 @jit
 def _weight(weights, start, columns, inside):
-    """Return the classes' weights, which are 1 where ``weights`` is None, and outside 0."""
+    """Return the classes' weights, or 1 where ``weights`` is None; 0 outside."""
     return tl.where(inside, 1.0, 0.0) if weights is None else _load(weights, start, columns, inside)
 
 
@@ -116,8 +117,8 @@ def _cross_entropy_kernel(
     """Write the losses of rows of z, and dz into ``gradient``, which may be z.
 
     ``scale`` is 2 / cap and ``slope`` is -2 cap, both times log2(e). Where SHIFTED, the softmax subtracts its maximum.
-    What is None takes no part: ``ratio``, of the cap of negative z to ``cap``, ``bias``, class ``weights``, label
-    ``smoothing``, ``square_scale`` of lse², and ``z_losses``, which receives that term.
+    Arguments that are None have no effect: ``ratio``, the cap of negative z over ``cap``; ``bias``; class ``weights``;
+    label ``smoothing``; ``square_scale`` of lse²; ``z_losses``, which receives that term.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
@@ -127,12 +128,12 @@ def _cross_entropy_kernel(
     if IGNORED is not None:
         known &= target != IGNORED
     place = tl.where(known, target, 0)
-    r_target = _depth(z, bias, 0, place, None, scale, ratio, CAPPED, SHIFTED)
+    r_target = _falling_logit(z, bias, 0, place, None, scale, ratio, CAPPED, SHIFTED)
     least = 0.0  # r of the largest logit; 0, the r of the cap, where the cap can stand in for the maximum
     most: tl.constexpr = 1.0 if CAPPED and ratio is None else float("inf")
     if V <= BLOCK:
         inside = (columns < V) | (V == BLOCK)
-        r = _depth(z, bias, 0, columns, inside, scale, ratio, CAPPED, SHIFTED)
+        r = _falling_logit(z, bias, 0, columns, inside, scale, ratio, CAPPED, SHIFTED)
         if SHIFTED:
             least = tl.min(tl.where(inside, r, most))
         power = tl.where(inside, tl.exp2((r - least) * slope), 0)
@@ -149,12 +150,12 @@ def _cross_entropy_kernel(
             lowest = tl.full((BLOCK,), most, tl.float32)
             for start in range(0, V, BLOCK):
                 inside = (start + columns < V) | (V % BLOCK == 0)
-                r = _depth(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
+                r = _falling_logit(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
                 lowest = tl.minimum(lowest, tl.where(inside, r, most))
             least = tl.min(lowest)
         for start in range(0, V, BLOCK):
             inside = (start + columns < V) | (V % BLOCK == 0)
-            r = _depth(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
+            r = _falling_logit(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
             sums += tl.where(inside, tl.exp2((r - least) * slope), 0)
             if smoothing is not None:
                 weight = _weight(weights, start, columns, inside)
@@ -163,7 +164,7 @@ def _cross_entropy_kernel(
         total = tl.sum(sums)
         if smoothing is not None:
             weight_sum, spread = tl.sum(weight_sums), tl.sum(spreads)
-    lost = float("nan") if IGNORED is None else tl.where(target == IGNORED, 0.0, float("nan"))  # where not known
+    lost = float("nan") if IGNORED is None else tl.where(target == IGNORED, 0.0, float("nan"))  # where not ``known``
     # The loss's derivative over logit v is factor softmax_v - rest weight_v, and at the target -own besides.
     log_total = tl.log(total)
     loss = log_total + 2 * cap * (r_target - least)
@@ -204,7 +205,7 @@ def _cross_entropy_kernel(
         else:
             for start in range(0, V, BLOCK):
                 inside = (start + columns < V) | (V % BLOCK == 0)
-                r = _depth(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
+                r = _falling_logit(z, bias, start, columns, inside, scale, ratio, CAPPED, SHIFTED)
                 dz = tl.exp2((r - least) * slope) * _slope(r, ratio, CAPPED, SHIFTED) * share
                 if smoothing is not None:
                     weight = _weight(weights, start, columns, inside)
@@ -227,7 +228,7 @@ def launch(
 ) -> None:
     """Write the losses of the rows of z [T, >= V], and dz into ``gradient`` [T, >= V], which may be z.
 
-    ``z_losses`` [T] takes what the squares of log Σ exp add to the losses.
+    ``z_losses`` [T] receives the losses' term in (log Σ exp)².
     """
     case = "blocks" if vocabulary > ROW_ELEMENTS else "loss" if gradient is None else "gradient"
     tuned = launch_parameters("linear_cross_entropy", case, z.device)

@@ -377,7 +377,17 @@ def low_rank_forward(
     return y, h
 
 
-def _fake_forward(x, A, B, offsets, residual, scale, parts, width, keep):
+def _fake_forward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    parts: Sequence[int],
+    width: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], width), x.new_empty(*(x.shape[:-1] if keep else (0,)), A.size(1))
 
 
@@ -461,7 +471,18 @@ def low_rank_backward(
     return dx, dA, dB
 
 
-def _fake_backward(dx_next, dy, x, A, B, offsets, h, scale, parts, *needs):
+def _fake_backward(
+    dx_next: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor | None,
+    h: Tensor,
+    scale: float,
+    parts: Sequence[int],
+    *needs: bool,
+) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip((x, A, B), needs, strict=True))
 
 

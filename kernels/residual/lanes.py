@@ -8,9 +8,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..common.compiling import jit, tl
+from ..common.launch import accumulator
 from ..common.operators import carrying, operator
 from .rows import (
-    accumulator,
     add_n1_gradient,
     contiguous,
     empty,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from ..common.compiling import jit, tl
-from ..common.launch import launch_parameters, multiprocessors
+from ..common.launch import accumulator, launch_parameters, multiprocessors
 from ..common.partial_sums import partial_sums
 
 Tensor = torch.Tensor
@@ -150,11 +150,6 @@ def store_sums(
         tl.store(partials + columns, drow, mask=columns <= K)
         partials += K + 1
     return partials
-
-
-def accumulator(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which kernels compute: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def plan(case: str, x: Tensor) -> tuple[tuple[int], tuple[int, int], dict]:

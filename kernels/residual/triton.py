@@ -11,9 +11,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..common.compiling import jit, tl
+from ..common.launch import accumulator
 from ..common.operators import carrying, may_overwrite, operator, overwriting
 from .rows import (
-    accumulator,
     add_n1_gradient,
     contiguous,
     empty,
@@ -435,7 +435,7 @@ _norm_backward_op = operator(
 )
 
 
-def _save_mix(ctx, inputs, output) -> None:
+def _save_mix(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps = inputs[:9]
     x, x0, _, skip, *_ = tensors
     ctx.same = x0 is x, skip is x
@@ -444,7 +444,15 @@ def _save_mix(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _mix_gradients(ctx: Any, djoined, du, dn, dn1, dx_next=None, dx0_next=None):
+def _mix_gradients(
+    ctx: Any,
+    djoined: Tensor | None,
+    du: Tensor | None,
+    dn: Tensor | None,
+    dn1: Tensor | None,
+    dx_next: Tensor | None = None,
+    dx0_next: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     x, x0, mix, skip, weight, gate, _, row_gate = ctx.saved_tensors
     needs = ctx.needs_input_grad
     need_parameters = needs[2] or any(needs[4:6]) or needs[7]
@@ -459,7 +467,7 @@ def _mix_gradients(ctx: Any, djoined, du, dn, dn1, dx_next=None, dx0_next=None):
     return *needed(needs, dx, dx0, dmix, dskip, dweight, dgate, None, drow), *(None,) * 5
 
 
-def _save_norm(ctx, inputs, output) -> None:
+def _save_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     _, other, scale, _ = inputs
     ctx.save_for_backward(*output, scale)
     ctx.mean = other is not None
@@ -468,9 +476,10 @@ def _save_norm(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _norm_gradients(ctx, dn, drstd):
+def _norm_gradients(ctx: Any, dn: Tensor | None, drstd: Tensor | None) -> tuple[Tensor | None, ...]:
     n, rstd, scale = ctx.saved_tensors
-    dx = None if dn is None else _norm_backward_op(None, dn, n, rstd, scale, None, ctx.mean, False)[0]
+    need_parameters = False  # without a row gate there are none
+    dx = None if dn is None else _norm_backward_op(None, dn, n, rstd, scale, None, ctx.mean, need_parameters)[0]
     return dx, dx if ctx.mean else None, None, None
 
 
@@ -570,7 +579,7 @@ _linear_backward_op = operator(
 )
 
 
-def _save_linear(ctx, inputs, output) -> None:
+def _save_linear(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     residual, x, weight, scale, row_gate, *_ = inputs
     _, n, rstd = output
     ctx.save_for_backward(x, weight, scale, row_gate, n, rstd)
@@ -580,14 +589,17 @@ def _save_linear(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _linear_gradients(ctx, dv, dn, drstd):
+def _linear_gradients(
+    ctx: Any, dv: Tensor | None, dn: Tensor | None, drstd: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, weight, scale, row_gate, n, rstd = ctx.saved_tensors
     *needs, _, need_row = ctx.needs_input_grad[1:5]
     drow = None
     if (dn := kept_gradient(dn)) is None:
         drow = torch.zeros_like(row_gate) if need_row else None
     else:
-        dv, sums = _norm_backward_op(dv, dn, n, rstd, scale, row_gate, False, need_row)
+        mean = False  # the norm is of one stream
+        dv, sums = _norm_backward_op(dv, dn, n, rstd, scale, row_gate, mean, need_row)
         (drow,) = parameter_gradients(sums, row_gate if need_row else None)
     if dv is None:
         return (None,) * 7

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -313,16 +315,31 @@ def _backward(
     return dx, dup, ddown
 
 
-def _fake_forward(residual, x, up, down, keep, slope):
+def _fake_forward(
+    residual: torch.Tensor | None,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    keep: bool,
+    slope: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = x.numel() // x.size(-1)
     return x.new_empty(x.shape), x.new_empty((tokens, up.size(0)) if keep else (0,))
 
 
-def _fake_backward(dout, x, up, down, hidden, slope, *needs):
+def _fake_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    hidden: torch.Tensor,
+    slope: float,
+    *needs: bool,
+) -> tuple[torch.Tensor, ...]:
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip((x, up, down), needs, strict=True))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.set_materialize_grads(False)  # hidden has no gradient
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[1:4], output[1])
@@ -330,7 +347,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _gradients(ctx, dout, _):
+def _gradients(ctx: Any, dout: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if dout is None:
         return (None,) * 6
     of_residual, *needs = ctx.needs_input_grad[:4]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.compiling import jit, tl
-from ..common.launch import launch_parameters
+from ..common.launch import accumulator, launch_parameters
 from ..common.operators import operator
 
 
@@ -363,17 +363,12 @@ def _join_segments_kernel(
         tl.store(gradient + key.to(tl.int64) * D + columns, total.to(gradient.dtype.element_ty), mask=inside)
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which kernels compute."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _settings(case: str, source: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
     """Return a case's tuned parameters, and the launch arguments that follow from them and the width of ``source``."""
     tuned = launch_parameters("smear_gate", case, source.device)
     block = 1 << (source.size(-1) - 1).bit_length()
     warps = min(32, max(1, block // tuned["columns_per_warp"]))
-    accumulate = tl.float64 if _accumulator(source) == torch.float64 else tl.float32
+    accumulate = tl.float64 if accumulator(source) == torch.float64 else tl.float32
     return tuned, dict(D=source.size(-1), BLOCK=block, ACC=accumulate, num_warps=warps)
 
 
@@ -439,12 +434,12 @@ def _backward(
     rows, tokens = input_ids.shape
     dx = source.new_empty(dout.shape)
     if embed:
-        dx = torch.zeros(source.shape, dtype=_accumulator(source), device=source.device)
+        dx = torch.zeros(source.shape, dtype=accumulator(source), device=source.device)
     if not dout.numel():
-        return dx, source.new_zeros(weight.numel() + 1, dtype=_accumulator(source))
+        return dx, source.new_zeros(weight.numel() + 1, dtype=accumulator(source))
     tuned, settings = _settings("prologue_backward" if embed else "backward", source)
     chunks = -(-tokens // tuned["chunk"])
-    partials = source.new_empty(weight.numel() + 1, rows * chunks, dtype=_accumulator(source))
+    partials = source.new_empty(weight.numel() + 1, rows * chunks, dtype=accumulator(source))
     with torch.cuda.device_of(source):
         _backward_kernel[(rows * chunks,)](
             dout.contiguous(),
@@ -485,7 +480,7 @@ def _table_gradient(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the table and of (w, λ), summed over tokens sorted by id, in a fixed order."""
-    (vocabulary, width), count, gate, accumulate = table.shape, input_ids.numel(), weight.numel(), _accumulator(table)
+    (vocabulary, width), count, gate, accumulate = table.shape, input_ids.numel(), weight.numel(), accumulator(table)
     gradient, sigmas = table.new_empty(vocabulary, width), table.new_empty(vocabulary, dtype=accumulate)
     # A radix sort takes one pass for every 8 bits of its keys, so narrow keys sort faster.
     keys = torch.empty(count, dtype=_narrowest(vocabulary - 1), device=table.device)
@@ -604,7 +599,7 @@ def _gate_gradients(sums: Tensor, weight: Tensor, lam: Tensor) -> tuple[Tensor, 
 
 
 def _fake_sums(source: Tensor, weight: Tensor) -> Tensor:
-    return source.new_empty(weight.numel() + 1, dtype=_accumulator(source))
+    return source.new_empty(weight.numel() + 1, dtype=accumulator(source))
 
 
 _smear_gate_backward_op = operator(

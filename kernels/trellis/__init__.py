@@ -1,22 +1,23 @@
 """GPTQ with a trellis: integer codes for matrices, each column a path through a trellis.
 
 A code u of an element w stands for u · row_step · column_step. Codes of a column follow a path through a trellis of S
-states, down the rows: state s allows codes of the parity of s, and which of two codes apart by 2 (modulo 4) was taken
-leads to the next state. So a code costs the bits of a quantiser of step 2, and the choice of paths brings its error
-near that of a finer one (trellis coded quantisation; Marcellin and Fischer 1990, the codes are Ungerboeck's of 1982):
-of Gaussian numbers 0.16, 0.17, 0.18, 0.19 and 0.20 bits each are gained with 4, 8, 16, 64 and 128 states.
+states, down the rows. State s allows codes u of the parity of s, and the bit (u - parity) / 2 modulo 2 selects the next
+state. So a code costs the bits of a quantiser of step 2, and the choice of the path brings its error near that of a
+finer one (trellis coded quantisation; Marcellin and Fischer 1990, with Ungerboeck's codes of 1982). On Gaussian numbers
+4, 8, 16, 64 and 128 states gain 0.16, 0.17, 0.18, 0.19 and 0.20 bits each.
 
-Columns are coded one after the other, and the error of each is made good by those after it (GPTQ, arXiv 2210.17323):
+Columns are coded one after the other, and later columns compensate the error of each (GPTQ, arXiv 2210.17323):
 
-    x_r  = w_rj / (row_step_r column_step_j),   u = the path next to shrink_r x,
+    x_r  = w_rj / (row_step_r column_step_j),   u = the path nearest to shrink_r x,
     e_r  = (w_rj - u_r row_step_r column_step_j) / F_jj,   w_rk -= F_jk e_r   for k > j
 
 with F upper triangular, Fᵀ F = H⁻¹ for the second moment H of the inputs. Rows do not interact, so the plain squared
 distance chooses the path. ``shrink`` below 1 draws codes to zero, which costs fewer bits: the quadratic form of
 rate-distortion optimised rounding for Gaussian weights.
 
-Kernel: a program has one path's rows of one matrix and goes through a block of columns; the S states lie side by side
-in a warp. Blocks are joined by cuBLAS. 36 million weights take 0.2 to 0.9 s (H200, 8 to 128 states).
+Kernel: a program codes one path's rows of one matrix for a block of columns; the lanes of one warp hold the S states.
+cuBLAS subtracts a block's errors from the columns after it. 36 million weights take 0.2 to 0.9 s (H200, 8 to 128
+states).
 
 Shapes: weight [B, R, C], factor [B, C, C], row_step and shrink [B, R], column_step [B, C], codes int16 [B, R, C].
 """
@@ -34,7 +35,7 @@ from .triton import trellis_gptq_triton
 
 __all__ = ["STATES", "Trellis", "trellis", "trellis_gptq", "trellis_gptq_reference"]
 
-LARGEST_CODE = 2**14  # codes are int16, and what earlier columns pass on comes to a weight
+LARGEST_CODE = 2**14  # codes are int16; the other half of their range is for the errors that earlier columns pass on
 _TRELLIS_GPTQ = {"reference": trellis_gptq_reference, "triton": trellis_gptq_triton}
 
 

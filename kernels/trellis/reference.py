@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .tables import sources
+from .tables import predecessors
 
-BLOCK_COLUMNS = 32  # that are coded before the rest is corrected in one product
+BLOCK_COLUMNS = 32  # columns that are coded before one product corrects all later columns
 
 
 def trellis_gptq_reference(
@@ -22,7 +22,7 @@ def trellis_gptq_reference(
     path_length: int = 256,
     shrink: Tensor,
 ) -> Tensor:
-    """Plain PyTorch; the contract of `trellis_gptq`, whose arguments it shares."""
+    """Compute `trellis_gptq` in plain PyTorch, with the same arguments."""
 
     def code_block(work: Tensor, factor: Tensor, column_step: Tensor, codes: Tensor) -> Tensor:
         errors = torch.empty_like(work)
@@ -40,10 +40,10 @@ def trellis_gptq_reference(
 def by_blocks(
     weight: Tensor, factor: Tensor, column_step: Tensor, code_block: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return the codes of all columns, given what codes a block of them.
+    """Return the codes of all columns, which ``code_block`` codes block by block.
 
-    ``code_block(work, factor, column_step, codes)`` uses up work [B, columns, R], fills codes [B, columns, R] and
-    returns the errors [B, columns, R] that the columns after the block make good.
+    ``code_block(work, factor, column_step, codes)`` overwrites work [B, columns, R], fills codes [B, columns, R] and
+    returns the errors [B, columns, R] that the columns after the block compensate.
     """
     work = weight.transpose(1, 2).contiguous()
     columns = work.size(1)
@@ -58,7 +58,7 @@ def by_blocks(
 
 
 def nearest_path(x: Tensor, states: int, path_length: int) -> Tensor:
-    """Return the codes, as float, next to x [B, R] in squared distance among the trellis's paths down the rows."""
+    """Return the path of the trellis down the rows that is nearest to x [B, R] in squared distance: codes as float."""
     if states == 1:
         return torch.floor(x + 0.5)
     B, R = x.shape
@@ -66,9 +66,9 @@ def nearest_path(x: Tensor, states: int, path_length: int) -> Tensor:
     length = R if paths == 1 else path_length
     lanes, shortest = B * paths, R - (paths - 1) * length
     padded = torch.nn.functional.pad(x, (0, paths * length - R)).view(lanes, length).T
-    table = torch.tensor(sources(states), device=x.device)
+    table = torch.tensor(predecessors(states), device=x.device)
     before, label = table[:, ::2].reshape(-1), table[:, 1::2].reshape(-1)
-    # The four codes next to every target, one for each rest modulo 4, and their squared distances.
+    # The nearest code to each target of each residue modulo 4, and their squared distances.
     rests = torch.arange(4, device=x.device, dtype=x.dtype)
     codes = 4 * torch.floor((padded[..., None] - rests) * 0.25 + 0.5) + rests
     distances = (padded[..., None] - codes).square()[..., label].view(length, lanes, states, 2)

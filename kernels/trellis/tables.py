@@ -1,4 +1,4 @@
-"""Trellises by number of states: Ungerboeck's codes for one dimension, in systematic form with feedback."""
+"""Trellises by number of states: Ungerboeck's codes for one dimension, in systematic feedback form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATES = (1, *POLYNOMIALS)
 
 
 class Trellis(NamedTuple):
-    """A trellis by state s: the parity of its codes, and the next state by the bit ((code - parity) / 2) modulo 2."""
+    """A trellis: each state's parity of codes, and its next states by the bit ((code - parity) / 2) modulo 2."""
 
     parity: tuple[int, ...]
     following: tuple[tuple[int, int], ...]
@@ -26,7 +26,7 @@ class Trellis(NamedTuple):
 
 @cache
 def trellis(states: int) -> Trellis:
-    """The trellis of so many states, of `STATES`; with one state all codes are allowed, as if its parity were free."""
+    """Return the trellis of ``states`` states, one of `STATES`. With one state codes of both parities are allowed."""
     if states == 1:
         return Trellis((0,), ((0, 0),))
     length = states.bit_length() - 1
@@ -43,8 +43,8 @@ def trellis(states: int) -> Trellis:
     return Trellis(tuple(state & 1 for state in range(states)), tuple(following))
 
 
-def sources(states: int) -> list[tuple[int, int, int, int]]:
-    """For every state the two before it, each with its code modulo 4: (state, code, state, code)."""
+def predecessors(states: int) -> list[tuple[int, int, int, int]]:
+    """Return, for every state, its two predecessors with their codes modulo 4: (state, code, state, code)."""
     found: list[list[int]] = [[] for _ in range(states)]
     parity, following = trellis(states)
     for state in range(states):

@@ -1,4 +1,4 @@
-"""The kernel of `trellis_gptq`: a block of columns of one path's rows a program."""
+"""The kernel of `trellis_gptq`: a program codes a block of columns of one path's rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ..common.compiling import jit, tl
 from ..common.operators import operator
 from .reference import by_blocks
-from .tables import sources
+from .tables import predecessors
 
 
 @jit
 def _round_to(target, label):
-    """The code next to target that is label modulo 4, in float32."""
+    """Return the code nearest to target among those that are label modulo 4, in float32."""
     return 4 * tl.floor((target - label) * 0.25 + 0.5) + label
 
 
@@ -26,7 +26,7 @@ def _trellis_gptq_kernel(
     row_step,
     column_step,
     shrink,
-    sources,
+    predecessors,
     codes,
     errors,
     targets,
@@ -41,10 +41,10 @@ def _trellis_gptq_kernel(
     PADDED: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """One path of one matrix, [columns, LENGTH] of work; what programs keep between loops lies in memory of their own.
+    """Code one path of one matrix, [columns, LENGTH] of ``work``. ``targets``, ``chosen`` and ``back`` are scratch.
 
-    sources: int32 [STATES, 4], of each state the two before it and their codes modulo 4. back: int16 [LENGTH, STATES],
-    the state before each and the code's class, 256 for each, on the best path to it.
+    predecessors: int32 [STATES, 4], of each state its two predecessors and their codes modulo 4. back: int16 [LENGTH,
+    STATES], on the best path to each state its predecessor plus 256 times the code modulo 4.
     """
     path, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     program = matrix * tl.num_programs(0) + path
@@ -63,8 +63,8 @@ def _trellis_gptq_kernel(
     back += program * PADDED * STATES
     states = tl.arange(0, STATES)
     if STATES > 1:
-        before_0, label_0 = tl.load(sources + states * 4), tl.load(sources + states * 4 + 1)
-        before_1, label_1 = tl.load(sources + states * 4 + 2), tl.load(sources + states * 4 + 3)
+        before_0, label_0 = tl.load(predecessors + states * 4), tl.load(predecessors + states * 4 + 1)
+        before_1, label_1 = tl.load(predecessors + states * 4 + 2), tl.load(predecessors + states * 4 + 3)
         entry_0, entry_1 = (before_0 + label_0 * 256).to(tl.int16), (before_1 + label_1 * 256).to(tl.int16)
         label_0, label_1 = label_0.to(tl.float32), label_1.to(tl.float32)
     for j in range(columns):
@@ -104,12 +104,12 @@ def _trellis_gptq_kernel(
         for k in range(j + 1, columns):
             later = work + k * R + rows
             tl.store(later, tl.load(later, mask=inside) - tl.load(factor + j * columns + k) * error, mask=inside)
-        tl.debug_barrier()  # a load's layout may differ from a store's: others read what a thread has written
+        tl.debug_barrier()  # a load's layout may differ from a store's, so that threads read what others have written
 
 
 @cache
-def _sources(states: int, device: torch.device) -> Tensor:
-    return torch.tensor(sources(states) if states > 1 else [[0] * 4], dtype=torch.int32, device=device)
+def _predecessors(states: int, device: torch.device) -> Tensor:
+    return torch.tensor(predecessors(states) if states > 1 else [[0] * 4], dtype=torch.int32, device=device)
 
 
 def _trellis_gptq(
@@ -129,7 +129,7 @@ def _trellis_gptq(
     scratch = [weight.new_empty(B * paths, padded + extra) for extra in (1, 0)]
     back = weight.new_empty(B * paths, padded * states, dtype=torch.int16)
     row_step, shrink = row_step.contiguous(), shrink.contiguous()
-    table = _sources(states, weight.device)
+    table = _predecessors(states, weight.device)
 
     def code_block(work: Tensor, within: Tensor, steps: Tensor, codes: Tensor) -> Tensor:
         columns = work.size(1)

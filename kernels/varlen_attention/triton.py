@@ -1054,14 +1054,14 @@ _backward_op = operator(
 )
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], *output, inputs[3], *inputs[7:])
     ctx.options = inputs[4:7]
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
-def _differentiate(ctx, do, dlse):
+def _differentiate(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if do is None and dlse is None:
         return (None,) * 9
     *saved, query_bounds, key_bounds = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""The bytes of a packed artifact without coding it: by the models of `pgolf.artifact.entropy`, on any device."""
+"""Compute the bytes of a packed artifact without coding it, from the models of `pgolf.artifact.entropy`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from pgolf.artifact.entropy import (
 from pgolf.artifact.packed_format import HEAD, coded, side_block
 from pgolf.artifact.quantized import CODES, QuantizedModel, is_trellised
 
-BITS_OF_A_STATE = 8  # that a coder's last state holds in the mean, of the 16 above its lowest
-LOSS = 1.2e-3  # bits of a code, by which a coder's states of 32 bits miss the ideal; measured: 0.8e-3 to 1.3e-3
+BITS_OF_A_STATE = 8  # mean bits in a coder's last state, which has 16 bits above `LOWEST`
+LOSS = 1.2e-3  # bits a code that states of 32 bits cost over the ideal; measured: 0.8e-3 to 1.3e-3
 
 
 class PackedSize(NamedTuple):
-    """The bytes of a packed artifact: of its codes with their coders, and of all else."""
+    """The bytes of a packed artifact: of its codes with their coders' states, and of all else."""
 
     codes: int
     side: int
 
     @property
     def total(self) -> int:
-        """All bytes of the file."""
+        """Return the bytes of the whole file."""
         return self.codes + self.side
 
 
@@ -45,8 +45,8 @@ def packed_size(quantized: QuantizedModel, device: torch.device, side: int | Non
     Codes are not checked for being on a path of their trellis.
 
     Args:
-        side: the bytes that are no codes, if known: those of the same model at other steps are within some hundred.
-            To compress them takes a few tenths of a second.
+        side: the bytes of all but codes, if known; at other steps the same model has some hundred more or fewer. None
+            compresses them, which takes a few tenths of a second.
     """
     bits, classes = 0.0, {}
     for name in quantized.tensors:
@@ -67,7 +67,7 @@ def code_bits(codes: Tensor, *, trellised: bool) -> tuple[float, np.ndarray]:
     squares = u * u
     mean = squares.double().mean(1).clamp_min(1e-9)
     row_class = torch.round(4 * mean.log2()).clamp(first, CLASSES[-1]).to(torch.int64)
-    # Of a column, what it varied above the block of rows; the last block moves nothing.
+    # `Columns.energy` before each block of `REFRESH` rows: the prior plus the sum over the blocks above.
     energy = squares * torch.from_numpy(Columns.weights).to(device)[row_class - first, None]
     blocks = -(-len(u) // REFRESH)
     energy = torch.nn.functional.pad(energy, (0, 0, 0, blocks * REFRESH - len(u))).view(blocks, REFRESH, -1).sum(1)
@@ -86,6 +86,6 @@ def code_bits(codes: Tensor, *, trellised: bool) -> tuple[float, np.ndarray]:
 
 
 def _lengths(kind: int) -> Tensor:
-    """Bits of each symbol by class, float32 [classes, 2 REACH]: those without a frequency are escapes."""
+    """Return the bits of each symbol by class, float32 [classes, 2 REACH]; one without a frequency is an escape."""
     counts = torch.from_numpy(frequencies(kind).astype(np.int64))
     return torch.where(counts > 0, PRECISION - counts.clamp_min(1).double().log2(), PRECISION + 16).float()

@@ -1,12 +1,13 @@
-"""Columns without their correlations: each code of an embedding less what its row's codes before it say of it.
+"""Subtract from each code of an embedding its linear prediction from the earlier columns of the row.
 
     e_j = u_j - p_j,   p_j = Σ_{i<j} L_ji e_i,   residual_j = u_j - round(p_j)
 
-L need not be stored. It comes from the rows above: their second moments S, with a ridge, are L D Lᵀ, with ones on L's
-diagonal. The first rows are their own residuals; then as many rows as are above have one L, and so on.
+L is not stored: it is computed from the rows above. Their second moments S, with a ridge added, are L D Lᵀ, with ones
+on L's diagonal. The first rows are their own residuals. Each later block has as many rows as are above it, or what is
+left of the matrix, and one L.
 
-All numbers are whole: int64, or float64 below 2^53, in which sums of products are the same in any order. So all
-machines restore the same codes.
+All numbers are integers, in int64 or in float64 below 2^53, whose sums are the same in any order. So all machines
+restore the same codes.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-FIRST_ROWS = 2  # times the columns: so many rows stay as they are
-MOST_COLUMNS = 1024  # for which int64 suffices
-RIDGE = 2  # times columns / rows: the share of the mean moment that is added to each
-FACTOR_BITS, ERROR_BITS = 14, 8  # behind the point of L and of e
+FIRST_ROWS = 2  # rows that are not predicted, as a multiple of the columns
+MOST_COLUMNS = 1024  # with more, int64 could overflow
+RIDGE = 2  # times columns / rows: the ridge, as a multiple of the mean of S's diagonal
+FACTOR_BITS, ERROR_BITS = 14, 8  # fractional bits of L and of e
 LARGEST_FACTOR = 1 << 3 + FACTOR_BITS
-PANEL = 32  # columns whose products with all columns before are taken at once
+PANEL = 32  # columns whose products with all earlier columns are computed at once
 
 
 def has_enough_rows(rows: int, columns: int) -> bool:
-    """Return whether a matrix of codes has the rows that its columns' moments take, as an embedding has."""
+    """Return whether a matrix of codes has enough rows to estimate its columns' moments, as an embedding has."""
     return columns <= MOST_COLUMNS and rows >= 4 * FIRST_ROWS * columns
 
 
@@ -40,7 +41,7 @@ def decorrelate(codes: np.ndarray) -> np.ndarray:
 
 
 def restore(residuals: np.ndarray) -> np.ndarray:
-    """Return the codes, int8 [R, C], of the residuals that `decorrelate` made. Raises ValueError for others."""
+    """Return the codes, int8 [R, C], whose `decorrelate` gives these residuals. Raises ValueError if none do."""
     codes = residuals.astype(np.int16)
     for part in _parts(*codes.shape):
         lines = residuals[part].T.astype(np.float64)
@@ -53,7 +54,7 @@ def restore(residuals: np.ndarray) -> np.ndarray:
 
 
 def _parts(rows: int, columns: int) -> Iterator[slice]:
-    """Yield the rows that have one L: as many as are above them."""
+    """Yield the blocks of rows that share one L; each has as many rows as are above it."""
     start = FIRST_ROWS * columns
     while start < rows:
         yield slice(start, min(2 * start, rows))
@@ -61,12 +62,15 @@ def _parts(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _predictions(above: np.ndarray, lines: np.ndarray, *, given_codes: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each of ``lines`` [C, n], codes or residuals, with round(p); the caller turns the one into the other."""
+    """Yield each of ``lines`` [C, n] with its round(p).
+
+    Lines hold codes if ``given_codes``, else residuals; the caller converts each line in place before it asks for more.
+    """
     factor, errors = _factor(above), np.empty_like(lines)
     for start in range(0, len(lines), PANEL):
         panel = factor[start : start + PANEL, :start] @ errors[:start]
         for j, p in enumerate(panel, start):
-            p += factor[j, start:j] @ errors[start:j]  # with bits of both behind the point
+            p += factor[j, start:j] @ errors[start:j]  # with the fractional bits of both
             prediction = np.floor(p / (1 << FACTOR_BITS + ERROR_BITS) + 0.5)
             code = lines[j] if given_codes else lines[j] + prediction
             errors[j] = code * (1 << ERROR_BITS) - np.floor(p / (1 << FACTOR_BITS))
@@ -74,11 +78,11 @@ def _predictions(above: np.ndarray, lines: np.ndarray, *, given_codes: bool) -> 
 
 
 def _factor(above: np.ndarray) -> np.ndarray:
-    """Return L times 2^FACTOR_BITS of the rows [R, C] above, float64 [C, C], whole numbers, zeros on the diagonal."""
+    """Return 2^FACTOR_BITS L for the rows [R, C] above: integers in float64 [C, C], with zeros on the diagonal."""
     rows, columns = above.shape
     exact = above.astype(np.float64)
     moments = (exact.T @ exact).astype(np.int64)
-    mean = 1 << min(22, 31 - (columns - 1).bit_length())  # of the diagonal, so that all are below 2^31
+    mean = 1 << min(22, 31 - (columns - 1).bit_length())  # of the scaled diagonal, so that all moments are below 2^31
     moments = moments * mean // max(int(moments.trace()) // columns, 1)
     moments += np.diag(np.full(columns, max(RIDGE * columns * mean // rows, 1)))
     factor = np.zeros((columns, columns))

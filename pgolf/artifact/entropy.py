@@ -1,13 +1,12 @@
 """Entropy coding of matrices of codes: interleaved range coders (rANS), Gaussian models, integers only.
 
-A code u on a trellis is written as the k of u = 2 k + z, with z the parity of its state, which the decoder knows from
-the codes above it in the column; without a trellis k is u itself. The model of k is a Gaussian of one of `CLASSES`
-variances, four to an octave: the class that is stored for its row, moved by how much its column varied in the rows
-above. A k far outside of its model is an escape, whose value is stored by itself.
+A code u on a trellis is written as the k of u = 2 k + z. z is the parity of its state, which the decoder knows from the
+codes above it in the column. Without a trellis k is u. The model of k is a Gaussian of one of `CLASSES` variances, four
+to an octave: the class that is stored for its row, plus the offset of its column, estimated from the rows above. A k
+far outside its model is an escape, whose value is stored separately.
 
-Up to `LANES` coders, one for each column modulo `LANES`, share a stream of 16-bit words. They work side by side, so
-that numpy's time goes into vectors (Giesen, arXiv 1402.3392). Every number is an integer, and tables come from
-integers, so all machines decode the same.
+Up to `LANES` coders, one for each column modulo `LANES`, share a stream of 16-bit words. numpy runs them as one vector
+(Giesen, arXiv 1402.3392). All numbers are integers, the tables' too, so all machines decode the same.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from pgolf.kernels.trellis import STATES, trellis
 
 LANES = 512
 PRECISION = 15  # bits of a probability
-LOWEST = 1 << 16  # state of a coder, which is below 2^32; where it falls below this a word of 16 bits is read
-REACH = 128  # |k| below this has a place in a table
+LOWEST = 1 << 16  # least state of a coder, whose states are below 2^32; below it the decoder reads a word of 16 bits
+REACH = 128  # k with |k| below this are in the tables
 ESCAPE = -REACH
 CLASSES = range(-16, 56)  # class c has the variance 2^(c/4) of u
-PRIOR = 16  # rows in which a column is taken to have varied as its rows' classes say
-REFRESH = 4  # rows after which the columns' classes are computed anew
-_UNIT = 20  # bits behind the point of a column's variance
+PRIOR = 16  # weight of the prior in rows: before any data a column has the variance of its row's class
+REFRESH = 4  # rows between two updates of the columns' offsets
+_UNIT = 20  # fractional bits of a column's variance
 PRIOR_ENERGY = PRIOR << _UNIT
-_POINTS = 8  # at which the density is taken, for each whole number
+_POINTS = 8  # points at which the density is computed, in each unit of u
 _LOG2_E = 1624330212139199  # log2(e) times 2^50
 
 
 class EntropyError(ValueError):
-    """Words that are no code of matrices of these shapes."""
+    """The words are not a code of matrices with these layouts."""
 
 
 class Layout(NamedTuple):
-    """What a decoder must know of a matrix. row_class: int8 [rows]; states: of the trellis, 1 without one."""
+    """What a decoder must know of a matrix. row_class: int8 [rows]; states: of the trellis, or 1 without one."""
 
     rows: int
     columns: int
@@ -49,7 +48,7 @@ class Layout(NamedTuple):
     path_length: int
 
     def check(self) -> None:
-        """Raise EntropyError for a layout that no matrix has."""
+        """Raise EntropyError for a layout that no matrix can have."""
         if self.states not in STATES or self.path_length < 1:
             raise EntropyError(f"there is no trellis of {self.states} states with paths of {self.path_length} rows")
         if not all(c in CLASSES for c in {*self.row_class.tolist()}):
@@ -65,7 +64,7 @@ class Stream(NamedTuple):
 
 
 def row_classes(codes: np.ndarray) -> np.ndarray:
-    """The class next to each row's mean square, int8 [R] of codes [R, C]."""
+    """Return the class nearest to each row's mean square, int8 [R], for codes [R, C]."""
     mean = np.maximum(np.square(codes.astype(np.float64)).mean(1), 1e-9)
     return np.clip(np.rint(4 * np.log2(mean)), CLASSES[0], CLASSES[-1]).astype(np.int8)
 
@@ -74,14 +73,14 @@ def row_classes(codes: np.ndarray) -> np.ndarray:
 
 
 def _power(eighths: int) -> int:
-    """2^(eighths / 8), rounded down, for any number from 0 to thousands: an exact eighth root."""
+    """Return 2^(eighths / 8), rounded down exactly, for ``eighths`` of at least 0."""
     return isqrt(isqrt(isqrt(1 << eighths)))
 
 
 @cache
 def _halving(bits: int) -> list[int]:
-    """2^30 times 2^(-1/2), 2^(-1/4), … as many as there are bits."""
-    root, factors = 1 << 29 + 60, []  # 2^-1, 2^30 and 60 bits more
+    """Return 2^30 times 2^(-1/2), 2^(-1/4), …: one factor for each of ``bits`` bits."""
+    root, factors = 1 << 29 + 60, []  # 2^-1 times 2^30, with 60 more bits
     for _ in range(bits):
         root = isqrt(root << 90)
         factors.append(root >> 60)
@@ -89,7 +88,7 @@ def _halving(bits: int) -> list[int]:
 
 
 def _densities(variance_class: int) -> np.ndarray:
-    """exp(-x²/2σ²) times 2^30, of x = ±1/16, ±3/16, … by |x|, for σ² = 2^(class / 4): int64."""
+    """Return 2^30 exp(-x²/2σ²) for x = 1/16, 3/16, …, int64, with σ² = 2^(variance_class / 4)."""
     count = (2 * REACH + 4) * _POINTS
     rate = _LOG2_E * _power(8 * 100 - 2 * variance_class) >> 100 + 9  # log2(e) / (2 σ² 16²), times 2^50
     exponents = [min((2 * i + 1) ** 2 * rate >> 26, 62 << 24) for i in range(count)]
@@ -102,7 +101,9 @@ def _densities(variance_class: int) -> np.ndarray:
 
 @cache
 def frequencies(kind: int) -> np.ndarray:
-    """Frequencies of k by class, uint32 [classes, 2 REACH], the first of `ESCAPE`; rows add up to 2^PRECISION.
+    """Return the frequencies of k by class, uint32 [classes, 2 REACH].
+
+    Columns are k = -REACH, …, REACH - 1, of which the first is `ESCAPE`. Each row adds up to 2^PRECISION.
 
     kind: 0 without a trellis, 1 and 2 for the parities 0 and 1 of u = 2 k + z.
     """
@@ -110,7 +111,7 @@ def frequencies(kind: int) -> np.ndarray:
     rows = []
     for variance_class in CLASSES:
         density = _densities(variance_class)
-        # Points of u from -2 REACH - 2 on; those of a cell lie from half a width below it to half a width above.
+        # The points of u begin at -2 REACH - 4. A cell reaches from half a width below its u to half a width above.
         line = np.concatenate([density[::-1], density])
         ks = np.arange(-REACH + 1, REACH)
         first = (width * ks + parity) * _POINTS - width * _POINTS // 2 + len(density)
@@ -125,11 +126,11 @@ def frequencies(kind: int) -> np.ndarray:
 
 
 class _Decoding(NamedTuple):
-    """By kind, class and the low bits of a coder's state: k, its frequency, and the bits' place above its first."""
+    """Tables of the decoder: symbol, frequency and offset for each value of a state's low bits, by kind and class."""
 
     k: np.ndarray
     frequency: np.ndarray
-    place: np.ndarray
+    offset: np.ndarray  # of the low bits from the first value that stands for k
 
 
 @cache
@@ -139,14 +140,14 @@ def _decoding(trellised: bool) -> _Decoding:
     frequency = np.concatenate([np.repeat(count, count) for count in counts])
     firsts = np.cumsum(counts, axis=1, dtype=np.uint32) - counts
     starts = np.concatenate([np.repeat(first, count) for first, count in zip(firsts, counts, strict=True)])
-    place = np.tile(np.arange(1 << PRECISION, dtype=np.uint32), len(counts)) - starts
-    return _Decoding(k, frequency, place)
+    offset = np.tile(np.arange(1 << PRECISION, dtype=np.uint32), len(counts)) - starts
+    return _Decoding(k, frequency, offset)
 
 
 class Columns:
-    """The classes of a matrix's columns, from the codes of the rows so far."""
+    """Estimates the offsets of a matrix's columns from the codes of the rows so far."""
 
-    MOST = 40  # classes that a column can be above or below its rows'
+    MOST = 40  # largest offset of a column from its row's class, up or down
     weights = np.array([_power(8 * _UNIT - 2 * c) for c in CLASSES], np.int64)  # 1 / variance
     thresholds = np.array([_power(8 * _UNIT + 2 * c - 1) for c in range(1 - MOST, 1 + MOST)], np.int64)
 
@@ -155,18 +156,18 @@ class Columns:
         self.rows = PRIOR
 
     def classes(self) -> np.ndarray:
-        """By how many classes each column is above its rows': int64 from -MOST to MOST."""
+        """Return each column's offset from its row's variance class, int64 in [-MOST, MOST]."""
         return np.searchsorted(self.thresholds, self.energy // self.rows, side="right") - self.MOST
 
     def add(self, codes: np.ndarray, row_class: np.ndarray) -> None:
-        """Take in rows of codes."""
+        """Add rows of codes to the estimates."""
         codes = codes.astype(np.int64)
         self.energy += (codes * codes * self.weights[row_class.astype(np.int64) - CLASSES[0], None]).sum(0)
         self.rows += len(codes)
 
 
 def _indices(offset: np.ndarray, row_class: np.ndarray) -> np.ndarray:
-    """Which of `CLASSES` the codes of rows have, [rows, columns]."""
+    """Return the indices in `CLASSES` of the classes of rows of codes, int64 [rows, columns]."""
     return np.clip(offset + row_class.astype(np.int64)[:, None] - CLASSES[0], 0, len(CLASSES) - 1)
 
 
@@ -174,7 +175,7 @@ def _indices(offset: np.ndarray, row_class: np.ndarray) -> np.ndarray:
 
 
 def encode(matrices: Sequence[tuple[np.ndarray, Layout]]) -> Stream:
-    """The code of matrices of codes, int16 [R, C], each with its layout.
+    """Encode matrices of codes, int16 [R, C], each with its layout.
 
     Raises EntropyError for codes that are on no path of their trellis.
     """
@@ -196,7 +197,7 @@ def encode(matrices: Sequence[tuple[np.ndarray, Layout]]) -> Stream:
 
 
 def _symbols(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The escaped k, int16 in the order of decoding, and frequency and first place of every symbol, uint64 [R, C]."""
+    """Return the escaped k, int16 in the order of decoding, and each symbol's frequency and start, uint64 [R, C]."""
     codes = codes.astype(np.int64)
     parity = _parities(codes, layout)
     k = (codes - parity) >> 1 if layout.states > 1 else codes
@@ -214,7 +215,7 @@ def _symbols(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray,
 
 
 def _parities(codes: np.ndarray, layout: Layout) -> np.ndarray:
-    """The parity of each code's state, int64 [R, C]; zeros without a trellis."""
+    """Return the parity of each code's state, int64 [R, C]; zeros without a trellis."""
     parities = np.zeros(codes.shape, np.int64)
     if layout.states == 1:
         return parities
@@ -230,10 +231,10 @@ def _parities(codes: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def decode(stream: Stream, layouts: Sequence[Layout]) -> list[np.ndarray]:
-    """The matrices of codes, int16 [R, C], that `encode` was given.
+    """Return the matrices of codes, int16 [R, C], that `encode` was given.
 
-    Raises EntropyError for words that are no code of such matrices, before or after decoding them; time and memory
-    are bounded by the layouts.
+    Raises EntropyError, which may come only after decoding, for words that are not a code of such matrices. The layouts
+    bound time and memory.
     """
     x = stream.states.astype(np.uint32)
     words, escapes = np.concatenate([stream.words, np.zeros(LANES, np.uint16)]).astype(np.uint32), stream.escapes
@@ -266,7 +267,7 @@ def decode(stream: Stream, layouts: Sequence[Layout]) -> list[np.ndarray]:
                 k[left : left + LANES] = tables.k.take(place)
                 lanes >>= np.uint32(PRECISION)
                 lanes *= tables.frequency.take(place)
-                lanes += tables.place.take(place)
+                lanes += tables.offset.take(place)
                 low = np.flatnonzero(lanes < LOWEST)
                 if word + len(low) > len(stream.words):
                     raise EntropyError("the words end too early")

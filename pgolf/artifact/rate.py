@@ -1,12 +1,12 @@
 """Quantisation by rate: every byte is spent where it lowers the loss most, and the artifact fits a number of bytes.
 
-The loss grows with the square of a row's step and the bytes with its logarithm, so at the best allocation all rows lose
-the same by a bit more or less: step² times the row's sensitivity is the same everywhere (`allocate`). One number, the
-level, moves all steps; it is searched for until the coded bytes are what is wanted (`quantize_by_rate`). Codes lie on a
-trellis and are chosen as in GPTQ (`pgolf.kernels.trellis`).
+The loss grows with the square of a row's step, and the bytes fall with the step's logarithm. So at the best allocation
+all rows lose equally per bit saved: step² times the row's sensitivity is the same for all (`allocate`). One number, the
+level, moves all steps. `quantize_by_rate` searches for the level at which the coded bytes meet their target. Codes lie
+on a trellis and are chosen as in GPTQ (`pgolf.kernels.trellis`).
 
-Steps are whole powers of 2^(1/16), of a row times of a column; columns have steps in inverse proportion to their
-pivots, so that all columns of a row add the same to the loss.
+An element's step is the product of its row's and its column's, each a whole power of 2^(1/16). Columns' steps are in
+inverse proportion to their pivots, so that all columns of a row add the same to the loss.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pgolf.config import RunConfig
 from pgolf.kernels.trellis import trellis_gptq
 from pgolf.model.second_moments import exact_float32_products, hessian_group
 
-COARSEST = 1.0  # a step is at most this many standard deviations of its row: a trellis has no code 0 in half its states
-FINEST = 2.0**-5  # and at least this many: codes of more than 7 bits are worth nothing
-SLACK_BYTES = 4000  # that an artifact may stay below what it is given
+COARSEST = 1.0  # largest step in standard deviations of its row: half the states of a trellis have no code 0
+FINEST = 2.0**-5  # smallest step in them: more than 7 bits a code gain nothing
+SLACK_BYTES = 4000  # by which an artifact may stay below its target
 ATTEMPTS = 12
-FITS = 4  # times that a model is quantised anew because its content is too long
-# Bits of a code: log2 of its row's standard deviation in steps, plus log2 √(2πe), for codes that are many steps wide.
+FITS = 4  # attempts of `quantize_to_fit`
+# GAUSSIAN_BITS = log2 √(2πe). A Gaussian code has that plus log2(standard deviation / step) bits if steps are small.
 GAUSSIAN_BITS = 2.047
 
 
@@ -85,7 +85,7 @@ def prepare(
         factor, order, dead = factors[group]
         logs = -torch.log2(factor.diagonal().double())  # of the pivots
         exponent = torch.round(OCTAVE * (logs.mean() - logs)).to(torch.int16)
-        # Steps of columns are taken out of the pivots: what is left of them is the same for all, 2^(2 mean).
+        # A column's step over its pivot is the same for all columns: their loss has one common factor, 2^(2 mean).
         slope = sensitivities.rows[name].to(device) / weight.size(1) * torch.exp2(2 * logs.mean())
         if group == "tok_emb":
             head = sensitivities.head.to(device) / weight.size(1) * torch.exp2(2 * logs.mean())
@@ -108,9 +108,9 @@ def _factor(name: str, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def allocate(matrix: Matrix, level: float) -> Tensor:
-    """Return the rows' steps at a level, int16 [R]: log2 in sixteenths, of the finest that loses as much as others.
+    """Return each row's step exponent (1/16 octave), int16 [R], at which all rows lose equally per bit saved.
 
-    A level of one more doubles all steps, but for rows that would get none or all too many bits.
+    A level higher by one doubles all steps, except where `FINEST` or `COARSEST` bounds them.
     """
     deviation = torch.log2((matrix.weight / step_sizes(matrix.column_exponent)).double().std(1).clamp_min(1e-12))
     wanted = level - 0.5 * torch.log2(matrix.slope.clamp_min(1e-30))
@@ -138,7 +138,7 @@ def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> Qua
                 path_length=length,
             )
         for name, exponent, own in zip(names, exponents, codes, strict=True):
-            if not own.any() and matrices[name].weight.any():  # which no step of a standard deviation does
+            if not own.any() and matrices[name].weight.any():  # steps up to `COARSEST` leave some codes
                 raise QuantizeError(f"{name}: all of its codes are 0; its steps are {exponent.unique().tolist()[:8]}")
             order = matrices[name].order
             natural, columns = torch.empty_like(own), torch.empty_like(matrices[name].column_exponent)
@@ -166,7 +166,7 @@ def quantize_by_rate(
     Raises QuantizeError if the coarsest steps give more bytes than ``target``.
     """
     kept = {name: half(name, tensor) for name, tensor in tensors.items() if name not in matrices}
-    a_bit = sum(matrix.weight.numel() for matrix in matrices.values()) / 8  # bytes that a level of one more saves
+    a_bit = sum(matrix.weight.numel() for matrix in matrices.values()) / 8  # bytes that a level higher by one saves
     level, aim = _first_level(matrices, target / a_bit), target - SLACK_BYTES / 2
     before: tuple[float, int] | None = None
     best: tuple[int, QuantizedModel] | None = None
@@ -181,7 +181,7 @@ def quantize_by_rate(
         settled = before is not None and before[1] == size  # all rows are at their finest or coarsest step
         if settled or abs(size - aim) < SLACK_BYTES / 4:
             break
-        # Rows at their coarsest or finest step do not move: by the last two points, within reason.
+        # Rows at their coarsest or finest step do not move: estimate the slope from the last two levels, within bounds.
         slope = a_bit
         if before is not None and before[0] != level:
             slope = min(max((before[1] - size) / (level - before[0]), 0.1 * a_bit), 1.2 * a_bit)
@@ -204,7 +204,7 @@ def quantize_to_fit(
 ) -> Fitted:
     """Quantise a model by `quantize_by_rate`, so that the artifact's content has at most ``target`` bytes.
 
-    Where the content has more bytes than was computed, the model is quantised once more, to fewer.
+    If the content has more bytes than was computed, the model is quantised again with a lower target.
 
     Raises QuantizeError if it does not fit.
     """
@@ -222,7 +222,7 @@ def quantize_to_fit(
 
 
 def _in_order(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor], coded: QuantizedModel) -> QuantizedModel:
-    """The whole model, its entries in the order of ``tensors``."""
+    """Return the whole model, with its entries in the order of ``tensors``."""
     entries: dict[str, Tensor] = {}
     for name in tensors:
         parts = {name: kept[name]} if name in kept else {name + key: coded.tensors[name + key] for key in _KEYS}
@@ -234,7 +234,7 @@ _KEYS = (CODES, ROW_STEP, COLUMN_STEP)
 
 
 def _first_level(matrices: Mapping[str, Matrix], bits: float) -> float:
-    """The level at which Gaussian codes have so many bits in the mean."""
+    """Return the level at which Gaussian codes have ``bits`` bits each in the mean."""
     total, numbers = 0.0, 0
     for matrix in matrices.values():
         deviation = (matrix.weight / step_sizes(matrix.column_exponent)).double().std(1).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""Steps of codes on a trellis: of a row times of a column, each a whole power of 2^(1/16)."""
+"""Steps of codes on a trellis: a row's times a column's, each a whole power of 2^(1/16)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-OCTAVE = 16  # exponents that double a step
+OCTAVE = 16  # increase of an exponent that doubles the step
 
 
 def step_sizes(exponent: Tensor) -> Tensor:
-    """The steps of exponents, float32 on their device: the same numbers on all machines, so not by the device's pow."""
+    """Return the steps of exponents, float32 on their device. They are computed on the host: devices' pow differ."""
     whole = exponent.cpu().numpy() // OCTAVE
     part = np.array([2.0 ** (i / OCTAVE) for i in range(OCTAVE)], np.float32)[exponent.cpu().numpy() - whole * OCTAVE]
     return torch.from_numpy(np.ldexp(part, whole)).to(exponent.device)

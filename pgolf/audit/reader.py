@@ -9,6 +9,7 @@ A ledger is lines of JSON. The first is {"targets": N - 1, "documents": [first p
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import sys
@@ -92,4 +93,6 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m pgolf.audit.reader", description=main.__doc__)
+    parser.add_argument("ledger", nargs="+", help="path of a ledger, such as ledger.jsonl.gz")
+    sys.exit(main(parser.parse_args().ledger))

@@ -21,7 +21,7 @@ from pgolf.data.shards import BOS_ID
 from pgolf.kernels.common.backend import runs_kernels
 from pgolf.kernels.gated_attention import KVCache, attention_tiles, resolve_core
 from pgolf.kernels.layer_weights import layer_weights
-from pgolf.kernels.linear_cross_entropy import linear_cross_entropy, softcapped
+from pgolf.kernels.linear_cross_entropy import linear_cross_entropy
 from pgolf.kernels.residual import Lanes, scaled_rms_norm
 from pgolf.kernels.smear_gate import embed_smear_norm
 from pgolf.model.blocks import (
@@ -385,12 +385,6 @@ class GPT(nn.Module):
         if observe is not None:
             observe("tok_emb", h)
         return h
-
-    def forward_logits(self, input_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0) -> Tensor:
-        """Compute the softcapped logits [B, T, V], at least in float32. Arguments are those of `hidden`."""
-        h = self.hidden(input_ids, cu_seqlens, max_seqlen)
-        z = F.linear(h, self.head_weight.to(h.dtype))
-        return softcapped(z.to(torch.promote_types(z.dtype, torch.float32)), self.config.softcap)
 
     def token_losses(
         self,

@@ -1,14 +1,14 @@
 """The n-gram tilt: more probability for the token that has followed the same few tokens before.
 
-A hint h_t is the token that has followed the context of the target x_t, the order - 1 tokens before it, most often so
-far, where that is a share of at least the threshold of the times the context came. With p of the model
+The context of a target x_t is the order - 1 tokens before it. Its hint h_t is the token that has followed this context
+most often so far, if it did so at least in the share ``threshold`` of the context's occurrences. With the model's p
 
     p'_t(a) = p_t(a) exp(β [a = h_t]) / Z_t,   Z_t = 1 + p_t(h_t) (exp(β) - 1),
 
 so p' is a distribution again, and the loss is that of p less β [x_t = h_t] plus log Z_t. Targets without a hint keep
-their loss. Hints are made of tokens before their target only: of its document, or of the whole stream, where every
-document is scored after those before it. Source: the token expert of parameter-golf #1514 and #2135, whose scope is the
-stream.
+their loss. Hints use only tokens before their target: those of its document, or those of the whole stream, which
+requires that documents are scored in the stream's order. Source: the token expert of parameter-golf #1514 and #2135,
+whose scope is the stream.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407  # of Knuth's
 def ngram_hints(tokens: Tensor, order: int, threshold: float, document_starts: Tensor | None = None) -> Tensor:
     """Return each place's hint, int32 [N], NO_HINT where there is none.
 
-    Of several tokens that followed equally often the first to have done so is taken. Contexts are told apart by 64-bit
-    hashes. Sorts the N places twice.
+    Among tokens that followed equally often, the hint is the first to reach that count. Contexts are compared by 64-bit
+    hashes. The cost is two sorts of N places.
 
     Args:
         tokens: [N] of any integer dtype.
         order: of the n-gram, context and target together, at least 2.
-        threshold: the least share of the times.
-        document_starts: ascending places of the documents' first tokens: each counts on its own. None: one count.
+        threshold: the least share of a context's occurrences that its hint must have followed.
+        document_starts: ascending places of the documents' first tokens; n-grams are counted in each document. None:
+            in the whole stream.
     """
     tokens = tokens.long()
     places = torch.arange(tokens.numel(), device=tokens.device)
@@ -45,19 +46,19 @@ def ngram_hints(tokens: Tensor, order: int, threshold: float, document_starts: T
     context = start
     for before in range(1, order):
         context = (context ^ context >> 29) * _MULTIPLIER + (tokens.roll(before) + 1) * _INCREMENT
-    # Whole contexts only: the others are each their own, so that none comes twice.
+    # An incomplete context gets a key of its own, so that it never occurs twice.
     whole = places - start >= order - 1
     context = torch.where(whole, context, places)
 
-    by_context = context.sort(stable=True).indices  # in a group of equal contexts by place
+    by_context = context.sort(stable=True).indices  # equal contexts side by side, in the stream's order
     first, group = _groups(context[by_context])
     earlier = places - first
     followers = tokens[by_context]
-    # How often the follower has followed, this time included: its rank among the group's equal followers.
+    # How often the follower has followed its context, this time included: its rank among equal followers of a group.
     pairs = (group * (int(tokens.max()) + 1) + followers).sort(stable=True)
     times = torch.empty_like(places)
     times[pairs.indices] = places - _groups(pairs.values)[0] + 1
-    most = (group << 32 | times).cummax(0).values  # within the group, which rises
+    most = (group << 32 | times).cummax(0).values  # the running maximum within each group: groups ascend
     leads = torch.ones_like(whole)
     leads[1:] = most[1:] > most[:-1]
     leader = torch.where(leads, places, 0).cummax(0).values
@@ -71,7 +72,7 @@ def ngram_hints(tokens: Tensor, order: int, threshold: float, document_starts: T
 
 
 def _groups(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first place and the number of each sorted key's run of equal ones."""
+    """Return, for each of the sorted keys, the first place and the number of its run of equal keys."""
     places, new = torch.arange(keys.numel(), device=keys.device), torch.ones_like(keys, dtype=torch.bool)
     new[1:] = keys[1:] != keys[:-1]
     return torch.where(new, places, 0).cummax(0).values, new.cumsum(0) - 1
@@ -82,7 +83,7 @@ def tilted(nats: Tensor, hint_nats: Tensor, targets: Tensor, hints: Tensor, boos
 
     Args:
         nats: losses of ``targets`` by the model.
-        hint_nats: its losses were ``hints`` the targets; any where there is no hint.
+        hint_nats: losses of ``hints`` as targets by the model; any number where there is no hint.
         boost: β.
     """
     normaliser = torch.log1p((-hint_nats).exp() * math.expm1(boost))

@@ -67,7 +67,7 @@ class AdapterBank:
         self.stacks = [stack for pair in self._pairs for stack in pair]
         self._step = torch.zeros((), device=self._device)
         self._learned = np.zeros(slots, dtype=np.int64)  # updates of each slot since `begin`
-        self._begun = 0  # documents of the previous batch; 0 if its A is not to be kept
+        self._previous_documents = 0  # of the batch before; 0 if its A is not to be kept
         self.load_scales()
 
     def _pair(self, parts: int, width: int, *, scaled: bool) -> tuple[Stack, Stack]:
@@ -87,7 +87,7 @@ class AdapterBank:
 
     def forget(self) -> None:
         """Make the next batch draw A instead of keeping it."""
-        self._begun = 0
+        self._previous_documents = 0
 
     @torch.no_grad()
     def load_scales(self) -> None:
@@ -105,7 +105,7 @@ class AdapterBank:
 
         A is drawn from the seed and the batch's number. With ttt_warm_start_a it is kept instead, if the previous batch
         had as many documents. Slots that finished early skipped updates; this applies the weight decay they would have
-        received. The public code updates such slots with zero gradients, which is the same if ttt_beta1 is 0.
+        received. The public code updates such slots with zero gradients, which gives the same if ttt_beta1 is 0.
         """
         for stack in self.stacks:
             for moment in (stack.first_moment, stack.second_moment):
@@ -113,7 +113,7 @@ class AdapterBank:
                     moment.zero_()
         for _, B in self._pairs:
             B.master.zero_(), B.copy.zero_()
-        if self.config.ttt_warm_start_a and self._begun == documents:
+        if self.config.ttt_warm_start_a and self._previous_documents == documents:
             missed = torch.from_numpy(self._learned.max() - self._learned).to(self._device)
             decay = (1.0 - self.config.ttt_lora_lr * self.config.ttt_weight_decay) ** missed
             for A, _ in self._pairs:
@@ -122,7 +122,7 @@ class AdapterBank:
             self._draw(batch)
         for A, _ in self._pairs:
             A.copy.copy_(A.master)
-        self._begun = documents
+        self._previous_documents = documents
         self._learned[:] = 0
         self._step.zero_()
 

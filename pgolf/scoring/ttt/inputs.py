@@ -53,7 +53,18 @@ class _Rows:
         return np.repeat(ends - self.offsets[1:], chunk.scored) + np.arange(self.count)
 
 
-class Windows:
+class _Inputs:
+    """A step's inputs as parts of one tensor, whose sizes the subclass defines."""
+
+    def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
+        """Split a step's tensor into the parts that `_sizes` names."""
+        return list(whole.split(self._sizes(tokens, rows)))
+
+    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
+        raise NotImplementedError
+
+
+class Windows(_Inputs):
     """Computes the whole window of every chunk anew, as PR #1874 does."""
 
     capturable = True  # whether a CUDA graph can capture a step, if it can capture the model
@@ -63,15 +74,12 @@ class Windows:
         self.limit = max(config.ttt_micro_batch_tokens, config.ttt_eval_seq_len)  # window tokens of one step
         self.longest = min(self.limit, slots * config.ttt_eval_seq_len)  # that a step can have
 
-    def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
-        """Split a step's tensor into its parts.
+    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
+        """Return the sizes of the parts of a step's tensor.
 
         They are learning [slots], row_offsets [slots + 1], weights [rows], targets [rows], hints [rows] or without a
         tilt [0], chosen [rows], segments [slots + 2] and ids [tokens].
         """
-        return list(whole.split(self._sizes(tokens, rows)))
-
-    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
         return self.slots, self.slots + 1, rows, rows, rows * self.hinted, rows, self.slots + 2, tokens
 
     def fill(self, chunk: Chunk, stream: Stream, tokens: int, rows: int) -> tuple[Tensor, np.ndarray]:
@@ -106,7 +114,7 @@ class Windows:
         return h, updates
 
 
-class CachedChunks:
+class CachedChunks(_Inputs):
     """Computes only the chunks, and keeps the keys and values of earlier tokens as they were when computed."""
 
     def __init__(self, model: GPT, config: RunConfig, slots: int) -> None:
@@ -123,15 +131,12 @@ class CachedChunks:
             raise ConfigError(f"cuda_graphs=on with ttt_kv_cache needs half precision, and this is {dtype}; use auto")
         self._kept = torch.zeros(shape, dtype=dtype, device=device)
 
-    def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
-        """Split a step's tensor into its parts.
+    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
+        """Return the sizes of the parts of a step's tensor.
 
-        They are learning, row_offsets, weights, targets and hints as in `Windows.parts`, then ids, previous, positions,
+        They are learning, row_offsets, weights, targets and hints as in `Windows`, then ids, previous, positions,
         places and stored [rows], bounds [slots + 2] and sources [tokens + rows].
         """
-        return list(whole.split(self._sizes(tokens, rows)))
-
-    def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
         # After the windows, the stream of keys has a place for each padding row, which attends to itself.
         of_rows = rows, rows, rows * self.hinted
         return self.slots, self.slots + 1, *of_rows, *[rows] * 5, self.slots + 2, tokens + rows

@@ -1,7 +1,7 @@
-"""Scoring one chunk of each document of a batch, and then updating the adapters.
+"""Score one chunk of each document of a batch, then update the adapters.
 
 The documents' windows are joined in a packed stream (see `inputs`), so that a document that has ended costs nothing. A
-step is several hundred launches, which Python issues more slowly than the device executes them; CUDA graphs replay
+step is several hundred launches. Python issues them more slowly than the device executes them, so CUDA graphs replay
 them. Graphs are captured with random tokens for a few lengths of the stream, and streams are padded to these lengths.
 """
 
@@ -23,7 +23,7 @@ from pgolf.scoring.ngram import tilted
 from pgolf.scoring.ttt.adapters import AdapterBank, Stack
 from pgolf.scoring.ttt.inputs import CachedChunks, Chunk, Stream, Windows
 
-# Arguments ``exact`` and ``factor`` of `stream_lengths`, for steps with an update and for the one in a batch without.
+# Arguments ``exact`` and ``factor`` of `stream_lengths`, for steps with an update and for steps without one.
 LEARNING_LENGTHS, SCORING_LENGTHS = (12, 1.1), (4, 1.35)
 TOKENS_MULTIPLE = 128  # of a stream's length, so that its tiles are full
 
@@ -37,19 +37,19 @@ class ChunkScorer:
         self.device = model.qo_bank.device
         self._inputs = (CachedChunks if config.ttt_kv_cache else Windows)(model, config, bank.slots)
         self._chunk_sizes = sorted({config.ttt_chunk_size, *(size for _, size in config.chunks_by_length())})
-        # Of lower priority than the stream of graphs, so that updates only use what the backward leaves idle.
+        # Of lower priority than the graphs' stream: updates use only what the backward leaves idle.
         self._updates = torch.cuda.Stream(self.device, priority=0) if self.device.type == "cuda" else None
         self._lengths: dict[bool, list[int]] = {}  # of captured streams, with and without an update
         if uses_graphs(config, model) and self._inputs.capturable:
             self._capture()
         elif model.runs_kernels():
             unit = bank.slots * config.ttt_chunk_size
-            # Streams are not padded: kernels are others where lengths are no multiples of 16.
+            # Streams are not padded, and Triton compiles separate kernels for lengths that are not multiples of 16.
             lengths = [self._inputs.longest, self._inputs.longest - 1, unit, max(unit - 1, 1)]
             self._compile({True: lengths, False: lengths})
 
     def parts(self, chunk: Chunk) -> Iterator[Chunk]:
-        """Yield the chunk in parts that fit in one step, each of at least one document."""
+        """Split the chunk by documents into parts that fit in one step, each of at least one document."""
         ends = chunk.length.cumsum()
         first = 0
         while first < ends.size:
@@ -103,9 +103,9 @@ class ChunkScorer:
         return scored
 
     def _proportions(self, losses: Tensor, shares: Tensor, row_offsets: Tensor) -> Tensor:
-        """Return what each row weighs by its loss over the mean of its chunk: ConfTTT (parameter-golf #1879)."""
+        """Return each row's weight by its loss over its chunk's mean loss (ConfTTT, parameter-golf #1879)."""
         rows = torch.arange(losses.numel(), device=losses.device)[:, None]
-        mine = (row_offsets[:-1] <= rows) & (rows < row_offsets[1:])  # [rows, slots]; sums by index have no fixed order
+        mine = (row_offsets[:-1] <= rows) & (rows < row_offsets[1:])  # [rows, slots]: sums by index have no fixed order
         means = torch.where(mine, (losses * shares)[:, None], 0).sum(0)
         mean = torch.where(mine, means, 0).sum(1).clamp(min=1e-8)
         clip, alpha = self.config.ttt_conf_clip, self.config.ttt_conf_alpha
