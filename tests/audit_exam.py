@@ -345,7 +345,7 @@ def slow(folder: Path, planted: bool) -> list[Finding]:
     summary = {
         "train": {"clock_seconds": 596.0, "seconds": 660.0},
         "quantize": {"hessian_seconds": 3.4, "seconds": 90.0},
-        "ttt": {"seconds": 610.0 if planted else 590.0},
+        "ttt": {"seconds": 585.0, "process_seconds": 610.0 if planted else 590.0},  # its own clock begins after imports
     }
     return [wall_time(summary, {"chip": "NVIDIA H100 80GB HBM3", "devices": 8})]
 

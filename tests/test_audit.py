@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,11 @@ import torch
 from pgolf.audit import reader
 from pgolf.audit.checks import CHECKS, FAILED, check_scorer, failed
 from pgolf.audit.ours import EvaluationScorer, TrainingForward, TTTScorer
+from pgolf.audit.program import wall_time
 from pgolf.audit.protocol import Documents
 from pgolf.audit.replay import Examined
 from pgolf.audit.run import audit_run
+from pgolf.common import folder
 from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World
 from pgolf.config import RunConfig
@@ -204,6 +209,71 @@ def test_kernels_are_causal_and_isolated_to_the_bit_on_cuda(kv_cache: bool) -> N
         checks = ("causality", "isolation") if isinstance(scorer, TrainingForward) else tuple(CHECKS)
         findings = check_scorer(scorer, text, checks)[0]
         assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings
+
+
+TIMED = """
+import time
+time.sleep(0.2)  # as if for imports
+from pgolf.common.folder import RunFolder, process_age
+folder = RunFolder("{}")
+folder.record("data", {{"seconds": 0.1}})
+folder.record("run", {{"about": "no stage"}})
+time.sleep(0.1)
+folder.record("ttt", {{"seconds": 0.1}})
+print(process_age())
+"""
+
+
+def test_stages_are_timed_from_the_start_of_their_process(tmp_path: Path) -> None:
+    """The first from the start of the process on, the next one from the end of the one before."""
+    begun = time.monotonic()
+    code = TIMED.format(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    took, summary = time.monotonic() - begun, RunFolder(tmp_path).summary()
+    data, ttt = (summary[stage]["process_seconds"] for stage in ("data", "ttt"))
+    # The kernel counts the start of a process in hundredths of a second.
+    assert data > 0.2 and 0.1 < ttt < data + ttt <= float(done.stdout) < took + 0.02
+    assert summary["run"] == {"about": "no stage"}
+
+
+def test_without_proc_the_age_of_a_process_is_that_of_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folder.process_age() > time.monotonic() - folder.IMPORTED  # pytest itself started before
+    monkeypatch.setattr(folder, "Path", lambda name: Path("/nowhere", *Path(name).parts[1:]))
+    assert abs(time.monotonic() - folder.IMPORTED - folder.process_age()) < 0.1
+
+
+TIMES = {
+    "train": {"clock_seconds": 596.0, "seconds": 660.0, "process_seconds": 670.0},
+    "quantize": {"hessian_seconds": 3.4, "seconds": 90.0, "process_seconds": 91.0},
+    "ttt": {"seconds": 585.0, "process_seconds": 590.0},
+}
+
+
+@pytest.mark.parametrize(
+    "chip, changed, verdict, evidence",
+    [
+        ("NVIDIA H100 80GB HBM3", {}, "passed", "test-time training 9 min 50 s"),
+        (
+            "NVIDIA H100 80GB HBM3",
+            {"ttt": {"seconds": 585.0}},
+            "not checked",
+            "before ttt a start that the run did not",
+        ),
+        ("NVIDIA H100 80GB HBM3", {"ttt": {"seconds": 610.0}}, "failed", "test-time training 10 min 10 s"),
+        ("NVIDIA H100 80GB HBM3", {"ttt": {}}, "not checked", "have not all run; whole stages from the start"),
+        (
+            "NVIDIA H200",
+            {},
+            "not checked",
+            "whole stages from the start of the process on: train 11 min 10 s, quantize",
+        ),
+    ],
+)
+def test_the_wall_time_is_that_from_the_start_of_the_process(
+    chip: str, changed: dict, verdict: str, evidence: str
+) -> None:
+    finding = wall_time({**TIMES, **changed}, {"chip": chip, "devices": 8})
+    assert finding.verdict == verdict and evidence in finding.evidence
 
 
 def test_an_audit_runs_in_one_process(tmp_path: Path) -> None:
