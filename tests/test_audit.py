@@ -20,7 +20,7 @@ from pgolf.audit.ours import EvaluationScorer, TrainingForward, TTTScorer
 from pgolf.audit.program import wall_time
 from pgolf.audit.protocol import Documents
 from pgolf.audit.replay import Examined
-from pgolf.audit.run import audit_run
+from pgolf.audit.run import _sample, _Stages, audit_run
 from pgolf.common import folder
 from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World
@@ -71,6 +71,26 @@ def test_what_is_planted_in_a_submission_is_found(planted: Submission, tmp_path:
     }
 
 
+@pytest.mark.parametrize(
+    "count, each, verdict", [(10_000, 15_108, "failed"), (50_000, 3_000, "failed"), (50_000, 3_022, "passed")]
+)
+def test_only_what_the_challenge_s_split_has_tells_another_split_with_a_manifest(
+    count: int, each: int, verdict: str
+) -> None:
+    """By its manifest alone each is complete."""
+    text = audit_exam.fineweb_split(count, each)
+    (fineweb,), (other,) = (audit_exam.complete_by_its_manifest(text, fineweb) for fineweb in (True, False))
+    assert fineweb.verdict == verdict and other.verdict == "passed"
+    wrong = "50,000 documents" if count < 50_000 else "about 151.08 million bytes"
+    assert verdict == "passed" or fineweb.evidence.endswith(f"the challenge's split has {wrong}")
+
+
+def test_weights_that_were_trained_on_validation_elsewhere_go_unnoticed() -> None:
+    """docs/audit.md says so: hashes of documents are all that the audit sees of training."""
+    assert found(audit_exam.TrainedElsewhere()) == set()
+    assert "an artifact that was trained on validation elsewhere" in DOCUMENT.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kv_cache, checks", [(False, tuple(CHECKS)), (True, ("charged loss", "reported score"))])
 def test_test_time_training_passes(kv_cache: bool, checks: tuple[str, ...]) -> None:
     """Also without the mask, whose leak is in packed rows only, with a cache, and where it learns from chunks twice.
@@ -118,6 +138,27 @@ def test_in_the_stream_s_order_no_later_document_matters() -> None:
         places, middle = np.arange(text.stream.size), examined.one_of_each(0)[text.starts.size // 2]
         differences.append(examined.compare(places >= middle, places <= middle, learning=False).difference)
     assert differences[0] == "" and "moves" in differences[1]
+
+
+class LearnsFromTheLastDocument(Honest):
+    def begin(self) -> None:
+        last = self.stream[self.starts[-1] :]
+        np.add.at(self.base, (last[:-1], last[1:]), 1)
+
+
+@pytest.mark.parametrize("ordered, verdict", [(Honest, "noted"), (LearnsFromTheLastDocument, "failed"), (None, None)])
+def test_what_looks_at_later_documents_in_the_stream_s_order_is_found(
+    ordered: type[Honest] | None, verdict: str | None, tmp_path: Path
+) -> None:
+    """By nothing but the check of that order, if the order used is honest: without it, the violation goes unnoticed."""
+    stages = _Stages({"ttt": Honest()}, ordered and ordered(), [])
+    world = World(0, 1, torch.device("cpu"))
+    findings = {f.check: f for f in _sample(stages, audit_exam.documents(), RunFolder(tmp_path), world)[0]}
+    finding = findings.pop("stream order", None)
+    assert {f.verdict for f in findings.values()} == {"passed"}
+    assert (finding and finding.verdict) == verdict
+    if verdict == "failed":
+        assert re.search(r"in the order used; the loss at \d+ moves from", finding.evidence)
 
 
 def test_the_public_evaluation_s_truncation_is_found() -> None:
