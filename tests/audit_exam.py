@@ -120,6 +120,25 @@ class TrainsBeforeUntold(Honest):
         np.add.at(self.base, (self.stream[:-1], self.stream[1:]), 1)
 
 
+class TrainsThenRounds(Honest):
+    """Trains on validation and quantises what it has learned, before it scores: #1852's order, inside of the scorer."""
+
+    step = 0.25  # between two codes
+
+    def begin(self) -> None:
+        np.add.at(self.base, (self.stream[:-1], self.stream[1:]), 1)
+        self.base = self.step * np.round(self.base / self.step)
+
+
+class TrainedElsewhere(Honest):
+    """Loads weights that were trained on the validation documents and rounded: no run of the scorer shows where."""
+
+    def begin(self) -> None:
+        seen = documents().stream
+        np.add.at(self.base, (seen[:-1], seen[1:]), 1)
+        self.base = TrainsThenRounds.step * np.round(self.base / TrainsThenRounds.step)
+
+
 class SpreadOverBytes(Honest):
     """The root of a token's probability, once for each of its bytes, mixed with a model of bytes."""
 
@@ -275,6 +294,7 @@ class Planted(NamedTuple):
 PLANTED = [
     Planted("trains on validation before it scores", "#1852", "hard violation", TrainsBefore, {"causality", "ledger"}),
     Planted("the same, not declared", "#1852", "hard violation", TrainsBeforeUntold, {"causality", "isolation"}),
+    Planted("the same, then quantises", "#1852", "hard violation", TrainsThenRounds, {"causality", "isolation"}),
     Planted("spreads a token's probability over its bytes", "#1877", "excluded", SpreadOverBytes, {"distribution"}),
     Planted("a gate that looks at the target", "#1017", "excluded", LooksAtTheTarget, {"causality"}),
     Planted("a gate on the charged loss only", "#1017", "excluded", ChargesByTheTarget, {"charged loss"}),
@@ -311,6 +331,27 @@ def subset(folder: Path, planted: bool) -> list[Finding]:
     return [complete(part if planted else whole, stated, fineweb=False)]
 
 
+def fineweb_split(count: int, each: int) -> Documents:
+    """Documents of one token, each of ``each`` bytes."""
+    stream = np.tile(np.array([BOS, BOS + 1]), count)
+    return Documents(stream, decode, BOS, np.tile(np.array([0, each]), count))
+
+
+def complete_by_its_manifest(text: Documents, fineweb: bool = True) -> list[Finding]:
+    stated = {"documents": text.starts.size, "tokens": text.stream.size, "bytes": text.text_bytes}
+    return [complete(text, stated, fineweb)]
+
+
+def fewer_documents(folder: Path, planted: bool) -> list[Finding]:
+    """As of `prepare_caseops_data.py` with its default --val-docs, whose manifest states what it has made."""
+    return complete_by_its_manifest(fineweb_split(10_000 if planted else 50_000, 15_108 if planted else 3_022))
+
+
+def fewer_bytes(folder: Path, planted: bool) -> list[Finding]:
+    """As of 50,000 documents that were cut, or of others."""
+    return complete_by_its_manifest(fineweb_split(50_000, 3_000 if planted else 3_022))
+
+
 def byte_table(folder: Path, planted: bool) -> list[Finding]:
     text = documents()
     counted = text.text_bytes + planted * int(SPACED[text.stream].sum())
@@ -345,7 +386,7 @@ def slow(folder: Path, planted: bool) -> list[Finding]:
     summary = {
         "train": {"clock_seconds": 596.0, "seconds": 660.0},
         "quantize": {"hessian_seconds": 3.4, "seconds": 90.0},
-        "ttt": {"seconds": 610.0 if planted else 590.0},
+        "ttt": {"seconds": 585.0, "process_seconds": 610.0 if planted else 590.0},  # its own clock begins after imports
     }
     return [wall_time(summary, {"chip": "NVIDIA H100 80GB HBM3", "devices": 8})]
 
@@ -387,6 +428,8 @@ PACKS = "import subprocess\ntry: subprocess.run(['lrzip', '-V'])\nexcept OSError
 OWN = "self-containment"
 SUBMISSIONS = [
     Submission("a subset of the split", "#1858", "reframed by its author", subset, "complete", "C4 once each"),
+    Submission("10,000 documents of FineWeb", "#2127", "fingerprint", fewer_documents, "complete", "C4 once each"),
+    Submission("150.0 MB of FineWeb", "#1858", "full split wanted", fewer_bytes, "complete", "C4 once each"),
     Submission("spaces counted twice", "#1719", "a checker wanted", byte_table, "denominators", "C4 once each"),
     Submission("bytes added to a sidecar", "#1729", "–", sidecar, "denominators", "C4 once each"),
     Submission("training documents in validation", "#2127", "15 of 34 affected", overlap, "disjoint", "data"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,11 @@ import torch
 from pgolf.audit import reader
 from pgolf.audit.checks import CHECKS, FAILED, check_scorer, failed
 from pgolf.audit.ours import EvaluationScorer, TrainingForward, TTTScorer
+from pgolf.audit.program import wall_time
 from pgolf.audit.protocol import Documents
 from pgolf.audit.replay import Examined
-from pgolf.audit.run import audit_run
+from pgolf.audit.run import _sample, _Stages, audit_run
+from pgolf.common import folder
 from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World
 from pgolf.config import RunConfig
@@ -66,6 +71,26 @@ def test_what_is_planted_in_a_submission_is_found(planted: Submission, tmp_path:
     }
 
 
+@pytest.mark.parametrize(
+    "count, each, verdict", [(10_000, 15_108, "failed"), (50_000, 3_000, "failed"), (50_000, 3_022, "passed")]
+)
+def test_only_what_the_challenge_s_split_has_tells_another_split_with_a_manifest(
+    count: int, each: int, verdict: str
+) -> None:
+    """By its manifest alone each is complete."""
+    text = audit_exam.fineweb_split(count, each)
+    (fineweb,), (other,) = (audit_exam.complete_by_its_manifest(text, fineweb) for fineweb in (True, False))
+    assert fineweb.verdict == verdict and other.verdict == "passed"
+    wrong = "50,000 documents" if count < 50_000 else "about 151.08 million bytes"
+    assert verdict == "passed" or fineweb.evidence.endswith(f"the challenge's split has {wrong}")
+
+
+def test_weights_that_were_trained_on_validation_elsewhere_go_unnoticed() -> None:
+    """docs/audit.md says so: hashes of documents are all that the audit sees of training."""
+    assert found(audit_exam.TrainedElsewhere()) == set()
+    assert "an artifact that was trained on validation elsewhere" in DOCUMENT.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kv_cache, checks", [(False, tuple(CHECKS)), (True, ("charged loss", "reported score"))])
 def test_test_time_training_passes(kv_cache: bool, checks: tuple[str, ...]) -> None:
     """Also without the mask, whose leak is in packed rows only, with a cache, and where it learns from chunks twice.
@@ -113,6 +138,27 @@ def test_in_the_stream_s_order_no_later_document_matters() -> None:
         places, middle = np.arange(text.stream.size), examined.one_of_each(0)[text.starts.size // 2]
         differences.append(examined.compare(places >= middle, places <= middle, learning=False).difference)
     assert differences[0] == "" and "moves" in differences[1]
+
+
+class LearnsFromTheLastDocument(Honest):
+    def begin(self) -> None:
+        last = self.stream[self.starts[-1] :]
+        np.add.at(self.base, (last[:-1], last[1:]), 1)
+
+
+@pytest.mark.parametrize("ordered, verdict", [(Honest, "noted"), (LearnsFromTheLastDocument, "failed"), (None, None)])
+def test_what_looks_at_later_documents_in_the_stream_s_order_is_found(
+    ordered: type[Honest] | None, verdict: str | None, tmp_path: Path
+) -> None:
+    """By nothing but the check of that order, if the order used is honest: without it, the violation goes unnoticed."""
+    stages = _Stages({"ttt": Honest()}, ordered and ordered(), [])
+    world = World(0, 1, torch.device("cpu"))
+    findings = {f.check: f for f in _sample(stages, audit_exam.documents(), RunFolder(tmp_path), world)[0]}
+    finding = findings.pop("stream order", None)
+    assert {f.verdict for f in findings.values()} == {"passed"}
+    assert (finding and finding.verdict) == verdict
+    if verdict == "failed":
+        assert re.search(r"in the order used; the loss at \d+ moves from", finding.evidence)
 
 
 def test_the_public_evaluation_s_truncation_is_found() -> None:
@@ -204,6 +250,71 @@ def test_kernels_are_causal_and_isolated_to_the_bit_on_cuda(kv_cache: bool) -> N
         checks = ("causality", "isolation") if isinstance(scorer, TrainingForward) else tuple(CHECKS)
         findings = check_scorer(scorer, text, checks)[0]
         assert [(f.check, f.verdict) for f in findings] == [(name, "passed") for name in checks], findings
+
+
+TIMED = """
+import time
+time.sleep(0.2)  # as if for imports
+from pgolf.common.folder import RunFolder, process_age
+folder = RunFolder("{}")
+folder.record("data", {{"seconds": 0.1}})
+folder.record("run", {{"about": "no stage"}})
+time.sleep(0.1)
+folder.record("ttt", {{"seconds": 0.1}})
+print(process_age())
+"""
+
+
+def test_stages_are_timed_from_the_start_of_their_process(tmp_path: Path) -> None:
+    """The first from the start of the process on, the next one from the end of the one before."""
+    begun = time.monotonic()
+    code = TIMED.format(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    took, summary = time.monotonic() - begun, RunFolder(tmp_path).summary()
+    data, ttt = (summary[stage]["process_seconds"] for stage in ("data", "ttt"))
+    # The kernel counts the start of a process in hundredths of a second.
+    assert data > 0.2 and 0.1 < ttt < data + ttt <= float(done.stdout) < took + 0.02
+    assert summary["run"] == {"about": "no stage"}
+
+
+def test_without_proc_the_age_of_a_process_is_that_of_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folder.process_age() > time.monotonic() - folder.IMPORTED  # pytest itself started before
+    monkeypatch.setattr(folder, "Path", lambda name: Path("/nowhere", *Path(name).parts[1:]))
+    assert abs(time.monotonic() - folder.IMPORTED - folder.process_age()) < 0.1
+
+
+TIMES = {
+    "train": {"clock_seconds": 596.0, "seconds": 660.0, "process_seconds": 670.0},
+    "quantize": {"hessian_seconds": 3.4, "seconds": 90.0, "process_seconds": 91.0},
+    "ttt": {"seconds": 585.0, "process_seconds": 590.0},
+}
+
+
+@pytest.mark.parametrize(
+    "chip, changed, verdict, evidence",
+    [
+        ("NVIDIA H100 80GB HBM3", {}, "passed", "test-time training 9 min 50 s"),
+        (
+            "NVIDIA H100 80GB HBM3",
+            {"ttt": {"seconds": 585.0}},
+            "not checked",
+            "before ttt a start that the run did not",
+        ),
+        ("NVIDIA H100 80GB HBM3", {"ttt": {"seconds": 610.0}}, "failed", "test-time training 10 min 10 s"),
+        ("NVIDIA H100 80GB HBM3", {"ttt": {}}, "not checked", "have not all run; whole stages from the start"),
+        (
+            "NVIDIA H200",
+            {},
+            "not checked",
+            "whole stages from the start of the process on: train 11 min 10 s, quantize",
+        ),
+    ],
+)
+def test_the_wall_time_is_that_from_the_start_of_the_process(
+    chip: str, changed: dict, verdict: str, evidence: str
+) -> None:
+    finding = wall_time({**TIMES, **changed}, {"chip": chip, "devices": 8})
+    assert finding.verdict == verdict and evidence in finding.evidence
 
 
 def test_an_audit_runs_in_one_process(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pgolf.audit.checks import FAILED, NOT_CHECKED, NOTED, PASSED, Finding, chec
 from pgolf.audit.data import complete, denominators, disjoint, stated_counts
 from pgolf.audit.ours import EvaluationScorer, TrainingForward, TTTScorer
 from pgolf.audit.program import contained, run_contained, sizes, wall_time
-from pgolf.audit.protocol import Documents
+from pgolf.audit.protocol import Documents, Scorer
 from pgolf.audit.replay import Examined
 from pgolf.audit.sample import sample
 from pgolf.common.files import read_json, write_aside
@@ -200,7 +200,7 @@ def _reported(folder: RunFolder) -> dict[str, tuple[float, float]]:
         raise RunFolderError(f"{folder.summary_file} is damaged: a score lacks a number ({error!r})") from error
 
 
-def _stream_order(scorer: TTTScorer, by_length: Examined) -> Finding:
+def _stream_order(scorer: Scorer, by_length: Examined) -> Finding:
     """Score in the order of the stream, check that no later document matters there, and put the scores side by side."""
     ordered = Examined(scorer, by_length.documents)
     place = ordered.one_of_each(0)[ordered.documents.starts.size // 2]
@@ -217,17 +217,18 @@ def _stream_order(scorer: TTTScorer, by_length: Examined) -> Finding:
 def _whole_split(
     model: GPT, config: RunConfig, counter: ByteCounter, documents: Documents, folder: RunFolder, world: World
 ) -> list[Finding]:
-    """Score the whole split with the run's settings, and compare the scores with the run's."""
-    findings = []
+    """Score the whole split with the run's settings, compare the scores with the run's, and score in stream order."""
+    findings, scores = [], dict[str, float]()
+    stages = _stages(model, config, counter)
     run, reported = folder.summary().get("run", {}), _reported(folder)
     chip = describe_environment(world)["chip"]
-    for name, scorer in _stages(model, config, counter).scores.items():
+    for name, scorer in stages.scores.items():
         world.log(f"{scorer.name}: the whole split")
         scorer.name += ", whole split"
         scorer.progress = progress
         found, examined = check_scorer(scorer, documents, RECORD_CHECKS)
         examined.first[0].write(folder.path / f"ledger-{name}.jsonl.gz")
-        now = examined.first[1]
+        now = scores[name] = examined.first[1]
         verdict, evidence = NOT_CHECKED, f"{now:.8f} bits per byte; the run has no result of this stage"
         if name in reported:
             was = reported[name][1]
@@ -239,6 +240,12 @@ def _whole_split(
                 bound = REPRODUCED[rounded] * was
                 verdict = PASSED if abs(now - was) <= bound else FAILED
         findings += [*found, Finding("reproduced", "C4 once each", scorer.name, verdict, evidence)]
+    if (ordered := stages.in_stream_order) is not None:
+        world.log(f"{ordered.name}: the whole split in the order of the stream")
+        ordered.name, ordered.progress = f"{ordered.name}, whole split", progress
+        bits = ordered.score(documents.stream, (), lambda _: None)
+        evidence = f"{bits:.8f} bits per byte in the stream's order, {scores['ttt']:.8f} in the order used"
+        findings.append(Finding("stream order", "C1 causality", ordered.name, NOTED, evidence))
     return findings
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from pgolf.common.files import FileError, read_json, remove_leftovers, write_aside
 from pgolf.config import ConfigError, RunConfig
+
+IMPORTED = time.monotonic()
 
 
 class RunFolderError(FileError):
@@ -35,6 +38,8 @@ class RunFolder:
     report.html         report
     audit.json          findings of the audit; audit.html shows them, ledger-*.jsonl.gz are its ledgers
     """
+
+    recorded = 0.0  # age of this process when it last recorded a stage
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -141,7 +146,16 @@ class RunFolder:
         return files if isinstance(files, dict) else {}
 
     def record(self, stage: str, results: dict[str, Any]) -> None:
-        """Write a stage's results into the summary. Raises RunFolderError for a number that is not finite."""
+        """Write a stage's results into the summary.
+
+        Results with ``seconds``, those of the stage's own clock, also get ``process_seconds``: until now from the end
+        of the stage that this process recorded before, or from the start of this process if there is none.
+        Raises RunFolderError for a number that is not finite.
+        """
+        if "seconds" in results:
+            age = process_age()
+            results = {"process_seconds": age - RunFolder.recorded, **results}
+            RunFolder.recorded = age
         try:
             text = json.dumps({**self.summary(), stage: results}, indent=1, allow_nan=False)
         except ValueError as error:
@@ -184,3 +198,14 @@ class RunFolder:
                     ) from error
         write_aside(self.metrics, "".join(json.dumps(entry) + "\n" for entry in entries))
         return entries
+
+
+def process_age() -> float:
+    """Return the seconds since this process started; where the system does not tell, since this module's import."""
+    since_import = time.monotonic() - IMPORTED
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return since_import
+    return max(age, since_import)
