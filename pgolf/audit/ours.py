@@ -6,7 +6,7 @@ token of the alphabet as the target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,7 +61,7 @@ def _digits(number: int) -> str:
 
 @contextmanager
 def distributions(model: GPT, rows: list[int]) -> Iterator[list[np.ndarray]]:
-    """Inside the context, append the distribution of each of these rows to the list whenever losses are computed.
+    """Inside the context, append the distribution of each of these rows to the list when losses are first computed.
 
     A row is a place in the flattened targets, a distribution the log-probabilities of the alphabet, float32 [V].
     """
@@ -71,7 +71,7 @@ def distributions(model: GPT, rows: list[int]) -> Iterator[list[np.ndarray]]:
         h: Tensor, table: Tensor, targets: Tensor, *settings: Any, update: Tensor | None = None, **options: Any
     ) -> Tensor:
         alphabet = torch.arange(table.size(0), device=h.device)
-        for row in rows:
+        for row in rows[len(found) :]:
             same, added = (
                 None if part is None else part.detach().flatten(0, -2)[row].expand(alphabet.numel(), -1).contiguous()
                 for part in (h, update)
@@ -173,10 +173,11 @@ class TTTScorer:
         self.name, self.model, self.counter = name, model, counter
         self.config = config.replace(cuda_graphs="off")
         self.progress: Progress | None = None
+        self.compiled: list[object] = []  # the lengths of steps for which a run has compiled kernels
 
     def score(self, stream: np.ndarray, asked: Collection[int], record: Record) -> float:
         """Score the stream as the stage does; see `protocol.Scorer`."""
-        witness = _Witness(self.model, frozenset(asked), record)
+        witness = _Witness(self.model, frozenset(asked), record, self.compiled)
         return test_time_training(
             self.model,
             self.config,
@@ -191,8 +192,8 @@ class TTTScorer:
 class _Witness:
     """Records what test-time training does."""
 
-    def __init__(self, model: GPT, asked: frozenset[int], record: Record) -> None:
-        self.model, self.asked, self.record = model, asked, record
+    def __init__(self, model: GPT, asked: frozenset[int], record: Record, compiled: list[object]) -> None:
+        self.model, self.asked, self.record, self.compiled = model, asked, record, compiled
         self.starts = np.empty(0)  # of the documents
         self.trained: list[Span] = []  # targets on which the base is being trained
         self.next: dict[int, int] = {}  # each slot's next target
@@ -210,9 +211,9 @@ class _Witness:
         rows = [row for row, place in enumerate(targets) if place in self.asked]
         with distributions(self.model, rows) as found:
             losses, places = step(chunk)
-        # The first are those of the state with which the step begins, whatever else it computes.
-        first = zip((targets[row] for row in rows), found[: len(rows)], strict=True)
-        vectors = {target: self._tilted(scorer, target, vector) for target, vector in first}
+        # They are those of the state with which the step begins, whatever else it computes.
+        given = zip((targets[row] for row in rows), found, strict=True)
+        vectors = {target: self._tilted(scorer, target, vector) for target, vector in given}
         nats = losses.cpu().numpy()
         row = 0
         for slot, (start, stop) in spans.items():
@@ -246,8 +247,14 @@ class _Witness:
 
 class _WatchedScorer(ChunkScorer):
     def __init__(self, witness: _Witness, *arguments: Any) -> None:
-        super().__init__(*arguments)
         self.witness = witness
+        super().__init__(*arguments)
+
+    def _compile(self, lengths: Mapping[bool, Sequence[int]]) -> None:
+        """Compile in the first run only: in a later one the same steps would be launched for nothing."""
+        if lengths not in self.witness.compiled:
+            super()._compile(lengths)
+            self.witness.compiled.append(lengths)
 
     def step(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         return self.witness.step(self, chunk, super().step)

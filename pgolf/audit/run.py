@@ -290,8 +290,9 @@ def _program(
         }
         run.record("data", {"files": files})
         # Settings in the program come before the folder's, and those of the command line before both.
-        changed = [name for name in vars(settings) if getattr(settings, name) != getattr(config, name)]
-        pairs = [f"{name}={getattr(settings, name)}" for name in changed] + ["data_dir=data", "cuda_graphs=off"]
+        shipped = folder.config()
+        changed = {name: value for name, value in vars(own).items() if value != getattr(shipped, name)}
+        pairs = [f"{name}={value}" for name, value in (changed | {"data_dir": "data", "cuda_graphs": "off"}).items()]
         arguments = ["ttt", "--run-dir", "run", *(part for pair in pairs for part in ("--set", pair))]
         done = run_contained(program, arguments, alone, threads=1)
         findings = contained(done)
