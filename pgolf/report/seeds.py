@@ -23,7 +23,8 @@ class SeedResult(NamedTuple):
         weight_bytes, code_bytes, cap_bytes: of the artifact, of the program that is submitted, and what both may have.
         train_seconds: of the clock of training.
         calibration_seconds: in which quantisation read training data.
-        eval_seconds: of the stage that gave the last score, with all that it compiled.
+        eval_seconds: of the stage that gave the last score, from the start of its process or the end of the stage
+            before; of runs that did not record these, from the start of the stage.
         chip, devices: what it ran on.
         versions: of Python and packages.
     """
@@ -65,7 +66,7 @@ def seed_result(
 
     Raises KeyError, TypeError, ValueError or AttributeError if they lack a result or it is no number.
     """
-    train, quantize = summary["train"], summary["quantize"]
+    train, quantize, last = summary["train"], summary["quantize"], summary["ttt" if "ttt" in summary else "eval"]
     scored = {name: (float(block["loss"]), float(block["bits_per_byte"])) for name, block in scores(summary).items()}
     return SeedResult(
         seed,
@@ -78,7 +79,7 @@ def seed_result(
         cap_bytes=int(quantize["cap_bytes"]),
         train_seconds=float(train["clock_seconds"]),
         calibration_seconds=float(quantize["hessian_seconds"]) + float(quantize.get("sensitivity_seconds", 0)),
-        eval_seconds=float(summary["ttt" if "ttt" in summary else "eval"]["seconds"]),
+        eval_seconds=float(last.get("process_seconds", last["seconds"])),
         chip=str(environment["chip"]),
         devices=int(environment["devices"]),
         versions=dict(environment["versions"]),
