@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     target = arguments.results or results_path(chip_name(device), "score") or arguments.run_dir / "score.json"
     settings = [f"max_wallclock_seconds={arguments.seconds:g}", *arguments.set]
     meta = {**describe("score", device, arguments.commit), "trees": tree_hashes(), "settings": settings}
-    meta["data"] = {name: str(folders[of]) for name, of in coded.items()}
+    meta["data"] = {name: folders[of].name for name, of in coded.items()}
     results: dict[str, Any] = {"meta": meta, "variants": {}}
     same = {"trees", "settings", "data", "chip", "versions"}
     if target.is_file() and (earlier := read(target)) and all(earlier["meta"].get(k) == meta[k] for k in same):

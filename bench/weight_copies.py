@@ -6,7 +6,7 @@
 
 Matrices become integers from -511 to 511 with a float32 scale a row, ten bits a weight; everything else stays float32.
 The copies' own error is that of rounding to 1/511 of a row's largest weight, which `save` prints beside the matrices'
-size. The record's average takes 46 MB, in files of at most 15 MiB.
+size. The record's average takes 45 MB, in files of at most 15 MiB.
 """
 
 from __future__ import annotations

@@ -352,9 +352,16 @@ def stand_ins() -> dict[str, dict[str, Any]]:
 
     class GramMuon(HeavyBallMuon):
         def __init__(
-            self, params, lr, weight_decay, momentum, adjust_lr, ns_coefficients, ns_use_kernels,
+            self,
+            params,
+            lr,
+            weight_decay,
+            momentum,
+            adjust_lr,
+            ns_coefficients,
+            ns_use_kernels,
             gram_newton_schulz_restart_iterations,
-        ) -> None:  # fmt: skip
+        ) -> None:
             assert ns_coefficients == [list(abc) for abc in POLAR_EXPRESS]
             assert gram_newton_schulz_restart_iterations == [2]
             super().__init__(params, momentum, lr, weight_decay, adjust_lr)

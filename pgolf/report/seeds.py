@@ -23,8 +23,8 @@ class SeedResult(NamedTuple):
         weight_bytes, code_bytes, cap_bytes: of the artifact, of the program that is submitted, and what both may have.
         train_seconds: of the clock of training.
         calibration_seconds: in which quantisation read training data.
-        eval_seconds: of the stage that gave the last score, from the start of its process or the end of the stage
-            before; of runs that did not record these, from the start of the stage.
+        eval_seconds: of the stage that gave the last score, from the start of its process or from the end of
+            the stage before.
         chip, devices: what it ran on.
         versions: of Python and packages.
     """
@@ -79,7 +79,7 @@ def seed_result(
         cap_bytes=int(quantize["cap_bytes"]),
         train_seconds=float(train["clock_seconds"]),
         calibration_seconds=float(quantize["hessian_seconds"]) + float(quantize.get("sensitivity_seconds", 0)),
-        eval_seconds=float(last.get("process_seconds", last["seconds"])),
+        eval_seconds=float(last["process_seconds"]),
         chip=str(environment["chip"]),
         devices=int(environment["devices"]),
         versions=dict(environment["versions"]),

@@ -6,6 +6,7 @@ windows; the padding belongs to no document.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -53,15 +54,16 @@ class _Rows:
         return np.repeat(ends - self.offsets[1:], chunk.scored) + np.arange(self.count)
 
 
-class _Inputs:
+class _Inputs(ABC):
     """A step's inputs as parts of one tensor, whose sizes the subclass defines."""
 
     def parts(self, whole: Tensor, tokens: int, rows: int) -> list[Tensor]:
         """Split a step's tensor into the parts that `_sizes` names."""
         return list(whole.split(self._sizes(tokens, rows)))
 
+    @abstractmethod
     def _sizes(self, tokens: int, rows: int) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Return the sizes of the parts of a step's tensor."""
 
 
 class Windows(_Inputs):
