@@ -55,14 +55,14 @@ class Inputs:
         self.cu_seqlens = documents(self.tokens, device)
 
 
-def whole(backward: bool, device: torch.device, quick: bool) -> Case:
+def whole(backward: bool, device: torch.device, quick: bool, key_offset: bool = False) -> Case:
     """A case of the whole op."""
     i = Inputs(device, quick)
     inputs = i.n, i.weight, i.gain
 
     def call(op: Callable, n: Tensor, weight: Tensor, gain: Tensor, **options: str) -> Tensor:
         angles = i.cos.to(n.dtype), i.sin.to(n.dtype)
-        flags = dict(exclude_own_value=True, gated=True, head_dim=DIM, gate_width=GATE_WIDTH)
+        flags = dict(exclude_own_value=True, gated=True, key_offset=key_offset, head_dim=DIM, gate_width=GATE_WIDTH)
         return op(n, weight, *angles, gain, i.cu_seqlens, LONGEST, HEADS, KEYS, **flags, **options)
 
     def provider(op: Callable, compiles: bool = False, **options: str) -> Function:
@@ -142,6 +142,7 @@ def gate_logits(device: torch.device, quick: bool) -> Case:
 CASES: dict[str, Builder] = {
     "forward": partial(whole, False),
     "forward_backward": partial(whole, True),
+    "offset_forward_backward": partial(whole, True, key_offset=True),
     "prologue": prologue,
     "gate_logits": gate_logits,
 }

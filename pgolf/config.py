@@ -135,6 +135,9 @@ class RunConfig:
     rope_train_seq_len: int = _field(2048, "with rope_yarn: positions beyond it stretch the rotary base", low=1)
     rope_yarn: bool = _field(False, "stretch the rotary base for streams longer than rope_train_seq_len")
     rope_reset_per_segment: bool = _field(False, "rotary positions start at 0 in every segment, not once a stream")
+    key_offset: bool = _field(
+        False, "keys' dimensions that do not rotate come one token late (partial key offset, modded-nanogpt)"
+    )
     ln_scale: bool = _field(True, "scale block inputs by 1/sqrt(layer + 1)")
     qk_gain_init: float = _field(5.25, "start of the gain on every query head")
     num_loops: int = _field(2, "extra passes through layers loop_start..loop_end once looping is on", low=0)
@@ -379,6 +382,10 @@ class RunConfig:
         need(
             self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
             f"rope_dims {self.rope_dims} must be even and at most the head dimension {self.head_dim}",
+        )
+        need(
+            not self.key_offset or self.rope_dims < self.head_dim,
+            f"key_offset moves the dimensions that do not rotate, and rope_dims {self.rope_dims} leaves none",
         )
         need(
             self.loop_start <= self.loop_end < self.num_layers or self.num_loops == 0,

@@ -212,6 +212,7 @@ def test_alias_and_its_field_must_agree() -> None:
         ({"rope_dims": 66}, "at most the head dimension 64"),
         ({"loop_end": 11}, "loop_end 11 < num_layers 11 must hold"),
         ({"gate_attn_width": 600}, "must not exceed model_dim 512"),
+        ({"key_offset": True, "rope_dims": 64}, "that do not rotate, and rope_dims 64 leaves none"),
         ({"mlp_gate": True, "mlp_gate_width": 512}, "mlp_gate_width 512 must be less than model_dim 512"),
         ({"loop_mixing": "1:0:0,1:0:0"}, "loop_mixing must be β:α:α… with 3 α for each of 3"),
         ({"loop_mixing": "1:0:x:0,1:1:0:0,1:0:0:0"}, "loop_mixing must be"),

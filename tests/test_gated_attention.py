@@ -67,6 +67,7 @@ class Problem:
         direct=False,
         width=WIDTH,
         first_queries=None,
+        offset=False,
     ):
         """``direct``: q, k and v are the update, whose columns a test may set; else ``update`` is added to them."""
         self.width = width
@@ -74,6 +75,7 @@ class Problem:
         self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
         self.longest = 0 if bounds is None else max([1, *np.diff(bounds).tolist()])
         self.options = dict(exclude_own_value=exclude, gated=gated, head_dim=self.dim, gate_width=gate_width)
+        self.options["key_offset"] = offset
         if first_queries is not None:
             first_queries = torch.tensor(first_queries, dtype=torch.int32, device=device)
             self.options["first_queries"] = first_queries
@@ -194,7 +196,11 @@ def by_hand(p: Problem, exclude: bool, gated: bool) -> torch.Tensor:
                 j = h // (p.heads // K)
                 q = p.gain[h] * turned(row[t], h, t)
                 past = range(start, t + 1)
-                scores = torch.stack([q @ turned(row[s], p.heads + j, s) for s in past]) / D**0.5
+                keys = [turned(row[s], p.heads + j, s) for s in past]
+                if p.options["key_offset"]:
+                    late = [keys[0], *keys[:-1]]
+                    keys = [torch.cat([k[: 2 * half], x[2 * half :]]) for k, x in zip(keys, late, strict=True)]
+                scores = torch.stack([q @ k for k in keys]) / D**0.5
                 values = [row[s, (p.heads + K + j) * D : (p.heads + K + j + 1) * D] for s in past]
                 o = scores.softmax(0) @ torch.stack(values)
                 if exclude:
@@ -205,20 +211,21 @@ def by_hand(p: Problem, exclude: bool, gated: bool) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize("exclude, offset", [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_formula(device, packed: bool, gated: bool, exclude: bool) -> None:
+def test_formula(device, packed: bool, gated: bool, exclude: bool, offset: bool) -> None:
     rows = 1 if packed else 2
     bounds = BOUNDS if packed else None
-    p = Problem("odd", device, exclude=exclude, gated=gated, bounds=bounds, rows=rows, update=packed)
+    p = Problem("odd", device, exclude=exclude, gated=gated, bounds=bounds, rows=rows, update=packed, offset=offset)
     assert (p.value() - by_hand(p, exclude, gated)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize("exclude, offset", [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("gated", [True, False])
-def test_gradients(device, gated: bool, exclude: bool) -> None:
-    p = Problem((2, 1, 3, 1, 1), device, exclude=exclude, gated=gated, bounds=[0, 1, 3], tokens=3, update=True)
+def test_gradients(device, gated: bool, exclude: bool, offset: bool) -> None:
+    shape, bounds = (2, 1, 3, 1, 1), [0, 1, 3]
+    p = Problem(shape, device, exclude=exclude, gated=gated, bounds=bounds, tokens=3, update=True, offset=offset)
     leaves = [x.requires_grad_() for x in (p.n[0], p.weight, p.gain, p.update[0])]
     assert torch.autograd.gradcheck(p.call(), leaves, fast_mode=True)
 
@@ -233,12 +240,30 @@ def test_precision(device, shape: str, gated: bool, exclude: bool) -> None:
         Problem(shape, device, exclude=exclude, gated=gated).to(dtype).assert_as_precise()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ("plain", {}),
+        ("no rotation", {}),
+        ("padded", dict(update=True, first_queries=[0, 2, 1, 3])),
+        ("padded", dict(bounds=None, rows=3, tokens=7)),
+        ("record", dict(exclude=False, gated=False)),
+        ("a key a head", dict(tokens=54, bounds=[0, 36, 37, 54])),
+    ],
+)
+def test_precision_of_offset_keys(device, shape: str, options: dict, dtype) -> None:
+    Problem(shape, device, offset=True, **options).to(dtype).assert_as_precise()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long without a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_precision_at_the_record_model_s_width(device, dtype) -> None:
     """With q^ and k^ computed in the product's epilogue, if the GPU is Hopper."""
     bounds = (0, 3, 150, 150, 700)
-    Problem("record", bounds=bounds, tokens=700, gate_width=24, width=512).to(dtype).assert_as_precise()
+    for offset in (False, True):
+        p = Problem("record", bounds=bounds, tokens=700, gate_width=24, width=512, offset=offset)
+        p.to(dtype).assert_as_precise()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -398,10 +423,10 @@ def test_reference_keeps_to_flash_whatever_kernels_are_on(monkeypatch) -> None:
     assert (reference.attention_reference(q, k, v, bounds, 8, "sdpa") == 0).all()
 
 
-@pytest.mark.parametrize("exclude, gated", [(True, True), (False, False)])
-def test_cached_tokens_are_those_of_before(exclude: bool, gated: bool) -> None:
+@pytest.mark.parametrize("exclude, gated, offset", [(True, True, False), (False, False, False), (True, True, True)])
+def test_cached_tokens_are_those_of_before(exclude: bool, gated: bool, offset: bool) -> None:
     """Segments taken a few tokens at a time are the segments at once, and gradients those of the tokens at hand."""
-    p = Problem("plain", "cpu", exclude=exclude, gated=gated, bounds=[0, 5, 5, 13], update=True)
+    p = Problem("plain", "cpu", exclude=exclude, gated=gated, bounds=[0, 5, 5, 13], update=True, offset=offset)
     whole, bounds, room = p.value(), [0, 5, 5, 13], 16
     keys, values = (torch.zeros(3 * room + 1, p.keys, p.dim, dtype=torch.float64) for _ in range(2))
     for first, last in ((0, 3), (3, 5), (5, 8)):  # of each segment
@@ -434,6 +459,7 @@ def test_cached_tokens_are_those_of_before(exclude: bool, gated: bool) -> None:
                 head_dim=p.dim,
                 exclude_own_value=exclude,
                 gated=gated,
+                key_offset=offset,
                 update=update,
             )
 
@@ -591,10 +617,12 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("update, first_queries", [(False, None), (True, None), (True, [2, 1])])
-def test_operators_are_registered_as_they_behave(update: bool, first_queries: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    "update, first_queries, offset", [(False, None, False), (True, None, True), (True, [2, 1], False)]
+)
+def test_operators_are_registered_as_they_behave(update: bool, first_queries: list[int] | None, offset: bool) -> None:
     p = Problem("plain", bounds=[0, 2, 5], tokens=5, update=update, first_queries=first_queries).to(torch.float32)
-    sizes = (p.heads, p.keys, p.dim, True, True)
+    sizes = (p.heads, p.keys, p.dim, True, True, offset)
     leaves = [None if x is None else x.clone().requires_grad_() for x in (p.n, p.weight, p.gain, p.update)]
     n, weight, gain, added = leaves
     tiles, first = p.tiles(), p.options.get("first_queries")
@@ -609,7 +637,7 @@ def test_operators_are_registered_as_they_behave(update: bool, first_queries: li
 @pytest.mark.parametrize("packed", [True, False])
 def test_compiles_whole(device, packed: bool, update: bool) -> None:
     rows, bounds = (1, [0, 2, 5]) if packed else (2, None)
-    p = Problem("plain", device, bounds=bounds, rows=rows, tokens=5, update=update)
+    p = Problem("plain", device, bounds=bounds, rows=rows, tokens=5, update=update, offset=update)
     p.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     torch._dynamo.reset()
     whole = torch.compile(p.call(), fullgraph=True, backend="aot_eager")

@@ -72,7 +72,12 @@ def test_gradients_in_float32(looping: bool, monkeypatch) -> None:
     launches = MagicMock()
     launches.__getitem__.side_effect = segments._attention_tiles_kernel.__getitem__
     monkeypatch.setattr(segments, "_attention_tiles_kernel", launches)
-    model = small_model(compute_dtype="float32", mlp_gate=looping, loop_mixing="1.5:.2:-.1,1.2:0:.3" if looping else "")
+    model = small_model(
+        compute_dtype="float32",
+        mlp_gate=looping,
+        key_offset=looping,
+        loop_mixing="1.5:.2:-.1,1.2:0:.3" if looping else "",
+    )
     model.looping_active = looping
     data = batch(44)
     expected, got = (loss_and_gradients(model, backend, data) for backend in ("reference", "triton"))

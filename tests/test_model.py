@@ -318,6 +318,7 @@ def test_the_mlp_gate_scales_what_mlps_add(golden, loop: int) -> None:
         dict(parallel_final_lane="attn"),
         dict(parallel_start_layer=11),
         dict(mlp_gate=True),
+        dict(key_offset=True),
         dict(loop_mixing=MIXING),
     ],
 )
@@ -353,6 +354,7 @@ def test_chosen_rows_are_those_of_all(golden, fields: dict) -> None:
         dict(mlp_negative_slope=0.3),
         dict(logit_softcap_negative=1.0),
         dict(mlp_gate=True),
+        dict(key_offset=True),
         dict(loop_mixing=MIXING),
     ],
     ids=lambda fields: next(iter(fields)),

@@ -177,6 +177,7 @@ bounds, each, kept = torch.tensor([0, 2, 4], dtype=torch.int32), torch.arange(4)
 cached_gated_attention(
     a[None], torch.randn(32, 8), torch.ones(4, 2), torch.zeros(4, 2), torch.ones(2), bounds, 2,
     KVCache(kept, kept.clone(), each, each, each, bounds, 2), 2, 1, head_dim=8, exclude_own_value=True, gated=False,
+    key_offset=True,
 )
 """
 

@@ -153,7 +153,7 @@ def test_every_target_is_scored_once() -> None:
 @pytest.mark.parametrize("kv_cache", [False, True])
 def test_without_learning_it_is_plain_evaluation(kv_cache: bool) -> None:
     config = SMALL.replace(ttt_lora_lr=0.0, phased_ttt_enabled=False, ttt_eval_seq_len=72, ttt_kv_cache=kv_cache)
-    config = config.replace(mlp_gate=kv_cache, loop_mixing="1.5:0.3" if kv_cache else "")
+    config = config.replace(mlp_gate=kv_cache, key_offset=kv_cache, loop_mixing="1.5:0.3" if kv_cache else "")
     tokens, _ = stream(13)
     model, nats = small_model(config), score(config).token_nats
     bounds = [*torch.nonzero(tokens == 1).flatten().tolist(), tokens.numel() - 1]
@@ -349,6 +349,7 @@ def unchanged() -> torch.Tensor:
         {"logit_softcap_negative": 1.0},
         {"ttt_mlp_lora": False},
         {"mlp_gate": True},
+        {"key_offset": True},
         {"ttt_o_lora": False},
         {"ttt_warm_start_a": False},
         {"phased_ttt_documents": "longest"},

@@ -276,9 +276,13 @@ def test_segments_that_are_wrong_where_nobody_reads_them(monkeypatch, device, bo
 
 
 @needs_kernels
-@pytest.mark.parametrize("bounds, first_queries", [(WRONG[1], False), (WRONG[3], False), (WRONG[4], True)], ids=str)
+@pytest.mark.parametrize(
+    "bounds, first_queries, offset",
+    [(WRONG[1], False, False), (WRONG[1], False, True), (WRONG[3], False, True), (WRONG[4], True, False)],
+    ids=str,
+)
 def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
-    monkeypatch, device, bounds: list[int], first_queries: bool
+    monkeypatch, device, bounds: list[int], first_queries: bool, offset: bool
 ) -> None:
     """Tokens in no segment are as in segments whose y and gradients are zero."""
     if device.type == "cpu" and not INTERPRETED:
@@ -286,7 +290,7 @@ def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
     monkeypatch.setattr(segments, "readable", lambda *_: False)
     monkeypatch.setattr(sublayer, "readable", lambda *_: False)
     cu_seqlens, right, inside = wrong_segments(bounds, device)
-    p = Problem("plain", device, bounds=[0, *right, len(inside)], tokens=len(inside)).to(torch.float32)
+    p = Problem("plain", device, bounds=[0, *right, len(inside)], tokens=len(inside), offset=offset).to(torch.float32)
     p.dy[:, ~inside] = 0
     expected = p.results(p.call())
     expected["y"][:, ~inside] = 0

@@ -5,6 +5,7 @@ gate logits if the op is ``gated``, then padding. An update, if given, is added 
 head j = h // (H / K):
 
     q^_h = gain_h R(q_h / rms(q_h)),   k^_j = R(k_j / rms(k_j)),   rms(x) = sqrt(mean(x²) + eps)
+    with ``key_offset``, k^'s dimensions from 2 P on are those of the previous token of the segment, if there is one
     o_h = softmax(q^_h k^_jᵀ / sqrt(D)) v_j over the tokens of the segment up to this one
     z_h = o_h - <o_h, u_j> u_j with u = v / max(|v|, 1e-12) of the same token if ``exclude_own_value``, else o_h
     y_h = 2 σ(logit_h) z_h if ``gated``, else z_h
@@ -21,9 +22,11 @@ For this kernels clamp the magnitude of a gain to at least 2⁻²⁴; scores sti
 store log2(e) / √D q^, whose products with k^ are scores to the base 2. The attention's backward writes the projection's
 gradient, from which two products compute the gradients of n and weight. Saved for backward are the inputs, the
 projection with q^ and k^, 1 / rms [H + K, T], y, <o, u> [H, T] and the logarithms of the softmax's sums, lse [H, T].
+Offset keys are a copy, which attention reads; its backward makes them again and ends with dk of the projection.
 
 Memory traffic in MB, read + written, at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: product 102 + 204, prologue
 154 + 156, y 203 + 107; dq with dlogits, do and a part of dv 414 + 260, dk and dv 360 + 101, dn and dweight 509 + 102.
+Offset keys add 50 + 50 and, in backward, 151 + 101.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from .reference import (
     flash_attention,
     flash_takes,
     gated_attention_reference,
+    offset_keys_reference,
     prologue_reference,
 )
 from .triton import gated_attention_triton
@@ -58,6 +62,7 @@ __all__ = [
     "flash_takes",
     "gated_attention",
     "gated_attention_reference",
+    "offset_keys_reference",
     "prologue_reference",
     "resolve_core",
 ]
@@ -190,6 +195,7 @@ def gated_attention(
     *,
     exclude_own_value: bool,
     gated: bool,
+    key_offset: bool = False,
     head_dim: int | None = None,
     gate_width: int | None = None,
     update: Tensor | None = None,
@@ -213,6 +219,7 @@ def gated_attention(
             count as in `varlen_attention`, and y and gradients of tokens in no segment are zero, except with PyTorch's
             FlashAttention, which reads them unchanged.
         max_seqlen: at least the longest segment's length; read only with cu_seqlens.
+        key_offset: whether the dimensions of keys that do not rotate come one token late.
         head_dim: D. None: the largest for which weight has enough rows.
         gate_width: states that the gates' rows of ``weight`` are zero from this column on; the gradient of those zeros
             is then undefined. None: d.
@@ -250,6 +257,7 @@ def gated_attention(
         K,
         exclude_own_value=exclude_own_value,
         gated=gated,
+        key_offset=key_offset,
         head_dim=D,
         gate_width=gate_width,
         update=update,

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from ..common import RMS_EPS
 from ..common.operators import readable
 from ..varlen_attention.segments import check_bounds, check_segments
-from .reference import dense_attention, epilogue_reference, flash_attention, flash_takes, prologue_reference
+from .reference import (
+    dense_attention,
+    epilogue_reference,
+    flash_attention,
+    flash_takes,
+    offset_keys_reference,
+    prologue_reference,
+)
 
 Tensor = torch.Tensor
 
@@ -46,13 +53,15 @@ def cached_gated_attention(
     head_dim: int,
     exclude_own_value: bool,
     gated: bool,
+    key_offset: bool = False,
     update: Tensor | None = None,
     eps: float = RMS_EPS,
     core: str = "auto",
 ) -> Tensor:
     """Compute `gated_attention` of tokens n [1, T, d] that follow the tokens in ``cache``, and write them into it.
 
-    A segment's tokens attend to its cached tokens and, causally, to each other. Cached keys and values get no gradient.
+    A segment's tokens attend to its cached tokens and, causally, to each other. Cached keys are not offset; with
+    ``key_offset`` they are at each use. Cached keys and values get no gradient.
     For few new tokens after many cached ones: it uses PyTorch's operators, with FlashAttention where `flash_takes`
     allows and ``core`` is not ``sdpa``, else segment by segment. Other arguments are those of `gated_attention`.
 
@@ -69,6 +78,8 @@ def cached_gated_attention(
     q, k = prologue_reference(q, k, cos, sin, q_gain, eps)
     pairs = (cache.keys, k[0]), (cache.values, v[0])
     keys, values = (kept.index_select(0, cache.sources).index_copy_(0, cache.places, x) for kept, x in pairs)
+    if key_offset:
+        keys = offset_keys_reference(keys[None], cos.size(-1), cache.cu_seqlens)[0]
     bounds = cu_seqlens, max_seqlen, cache.cu_seqlens, cache.max_seqlen
     if core != "sdpa" and flash_takes(n.device, n.dtype, D):
         o = flash_attention(q[0].contiguous(), keys, values, *bounds)[None]

@@ -42,6 +42,20 @@ def prologue_reference(
     return q * q_gain[:, None].to(q.dtype), k
 
 
+def offset_keys_reference(k: Tensor, half: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Return k [B, T, K, D] with the dimensions from 2 ``half`` on taken from the previous token of the segment.
+
+    The first token of a segment, or of a row without ``cu_seqlens``, keeps its own.
+    """
+    starts = torch.zeros(k.size(1) + 1, dtype=torch.bool, device=k.device)
+    starts[0] = True
+    if cu_seqlens is not None:
+        starts = starts.index_fill(0, segment_bounds(cu_seqlens, k.size(1)), True)
+    previous = torch.cat([k[:, :1], k[:, :-1]], dim=1)
+    late = torch.where(starts[:-1, None, None], k, previous)
+    return torch.cat([k[..., : 2 * half], late[..., 2 * half :]], dim=-1)
+
+
 def epilogue_reference(o: Tensor, v: Tensor, logits: Tensor | None, exclude_own_value: bool) -> Tensor:
     """Return y [B, T, H, D] from o [B, T, H, D], v [B, T, K, D] and the gates' logits [B, T, H]."""
     if exclude_own_value:
@@ -119,6 +133,7 @@ def gated_attention_reference(
     *,
     exclude_own_value: bool,
     gated: bool,
+    key_offset: bool = False,
     head_dim: int | None = None,
     gate_width: int | None = None,
     update: Tensor | None = None,
@@ -139,7 +154,10 @@ def gated_attention_reference(
     whole = projected if n.ndim == 3 else projected[None]
     q, k, v, rest = whole.split([H * D, K * D, K * D, whole.size(-1) - (H + 2 * K) * D], dim=-1)
     q, k, v = (x.unflatten(-1, (-1, D)) for x in (q, k, v))
-    o = attention_reference(*prologue_reference(q, k, cos, sin, q_gain, eps), v, cu_seqlens, max_seqlen, core)
+    q, k = prologue_reference(q, k, cos, sin, q_gain, eps)
+    if key_offset:
+        k = offset_keys_reference(k, cos.size(-1), cu_seqlens)
+    o = attention_reference(q, k, v, cu_seqlens, max_seqlen, core)
     y = epilogue_reference(o, v, rest[..., :H] if gated else None, exclude_own_value).flatten(2)
     if first_queries is not None:
         assert cu_seqlens is not None

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ..common.operators import operator
 from ..varlen_attention.segments import attention_tiles
 from ..varlen_attention.triton import Prologue, attention_backward, attention_forward
+from .key_offset import offset_keys, offset_keys_backward
 from .projection import project
 
 Tensor = torch.Tensor
@@ -36,6 +37,7 @@ def gated_attention_forward(
     head_dim: int,
     exclude_own_value: bool,
     gated: bool,
+    key_offset: bool,
     gate_width: int | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -59,6 +61,8 @@ def gated_attention_forward(
         update=update,
     )
     q, k, v, logits = _columns(projected, *sizes)
+    if key_offset:
+        k = offset_keys(k, tiles, cos.size(1), H // K)
     components = inverse_rms.new_empty(H * exclude_own_value, rows * tokens)
     y, lse = attention_forward(
         q,
@@ -91,6 +95,7 @@ def gated_attention_backward(
     head_dim: int,
     exclude_own_value: bool,
     gated: bool,
+    key_offset: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of n weightᵀ [B T, N] and of q_gain."""
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
@@ -99,7 +104,11 @@ def gated_attention_backward(
         return dprojected, q_gain.new_zeros(H)
     dgain = inverse_rms.new_empty(H)
     q, k, v, logits = _columns(projected, *sizes)
-    *dqkv, dlogits = _columns(dprojected, *sizes)
+    dq, dk, dv, dlogits = _columns(dprojected, *sizes)
+    prologue = Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous())
+    projected_k, projected_dk = k, dk
+    if key_offset:
+        k, dk = offset_keys(k, tiles, cos.size(1), H // K), k.new_empty(k.shape)
     gates: dict[str, Any] = dict(logits=logits, dlogits=dlogits) if gated else {}
     attention_backward(
         dy.reshape(-1, H, D),
@@ -110,14 +119,19 @@ def gated_attention_backward(
         lse,
         tiles,
         D**-0.5,
-        *dqkv,
+        dq,
+        dk,
+        dv,
         components=components if exclude_own_value else None,
         dgain=dgain,
-        prologue=Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous()),
+        prologue=prologue,
+        offset_keys=key_offset,
         padding=dprojected[:, (H + 2 * K) * D + H * gated :],
         first_queries=first_queries,
         **gates,
     )
+    if key_offset:
+        offset_keys_backward(dk, projected_k, projected_dk, tiles, prologue, H // K)
     return dprojected, dgain.to(q_gain.dtype)
 
 
@@ -129,7 +143,7 @@ def _fake(
     return n.new_empty(rows, tokens, H * D), n.new_empty(rows * tokens, weight.size(0)), *small
 
 
-_ARGUMENTS = "int num_heads, int num_kv_heads, int head_dim, bool exclude_own_value, bool gated"
+_ARGUMENTS = "int num_heads, int num_kv_heads, int head_dim, bool exclude_own_value, bool gated, bool key_offset"
 _backward_op = operator(
     "gated_attention_backward(Tensor dy, Tensor cos, Tensor sin, Tensor q_gain, Tensor tiles, Tensor y, "
     f"Tensor projected, Tensor inverse_rms, Tensor components, Tensor lse, Tensor? first_queries, {_ARGUMENTS}) -> "
@@ -141,7 +155,7 @@ _backward_op = operator(
 
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6], *output, inputs[7])
-    ctx.rest = inputs[8:13]
+    ctx.rest = inputs[8:14]
     ctx.updated = 0 if inputs[6] is None else inputs[6].size(-1)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -150,14 +164,14 @@ def _save(ctx, inputs, output) -> None:
 @once_differentiable
 def _gradients(ctx, dy: Tensor | None, *_: None):
     if dy is None:
-        return (None,) * 15
+        return (None,) * 16
     n, weight, *saved = ctx.saved_tensors
     dprojected, dgain = _backward_op(dy, *saved, *ctx.rest)
     need_n, need_weight, *_, need_update = ctx.needs_input_grad[:7]
     dn = (dprojected @ weight).view(n.shape) if need_n else None
     dweight = dprojected.t() @ n.reshape(-1, n.size(-1)) if need_weight else None
     dupdate = dprojected[:, : ctx.updated].unflatten(0, n.shape[:-1]) if need_update else None
-    return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 8
+    return dn, dweight, None, None, dgain, None, dupdate, *(None,) * 9
 
 
 _op = operator(
@@ -183,6 +197,7 @@ def gated_attention_triton(
     *,
     exclude_own_value: bool,
     gated: bool,
+    key_offset: bool,
     head_dim: int,
     gate_width: int | None = None,
     update: Tensor | None = None,
@@ -213,6 +228,7 @@ def gated_attention_triton(
         head_dim,
         exclude_own_value,
         gated,
+        key_offset,
         gate_width,
         eps,
     )[0]

@@ -29,7 +29,7 @@ WIDEST = 256  # columns of a head
 
 
 @jit
-def _tile(tiles, slot):
+def tile_of(tiles, slot):
     """Load a tile: the first token (int64) and the length of its segment, and the tile's first token in the segment.
 
     The length is negative if the tile's tokens are in no segment.
@@ -135,7 +135,7 @@ def _base_2(s, scale, softcap):
 
 
 @jit
-def _through_prologue(
+def through_prologue(
     g, factor, y, inverse, gain, cos, sin, tokens, inside, period, D: tl.constexpr, HALF: tl.constexpr
 ):
     """Return the gradient of rows x from factor g, that of y = gain R(x inverse), and factor <g, y> / gain.
@@ -288,7 +288,7 @@ def _attention_kernel(
     """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     slot = tl.program_id(0) // (H // HEADS)
-    start, length, first = _tile(tiles, slot)
+    start, length, first = tile_of(tiles, slot)
     rows = tl.arange(0, QUERIES * HEADS)
     idle = first >= length
     if first_queries is not None:
@@ -472,7 +472,7 @@ def _attention_queries_kernel(
     """
     head = (tl.program_id(0) % (H // HEADS) * HEADS).to(tl.int64)
     slot = tl.program_id(0) // (H // HEADS)
-    start, length, first = _tile(tiles, slot)
+    start, length, first = tile_of(tiles, slot)
     idle = first >= length
     if first_queries is not None:
         first_query = _first_query(first_queries, tiles, slot)
@@ -570,14 +570,14 @@ def _attention_queries_kernel(
     if gain is None:
         acc *= factor
     else:
-        start, length, first = _tile(tiles, slot)  # loaded again, like q: registers are scarce above
+        start, length, first = tile_of(tiles, slot)  # loaded again, like q: registers are scarce above
         at_first, inside = start + first, first + rows % QUERIES < length
         q_pointer += at_first * q_t + head * q_h
         q_again = tl.load(q_pointer + _offsets(q_t, q_h, QUERIES, HEADS, D), mask=inside[:, None], other=0)
         at_rows = at_first + head * T + rows // QUERIES * T + rows % QUERIES
         inverse = tl.load(inverse_rms + at_rows, mask=inside, other=0)
         strength = unit * away_from_zero(tl.load(gain + head + rows // QUERIES))
-        acc, component = _through_prologue(
+        acc, component = through_prologue(
             acc, factor, q_again, inverse, strength, cos, sin, at_first + rows % QUERIES, inside, period, D, HALF
         )
         at = (head + tl.arange(0, HEADS)) * (tl.num_programs(0) // (H // HEADS)) + slot
@@ -642,7 +642,7 @@ def _attention_keys_kernel(
     """
     head = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
     slot = tl.program_id(0) // (H // GROUP)
-    start, length, first = _tile(tiles, slot)
+    start, length, first = tile_of(tiles, slot)
     keys = first + tl.arange(0, KEYS)
     at_first = start + first
     if first >= length:
@@ -705,7 +705,7 @@ def _attention_keys_kernel(
             q_rows += QUERIES * q_t
             do_rows += QUERIES * do_t
             of_rows += QUERIES * WIDTH
-    start, length, first = _tile(tiles, slot)  # loaded again, like k: registers are scarce above
+    start, length, first = tile_of(tiles, slot)  # loaded again, like k: registers are scarce above
     at_first, keys = start + first, first + tl.arange(0, KEYS)
     inside = keys[:, None] < length
     if inverse_rms is None:
@@ -715,7 +715,7 @@ def _attention_keys_kernel(
         inverse = tl.load(inverse_rms + (H + head) * T + tokens, mask=keys < length, other=0)
         k_pointer += at_first * k_t + head * k_h
         k_again = tl.load(k_pointer + _offsets(k_t, 0, KEYS, 1, D), mask=inside, other=0)
-        acc_k, _ = _through_prologue(
+        acc_k, _ = through_prologue(
             acc_k, factor, k_again, inverse, None, cos, sin, tokens, keys < length, period, D, HALF
         )
     dk += at_first * dk_t + head * dk_h + _offsets(dk_t, 0, KEYS, 1, D)
@@ -911,6 +911,7 @@ def attention_backward(
     logits: torch.Tensor | None = None,
     dlogits: torch.Tensor | None = None,
     prologue: Prologue | None = None,
+    offset_keys: bool = False,
     dgain: torch.Tensor | None = None,
     padding: torch.Tensor | None = None,
     first_queries: torch.Tensor | None = None,
@@ -919,11 +920,10 @@ def attention_backward(
 
     o and lse are the results of `attention_forward`, do and dlse, contiguous or None for zeros, their gradients. Pass
     the same ``options``, ``components`` (with the values written there), ``logits`` and ``first_queries``: dlogits is
-    then written;
-    components or logits need H / K to be one of `GROUPS`; rows of do before the first query are not read, and get zeros
-    in dq and dlogits. With the ``prologue`` from which q and k come, dq and dk are the gradients of its inputs, and
-    dgain, float32 [H], is written. ``padding`` [T, columns] gets zeros. D is a power of two from 16 to 256, here and in
-    `attention_forward`.
+    then written; components or logits need H / K to be one of `GROUPS`; rows of do before the first query are not read,
+    and get zeros in dq and dlogits. With the ``prologue`` from which q and k come, dq and dk are the gradients of its
+    inputs, and dgain, float32 [H], is written. With ``offset_keys``, k is not its result, and dk is the gradient of k.
+    ``padding`` [T, columns] gets zeros. D is a power of two from 16 to 256, here and in `attention_forward`.
     """
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape) if dq is None else dq
@@ -944,6 +944,7 @@ def attention_backward(
     pairs = lse.new_empty(*lse.shape, width)
     partials, columns, period = None, 0 if padding is None else padding.size(1), None
     inverse_rms, gain, cos, sin = prologue or (None,) * 4
+    keys_prologue = (inverse_rms, cos, sin) if prologue and not offset_keys else (None,) * 3
     constants = dict(WIDTH=width, HALF=prologue.cos.size(1) if prologue else 0)
     with torch.cuda.device_of(q):
         group = by_keys["GROUP"]
@@ -1003,9 +1004,7 @@ def attention_backward(
             pairs,
             dk,
             dv,
-            inverse_rms,
-            cos,
-            sin,
+            *keys_prologue,
             of_keys,
             first_queries,
             options.query_bounds,

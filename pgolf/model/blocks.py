@@ -69,6 +69,7 @@ class Heads(NamedTuple):
     num_kv_heads: int
     gated: bool
     gate_width: int | None  # columns that gates read
+    key_offset: bool
     cos: Tensor  # [T, rope_dims / 2]
     sin: Tensor  # [T, rope_dims / 2]
     cu_seqlens: Tensor | None
@@ -126,6 +127,7 @@ def attention(
             head_dim=head_dim,
             exclude_own_value=xsa,
             gated=heads.gated,
+            key_offset=heads.key_offset,
             update=update,
             core=heads.core,
         )
@@ -142,6 +144,7 @@ def attention(
         head_dim=head_dim,
         exclude_own_value=xsa,
         gated=heads.gated,
+        key_offset=heads.key_offset,
         update=update,
         gate_width=heads.gate_width,
         core=heads.core,

@@ -278,6 +278,7 @@ class GPT(nn.Module):
             num_kv_heads=c.num_kv_heads,
             gated=c.gate_attn_out,
             gate_width=c.gate_attn_width if c.gate_attn_out else None,
+            key_offset=c.key_offset,
             cos=cos,
             sin=sin,
             cu_seqlens=cu_seqlens,
