@@ -22,11 +22,11 @@ For this kernels clamp the magnitude of a gain to at least 2⁻²⁴; scores sti
 store log2(e) / √D q^, whose products with k^ are scores to the base 2. The attention's backward writes the projection's
 gradient, from which two products compute the gradients of n and weight. Saved for backward are the inputs, the
 projection with q^ and k^, 1 / rms [H + K, T], y, <o, u> [H, T] and the logarithms of the softmax's sums, lse [H, T].
-Offset keys are a copy, which attention reads; its backward makes them again and ends with dk of the projection.
+Offset keys are a copy, which attention reads and keeps; a kernel behind its backward makes dk of the copy's gradient.
 
 Memory traffic in MB, read + written, at T = 98,304, H = 8, K = 4, D = 64, d = 512 in bf16: product 102 + 204, prologue
 154 + 156, y 203 + 107; dq with dlogits, do and a part of dv 414 + 260, dk and dv 360 + 101, dn and dweight 509 + 102.
-Offset keys add 50 + 50 and, in backward, 151 + 101.
+Offset keys add 50 + 50 and, in backward, 101 + 50.
 """
 
 from __future__ import annotations

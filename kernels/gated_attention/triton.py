@@ -40,12 +40,17 @@ def gated_attention_forward(
     key_offset: bool,
     gate_width: int | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y and the tensors for backward: projected [B T, N], 1 / rms [H + K, B T], <o, u> and lse [H, B T]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y and the tensors for backward.
+
+    They are projected [B T, N], 1 / rms [H + K, B T], <o, u> and lse [H, B T], and the offset keys [B T, K, D], if any.
+    """
     sizes = H, K, D = num_heads, num_kv_heads, head_dim
     rows, tokens, d = n.shape
     if not rows * tokens:
-        return _fake(n, weight, cos, sin, q_gain, tiles, update, first_queries, *sizes, exclude_own_value)
+        return _fake(
+            n, weight, cos, sin, q_gain, tiles, update, first_queries, *sizes, exclude_own_value, gated, key_offset
+        )
     update = None if update is None else update.reshape(rows * tokens, -1)
     projected, inverse_rms = project(
         n.reshape(-1, d),
@@ -61,12 +66,11 @@ def gated_attention_forward(
         update=update,
     )
     q, k, v, logits = _columns(projected, *sizes)
-    if key_offset:
-        k = offset_keys(k, tiles, cos.size(1), H // K)
+    offset = offset_keys(k, tiles, cos.size(1), H // K) if key_offset else k.new_empty(0)
     components = inverse_rms.new_empty(H * exclude_own_value, rows * tokens)
     y, lse = attention_forward(
         q,
-        k,
+        offset if key_offset else k,
         v,
         tiles,
         D**-0.5,
@@ -75,7 +79,7 @@ def gated_attention_forward(
         base_2=True,
         first_queries=first_queries,
     )
-    return y.view(rows, tokens, H * D), projected, inverse_rms, components, lse
+    return y.view(rows, tokens, H * D), projected, inverse_rms, components, lse, offset
 
 
 def gated_attention_backward(
@@ -89,6 +93,7 @@ def gated_attention_backward(
     inverse_rms: Tensor,
     components: Tensor,
     lse: Tensor,
+    offset: Tensor,
     first_queries: Tensor | None,
     num_heads: int,
     num_kv_heads: int,
@@ -108,7 +113,7 @@ def gated_attention_backward(
     prologue = Prologue(inverse_rms, q_gain.contiguous(), cos.contiguous(), sin.contiguous())
     projected_k, projected_dk = k, dk
     if key_offset:
-        k, dk = offset_keys(k, tiles, cos.size(1), H // K), k.new_empty(k.shape)
+        k, dk = offset, torch.empty_like(offset)
     gates: dict[str, Any] = dict(logits=logits, dlogits=dlogits) if gated else {}
     attention_backward(
         dy.reshape(-1, H, D),
@@ -136,18 +141,19 @@ def gated_attention_backward(
 
 
 def _fake(
-    n, weight, cos, sin, q_gain, tiles, update, first_queries, H, K, D, exclude, *_
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, weight, cos, sin, q_gain, tiles, update, first_queries, H, K, D, exclude, gated, key_offset, *_
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, tokens, _ = n.shape
     small = (n.new_empty(count, rows * tokens, dtype=torch.float32) for count in (H + K, H * exclude, H))
-    return n.new_empty(rows, tokens, H * D), n.new_empty(rows * tokens, weight.size(0)), *small
+    offset = n.new_empty((rows * tokens, K, D) if key_offset else 0)
+    return n.new_empty(rows, tokens, H * D), n.new_empty(rows * tokens, weight.size(0)), *small, offset
 
 
 _ARGUMENTS = "int num_heads, int num_kv_heads, int head_dim, bool exclude_own_value, bool gated, bool key_offset"
 _backward_op = operator(
     "gated_attention_backward(Tensor dy, Tensor cos, Tensor sin, Tensor q_gain, Tensor tiles, Tensor y, "
-    f"Tensor projected, Tensor inverse_rms, Tensor components, Tensor lse, Tensor? first_queries, {_ARGUMENTS}) -> "
-    "(Tensor, Tensor)",
+    f"Tensor projected, Tensor inverse_rms, Tensor components, Tensor lse, Tensor offset, "
+    f"Tensor? first_queries, {_ARGUMENTS}) -> (Tensor, Tensor)",
     gated_attention_backward,
     lambda dy, cos, sin, q_gain, tiles, y, projected, *_: (torch.empty_like(projected), torch.empty_like(q_gain)),
 )
@@ -176,7 +182,8 @@ def _gradients(ctx, dy: Tensor | None, *_: None):
 
 _op = operator(
     "gated_attention(Tensor n, Tensor weight, Tensor cos, Tensor sin, Tensor q_gain, Tensor tiles, Tensor? update, "
-    f"Tensor? first_queries, {_ARGUMENTS}, int? gate_width, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? first_queries, {_ARGUMENTS}, int? gate_width, float eps) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     gated_attention_forward,
     _fake,
     setup_context=_save,
