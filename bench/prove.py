@@ -1,14 +1,15 @@
 """Prove that this tree works on this machine's GPU: ``python -m bench.prove --data-dir DIR``.
 
-The parts run one after another, each in processes of its own:
+The parts, each in processes of its own:
 
-- ``tests``: every test that uses the GPU.
 - ``run``: some seconds of the record's training and every stage after it, to the report.
+- ``tests``: every test that uses the GPU.
 - ``program``: the exported ``train_gpt.py``, alone, scores that run's artifact as the run did.
 - ``audit``: `pgolf audit` finds no condition of the challenge that the run fails.
 - ``train_step``: the speed of a training step (`bench.train_step`).
 - ``test_time_training``: its speed by document length (`bench.test_time_training`).
 
+``tests``, ``program`` and ``audit`` run beside one another; what measures time has the machine to itself.
 ``bench/results/<chip>/proof.json`` is written whenever a part begins or ends. It says of which trees it is a proof, and
 a later call adds its parts to a proof of the same trees. ``--check`` says whether the newest proof is of this tree.
 """
@@ -26,9 +27,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -143,6 +146,7 @@ class Proof:
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.limit
+        self.lock, self.running = threading.Lock(), set[subprocess.Popen]()
         self.log = self.file.with_suffix(".log")
         self.file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -157,7 +161,25 @@ class Proof:
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        write(self.file, self.meta, parts=self.parts)
+        with self.lock:
+            write(self.file, self.meta, parts=self.parts)
+
+    def prove_all(self, names: Sequence[str]) -> bool:
+        """Do these parts in order, those of `BESIDE` at the same time; True if the answer of all is yes."""
+        answers = []
+        beside = [name for name in names if name in BESIDE]
+        for name in names:
+            if name not in BESIDE:
+                answers.append(self.prove(name))
+            elif name == beside[0]:
+                with ThreadPoolExecutor(len(beside)) as threads:
+                    try:
+                        answers += list(threads.map(self.prove, beside))
+                    except BaseException:  # threads would wait for their processes
+                        for process in list(self.running):
+                            _end(process)
+                        raise
+        return all(answers)
 
     def prove(self, name: str) -> bool:
         """Do one part; True if its answer is yes. Without time left, an earlier call's answer stays in the file."""
@@ -197,28 +219,29 @@ class Proof:
         Raises PartFailed with the last lines where it fails, and where the limit ends first.
         """
         words = [sys.executable, *map(str, command)]
-        with self.log.open("a+b") as log:
-            log.write(f"\n$ {' '.join(['python', *words[1:]])}\n".encode())
-            log.flush()
-            start = log.seek(0, os.SEEK_END)
+        with tempfile.TemporaryFile() as printed:
             process = subprocess.Popen(
                 words,
                 cwd=cwd,
                 env=clean_environment() | environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=printed,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             late = False
+            self.running.add(process)
             try:
                 process.wait(max(self.deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 late = True
             finally:
                 _end(process)
-            log.seek(start)
-            output = log.read().decode(errors="replace")
+                self.running.discard(process)
+            printed.seek(0)
+            output = printed.read().decode(errors="replace")
+        with self.lock, self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n$ {' '.join(['python', *words[1:]])}\n{output}")
         if late or process.returncode:
             why = f"the limit of {self.limit:g} s ended it" if late else f"exit status {process.returncode}"
             raise CallFailed(f"{why}: {_tail(output)}", output, process.returncode)
@@ -440,13 +463,14 @@ def require(found: dict[str, Any], whole: bool) -> None:
 
 Part = Callable[[Proof, dict[str, Any]], None]
 PARTS: dict[str, Part] = {
-    "tests": prove_tests,
     "run": prove_run,
+    "tests": prove_tests,
     "program": prove_program,
     "audit": prove_audit,
     "train_step": prove_train_step,
     "test_time_training": prove_test_time_training,
 }
+BESIDE = ("tests", "program", "audit")
 
 
 def describe_machine(bench: str, commit: str = "", processes: int = 1) -> tuple[str, dict[str, Any]] | None:
@@ -510,9 +534,9 @@ def prove_parts(
     )
     proof.continue_earlier()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    answers = [proof.prove(name) for name in arguments.parts]
+    proved = proof.prove_all(arguments.parts)
     print(proof.file)
-    return 0 if all(answers) else 1
+    return 0 if proved else 1
 
 
 def main(argv: list[str] | None = None) -> int:

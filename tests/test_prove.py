@@ -137,7 +137,7 @@ class TestParts:
     @pytest.mark.parametrize(
         "options, message",
         [
-            (["--parts", "tests,nothing"], "there is no part nothing; parts: tests, run, program, audit"),
+            (["--parts", "tests,nothing"], "there is no part nothing; parts: run, tests, program, audit"),
             (["--parts", ","], "name at least one part"),
             (["--parts", "run"], "the part run needs --data-dir"),
             ([], "the part run needs --data-dir"),
@@ -204,6 +204,24 @@ class TestParts:
         with pytest.raises(SystemExit):
             proof.prove("tests")
         assert written(proof)["tests"]["message"] == "stopped from outside"
+
+    def test_some_parts_run_beside_one_another(self, proof: prove.Proof) -> None:
+        both, order = threading.Barrier(2, timeout=60), []
+        proof.table = {name: lambda *_, name=name: order.append(name) for name in prove.PARTS}
+        proof.table |= dict.fromkeys(("tests", "audit"), lambda *_: both.wait())
+        assert proof.prove_all(("run", "tests", "audit", "train_step"))
+        assert order == ["run", "train_step"] and {part["status"] for part in written(proof).values()} == {"ok"}
+
+    def test_a_stop_ends_what_runs_beside(self, proof: prove.Proof) -> None:
+        def stops(*_: Any) -> None:
+            while not proof.running:
+                time.sleep(0.01)
+            raise SystemExit(143)
+
+        proof.table = {"tests": stops, "audit": lambda proof, _: proof.call("-c", "import time; time.sleep(600)")}
+        with pytest.raises(SystemExit):
+            proof.prove_all(("tests", "audit"))
+        assert written(proof)["audit"]["message"].startswith("exit status -15")
 
     def test_a_command_is_logged_and_its_end_is_the_message(self, proof: prove.Proof) -> None:
         assert proof.call("-c", "print(1)") == "1\n"
