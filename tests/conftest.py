@@ -39,10 +39,13 @@ for _variable in ("PGOLF_KERNELS", *(name.upper() for name in (*FIELDS, *ALIASES
 of_the_reference = pytest.mark.skipif(INTERPRETED, reason="runs no kernel, and in the process without the interpreter")
 
 
-def covering(*options: Iterable, strength: int = 2) -> list[tuple]:
-    """The product of ``options``; in the interpreter rows of it that hold all values of every ``strength`` of them."""
+def covering(*options: Iterable, strength: int = 2, everywhere: bool = False) -> list[tuple]:
+    """The product of ``options``; in the interpreter rows of it that hold all values of every ``strength`` of them.
+
+    ``everywhere``: without a GPU, too, where each row is compiled.
+    """
     rows = list(itertools.product(*options))
-    if not INTERPRETED:
+    if not INTERPRETED and (not everywhere or torch.cuda.is_available()):
         return rows
     values = [list(enumerate(map(repr, row))) for row in rows]
     held = [set(itertools.combinations(each, strength)) for each in values]

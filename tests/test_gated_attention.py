@@ -607,7 +607,7 @@ def test_operators_are_registered_as_they_behave(update: bool, first_queries: li
     library.opcheck(torch.ops.pgolf.gated_attention_backward.default, arguments)
 
 
-@pytest.mark.parametrize("packed, update", covering([True, False], [False, True], strength=1))
+@pytest.mark.parametrize("packed, update", covering([True, False], [False, True], strength=1, everywhere=True))
 def test_compiles_whole(device, packed: bool, update: bool) -> None:
     rows, bounds = (1, [0, 2, 5]) if packed else (2, None)
     p = Problem("plain", device, bounds=bounds, rows=rows, tokens=5, update=update)

@@ -426,7 +426,13 @@ def _detached(arguments: tuple) -> tuple:
 
 @pytest.mark.parametrize(
     "way, updated, vocabulary",
-    covering([("mean", None), ("mean", 4), ("none", None), ("sum", None)], [False, True], [24, 25], strength=1),
+    covering(
+        [("mean", None), ("mean", 4), ("none", None), ("sum", None)],
+        [False, True],
+        [24, 25],
+        strength=1,
+        everywhere=True,
+    ),
 )
 def test_compiles_whole(device, way: tuple[str, int | None], updated: bool, vocabulary: int) -> None:
     reduction, chunk = way

@@ -544,7 +544,7 @@ COMPILED = ["mix_norm", "join_mix_norm", "join", "norm", "enter_lanes_join", "la
 COMPILED += ["enter_lanes_join_gated", "lanes_norm_join_gated", "linear_norm_gated"]
 
 
-@pytest.mark.parametrize("case, autocast", covering(COMPILED, [False, True], strength=1))
+@pytest.mark.parametrize("case, autocast", covering(COMPILED, [False, True], strength=1, everywhere=True))
 def test_compiles_whole(case: str, autocast: bool) -> None:
     if autocast and case.startswith("linear") and DEVICE == "cpu" and not INTERPRETED:
         pytest.skip("the reference's product follows autocast")
@@ -557,7 +557,8 @@ def test_compiles_whole(case: str, autocast: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "case, last", covering(["join_mix_norm", "enter_lanes_join", "lanes_norm_join"], [1, 2, 3], strength=1)
+    "case, last",
+    covering(["join_mix_norm", "enter_lanes_join", "lanes_norm_join"], [1, 2, 3], strength=1, everywhere=True),
 )
 def test_frozen_inputs_compile_whole(case: str, last: int) -> None:
     leaves, frozen = leaves_of(case, dtype=torch.float32), frozen_leaves(case)[-last]
