@@ -27,11 +27,12 @@ from pgolf.kernels.residual import (
 from tests.conftest import covering
 
 UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-21, torch.float64: 2**-48}  # of rounding
+ROWS = (2, 3) if INTERPRETED else (2, 7)
 SHAPES = {
     torch.bfloat16: [(1, 1, 8), (1, 3, 512)],
-    torch.float16: [(2, 7, 12)],
+    torch.float16: [(*ROWS, 12)],
     torch.float32: [(1, 5, 70)],
-    torch.float64: [(2, 7, 12)],
+    torch.float64: [(*ROWS, 12)],
 }
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
@@ -258,7 +259,7 @@ def test_precision(case: str, dtype: torch.dtype) -> None:
             shape = (*shape[:-1], 64)
         assert_as_precise(case, leaves_of(case, shape, dtype))
     if dtype == torch.bfloat16:  # a reference that rounds float32 parameters first
-        assert_as_precise(case, leaves_of(case, (2, 7, 12), dtype, torch.float32))
+        assert_as_precise(case, leaves_of(case, (*ROWS, 12), dtype, torch.float32))
 
 
 @pytest.mark.parametrize("case", CALLS)
