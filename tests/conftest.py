@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,27 @@ if INTERPRETED:  # this process runs kernels on CPU tensors, see test_interprete
 torch.set_num_threads(1)  # tensors are small here, and sums keep one order on every machine
 for _variable in ("PGOLF_KERNELS", *(name.upper() for name in (*FIELDS, *ALIASES))):
     os.environ.pop(_variable, None)  # the caller's settings are not the tests'
+
+of_the_reference = pytest.mark.skipif(INTERPRETED, reason="runs no kernel, and in the process without the interpreter")
+
+
+def covering(*options: Iterable, strength: int = 2, everywhere: bool = False) -> list[tuple]:
+    """The product of ``options``; in the interpreter rows of it that hold all values of every ``strength`` of them.
+
+    ``everywhere``: without a GPU, too, where each row is compiled.
+    """
+    rows = list(itertools.product(*options))
+    if not INTERPRETED and (not everywhere or torch.cuda.is_available()):
+        return rows
+    values = [list(enumerate(map(repr, row))) for row in rows]
+    held = [set(itertools.combinations(each, strength)) for each in values]
+    missing, taken, chosen = set().union(*held), Counter(), []
+    while missing:
+        i = max(range(len(rows)), key=lambda i: (len(held[i] & missing), -sum(taken[value] for value in values[i])))
+        chosen.append(rows[i])
+        taken.update(values[i])
+        missing -= held[i]
+    return chosen
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

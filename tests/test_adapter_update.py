@@ -11,6 +11,7 @@ from torch import Tensor, library
 
 from pgolf.kernels.adapter_update import adapter_update_, adapter_update_reference_
 from pgolf.kernels.common.backend import INTERPRETED, using
+from tests.conftest import covering, of_the_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
@@ -67,9 +68,7 @@ def optimizer_of(parameter: Tensor, rule: dict) -> torch.optim.Optimizer:
     return torch.optim.AdamW([parameter], betas=(beta1, rule.pop("beta2")), **rule)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule, shape, scaled", covering(RULES, SHAPES, [False, True]))
 def test_it_is_torchs_optimizer(device, rule: str, shape, scaled: bool) -> None:
     stack = Stack(shape, device, RULES[rule], scaled=scaled)
     scale = stack.row_scale[:, None].double() if scaled else 1.0
@@ -290,8 +289,7 @@ def test_errors(change: dict, error: type[Exception], message: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule, scaled", covering(RULES, [False, True], strength=1))
 def test_operators(rule: str, scaled: bool) -> None:
     stack = Stack((2, 3, 4), DEVICE, RULES[rule], torch.bfloat16, scaled)
     (gradient,) = gradients((2, 3, 4), DEVICE, count=1)
@@ -302,7 +300,9 @@ def test_operators(rule: str, scaled: bool) -> None:
     library.opcheck(torch.ops.pgolf.adapter_update.default, arguments)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("reference", marks=of_the_reference), pytest.param("triton", marks=needs_kernels)]
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_compiles_whole(rule: str, backend: str) -> None:
     plain = Stack((2, 3, 4), DEVICE, RULES[rule], torch.bfloat16, scaled=True)

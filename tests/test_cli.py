@@ -77,7 +77,7 @@ def settings(data: Path, **changed) -> list[str]:
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("docs") / "docs.jsonl"
-    texts = [document[:1500] for document in embedded_documents()[:50]]
+    texts = [document[:900] for document in embedded_documents()[:50]]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 

@@ -14,6 +14,7 @@ from pgolf.kernels.linear_cross_entropy import (
     rows,
     triton,
 )
+from tests.conftest import covering
 
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-5}  # of a relative error
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -60,12 +61,13 @@ def capped(z, softcap):
 
 
 REDUCTIONS = ("mean", "sum", "none")
+TOKENS = (2, 4) if INTERPRETED else (3, 7)
 PAIRS = [(3.0, 7.0), (30.0, 4.0), (5.0, 39.0), (100.0, 6.0), (6.0, 100.0)]  # caps of positive and of negative z
 
 
-@pytest.mark.parametrize("updated", [False, True])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("softcap", [3.0, 30.0, 100.0, (3.0, 7.0), (60.0, 2.0)])
+@pytest.mark.parametrize(
+    "softcap, reduction, updated", covering([3.0, 30.0, 100.0, (3.0, 7.0), (60.0, 2.0)], REDUCTIONS, [False, True])
+)
 def test_formula(device, softcap, reduction: str, updated: bool) -> None:
     h, table, targets = inputs(device)
     update = torch.randn(2, 5, 24, device=device) if updated else None
@@ -99,26 +101,26 @@ def test_gradients(device, reduction: str, softcap) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", FLOOR)
-@pytest.mark.parametrize("vocabulary", [2, 24, 70, 512])
-@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0, 1e30, None, *PAIRS])
+@pytest.mark.parametrize(
+    "softcap, vocabulary, dtype", covering([5.0, 30.0, 100.0, 1e30, None, *PAIRS], [2, 24, 70, 512], FLOOR)
+)
 def test_precision(device, softcap, vocabulary: int, dtype) -> None:
-    h, table, targets = inputs(device, (3, 7), 16, vocabulary, dtype)
+    h, table, targets = inputs(device, TOKENS, 16, vocabulary, dtype)
     for dloss in (torch.ones((), device=device), torch.tensor(0.3, device=device)):
         assert_as_precise(h, table, targets, softcap, dloss)
     assert_as_precise(h, table, targets, softcap, torch.tensor(0.01, device=device), reduction="sum")
-    assert_as_precise(h, table, targets, softcap, torch.randn(3, 7, device=device), reduction="none")
+    assert_as_precise(h, table, targets, softcap, torch.randn(TOKENS, device=device), reduction="none")
 
 
-@pytest.mark.parametrize("dtype", FLOOR)
-@pytest.mark.parametrize("vocabulary", [2, 24, 70, 512])
-@pytest.mark.parametrize("softcap", [5.0, 30.0, 100.0, (5.0, 30.0)])
+@pytest.mark.parametrize(
+    "softcap, vocabulary, dtype", covering([5.0, 30.0, 100.0, (5.0, 30.0)], [2, 24, 70, 512], FLOOR)
+)
 def test_precision_with_an_update(device, softcap, vocabulary: int, dtype) -> None:
-    h, table, targets = inputs(device, (3, 7), 16, vocabulary, dtype)
-    update = torch.randn(7, 3, vocabulary, device=device).transpose(0, 1).to(dtype)
+    h, table, targets = inputs(device, TOKENS, 16, vocabulary, dtype)
+    update = torch.randn(*TOKENS[::-1], vocabulary, device=device).transpose(0, 1).to(dtype)
     for reduction, dloss in (("mean", 0.3), ("sum", 0.05)):
         assert_as_precise(h, table, targets, softcap, torch.tensor(dloss, device=device), update, reduction=reduction)
-    weights = torch.rand(3, 7, device=device) * (torch.arange(7, device=device) % 3 > 0)  # of tokens; some are 0
+    weights = torch.rand(TOKENS, device=device) * (torch.arange(TOKENS[1], device=device) % 3 > 0)  # some are 0
     for chunk in (None, 4):
         options = dict(reduction="none", chunk_tokens=chunk)
         assert_as_precise(h, table, targets, softcap, weights, update, **options)
@@ -131,7 +133,7 @@ def test_precision_with_an_update(device, softcap, vocabulary: int, dtype) -> No
 @pytest.mark.parametrize("way", ["graded", "scored"])
 def test_every_token_s_loss_is_of_logits_in_float32(device, way: str) -> None:
     """Rounded to bfloat16 they would be off by a sixteenth."""
-    h, table, targets = inputs(device, (200,), 64, 512, torch.bfloat16, size=1.0)
+    h, table, targets = inputs(device, (40 if INTERPRETED else 200,), 64, 512, torch.bfloat16, size=1.0)
     h.requires_grad_(way == "graded")
     losses = linear_cross_entropy(h, table, targets, 30.0, "none").detach()
     exact = linear_cross_entropy_reference(h.detach().double(), table.double(), targets, 30.0, "none")
@@ -170,8 +172,7 @@ def test_tokens_without_weight_have_no_gradient(device) -> None:
     assert dh[weights > 0].any(-1).all() and dupdate[weights > 0].any(-1).all()
 
 
-@pytest.mark.parametrize("dtype", FLOOR)
-@pytest.mark.parametrize("chunk", [1, 4, 21, 50])
+@pytest.mark.parametrize("chunk, dtype", covering([1, 4, 21, 50], FLOOR, strength=1))
 def test_chunks(device, chunk: int, dtype) -> None:
     h, table, targets = inputs(device, (3, 7), 16, 70, dtype)
     for reduction, size in (("mean", 1.5), ("sum", 0.1)):
@@ -204,7 +205,7 @@ def test_rows_in_blocks(monkeypatch, vocabulary: int, softcap) -> None:
     """Rows longer than a program keeps in registers, here of 32 elements."""
     monkeypatch.setattr(rows, "ROW_ELEMENTS", 32)
     monkeypatch.setattr(rows, "launch_parameters", lambda *_: dict(block=32, columns_per_warp=32))
-    h, table, targets = inputs(DEVICE, (9,), 16, vocabulary, torch.bfloat16)
+    h, table, targets = inputs(DEVICE, (4 if INTERPRETED else 9,), 16, vocabulary, torch.bfloat16)
     assert_as_precise(h, table, targets, softcap, torch.ones((), device=DEVICE))
 
 
@@ -423,10 +424,18 @@ def _detached(arguments: tuple) -> tuple:
     return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
-@pytest.mark.parametrize("vocabulary", [24, 25])
-@pytest.mark.parametrize("updated", [False, True])
-@pytest.mark.parametrize("reduction, chunk", [("mean", None), ("mean", 4), ("none", None), ("sum", None)])
-def test_compiles_whole(device, reduction: str, chunk: int | None, updated: bool, vocabulary: int) -> None:
+@pytest.mark.parametrize(
+    "way, updated, vocabulary",
+    covering(
+        [("mean", None), ("mean", 4), ("none", None), ("sum", None)],
+        [False, True],
+        [24, 25],
+        strength=1,
+        everywhere=True,
+    ),
+)
+def test_compiles_whole(device, way: tuple[str, int | None], updated: bool, vocabulary: int) -> None:
+    reduction, chunk = way
     h, table, targets = inputs(device, vocabulary=vocabulary)
     update = torch.randn(2, 5, vocabulary, device=device) if updated else None
 

@@ -21,6 +21,7 @@ from pgolf.kernels.muon_update import (
 )
 from pgolf.kernels.muon_update.triton import MAX_TENSORS
 from pgolf.training.optim import Muon
+from tests.conftest import covering, of_the_reference
 
 Tensor = torch.Tensor
 FLOOR = {torch.bfloat16: 1e-4, torch.float16: 1e-5, torch.float32: 3e-7, torch.float64: 1e-15}  # of a relative error
@@ -65,9 +66,9 @@ def assert_as_precise(got: Sequence[Tensor], plain: Sequence[Tensor], exact: Seq
 # --- momentum_update ---
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("scale", ["one", "number", "tensor", "vector"])
-@pytest.mark.parametrize("dtypes", MIXED)
+@pytest.mark.parametrize(
+    "dtypes, scale, nesterov", covering(MIXED, ["one", "number", "tensor", "vector"], [True, False])
+)
 def test_momentum(device, dtypes: str, scale: str, nesterov: bool) -> None:
     of_gradient, of_buffer = MIXED[dtypes]
     gradients, buffers = random(of_gradient, device), random(of_buffer, device)
@@ -100,8 +101,10 @@ def test_the_reference_is_the_sequence_of_old(device) -> None:
 # --- squared_norm, clip_factor ---
 
 
-@pytest.mark.parametrize("count", [1, 5, 70, 120])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype, count",
+    covering([torch.float32, torch.bfloat16, torch.float16, torch.float64], [120, 70, 5, 1], strength=1),
+)
 def test_squared_norm(device, dtype: torch.dtype, count: int) -> None:
     sizes = [(12_345,), (40, 64), (8,), (3, 1, 2), (0,), *[(k % 19,) for k in range(count)]][-count:]
     tensors = random(dtype, device, sizes)
@@ -335,7 +338,9 @@ def test_operators() -> None:
     library.opcheck(ops.clip_factor.default, (scale, 0.3))
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("reference", marks=of_the_reference), pytest.param("triton", marks=needs_kernels)]
+)
 def test_compiles_whole(backend: str) -> None:
     def step(gradients, buffers, parameters, averages):
         norm, factor = clip_factor(squared_norm(gradients), 0.3)

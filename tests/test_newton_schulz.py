@@ -19,7 +19,7 @@ from pgolf.kernels.newton_schulz import (
     polar_express_coefficients,
     tasks,
 )
-from tests.conftest import INTERPRETED
+from tests.conftest import INTERPRETED, covering
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 lists_tasks = pytest.mark.skipif(backend.triton is None, reason="lists the kernel's tasks")
@@ -101,8 +101,8 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(2, 64, 64), (70, 150), (200, 40)], ids=str)
 def test_error_is_at_most_that_of_plain_bf16(device, algorithm, spectrum, shape) -> None:
-    if INTERPRETED and len(shape) == 2 and spectrum not in ("gaussian", "rank one"):
-        pytest.skip("(2, 64, 64) shows it")
+    if INTERPRETED and spectrum not in ("gaussian", "rank one") and (len(shape) == 2 or algorithm != "auto"):
+        pytest.skip("auto with (2, 64, 64) shows it")
     G = matrices(spectrum, *shape).to(device, torch.bfloat16)
     expected = exact(G)
     plain = relative_error(newton_schulz_reference(G, algorithm="standard"), expected)
@@ -123,9 +123,11 @@ def of_training(m: int, n: int, spread: float, generator: torch.Generator) -> to
     return (orthogonal(m, spread) * values) @ orthogonal(n, 0.0).mT
 
 
-@pytest.mark.parametrize("row_normalize", [False, True])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("shape", [(64, 64), (64, 128), (32, 160), (512, 2048)], ids=str)
+@pytest.mark.parametrize(
+    "shape, spread, row_normalize",
+    covering([(64, 64), (64, 128), (32, 160), (512, 2048)], [0.0, 1.0, 2.0], [False, True], strength=1),
+    ids=str,
+)
 def test_a_few_large_singular_values(device, shape, spread: float, row_normalize: bool) -> None:
     """As training makes them: Gram forms that restart later have let singular values of updates grow to 3,000."""
     if device.type != "cuda" and shape[0] > 64:
@@ -180,17 +182,17 @@ def test_shapes_and_dtypes(device, shape: tuple[int, ...]) -> None:
     assert expected.shape == G.shape and expected.dtype == torch.float64
     fp32 = newton_schulz(G, dtype=torch.float32)
     assert (fp32.double() - expected).norm() <= 1e-3 * expected.norm() + 1e-9
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for out_dtype in (torch.bfloat16, torch.float16):
-            out = newton_schulz(G.to(dtype), dtype=out_dtype)
-            assert out.dtype == out_dtype and out.shape == G.shape and out.is_contiguous()
-            plain = newton_schulz_reference(G.to(dtype), algorithm="standard")
-            error, allowed = ((x.double() - expected).norm() for x in (out, plain))
-            assert error <= 1.5 * allowed + 1e-2 * expected.norm()
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    for dtype, out_dtype in covering(dtypes, (torch.bfloat16, torch.float16), strength=1):
+        out = newton_schulz(G.to(dtype), dtype=out_dtype)
+        assert out.dtype == out_dtype and out.shape == G.shape and out.is_contiguous()
+        plain = newton_schulz_reference(G.to(dtype), algorithm="standard")
+        error, allowed = ((x.double() - expected).norm() for x in (out, plain))
+        assert error <= 1.5 * allowed + 1e-2 * expected.norm()
 
 
 def test_banks_go_together_or_one_by_one_to_the_same_bits(device) -> None:
-    shapes = [(2, 40, 100), (3, 130, 64), (0, 8, 8), (1, 5), (2, 16, 16)]
+    shapes = [(2, 40, 100), (2 if INTERPRETED else 3, 130, 64), (0, 8, 8), (1, 5), (2, 16, 16)]
     banks = [torch.randn(shape, device=device) for shape in shapes]
     banks[1] = banks[1].bfloat16()  # another dtype, another launch
     together = newton_schulz_banks(banks, row_normalize=True)
@@ -292,7 +294,7 @@ def test_parameters_of_the_h100(device, monkeypatch, case: str, algorithm: str) 
     parameters = launch.launch_parameters("newton_schulz", case, device)
     monkeypatch.setattr(tasks, "launch_parameters", lambda *case: parameters)
     tasks.plan.cache_clear()
-    for shape in ((200, 300), (1, 300, 40)):
+    for shape in ((140, 200), (1, 200, 40)) if INTERPRETED else ((200, 300), (1, 300, 40)):
         G = torch.randn(shape, device=device)
         plain = relative_error(newton_schulz_reference(G, algorithm="standard"), exact(G))
         assert relative_error(newton_schulz(G, algorithm=algorithm), exact(G)) <= plain

@@ -24,13 +24,15 @@ from pgolf.kernels.residual import (
     residual_mix_norm,
     scaled_rms_norm,
 )
+from tests.conftest import covering
 
 UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-21, torch.float64: 2**-48}  # of rounding
+ROWS = (2, 3) if INTERPRETED else (2, 7)
 SHAPES = {
     torch.bfloat16: [(1, 1, 8), (1, 3, 512)],
-    torch.float16: [(2, 7, 12)],
+    torch.float16: [(*ROWS, 12)],
     torch.float32: [(1, 5, 70)],
-    torch.float64: [(2, 7, 12)],
+    torch.float64: [(*ROWS, 12)],
 }
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
@@ -257,7 +259,7 @@ def test_precision(case: str, dtype: torch.dtype) -> None:
             shape = (*shape[:-1], 64)
         assert_as_precise(case, leaves_of(case, shape, dtype))
     if dtype == torch.bfloat16:  # a reference that rounds float32 parameters first
-        assert_as_precise(case, leaves_of(case, (2, 7, 12), dtype, torch.float32))
+        assert_as_precise(case, leaves_of(case, (*ROWS, 12), dtype, torch.float32))
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -333,7 +335,7 @@ def frozen_leaves(case: str) -> list[frozenset[int]]:
 def test_frozen_inputs_leave_the_other_gradients_as_they_are(case: str, device: torch.device) -> None:
     """To the bit where the compiler does not choose which multiplications and additions become one instruction."""
     shape = (1, 700, 512) if device.type == "cuda" else (1, 5, 16)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16):
         leaves = leaves_of(case, shape, dtype, device=device)
         whole = results(lambda v: CALLS[case][0](ours, v), leaves)
         for frozen in frozen_leaves(case):
@@ -500,17 +502,20 @@ def test_offsets_beyond_32_bits() -> None:
 @needs_kernels
 def test_operators_are_registered_as_they_behave() -> None:
     ops = torch.ops.pgolf
-    x, x0, mix, skip, weight, gate = (leaf.float().requires_grad_() for leaf in leaves_of("join_mix_norm"))
+    leaves = {
+        case: [leaf.float() for leaf in leaves_of(case, (1, 2, 8))] for case in ("join_mix_norm", "lanes", "linear")
+    }
+    x, x0, mix, skip, weight, gate = (leaf.requires_grad_() for leaf in leaves["join_mix_norm"])
     scale, rstd = scale_of(x), torch.ones(x.shape[:-1], device=DEVICE)
     row = torch.randn(5, device=DEVICE, requires_grad=True)
     library.opcheck(ops.residual_mix.default, (x, x0, mix, skip, weight, gate, scale, row, 1e-6, *(True,) * 4))
     library.opcheck(ops.residual_mix.default, (x, x0, mix, *(None,) * 3, scale, None, 1e-6, False, False, True, False))
     library.opcheck(ops.residual_norm.default, (x, x0, scale, 1e-6))
-    lanes = [leaf.float().requires_grad_() for leaf in leaves_of("lanes")]
+    lanes = [leaf.requires_grad_() for leaf in leaves["lanes"]]
     library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 6, 0.0, False))
     library.opcheck(ops.residual_lanes.default, (x0, *lanes, mix, skip, weight, gate, scale, row, 1e-6, False))
     library.opcheck(ops.residual_lanes.default, (None, *lanes, *(None,) * 6, 1e-6, True))
-    residual, h, w = (leaf.float().requires_grad_() for leaf in leaves_of("linear"))
+    residual, h, w = (leaf.requires_grad_() for leaf in leaves["linear"])
     for row_gate, norm in ((None, True), (row, True), (None, False)):
         library.opcheck(ops.residual_linear.default, (residual, h, w, scale, row_gate, 1e-6, norm))
     x, x0, mix, skip, weight, gate, row, residual, h, w, *lanes = (
@@ -536,14 +541,11 @@ def test_operators_are_registered_as_they_behave() -> None:
         library.opcheck(ops.residual_linear_backward.default, (residual, h, w, *needs))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(
-    "case",
-    [
-        *["mix_norm", "join_mix_norm", "join", "norm", "enter_lanes_join", "lanes_norm_join", "linear_norm_inplace"],
-        *["enter_lanes_join_gated", "lanes_norm_join_gated", "linear_norm_gated"],
-    ],
-)
+COMPILED = ["mix_norm", "join_mix_norm", "join", "norm", "enter_lanes_join", "lanes_norm_join", "linear_norm_inplace"]
+COMPILED += ["enter_lanes_join_gated", "lanes_norm_join_gated", "linear_norm_gated"]
+
+
+@pytest.mark.parametrize("case, autocast", covering(COMPILED, [False, True], strength=1, everywhere=True))
 def test_compiles_whole(case: str, autocast: bool) -> None:
     if autocast and case.startswith("linear") and DEVICE == "cpu" and not INTERPRETED:
         pytest.skip("the reference's product follows autocast")
@@ -555,14 +557,16 @@ def test_compiles_whole(case: str, autocast: bool) -> None:
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(plain, whole, strict=True))
 
 
-@pytest.mark.parametrize("case", ["join_mix_norm", "enter_lanes_join", "lanes_norm_join"])
-def test_frozen_inputs_compile_whole(case: str) -> None:
-    leaves = leaves_of(case, dtype=torch.float32)
-    for frozen in frozen_leaves(case)[-3:]:
-        function = lambda v: CALLS[case][0](ours, v)  # noqa: E731
-        plain, whole = (results(call, leaves, frozen=frozen) for call in (function, compiled_for(function)))
-        for a, b in zip(plain, whole, strict=True):
-            assert (a is None and b is None) or torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(
+    "case, last",
+    covering(["join_mix_norm", "enter_lanes_join", "lanes_norm_join"], [1, 2, 3], strength=1, everywhere=True),
+)
+def test_frozen_inputs_compile_whole(case: str, last: int) -> None:
+    leaves, frozen = leaves_of(case, dtype=torch.float32), frozen_leaves(case)[-last]
+    function = lambda v: CALLS[case][0](ours, v)  # noqa: E731
+    plain, whole = (results(call, leaves, frozen=frozen) for call in (function, compiled_for(function)))
+    for a, b in zip(plain, whole, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_layers_compile_whole() -> None:

@@ -21,11 +21,13 @@ from pgolf.kernels.smear_gate import (
     smear_gate_reference,
     triton,
 )
+from tests.conftest import covering
 
 PATTERNS = {"none": [], "first": [0], "last": [6], "some": [0, 3, 4], "every": list(range(7))}
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6, torch.float64: 1e-13}  # of a relative error
 NOISE = 1e-6
 SHAPES = [(1, 1, 8, 8), (2, 7, 10, 4), (3, 37, 24, 12), (2, 18, 512, 12), (1, 5, 1500, 1)]  # B, T, D, W
+DTYPES = torch.bfloat16, torch.float16, torch.float32
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
 
@@ -113,8 +115,7 @@ def test_gradients(device, bos: list[int]) -> None:
     assert torch.autograd.gradcheck(lambda *leaves: embed_smear_norm(ids, *leaves), [table.requires_grad_(), *leaves])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype", covering(SHAPES, DTYPES, strength=1), ids=str)
 def test_precision_of_smear_gate(device, shape, dtype) -> None:
     rows, tokens, width, gate = shape
     ids = torch.randint(0, 6, (rows, tokens), device=device, dtype=torch.int32)
@@ -129,9 +130,7 @@ def test_precision_of_smear_gate(device, shape, dtype) -> None:
         )
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype, deterministic", covering(SHAPES, DTYPES, [True, False]), ids=str)
 def test_precision_of_the_prologue(device, shape, dtype, deterministic: bool) -> None:
     rows, tokens, width, gate = shape
     ids = torch.randint(0, 20, (rows, tokens), device=device)
@@ -211,8 +210,7 @@ def test_gradients_with_starts(device, starts: list[int]) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype", covering(SHAPES, [torch.bfloat16, torch.float32], strength=1), ids=str)
 def test_precision_with_starts(device, shape, dtype) -> None:
     rows, tokens, width, gate = shape
     ids = torch.randint(0, 20, (rows, tokens), device=device)

@@ -11,7 +11,7 @@ import torch
 from pgolf.kernels.trellis import STATES, trellis, trellis_gptq, trellis_gptq_reference
 from pgolf.kernels.trellis.reference import nearest_path
 from pgolf.kernels.trellis.tables import predecessors
-from tests.conftest import INTERPRETED
+from tests.conftest import INTERPRETED, covering
 
 
 def walk(codes: list[int], states: int) -> bool:
@@ -81,11 +81,12 @@ def problem(device: torch.device, B: int, R: int, C: int) -> dict[str, torch.Ten
 SHAPES = [(2, 40, 37, 16), (1, 16, 4, 32), (3, 33, 40, 16)]
 
 
-@pytest.mark.parametrize("states", [1, 4, 8, 16] if INTERPRETED else STATES)
-@pytest.mark.parametrize("B,R,C,length", SHAPES if not INTERPRETED else [(2, 21, 35, 16)])
-def test_codes_are_those_of_the_reference(
-    device: torch.device, B: int, R: int, C: int, length: int, states: int
-) -> None:
+HERE = ([(2, 9, 35, 16), (1, 21, 35, 16)], [1, 4, 8, 16]) if INTERPRETED else (SHAPES, STATES)
+
+
+@pytest.mark.parametrize("shape, states", covering(*HERE, strength=1), ids=str)
+def test_codes_are_those_of_the_reference(device: torch.device, shape: tuple[int, int, int, int], states: int) -> None:
+    B, R, C, length = shape
     given = problem(device, B, R, C)
     codes = trellis_gptq(**given, states=states, path_length=length)
     expected = trellis_gptq_reference(**given, states=states, path_length=length)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,12 @@ def score(config: RunConfig = SMALL, documents: int | None = 13, **arguments) ->
     return engine.test_time_training(small_model(config), config, tokens, table, **arguments)
 
 
+@cache
+def nats(config: RunConfig = SMALL) -> torch.Tensor:
+    """The losses of `score`, which tests share that compare others with them."""
+    return score(config).token_nats
+
+
 @pytest.mark.parametrize(("kind", "mask"), [("lora_only", 0), ("phased", 0), ("phased", 1)])
 def test_losses_are_golden(kind: str, mask: int) -> None:
     """Ours differ by 2e-7; rounding the weights at 1e-7 moves the public script's own number by up to 4e-5.
@@ -115,7 +122,7 @@ def test_the_mask_changes_nothing_in_rows_of_one_document() -> None:
     assert SCALARS["ttt/lora_only_mask0"] == SCALARS["ttt/lora_only_mask1"]
     alone = SMALL.replace(phased_ttt_enabled=False)
     assert torch.equal(score(alone).token_nats, score(alone.replace(smear_gate_bos_mask=False)).token_nats)
-    assert not torch.equal(score().token_nats, score(SMALL.replace(smear_gate_bos_mask=False)).token_nats)
+    assert not torch.equal(nats(), score(SMALL.replace(smear_gate_bos_mask=False)).token_nats)
 
 
 def test_every_target_is_scored_once() -> None:
@@ -177,9 +184,7 @@ def test_losses_depend_on_what_was_scored_before_only(kind: str, kv_cache: bool)
     first_changed = {changed: starts[changed] + at, **{i: starts[i] + 1 for i in later}}
     for i, start in first_changed.items():
         other[start : starts[i + 1]] = (tokens[start : starts[i + 1]] - 2 + 100) % (320 - 2) + 2
-    before, after = (
-        engine.test_time_training(small_model(config), config, ids, table).token_nats for ids in (tokens, other)
-    )
+    before, after = nats(config), engine.test_time_training(small_model(config), config, other, table).token_nats
     untouched = [int(i) for documents in order[:3] for i in documents if i != changed]
     for i in untouched:
         assert torch.equal(before[starts[i] : starts[i + 1] - 1], after[starts[i] : starts[i + 1] - 1])
@@ -245,7 +250,7 @@ class Replayed:
 )
 def test_padded_streams_change_nothing(kv_cache: bool, fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SMALL.replace(ttt_kv_cache=kv_cache, **fields)
-    exact = score(config).token_nats
+    exact = nats(config)
     monkeypatch.setattr(scorer, "uses_graphs", lambda config, model: True)
     monkeypatch.setattr(inputs, "flash_takes", lambda *_: True)
     monkeypatch.setattr(scorer, "Graphs", Replayed)
@@ -288,14 +293,14 @@ def test_a_cache_holds_the_windows_of_all_chunks(context: int) -> None:
 def test_micro_batches_change_nothing(tokens: int, kv_cache: bool) -> None:
     config = SMALL.replace(ttt_batch_size=8, ttt_kv_cache=kv_cache)
     apart = score(config.replace(ttt_micro_batch_tokens=tokens)).token_nats
-    assert (score(config).token_nats - apart).abs().max() < 1e-4
+    assert (nats(config) - apart).abs().max() < 1e-4
 
 
 def test_chunks_by_length() -> None:
     config = SMALL.replace(ttt_chunks_by_length="13:4,30:6")
     assert chunk_sizes(np.array([1, 12, 13, 29, 30, 99]), config).tolist() == [4, 4, 6, 6, 8, 8]
     result = score(config)
-    assert not result.token_nats.isnan().any() and not torch.equal(result.token_nats, score().token_nats)
+    assert not result.token_nats.isnan().any() and not torch.equal(result.token_nats, nats())
     for wrong in ("13", "30:6,13:4", "0:4", "13:4:2", "x:4"):
         with pytest.raises(ConfigError, match="ttt_chunks_by_length must be"):
             SMALL.replace(ttt_chunks_by_length=wrong)
@@ -323,11 +328,6 @@ def test_kernels_score_as_their_references_on_cuda(fields: dict) -> None:
 
 def test_same_inputs_same_bytes() -> None:
     assert torch.equal(score().token_nats, score().token_nats)
-
-
-@pytest.fixture(scope="module")
-def unchanged() -> torch.Tensor:
-    return score().token_nats
 
 
 @pytest.mark.parametrize(
@@ -364,10 +364,10 @@ def unchanged() -> torch.Tensor:
     ],
     ids=lambda fields: "-".join(fields),
 )
-def test_settings_count(fields: dict, unchanged: torch.Tensor) -> None:
+def test_settings_count(fields: dict) -> None:
     """The least that a setting moves the loss of any token is 0.15; weights rounded in float32 move one by 1e-4."""
     changed = score(SMALL.replace(**fields)).token_nats
-    assert changed.isfinite().all() and (changed - unchanged).abs().max() > 0.03
+    assert changed.isfinite().all() and (changed - nats()).abs().max() > 0.03
 
 
 def test_the_tilt_changes_only_what_has_a_hint() -> None:

@@ -16,6 +16,7 @@ from pgolf.kernels.common import launch
 from pgolf.kernels.common.backend import INTERPRETED
 from pgolf.kernels.varlen_attention import segments, varlen_attention, varlen_attention_reference
 from pgolf.kernels.varlen_attention import triton as family
+from tests.conftest import covering, of_the_reference
 from tests.test_gated_attention import BOUNDS, EVERY_WAY, Problem, close, same
 
 FLOOR = {torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float32: 1e-6}  # of a relative error
@@ -31,6 +32,7 @@ SHAPES = [  # lengths of segments, H, K, D
     ([20], 12, 1, 16),
 ]
 TILES = [(16, 16), (32, 16), (16, 32), (64, 32)]  # rows, keys
+TILES_AND_HEADS = list(zip(TILES, [(1, 1), (4, 1), (4, 2), (8, 1)], strict=True))
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
 
@@ -96,6 +98,7 @@ def tiles(request, monkeypatch) -> None:
     monkeypatch.setattr(segments, "launch_parameters", lambda *_: parameters)
 
 
+@of_the_reference
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_formula(device, shape, scale: float | None) -> None:
@@ -125,8 +128,9 @@ def test_precision_over_many_tiles(width: int, heads: tuple[int, int]) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("tiles", TILES, ids=str, indirect=True)
-@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "tiles, heads", covering(TILES, [(1, 1), (3, 1), (4, 1)], strength=1), ids=str, indirect=["tiles"]
+)
 def test_precision_with_other_tiles(tiles, heads) -> None:
     assert_as_precise(*inputs(DEVICE, [31, 2, 37, 0, 16], *heads, 16, torch.bfloat16))
 
@@ -304,13 +308,18 @@ def test_segments_of_a_sublayer_that_are_wrong_where_nobody_reads_them(
     assert close(got, expected, 1e-5) and not got["dn"][:, ~inside].any()
 
 
+PARTS = [(True, True), (True, False), (False, True)]
+
+
 @needs_kernels
-@pytest.mark.parametrize("parts", [(True, True), (True, False), (False, True)], ids=["both", "exclusion", "gates"])
 @pytest.mark.parametrize(
-    "tiles, heads", [*zip(TILES, [(1, 1), (4, 1), (4, 2), (8, 1)], strict=True)], ids=str, indirect=["tiles"]
+    "tiles, heads, parts",
+    [(*way, parts) for way, parts in covering(TILES_AND_HEADS, PARTS, strength=1)],
+    ids=str,
+    indirect=["tiles"],
 )
 def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> None:
-    """The exclusion of the token's value and the gates, against the formula in float64."""
+    """The exclusion of the token's value and the gates, or one of them, against the formula in float64."""
     leaves, dy, cu_seqlens, _ = inputs(DEVICE, [31, 2, 37, 0, 16], *heads, 16)
     cut = tiles_for(*leaves[:2], cu_seqlens)
     fused = torch.randn(86, heads[0] + 3, device=DEVICE)
@@ -342,9 +351,11 @@ def test_epilogue(tiles, heads: tuple[int, int], parts: tuple[bool, bool]) -> No
 
 
 @needs_kernels
-@pytest.mark.parametrize("excluded", [True, False])
 @pytest.mark.parametrize(
-    "tiles, heads", [*zip(TILES, [(1, 1), (4, 1), (4, 2), (8, 1)], strict=True)], ids=str, indirect=["tiles"]
+    "tiles, heads, excluded",
+    [(*way, excluded) for way, excluded in covering(TILES_AND_HEADS, [True, False], strength=1)],
+    ids=str,
+    indirect=["tiles"],
 )
 def test_first_queries(tiles, heads: tuple[int, int], excluded: bool) -> None:
     """Only they are computed, bit for bit as with all tokens, and only their gradient is read."""
@@ -392,15 +403,15 @@ def some_are_no_queries(shape="plain", device=DEVICE, **options) -> tuple[Proble
     return p, before
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "shape, exclude, gated",
-    [
-        *((shape, exclude, gated) for shape in EVERY_WAY for exclude in (True, False) for gated in (True, False)),
-        *((shape, True, True) for shape in ("padded", "a key a head", "a key for all", "three to a group")),
-    ],
-)
-def test_first_queries_of_a_sublayer(device, shape: str, exclude: bool, gated: bool, dtype) -> None:
+WAYS = [
+    *((shape, exclude, gated) for shape in EVERY_WAY for exclude in (True, False) for gated in (True, False)),
+    *((shape, True, True) for shape in ("padded", "a key for all", "a key a head", "three to a group")),
+]
+
+
+@pytest.mark.parametrize("way, dtype", covering(WAYS, [torch.bfloat16, torch.float32], strength=1), ids=str)
+def test_first_queries_of_a_sublayer(device, way: tuple[str, bool, bool], dtype) -> None:
+    shape, exclude, gated = way
     p, before = some_are_no_queries(shape, device, exclude=exclude, gated=gated, update=shape == "plain")
     call, values = p.to(dtype).call(), []
 
@@ -479,10 +490,18 @@ def test_other_first_queries_in_a_cuda_graph() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype, shipped", [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)])
-@pytest.mark.parametrize("shift, of_values", [(0, 1), (90, 1), (200, 1), (-90, 1), (-200, 1), (60, 1e30), (-60, 1e-30)])
-def test_exponentials_without_their_maximum(monkeypatch, dtype, shipped: bool, shift: float, of_values: float) -> None:
+@pytest.mark.parametrize(
+    "kind, size",
+    covering(
+        [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)],
+        [(0, 1), (90, 1), (200, 1), (-90, 1), (-200, 1), (60, 1e30), (-60, 1e-30)],
+        strength=1,
+    ),
+    ids=str,
+)
+def test_exponentials_without_their_maximum(monkeypatch, kind: tuple, size: tuple[float, float]) -> None:
     """Scores near ``shift`` to the base 2, beyond what floats have exponents for, and values beyond it with them."""
+    (dtype, shipped), (shift, of_values) = kind, size
     if shipped:
         tuned = launch.launch_parameters("varlen_attention", "forward", torch.device(DEVICE)) | dict(plain=True)
         (q, k, v), _, cu_seqlens, _ = inputs(DEVICE, [140, 1, 300] if DEVICE == "cuda" else [40], 4, 2, 64, dtype)

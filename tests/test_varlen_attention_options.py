@@ -15,6 +15,7 @@ from torch import library
 
 from pgolf.kernels.common.backend import INTERPRETED, using
 from pgolf.kernels.varlen_attention import segments, varlen_attention, varlen_attention_reference
+from tests.conftest import covering
 from tests.test_varlen_attention import FLOOR, boundaries
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -135,8 +136,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, *([torch.float16] if DEVICE == "cuda" else [])])
-@pytest.mark.parametrize("case", CASES, ids=str)
+DTYPES = [torch.bfloat16, torch.float32, *([torch.float16] if DEVICE == "cuda" else [])]
+
+
+@pytest.mark.parametrize("case, dtype", covering(CASES, DTYPES, strength=1), ids=str)
 def test_precision(device, case: Case, dtype) -> None:
     assert_as_precise(case, device, dtype)
 
