@@ -17,7 +17,6 @@ a later call adds its parts to a proof of the same trees. ``--check`` says wheth
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import math
 import os
@@ -39,13 +38,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.results_files import RESULTS, add_options, describe, read, read_entries, results_path, write
+from bench.trees import ROOT, TREES, tree_hashes
 from pgolf.common.files import read_json
 from pgolf.common.folder import RunFolder
 from pgolf.config import ALIASES, FIELDS
 from pgolf.submission.export import export_program
 
-ROOT = Path(__file__).resolve().parent.parent
-TREES = ("kernels", "pgolf")
 COMMAND = "python -m bench.prove --data-dir DIR"
 SECONDS = 600.0
 LEAST_SECONDS = 5.0  # a part does not begin with less time left
@@ -71,38 +69,6 @@ class PartFailed(RuntimeError):
 
 class PartSkipped(RuntimeError):
     """A part lacks what it needs."""
-
-
-def tree_hash(folder: Path) -> str:
-    """Compute git's hash of a folder, as it is on disk: of every file and symbolic link but caches."""
-    return _tree(folder).hex()
-
-
-def _tree(folder: Path) -> bytes:
-    entries = []
-    for path in folder.iterdir():
-        if path.name == "__pycache__" or path.name.startswith(".") or path.suffix == ".pyc":
-            continue
-        if path.is_symlink():
-            entries.append((path.name, b"120000", _object(b"blob", os.fsencode(os.readlink(path)))))
-        elif path.is_dir():
-            if any(file.is_file() and "__pycache__" not in file.parts for file in path.rglob("*")):
-                entries.append((path.name + "/", b"40000", _tree(path)))
-        else:
-            mode = b"100755" if path.stat().st_mode & 0o100 else b"100644"
-            entries.append((path.name, mode, _object(b"blob", path.read_bytes())))
-    entries.sort(key=lambda entry: os.fsencode(entry[0]))  # git sorts folders as if their names ended in a slash
-    body = b"".join(mode + b" " + os.fsencode(name.rstrip("/")) + b"\0" + digest for name, mode, digest in entries)
-    return _object(b"tree", body)
-
-
-def _object(kind: bytes, body: bytes) -> bytes:
-    return hashlib.sha1(b"%s %d\0%s" % (kind, len(body), body)).digest()
-
-
-def tree_hashes(root: Path = ROOT) -> dict[str, str]:
-    """Compute the hashes of the folders that a proof is about."""
-    return {name: tree_hash(root / name) for name in TREES}
 
 
 def check_line(results: Path = RESULTS, root: Path = ROOT) -> str:
@@ -483,8 +449,8 @@ def describe_machine(bench: str, commit: str = "", processes: int = 1) -> tuple[
 
     meta = describe(bench, default_device(), commit, processes)
     dirty = None if commit else meta["commit"].endswith("+")
-    meta |= {"commit": meta["commit"].rstrip("+"), "dirty": dirty, "trees": tree_hashes()}
-    return chip_name(default_device()), meta | {"gpus": torch.cuda.device_count()}
+    meta |= {"commit": meta["commit"].rstrip("+"), "dirty": dirty, "gpus": torch.cuda.device_count()}
+    return chip_name(default_device()), meta
 
 
 def parse_options(

@@ -1,8 +1,9 @@
 """Results files: one for each run or benchmark, in ``bench/results/<chip>``; the one writer and reader of them all.
 
 A file is a JSON object. Its ``meta`` says which benchmark measured (``python -m bench.<bench>``), on which chip, with
-which versions, of which commit, when and by which command; what else it holds is the benchmark's. Entries that a file
-keeps from an earlier call (cases of a kernel, parts of a proof) have that call's ``meta`` as their own.
+which versions, when and by which command, and of which commit and ``trees``: what else it holds is the benchmark's.
+Entries that a file keeps from an earlier call (cases of a kernel, parts of a proof) have that call's ``meta`` as their
+own.
 
 In files of older tools, what was not recorded is null and named in ``not_recorded``; ``converted_from`` is the file
 before, ``versions_of`` what its versions are of, and ``shared_gpu`` says that times mean nothing.
@@ -22,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.trees import tree_hashes
 from pgolf.common.files import FileError, read_json, write_aside
 
 if TYPE_CHECKING:  # whoever only reads does not wait for it
@@ -64,7 +66,7 @@ def describe(bench: str, device: torch.device, commit: str = "", processes: int 
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             environment["versions"][package] = importlib.metadata.version(package)
-    return provenance(bench, environment, sys.argv, datetime.now(UTC))
+    return {**provenance(bench, environment, sys.argv, datetime.now(UTC)), "trees": tree_hashes()}
 
 
 def provenance(bench: str, environment: Mapping[str, Any], words: Sequence[str], date: datetime) -> dict[str, Any]:

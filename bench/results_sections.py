@@ -493,7 +493,8 @@ bits per byte of the original text. Differences are to the first, their errors t
 Seconds of scoring count from test-time training's first score on.
 """
         rows = []
-        for variant, entry in found["variants"].items():
+        trained = {variant: entry for variant, entry in found["variants"].items() if "train" in entry}
+        for variant, entry in trained.items():
             steps = {row["stage"]: row for row in found["comparison"] if row["variant"] == variant}
             rows.append({"variant": variant, **entry, "compared": steps})
         yield tabulate(

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.prove import CallFailed, Proof, tree_hashes
+from bench.prove import CallFailed, Proof
 from bench.quantization import token_nats
 from bench.results_files import add_options, describe, read, results_path, write
 from bench.timing import chip_name, default_device
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device = default_device()
     target = arguments.results or results_path(chip_name(device), "score") or arguments.run_dir / "score.json"
     settings = [f"max_wallclock_seconds={arguments.seconds:g}", *arguments.set]
-    meta = {**describe("score", device, arguments.commit), "trees": tree_hashes(), "settings": settings}
+    meta = {**describe("score", device, arguments.commit), "settings": settings}
     meta["data"] = {name: folders[of].name for name, of in coded.items()}
     results: dict[str, Any] = {"meta": meta, "variants": {}}
     same = {"trees", "settings", "data", "chip", "versions"}

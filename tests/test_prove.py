@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import distributed, prove, results_files
+from bench import distributed, prove, results_files, trees
 from bench import test_time_training as ttt_bench
 from pgolf.common.folder import RunFolder
 from pgolf.config import RunConfig
@@ -89,21 +89,21 @@ class TestTrees:
             pytest.skip("needs git")
         git("add", ".", cwd=tree)
         whole = git("write-tree", cwd=tree).stdout.decode().strip()
-        for name, found in prove.tree_hashes(tree).items():
+        for name, found in trees.tree_hashes(tree).items():
             assert found == git("rev-parse", f"{whole}:{name}", cwd=tree).stdout.decode().strip()
 
     def test_a_clean_checkout_has_the_commit_s_hashes(self, tmp_path: Path) -> None:
-        archive = git("archive", "HEAD", *prove.TREES)
+        archive = git("archive", "HEAD", *trees.TREES)
         if archive.returncode:
             pytest.skip("needs a git checkout")
         subprocess.run(["tar", "-x"], cwd=tmp_path, input=archive.stdout, check=True)
-        for name, found in prove.tree_hashes(tmp_path).items():
+        for name, found in trees.tree_hashes(tmp_path).items():
             assert found == git("rev-parse", f"HEAD:{name}").stdout.decode().strip()
 
     def test_check_says_whose_the_newest_proof_is(self, tree: Path, results: Path) -> None:
         assert prove.check_line(results, tree).startswith("no proof yet: python -m bench.prove --data-dir DIR")
         parts = {name: {"status": "ok"} for name in prove.PARTS}
-        meta = {**META, "trees": prove.tree_hashes(tree)}
+        meta = {**META, "trees": trees.tree_hashes(tree)}
         results_files.write(results / "h200" / "proof.json", meta, parts=parts)
         results_files.write(results / "h300" / "proof.json", {**meta, "date": "2026-11-28", "trees": {}}, parts={})
         results_files.write(results / "h400" / "proof.json", {**meta, "date": None}, parts={})

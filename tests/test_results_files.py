@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from bench import results_files
+from bench.trees import ROOT
 from pgolf.common.files import FileError
 
 PROVENANCE = ("bench", "chip", "versions", "commit", "date", "command")
@@ -35,6 +37,23 @@ def test_the_shipped_files_are_as_the_writer_writes_them() -> None:
             missing = {key for key in PROVENANCE if not meta.get(key)}
             assert not meta or missing <= set(meta.get("not_recorded", ())), name
             assert "/" not in (meta.get("command") or ""), name
+
+
+def test_the_shipped_files_are_of_the_commits_that_they_name() -> None:
+    """Every commit is in the history, and the trees that were measured are that commit's."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    if git("rev-parse", "--is-shallow-repository") != "false":
+        pytest.skip("needs a checkout with its history")
+    for name, found in results_files.read_all().items():
+        entries = [*found.get("cases", {}).values(), *found.get("parts", {}).values()]
+        for meta in (found["meta"], *(entry.get("meta", {}) for entry in entries)):
+            if meta.get("commit"):
+                assert git("cat-file", "-t", meta["commit"]) == "commit", name
+                for tree, of in meta.get("trees", {}).items():
+                    assert git("rev-parse", f"{meta['commit']}:{tree}") == of, f"{name}, {tree}"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"meta": 1}'])
