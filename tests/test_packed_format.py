@@ -66,7 +66,7 @@ def test_a_public_artifact_goes_both_ways_in_fewer_bytes(tmp_path: Path) -> None
 
 def test_the_record_sized_artifact_shrinks(shared: Path, tmp_path: Path) -> None:
     public = load(shared / "golden" / "public_160steps.int6.ptz")
-    assert save(tmp_path / "model.pgolf", public) <= 15_720_000  # brotli's file has 15,947,047
+    assert save(tmp_path / "model.pgolf", public) <= 15_680_000  # brotli's file has 15,947,047
     assert same(load(tmp_path / "model.pgolf"), public)
 
 
