@@ -486,7 +486,8 @@ def presets(results: Results) -> Iterator[str]:
     """Write what presets reach in equal seconds."""
     for name, found in of_bench(results, "score").items():
         settings = ", ".join(f"`{setting}`" for setting in found["meta"]["settings"])
-        yield f"""### Presets, trained for equal seconds
+        seconds = next((s.partition("=")[2] for s in found["meta"]["settings"] if s.startswith("max_wall")), "equal")
+        yield f"""### Presets, trained for {seconds} s each
 
 `python -m bench.score` ({origin(name, found["meta"])}) trains each with {settings}, and scores the same documents, in
 bits per byte of the original text. Differences are to the first, their errors those of a bootstrap over documents.

@@ -105,6 +105,14 @@ def command(stage: str, chosen: Variant, folder: RunFolder, settings: Sequence[s
     return ["-m", "pgolf", stage, "--preset", chosen.preset, "--run-dir", str(folder.path), "--fresh", *options]
 
 
+def entry_of(chosen: Variant, earlier: Mapping[str, dict[str, Any]], run_dir: Path) -> dict[str, Any]:
+    """Return the variant's entry of an earlier call, if it is whole or its run is in the folder; else a new one."""
+    entry = earlier.get(chosen.name, {})
+    whole = {"train", "quantize", *STAGES} <= entry.keys() or RunFolder(run_dir / chosen.name).config_file.is_file()
+    same = all(entry.get(name) == value for name, value in chosen._asdict().items())
+    return entry if same and whole else chosen._asdict()
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the results."""
     parser = argparse.ArgumentParser("python -m bench.score", description=__doc__.splitlines()[0])
@@ -159,9 +167,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"{entry['name']}, {part}: {entry[part]['wall_seconds']:.0f} s", flush=True)
         return True
 
+    known = results["variants"]
+    own = {chosen.name: entry_of(chosen, known, arguments.run_dir) for chosen in variants}
+    results["variants"] = own | {name: entry for name, entry in known.items() if name not in own}
     for chosen in variants:
-        entry = results["variants"].setdefault(chosen.name, {**chosen._asdict()})
-        folder = RunFolder(arguments.run_dir / chosen.name)
+        entry, folder = results["variants"][chosen.name], RunFolder(arguments.run_dir / chosen.name)
 
         def run_stage(stage: str, chosen: Variant = chosen, folder: RunFolder = folder) -> dict[str, Any]:
             of_data = f"data_dir={folders[coded[chosen.name]]}"

@@ -301,7 +301,8 @@ def _log_choices(config: RunConfig, world: World) -> None:
     preset = dataclasses.asdict(RunConfig.preset(config.preset_name))
     for name, value in dataclasses.asdict(config).items():
         if value != preset[name]:
-            world.log(f"  {name} = {value!r} (preset: {preset[name]!r})")
+            unread = "" if config.reads(name) else f"; quantizer={config.quantizer} does not read it"
+            world.log(f"  {name} = {value!r} (preset: {preset[name]!r}{unread})")
     world.log(f"  attention: {attention_core(config, world.device)}, kernels: {backend()}")
 
 

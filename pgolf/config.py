@@ -27,6 +27,17 @@ CONTROL_TENSORS = (
     "parallel_resid_lambdas,smear_gate,smear_lambda"
 )
 
+# The settings that one quantizer alone reads: the challenge's command lines set gptq's whatever the quantizer.
+READ_BY_QUANTIZER = {
+    "trellis": ("weight_bytes", "trellis_states", "trellis_rows", "sensitivity_sequences", "sensitivity_tokens"),
+    "gptq": (
+        *("matrix_bits", "attn_bits", "mlp_bits", "embed_bits"),
+        *("matrix_clip_sigmas", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
+        *("lqer_enabled", "lqer_rank", "lqer_top_k", "lqer_weighted", "lqer_factor_bits"),
+        *("lqer_asym_enabled", "lqer_asym_group", "awq_groups", "compressor"),
+    ),
+}
+
 
 class ConfigError(ValueError):
     """A setting does not exist, or its value is not allowed."""
@@ -204,7 +215,7 @@ class RunConfig:
         0.0, "share of the mean of snapshots (SWA) in the average at the end of training", low=0.0, high=1.0
     )
     swa_window_frac: float = _field(0.05, "last fraction of training, in which snapshots (SWA) are taken", low=0.0)
-    swa_interval: int = _field(50, "steps between snapshots (SWA)", low=1)
+    swa_interval: int = _field(50, "steps between snapshots (SWA); the window's first step always gives one", low=1)
     average_tuning: float = _field(
         0.0,
         "last fraction of training, in which the average's gains, scales and gates are tuned",
@@ -383,6 +394,7 @@ class RunConfig:
             self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
             f"rope_dims {self.rope_dims} must be even and at most the head dimension {self.head_dim}",
         )
+        need(self.trellis_rows % 16 == 0, f"trellis_rows {self.trellis_rows} must be a multiple of 16")
         need(
             not self.key_offset or self.rope_dims < self.head_dim,
             f"key_offset moves the dimensions that do not rotate, and rope_dims {self.rope_dims} leaves none",
@@ -539,6 +551,10 @@ class RunConfig:
                 raise ConfigError(f"{name} is another name of {target}, and they are set to different values")
             resolved[target] = value
         return dataclasses.replace(self, **resolved)
+
+    def reads(self, name: str) -> bool:
+        """Return whether the chosen quantizer reads this setting; all other settings are read."""
+        return all(name not in names for quantizer, names in READ_BY_QUANTIZER.items() if quantizer != self.quantizer)
 
     def to_json(self) -> str:
         """Return the configuration as JSON, with the fields in order of definition."""

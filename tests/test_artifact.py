@@ -23,7 +23,7 @@ from pgolf.artifact.public_format import byte_shuffle, byte_unshuffle
 from pgolf.artifact.quantize import dequantize_model
 from pgolf.artifact.quantized import QuantizedModel
 from pgolf.artifact.sizes import ArtifactSize, bytes_by_class, class_sizes, code_entropy, expected_size
-from pgolf.config import RunConfig
+from pgolf.config import ConfigError, RunConfig
 from pgolf.kernels.dequant import MAX_RANK
 
 PUBLIC = Path(__file__).parent / "golden" / "pr1874_tiny.int6.ptz"
@@ -315,6 +315,10 @@ def test_the_size_is_known_before_training() -> None:
     record, public = (RunConfig.preset(name) for name in ("record", "public_1874"))
     assert expected_size(record).startswith("the artifact will take 16,000,000 bytes with its program, 3.55 bits")
     assert "take 520,000 bytes, 3.3" in expected_size(RunConfig.preset("demo"))
+    assert "more than the cap of 16,000,000, 3.77 bits" in expected_size(record.replace(weight_bytes=17_000_000))
+    for fields in (dict(weight_bytes=1000), dict(num_layers=40)):
+        with pytest.raises(ConfigError, match="and the coarsest steps take more than 1.8: choose a smaller model"):
+            expected_size(record.replace(**fields))
     number = int(re.search(r"take ([\d,]+) bytes", expected_size(public))[1].replace(",", ""))
     assert abs(number / 15_947_047 - 1) < 0.02  # tests/golden's public artifact of 160 steps
     assert "more than the cap" in expected_size(public.replace(matrix_bits=7))

@@ -334,7 +334,7 @@ def test_a_submission_s_program_scores_alone(
     assert fields["seeds"] == [42, 1337] and fields["val_bpb"] == pytest.approx(scores(finished.summary())["ttt"])
     checks = (out / "README.md").read_text().partition("## Check")[2]
     assert len(scored := re.findall(r"^\| \d+ \| (\S+) \| (\S+) \|$", checks, re.MULTILINE)) == 2
-    assert len({bits for pair in scored for bits in pair}) == 1
+    assert all(program == package for program, package in scored)
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -638,6 +638,9 @@ def test_presets_are_compared_by_documents(
     assert all(row["difference"] > 0 and row["error"] > 0 for row in rows[3:])
     page = "".join(results_sections.presets({"x1/score": score.main(options)}))
     assert len(calls) == 4, "all was done"
+    turned = [*options[:-4], "--variant", "slower: demo; matrix_lr=0.001", "--variant", "demo: demo; matrix_lr=0.002"]
+    found = score.main([*turned, "--limit", "30"])["variants"]
+    assert list(found) == ["slower", "demo"] and "train" in found["slower"] and "train" not in found["demo"]
     assert "| slower | " in page and " 0.0000 |" in page and "`max_wallclock_seconds=0`" in page
     with pytest.raises(argparse.ArgumentTypeError, match="neither a preset nor"):
         score.variant("nothing")

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from pgolf.config import ALIASES, FIELDS, PRESETS, ConfigError, RunConfig, nearest_field
+from pgolf.config import ALIASES, FIELDS, PRESETS, READ_BY_QUANTIZER, ConfigError, RunConfig, nearest_field
 
 PR_1874_COMMAND = (
     "SEED=1337 QK_GAIN_INIT=5.25 SMEAR_GATE=1 GATE_ATTN_OUT=1 GATE_ATTN_WIDTH=24 GPTQ_RESERVE_SECONDS=4 "
@@ -212,6 +212,7 @@ def test_alias_and_its_field_must_agree() -> None:
         ({"rope_dims": 66}, "at most the head dimension 64"),
         ({"loop_end": 11}, "loop_end 11 < num_layers 11 must hold"),
         ({"gate_attn_width": 600}, "must not exceed model_dim 512"),
+        ({"trellis_rows": 24}, "trellis_rows 24 must be a multiple of 16"),
         ({"key_offset": True, "rope_dims": 64}, "that do not rotate, and rope_dims 64 leaves none"),
         ({"mlp_gate": True, "mlp_gate_width": 512}, "mlp_gate_width 512 must be less than model_dim 512"),
         ({"loop_mixing": "1:0:0,1:0:0"}, "loop_mixing must be β:α:α… with 3 α for each of 3"),
@@ -255,3 +256,10 @@ def test_every_field_has_a_help_text_and_a_legal_default() -> None:
     for name, spec in FIELDS.items():
         assert len(spec.metadata["help"]) > 5, name
         assert not spec.metadata["choices"] or spec.default in spec.metadata["choices"], name
+
+
+def test_a_quantizer_s_settings_are_known() -> None:
+    trellis, public = RunConfig.preset("record"), RunConfig.preset("public_1874")
+    assert trellis.reads("weight_bytes") and not trellis.reads("lqer_rank") and trellis.reads("seed")
+    assert public.reads("lqer_rank") and not public.reads("weight_bytes")
+    assert all(name in FIELDS for names in READ_BY_QUANTIZER.values() for name in names)

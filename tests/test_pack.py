@@ -236,7 +236,7 @@ found = {"arguments": arguments[:2], "here": os.listdir(), "isolated": sys.flags
 found |= {"config": json.loads((folder / "config.json").read_text()), "files": sorted(os.listdir(folder))}
 found |= {"artifact": (folder / "model.pgolf").read_text(), "home": os.listdir(os.environ["HOME"])}
 summary = json.loads((folder / "summary.json").read_text())
-summary["eval"] = {"quantized": {"bits_per_byte": 1.5}}
+summary |= {"eval": {"quantized": {"bits_per_byte": 1.5}}, "ttt": {"bits_per_byte": 1.5}}
 (folder / "summary.json").write_text(json.dumps(summary))
 """
 
@@ -247,21 +247,26 @@ def scored(monkeypatch: pytest.MonkeyPatch, bits: float) -> list[RunConfig]:
 
     def stage(name: str, _: object, config: RunConfig, folder: RunFolder, *__: object, **___: object) -> None:
         seen.append(config)
-        folder.record(name, {"quantized": {"bits_per_byte": bits}})
+        found = {"bits_per_byte": bits}
+        folder.record(name, found if name == "ttt" else {"quantized": found})
 
     monkeypatch.setattr(run, "run_stage", stage)
     return seen
 
 
-def test_the_program_is_alone(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = read_run(finished(42, artifact_dir=str(tmp_path / "elsewhere"), data_dir="data").path)
+@pytest.mark.parametrize("stage, apart", [("eval", 9e-7), ("ttt", 4e-5)])
+def test_the_program_is_alone(
+    finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, apart: float
+) -> None:
+    adapts = stage == "ttt"
+    found = read_run(finished(42, artifact_dir=str(tmp_path / "elsewhere"), data_dir="data", ttt_enabled=adapts).path)
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setenv("SEED", "5")
-    seen, result = scored(monkeypatch, 1.5 + 9e-7), tmp_path / "result"
+    seen, result = scored(monkeypatch, 1.5 + apart), tmp_path / "result"
     program = ALONE + f"Path({str(result)!r}).write_text(json.dumps(found))\n"
-    assert check(found, program.encode(), start_world(found.config), 2) == (1.5, 1.5 + 9e-7)
+    assert check(found, program.encode(), start_world(found.config), 2) == (1.5, 1.5 + apart)
     (config,), alone = seen, json.loads(result.read_text())
-    assert (alone["arguments"], alone["here"], alone["isolated"]) == (["eval", "--run-dir"], ["train_gpt.py"], 1)
+    assert (alone["arguments"], alone["here"], alone["isolated"]) == ([stage, "--run-dir"], ["train_gpt.py"], 1)
     assert not {"PYTHONPATH", "SEED"} & {*alone["variables"]} and alone["home"] == []
     assert alone["files"] == ["config.json", "ema.pt", "environment.json", "model.pgolf", "summary.json"]
     assert alone["artifact"] == WEIGHTS.decode() and alone["config"] == dataclasses.asdict(config)
@@ -270,7 +275,7 @@ def test_the_program_is_alone(finished, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_program_that_scores_otherwise_is_refused(finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = read_run(finished(42).path)
+    found = read_run(finished(42, ttt_enabled=False).path)
     scored(monkeypatch, 1.5 + 2e-6)
     with pytest.raises(PackError, match=r"first 2 validation documents with 1.50000000 .* the package with 1.50000200"):
         check(found, ALONE.encode(), start_world(found.config), 2)

@@ -33,7 +33,7 @@ SUMMARY = {
     "quantize": {
         "seconds": 20.0,
         "hessian_seconds": 7.0,
-        "gptq_seconds": 11.0,
+        "quantize_seconds": 11.0,
         "compress_seconds": 2.0,
         "peak_memory_bytes": 800_000_000,
         "weight_bytes": 1_500_000,
@@ -110,14 +110,17 @@ def test_report_holds_every_number(run_dir: Path) -> None:
         "16,000,000",
         "1,234,567 parameters",
         "1.50 GB",
-        "GPTQ 11.0 s",
+        "codes 11.0 s",
         "git.commit",
         "loops on, step 5",
         "512 and more tokens, 7 documents",
         "900,000",
     ):
         assert shown in text, shown
-    assert "a<b" not in text and "256 to 512" not in text
+    assert "a<b" not in text and "256 to 512" not in text and "case-coded" not in text
+    config = RunConfig.preset("demo").replace(case_coding=True)
+    (run_dir / "config.json").write_text(config.to_json())
+    assert "case-coded documents, their bytes by sidecars" in report_text(run_dir)
 
 
 def test_plots_are_valid_described_and_self_contained(run_dir: Path) -> None:

@@ -75,8 +75,9 @@ def test_schedules_that_are_none_are_refused(text: str) -> None:
 
 def test_snapshots_are_taken_at_the_end() -> None:
     blended = RECORD.replace(swa_blend=0.5)
-    taken = [(step, f) for step, f in ((100, 0.9499), (99, 0.96), (100, 0.96)) if takes_snapshot(blended, step, f)]
-    assert taken == [(100, 0.96)] and not takes_snapshot(RECORD, 100, 0.96)
+    steps = (100, 0.9499, 0), (99, 0.96, 0), (99, 0.96, 1), (100, 0.96, 1)
+    taken = [step for step in steps if takes_snapshot(blended, *step)]
+    assert taken == [(99, 0.96, 0), (100, 0.96, 1)] and not takes_snapshot(RECORD, 100, 0.96, 0)
 
 
 def test_tuning_takes_the_end_of_the_clock() -> None:

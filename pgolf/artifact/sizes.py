@@ -22,10 +22,11 @@ from pgolf.artifact.quantized import (
     is_trellised,
     largest_code,
 )
-from pgolf.config import RunConfig
+from pgolf.config import ConfigError, RunConfig
 from pgolf.model.gpt import meta_model
 from pgolf.model.weights import unbank
 
+LEAST_BITS = 1.8  # a weight at steps of a standard deviation: 2.05 of a Gaussian distribution, less of a longer-tailed
 SHRINK_FIELDS = (
     "lower weight_bytes; with quantizer=gptq raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower "
     "embed_bits or lqer_top_k"
@@ -71,6 +72,8 @@ def expected_size(config: RunConfig) -> str:
 
     With quantizer=trellis these are the bytes that are asked for. With quantizer=gptq they follow from the bits and
     clips: weights of a Gaussian distribution have codes of log2(largest code / clip √(2πe)) bits. Files are within 2 %.
+
+    Raises ConfigError if no steps of quantizer=trellis give so few bytes.
     """
     bits, weights, kept = 0.0, 0, 0
     for name, tensor in unbank(meta_model(config).state_dict(), config.num_layers).items():
@@ -85,7 +88,14 @@ def expected_size(config: RunConfig) -> str:
         size = config.weight_bytes or CAP_BYTES
         program = "" if config.weight_bytes else " with its program"
         each = (8 * size - 16 * kept) / weights
-        return f"the artifact will take {size:,} bytes{program}, {each:.2f} bits for each of {weights:,} weights"
+        share = f"{size:,} bytes{program} are {each:.2f} bits for each of {weights:,} weights"
+        if each < LEAST_BITS:
+            raise ConfigError(
+                f"{share}, and the coarsest steps take more than {LEAST_BITS:g}: choose a smaller model (num_layers, "
+                "model_dim, mlp_mult), or with weight_bytes an artifact over the cap"
+            )
+        over = f", more than the cap of {CAP_BYTES:,}" if size > CAP_BYTES else ""
+        return f"the artifact will take {size:,} bytes{program}{over}, {each:.2f} bits for each of {weights:,} weights"
     size = round(bits / 8 + 2 * kept)
     over = "" if size <= CAP_BYTES else f", more than the cap of {CAP_BYTES:,}: {SHRINK_FIELDS}"
     return f"the artifact is expected to take {size:,} bytes without its program{over}"

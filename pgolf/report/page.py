@@ -29,7 +29,15 @@ STAGES = {
     "eval": "Evaluation",
     "ttt": "Test-time training",
 }
-STAGE_PARTS = {"startup": "compile and warm-up", "hessian": "Hessians", "gptq": "GPTQ", "compress": "compression"}
+STAGE_PARTS = {
+    "startup": "compile and warm-up",
+    "hessian": "Hessians",
+    "sensitivity": "sensitivities",
+    "export": "the program",
+    "prepare": "factors",
+    "quantize": "codes",
+    "compress": "the file",
+}
 
 
 @dataclass
@@ -164,6 +172,8 @@ def _about(record: RunRecord) -> str:
     for key, label in (("train_tokens", "training tokens"), ("val_tokens", "validation tokens")):
         if key in data:
             facts.append(f"{data[key]:,} {label}")
+    if record.config.get("case_coding"):
+        facts.append("case-coded documents, their bytes by sidecars")
     return " · ".join(facts)
 
 

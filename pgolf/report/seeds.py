@@ -215,7 +215,7 @@ artifact is left in the folder of the run. The runs had {versions}.
 ## Check
 
 The program, alone in an empty folder (`python -I`), and the package scored the first {documents} validation documents
-with every artifact, in bits per byte:
+with every artifact, as the score was made, in bits per byte:
 
 | Seed | program | package |
 | --- | --: | --: |

@@ -73,9 +73,13 @@ def longest_segment(config: RunConfig, fraction: float) -> int:
     return next((length for length, end in pairs if fraction < end), pairs[-1][0])
 
 
-def takes_snapshot(config: RunConfig, step: int, fraction: float) -> bool:
-    """Return whether the weights after step number ``step``, counted from 1, are one of the snapshots for SWA."""
-    return config.swa_blend > 0 and fraction >= 1 - config.swa_window_frac and step % config.swa_interval == 0
+def takes_snapshot(config: RunConfig, step: int, fraction: float, taken: int) -> bool:
+    """Return whether the weights after step number ``step``, counted from 1, are one of the snapshots for SWA.
+
+    The first of the window always are: of a short training, none else may be. ``taken`` is the number so far.
+    """
+    inside = config.swa_blend > 0 and fraction >= 1 - config.swa_window_frac
+    return inside and (taken == 0 or step % config.swa_interval == 0)
 
 
 def muon_momentum(config: RunConfig, step: int) -> float:

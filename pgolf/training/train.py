@@ -208,7 +208,7 @@ class _Trainer:
         scale, momentum = learning_rate_scale(config, fraction), muon_momentum(config, state.step)
         measured = self._step(scale, momentum, state.ema, weight_decay_scale(config, fraction))
         state.step += 1
-        if takes_snapshot(config, state.step, fraction):
+        if takes_snapshot(config, state.step, fraction, state.snapshot_count):
             self._take_snapshot()
         self._expect(measured, lr_scale=scale, muon_momentum=momentum)
 
