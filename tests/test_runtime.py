@@ -24,6 +24,28 @@ def refuse(what: str) -> None:
     raise FileError(f"{what} is damaged")
 
 
+KINDS = torch.int8, torch.int16, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def several(rank: int) -> dict:
+    """Tensors of all kinds within other things: transposed, of one number, of none."""
+    turned = [((1 - 2 * rank) * torch.arange(6)).view(2, 3).T.to(kind) for kind in KINDS]
+    return {"tensors": [*turned, torch.tensor(2.5 - rank), torch.zeros(rank, 3)], "more": ("text", rank)}
+
+
+def _shared(rank: int, size: int) -> dict:
+    world = World(rank, size, torch.device("cpu"), torch.distributed.group.WORLD)
+    return world.share(several(rank))
+
+
+def test_tensors_are_shared_as_they_are(tmp_path: Path) -> None:
+    expected = several(0)
+    for found in run_processes(_shared, 2, tmp_path):
+        for a, b in zip(found["tensors"], expected["tensors"], strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b)
+        assert found["more"] == expected["more"]
+
+
 def _outcomes(rank: int, size: int) -> list:
     world = start_world(RunConfig(device="cpu"))
     asked: list[int] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
+import pickle
 import platform
 import random
 import resource
@@ -11,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -136,12 +138,17 @@ class World:
         return value
 
     def share(self, value: Value) -> Value:
-        """Return rank 0's Python object on every rank."""
+        """Return rank 0's Python object on every rank; tensors in it are on the CPU there."""
         if self.size == 1:
             return value
-        box = [value]
+        content, tensors = _without_tensors(value) if self.is_main else (b"", [])
+        box = [(content, [(tensor.shape, tensor.dtype) for tensor in tensors])]
         dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        content, kinds = box[0]
+        tensors = tensors or [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
+        for tensor in tensors:  # as they are: to pickle 140 MB takes seconds
+            dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=0, group=self.control)
+        return value if self.is_main else _with_tensors(content, tensors)
 
     def on_main(self, action: Callable[[], Value]) -> Value:
         """Call ``action`` on rank 0, and return its result, or raise its exception, on every rank.
@@ -177,6 +184,31 @@ class World:
         """Wait for all ranks, but not for their devices."""
         if self.size > 1:
             dist.barrier(group=self.control)
+
+
+def _without_tensors(value: object) -> tuple[bytes, list[torch.Tensor]]:
+    """Pickle an object with a number in the place of each tensor, and return the tensors, contiguous on the CPU."""
+    content, tensors = io.BytesIO(), []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: object) -> int | None:
+            if not isinstance(part, torch.Tensor):
+                return None
+            tensors.append(part.detach().cpu().contiguous())
+            return len(tensors) - 1
+
+    Pickler(content).dump(value)
+    return content.getvalue(), tensors
+
+
+def _with_tensors(content: bytes, tensors: Sequence[torch.Tensor]) -> Any:
+    """Undo `_without_tensors`."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> torch.Tensor:
+            return tensors[number]
+
+    return Unpickler(io.BytesIO(content)).load()
 
 
 def start_world(config: RunConfig) -> World:
