@@ -19,6 +19,7 @@ from pgolf.artifact.steps import OCTAVE, dequantize_codes, step_sizes
 from pgolf.common.runtime import World, start_world
 from pgolf.config import RunConfig
 from pgolf.data.loader import Batch
+from pgolf.data.shards import BOS_ID
 from pgolf.kernels.linear_cross_entropy import softcapped
 from pgolf.model.build import model_with
 from pgolf.model.gpt import GPT
@@ -104,16 +105,26 @@ def test_sensitivities_predict_what_noise_costs(model: GPT, sensitivities: Sensi
 def test_the_head_s_sensitivity_follows_the_softcap(model: GPT, negative: float) -> None:
     model = copy.deepcopy(model).requires_grad_(True)
     model.config = CONFIG.replace(logit_softcap=0.5, logit_softcap_negative=negative)
-    ids, bounds = torch.arange(1, 25)[None], torch.tensor([0, 24], dtype=torch.int32)
+    ids, bounds = torch.arange(1, 25), torch.tensor([0, 24], dtype=torch.int32)
     sums = sensitivity._Sums(model)
     sums.add(ids, torch.rand(24), bounds)
-    h = model.hidden(ids, bounds, 24)[0].detach()
+    h = model.hidden(ids[None], bounds, 24)[0].detach()
     logits = (h @ model.head_weight.detach().T).double().requires_grad_()
     z = softcapped(logits, model.config.softcap)
     (slope,) = torch.autograd.grad(z.sum(), logits)
     p = z.detach().softmax(-1)
     expected = (p * (1 - p) * slope.square() * h.square().sum(-1, keepdim=True)).sum(0)
     torch.testing.assert_close(sums.totals[sensitivity.HEAD], expected, rtol=1e-4, atol=0)
+
+
+def test_attention_of_sequences_stops_where_documents_do(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, seen = torch.randint(2, CONFIG.vocab_size, (4000,)), []
+    tokens[::7] = BOS_ID
+    monkeypatch.setattr(sensitivity._Sums, "add", lambda self, ids, places, bounds: seen.append((ids, bounds)))
+    collect_sensitivities(model, CONFIG, tokens, start_world(CONFIG))
+    assert len(seen) == CONFIG.sensitivity_sequences
+    for ids, bounds in seen:
+        assert bounds.unique().tolist() == sorted({0, *torch.nonzero(ids == BOS_ID).flatten().tolist(), len(ids)})
 
 
 def test_ranks_share_the_sequences(model: GPT, sensitivities: Sensitivities, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pgolf.common.runtime import World
 from pgolf.config import RunConfig
+from pgolf.data.loader import segment_boundaries
 from pgolf.kernels.linear_cross_entropy import softcapped
 from pgolf.model.gpt import GPT, evaluation_mode
 from pgolf.model.graphs import Graphs, uses_graphs
@@ -46,6 +47,8 @@ class Sensitivities(NamedTuple):
 def collect_sensitivities(model: GPT, config: RunConfig, tokens: Tensor, world: World) -> Sensitivities:
     """Average squared gradients over ``sensitivity_sequences`` sequences, which the ranks share.
 
+    Sequences are cut anywhere; attention stops at the documents' boundaries in them, as in training.
+
     Args:
         model: with float32 weights, whose gradients are taken; they are None afterwards.
         tokens: int [N] of training data, the same on every rank.
@@ -57,16 +60,18 @@ def collect_sensitivities(model: GPT, config: RunConfig, tokens: Tensor, world: 
         raise ValueError(f"sensitivities need more than {length} training tokens, got {len(tokens)}")
     generator = torch.Generator().manual_seed(config.seed)
     starts = torch.randint(0, len(tokens) - length, (count,), generator=generator).tolist()
+    sequences = [tokens[start : start + length].long().cpu() for start in starts]
+    bounds = [segment_boundaries(ids, length) for ids in sequences]
+    entries = max(map(len, bounds))  # of one graph
+    bounds = [F.pad(each, (0, entries - len(each)), value=length) for each in bounds]
     places = torch.rand(count, length, generator=generator)
     device = world.device
     with evaluation_mode(model, looping=config.num_loops > 0):
         model.requires_grad_(True)
         sums = _Sums(model)
         graphs = Graphs(device) if uses_graphs(config, model) else None
-        bounds = torch.tensor([0, length], dtype=torch.int32, device=device)
         for number in range(world.rank, count, world.size):
-            ids = tokens[starts[number] : starts[number] + length].long()[None].to(device)
-            inputs = ids, places[number].to(device), bounds
+            inputs = tuple(x[number].to(device) for x in (sequences, places, bounds))
             if graphs is None:
                 sums.add(*inputs)
                 continue
@@ -106,9 +111,12 @@ class _Sums:
             total.zero_()
 
     def add(self, ids: Tensor, places: Tensor, bounds: Tensor) -> None:
-        """Add one sequence [1, T]; a label is where ``places`` [T], in [0, 1), falls among the probabilities' sums."""
+        """Add one sequence [T], whose segments ``bounds`` cut.
+
+        A label is where ``places`` [T], in [0, 1), falls among the probabilities' sums.
+        """
         self.model.zero_grad(set_to_none=True)
-        h = self.model.hidden(ids, bounds, ids.size(1))[0]
+        h = self.model.hidden(ids[None], bounds, len(ids))[0]
         # The head takes part through the formula, so its own gradient must stay out of the tied embedding's.
         logits = F.linear(h, self.model.head_weight.detach().to(h.dtype)).float()
         z = softcapped(logits, self.cap)
