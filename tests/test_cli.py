@@ -522,6 +522,14 @@ def test_case_coded_data(
     summary = RunFolder(tmp_path / "c").summary()["data"]
     assert summary["val_bytes"] == sum(len(text.encode()) for text in texts)
     assert "fineweb_val_bytes_000000.bin" in summary["files"]
+    if "before-space" in coding:
+        fewer = dict(trellis_states=8, trellis_rows=64, sensitivity_sequences=8, sensitivity_tokens=64, warmup_steps=0)
+        fewer |= dict(sliding_window_enabled=0, swa_window_frac=0.5)
+        run = ["run", "--preset", "frontier", "--run-dir", str(tmp_path / "frontier")]
+        assert main([*run, *settings(out, **fewer)]) == 0
+        assert "1 snapshots are blended into the average" in capsys.readouterr().out
+        found = RunFolder(tmp_path / "frontier").summary()
+        assert found["ttt"]["bits_per_byte"] < found["eval"]["quantized"]["bits_per_byte"]
 
 
 def test_files_and_folders_in_each_other_s_place(
