@@ -29,7 +29,10 @@ CONTROL_TENSORS = (
 
 # The settings that one quantizer alone reads: the challenge's command lines set gptq's whatever the quantizer.
 READ_BY_QUANTIZER = {
-    "trellis": ("weight_bytes", "trellis_states", "trellis_rows", "sensitivity_sequences", "sensitivity_tokens"),
+    "trellis": (
+        *("weight_bytes", "trellis_states", "trellis_rows", "trellis_shrink"),
+        *("sensitivity_sequences", "sensitivity_tokens"),
+    ),
     "gptq": (
         *("matrix_bits", "attn_bits", "mlp_bits", "embed_bits"),
         *("matrix_clip_sigmas", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
@@ -250,6 +253,12 @@ class RunConfig:
     weight_bytes: int = _field(0, "bytes of the trellis artifact; 0: what the program leaves of the cap", low=0)
     trellis_states: int = _field(128, "states of the trellis; 1: none", choices=(1, 4, 8, 16, 32, 64, 128))
     trellis_rows: int = _field(512, "rows of a path through the trellis, a multiple of 16", low=16)
+    trellis_shrink: float = _field(
+        0.0,
+        "strength at which targets are drawn to 0 for shorter codes (rate-distortion optimised rounding); 1: best for "
+        "a Gaussian distribution",
+        low=0.0,
+    )
     sensitivity_sequences: int = _field(
         256, "training sequences whose gradients give the sensitivities to rounding", low=1
     )

@@ -13,7 +13,7 @@ from pgolf.artifact.code_length import PackedSize, packed_size
 from pgolf.artifact.container import load, save
 from pgolf.artifact.hessians import collect_hessians
 from pgolf.artifact.quantize import dequantize_model
-from pgolf.artifact.quantized import QuantizeError
+from pgolf.artifact.quantized import CODES, QuantizeError
 from pgolf.artifact.sensitivity import Sensitivities, collect_sensitivities
 from pgolf.artifact.steps import OCTAVE, dequantize_codes, step_sizes
 from pgolf.common.runtime import World, start_world
@@ -186,6 +186,21 @@ def test_more_bytes_than_computed_are_quantised_away(tensors, matrices, tmp_path
     monkeypatch.setattr(rate, "FITS", 1)
     with pytest.raises(QuantizeError, match="does not fit 170,000 bytes: it takes [0-9,]+, more than computed"):
         rate.quantize_to_fit(tensors, matrices, CONFIG, CPU, path, target)
+
+
+def test_targets_drawn_to_zero_have_shorter_codes(matrices) -> None:
+    level = rate._first_level(matrices, 3.0)
+    plain, drawn = (rate.code(matrices, level, CONFIG.replace(trellis_shrink=s)) for s in (0.0, 1.0))
+    sizes, energy = (
+        [measure(coded) for coded in (plain, drawn)]
+        for measure in (
+            lambda coded: packed_size(coded, CPU).codes,
+            lambda coded: sum(
+                int(x.long().square().sum()) for name, x in coded.tensors.items() if name.endswith(CODES)
+            ),
+        )
+    )
+    assert sizes[1] < sizes[0] and energy[1] < energy[0]
 
 
 def test_bounds_of_size(tensors, matrices) -> None:

@@ -136,6 +136,9 @@ def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> Qua
                 torch.stack([step_sizes(matrices[name].column_exponent) for name in names]),
                 states=states,
                 path_length=length,
+                shrink=torch.stack(
+                    [_shrink(matrices[name], e, config) for name, e in zip(names, exponents, strict=True)]
+                ),
             )
         for name, exponent, own in zip(names, exponents, codes, strict=True):
             if not own.any() and matrices[name].weight.any():  # steps up to `COARSEST` leave some codes
@@ -146,6 +149,16 @@ def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> Qua
             tensors |= {name + CODES: natural.cpu(), name + ROW_STEP: exponent.cpu(), name + COLUMN_STEP: columns.cpu()}
             meta[name] = f"trellis ({states} states, {length} rows)"
     return QuantizedModel(tensors, meta)
+
+
+def _shrink(matrix: Matrix, exponent: Tensor, config: RunConfig) -> Tensor:
+    """Return the factors of a matrix's targets, float32 [R]: 1 / (1 + ``trellis_shrink`` step² / (12 variance)).
+
+    Where all rows lose equally per bit, a bit is worth (ln 4) step² / 12 of squared error, and a Gaussian code u costs
+    u² / (2 ln 2 variance) bits: (x - u)² + the price of u is least at this share of x.
+    """
+    variance = (matrix.weight / step_sizes(matrix.column_exponent)).var(1).clamp_min(1e-24)
+    return 1 / (1 + config.trellis_shrink * step_sizes(exponent).square() / (12 * variance))
 
 
 def quantize_by_rate(
