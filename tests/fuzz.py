@@ -10,7 +10,7 @@ padding was hit. Damage number n of a kind depends on the seed and n alone. Kind
     archive     the archive inside it, compressed anew
     pickle      the pickle inside the archive, with the right checksum: only exceptions are counted, for another pickle
                 is another artifact
-    bomb        a file that decompresses to 400 MB, whole and damaged
+    bomb        a file that decompresses to 400 MB, or claims a row or a column of 2^26 codes, whole and damaged
     checkpoint, average, data (shards, tokenizer, manifest, and of case-coded documents byte sidecars)
     settings, summary, metrics: text, of which only exceptions are counted
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import lzma
 import resource
 import struct
@@ -37,7 +38,8 @@ import brotli
 import numpy as np
 import torch
 
-from pgolf.artifact import container, public_format
+from pgolf.artifact import container, packed_format, public_format
+from pgolf.artifact.entropy import LANES, LOWEST
 from pgolf.artifact.quantized import ASYMMETRIC_KEYS, CODES, SCALE, QuantizedModel
 from pgolf.common.files import FileError
 from pgolf.common.folder import RunFolder
@@ -56,6 +58,7 @@ from tests.corpus import embedded_documents
 CPU = World(0, 1, torch.device("cpu"))
 VOCAB = 400
 BOMB_BYTES = 400_000_000
+BOMB_SHAPES = (1, 67_108_000), (67_108_000, 1)
 # For how many damaged artifacts there is one of another kind; bombs take long to decompress.
 ONE_IN = {"artifact": 1, "packed": 1, "sealed": 1, "archive": 1, "pickle": 10, "bomb": 100}
 
@@ -167,7 +170,11 @@ class Examples:
         return found
 
     def bombs(self) -> list[bytes]:
-        """Files of some 100 kB at most that decompress to `BOMB_BYTES`: brotli, xz, and an archive in an archive."""
+        """Files of some 100 kB at most that ask for too much memory.
+
+        Brotli, xz, and an archive in an archive decompress to `BOMB_BYTES`. Entropy-coded ones claim a row and a column
+        of nearly 2^26 codes.
+        """
         blocks = [bytes(BOMB_BYTES // 100)] * 100
         coders = brotli.Compressor(quality=3), lzma.LZMACompressor(preset=0)
         streams = [
@@ -178,7 +185,7 @@ class Examples:
         archive = zipfile.ZipFile(inside, "w", zipfile.ZIP_DEFLATED)
         with archive, archive.open("archive/data.pkl", "w") as file:
             file.writelines(blocks)
-        return [*streams, _packed(inside.getvalue())]
+        return [*streams, _packed(inside.getvalue()), *(_of_one_matrix(*shape) for shape in BOMB_SHAPES)]
 
     def read_artifact(self, content: bytes) -> bool:
         """Read a compressed artifact."""
@@ -192,7 +199,7 @@ class Examples:
 
     def read_sealed(self, content: bytes) -> bool:
         """Read an entropy-coded artifact whose checksum is right, whatever it is of."""
-        self.read_artifact(content[:6] + struct.pack("<I", crc32(content[10:])) + content[10:])
+        self.read_artifact(_sealed(content))
         return True
 
     def read_archive(self, content: bytes) -> bool:
@@ -289,6 +296,20 @@ def same(left: Any, right: Any) -> bool:
 
 def _packed(archive: bytes) -> bytes:
     return brotli.compress(public_format.byte_shuffle(archive), quality=0)
+
+
+def _sealed(content: bytes) -> bytes:
+    return content[:6] + struct.pack("<I", crc32(content[10:])) + content[10:]
+
+
+def _of_one_matrix(rows: int, columns: int) -> bytes:
+    """An entropy-coded artifact that claims a matrix of this shape on a trellis, and has no words."""
+    content = {"meta": {"a": "trellis (8 states, 512 rows)"}, "entries": [["a" + CODES, "int16", [rows, columns]]]}
+    header = json.dumps(content).encode()
+    side = struct.pack("<I", len(header)) + header + bytes(rows)
+    block = lzma.compress(side, check=lzma.CHECK_NONE, preset=0)
+    head = packed_format.HEAD.pack(packed_format.MAGIC, 0, len(block), len(side), 0, 0, bytes(32))
+    return _sealed(head + block + np.full(LANES, LOWEST, "<u4").tobytes())
 
 
 def _quantized_model() -> QuantizedModel:
