@@ -5,7 +5,7 @@ taken from elsewhere. What reads it must refuse it with a `FileError`, or find t
 padding was hit. Damage number n of a kind depends on the seed and n alone. Kinds:
 
     artifact    the compressed file in the public format, of brotli and of xz
-    packed      the entropy-coded artifact
+    packed      the entropy-coded artifact: of the public rule's codes, and of codes on a trellis as `record` ships them
     sealed      the same with the right checksum: only exceptions are counted, for it may be another artifact
     archive     the archive inside it, compressed anew
     pickle      the pickle inside the archive, with the right checksum: only exceptions are counted, for another pickle
@@ -38,9 +38,10 @@ import brotli
 import numpy as np
 import torch
 
-from pgolf.artifact import container, packed_format, public_format
+from pgolf.artifact import container, packed_format, public_format, rate
 from pgolf.artifact.entropy import LANES, LOWEST
-from pgolf.artifact.quantized import ASYMMETRIC_KEYS, CODES, SCALE, QuantizedModel
+from pgolf.artifact.quantized import ASYMMETRIC_KEYS, CODES, PASSTHROUGH, SCALE, QuantizedModel
+from pgolf.artifact.sensitivity import Sensitivities
 from pgolf.common.files import FileError
 from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World
@@ -133,7 +134,7 @@ class Examples:
         self.run.record("data", {"files": self.checked[1]})
         steps = [{"kind": "train", "step": step, "loss": 5.5, "tokens_per_second": 9.0} for step in range(1, 20)]
         self.run.log_metrics(steps)
-        self.model = _quantized_model()
+        self.models = _quantized_model(), _trellis_model()
         self.originals = self._originals()
 
     def _train_state(self) -> None:
@@ -148,15 +149,13 @@ class Examples:
         path, run = self.path, self.run
         found: dict[str, list[bytes]] = {"artifact": []}
         for compressor in ("brotli", "lzma"):
-            container.save(path, self.model, compressor)
+            container.save(path, self.models[0], compressor)
             found["artifact"].append(path.read_bytes())
         found["archive"] = [public_format.byte_unshuffle(lzma.decompress(found["artifact"][1]))]
         with zipfile.ZipFile(io.BytesIO(found["archive"][0])) as archive:
             self.members = {name: archive.read(name) for name in archive.namelist()}
         found["pickle"] = [content for name, content in self.members.items() if name.endswith("data.pkl")]
-        packed = self.folder / "file.pgolf"
-        container.save(packed, self.model)
-        found["packed"] = found["sealed"] = [packed.read_bytes()]
+        found["packed"] = found["sealed"] = [container.content("file.pgolf", model) for model in self.models]
         save_checkpoint(path, self.state, self.config, CPU)
         found["checkpoint"] = [path.read_bytes()]
         self.checkpoint = load_tensors(path)
@@ -191,7 +190,7 @@ class Examples:
         """Read a compressed artifact."""
         self.path.write_bytes(content)
         found = container.load(self.path)
-        return found.meta == self.model.meta and same(found.tensors, self.model.tensors)
+        return any(found.meta == model.meta and same(found.tensors, model.tensors) for model in self.models)
 
     def read_packed(self, content: bytes) -> bool:
         """Read an entropy-coded artifact."""
@@ -313,7 +312,7 @@ def _of_one_matrix(rows: int, columns: int) -> bytes:
 
 
 def _quantized_model() -> QuantizedModel:
-    """A small artifact's content with tensors of every kind."""
+    """A small artifact's content with tensors of every kind of the public rule; of "d" residuals are coded."""
     generator = torch.Generator().manual_seed(0)
 
     def codes(*shape: int, low: int = -31, high: int = 32) -> torch.Tensor:
@@ -326,7 +325,26 @@ def _quantized_model() -> QuantizedModel:
     parts = (codes(16, 2, low=-2, high=2), scales(), codes(2, 24, low=-8, high=8), scales(3))
     tensors |= {"a" + key: part for key, part in zip(ASYMMETRIC_KEYS, parts, strict=True)}
     tensors |= {"c" + CODES: codes(4, 128), "c" + SCALE: scales(4)}
-    marks = {"a": "gptq (int6)+lqer_asym", "b": "passthrough (float16)", "c": "gptq (int6)+awq(1)"}
+    tensors |= {"d" + CODES: codes(64, 8), "d" + SCALE: scales(64)}
+    marks = {"a": "gptq (int6)+lqer_asym", "b": "passthrough (float16)", "c": "gptq (int6)+awq(1)", "d": "gptq (int8)"}
+    return QuantizedModel(tensors, marks)
+
+
+def _trellis_model() -> QuantizedModel:
+    """A small artifact's content as `record` writes it, on its trellis and on one of 8 states, with escapes."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, marks = {"b": torch.rand(7, generator=generator).half()}, {"b": PASSTHROUGH}
+    for name, states in (("tok_emb", 128), ("blocks.0.mlp.fc", 8)):
+        config = RunConfig.preset("record").replace(trellis_states=states, trellis_rows=32, gptq_passthrough_numel=0)
+        weight, inputs = (torch.randn(rows, 48, generator=generator) for rows in (40, 64))
+        weight[3, 5] = 100
+        sensitivities = Sensitivities(
+            {name + ".weight": 1 + torch.rand(40, generator=generator).double()}, torch.ones(40).double()
+        )
+        hessians = {name: inputs.T @ inputs}
+        matrices = rate.prepare({name + ".weight": weight}, hessians, sensitivities, config, CPU.device)
+        coded = rate.code(matrices, -2.0, config)
+        tensors, marks = tensors | coded.tensors, marks | coded.meta
     return QuantizedModel(tensors, marks)
 
 
