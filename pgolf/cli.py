@@ -137,9 +137,17 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(action=_config)
     inspect = commands.add_parser("inspect", help="what an artifact holds: classes, matrices, bytes of the cap")
     inspect.add_argument("artifact", type=Path, help="an artifact's file")
-    inspect.add_argument("--json", action="store_true", help="print the tables as JSON")
+    inspect.add_argument("--json", action="store_true", help="print the tables and histograms of codes as JSON")
     inspect.add_argument(
-        "--plot", type=Path, metavar="PATH", help="write histograms of codes, bits by sensitivity: .svg"
+        "--plot",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="write histograms of codes, bits by sensitivity: .svg (default: beside the artifact)",
+    )
+    inspect.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="folder of its program and sensitivities (default: the artifact's)"
     )
     inspect.set_defaults(action=_inspect)
     convert = commands.add_parser(
@@ -328,12 +336,14 @@ def _check(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from pgolf.artifact.inspection import inspect_artifact
 
-    found = inspect_artifact(arguments.artifact)
+    found = inspect_artifact(arguments.artifact, arguments.run_dir)
     print(found.as_json() if arguments.json else found.as_text())
     if arguments.plot:
         from pgolf.report.page import write_artifact_plot
 
-        write_artifact_plot(arguments.plot, found.histograms, [row._asdict() for row in found.matrices])
+        path = arguments.artifact.with_suffix(".svg") if arguments.plot is True else arguments.plot
+        write_artifact_plot(path, found.histograms(), [row._asdict() for row in found.matrices])
+        print(f"plot: {path}", file=sys.stderr if arguments.json else sys.stdout)
     return 0
 
 

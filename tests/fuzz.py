@@ -5,12 +5,12 @@ taken from elsewhere. What reads it must refuse it with a `FileError`, or find t
 padding was hit. Damage number n of a kind depends on the seed and n alone. Kinds:
 
     artifact    the compressed file in the public format, of brotli and of xz
-    packed      the entropy-coded artifact
+    packed      the entropy-coded artifact: of the public rule's codes, and of codes on a trellis as `record` ships them
     sealed      the same with the right checksum: only exceptions are counted, for it may be another artifact
     archive     the archive inside it, compressed anew
     pickle      the pickle inside the archive, with the right checksum: only exceptions are counted, for another pickle
                 is another artifact
-    bomb        a file that decompresses to 400 MB, whole and damaged
+    bomb        a file that decompresses to 400 MB, or claims a row or a column of 2^26 codes, whole and damaged
     checkpoint, average, data (shards, tokenizer, manifest, and of case-coded documents byte sidecars)
     settings, summary, metrics: text, of which only exceptions are counted
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import lzma
 import resource
 import struct
@@ -37,8 +38,10 @@ import brotli
 import numpy as np
 import torch
 
-from pgolf.artifact import container, public_format
-from pgolf.artifact.quantized import ASYMMETRIC_KEYS, CODES, SCALE, QuantizedModel
+from pgolf.artifact import container, packed_format, public_format, rate
+from pgolf.artifact.entropy import LANES, LOWEST
+from pgolf.artifact.quantized import ASYMMETRIC_KEYS, CODES, PASSTHROUGH, SCALE, QuantizedModel
+from pgolf.artifact.sensitivity import Sensitivities
 from pgolf.common.files import FileError
 from pgolf.common.folder import RunFolder
 from pgolf.common.runtime import World
@@ -56,6 +59,7 @@ from tests.corpus import embedded_documents
 CPU = World(0, 1, torch.device("cpu"))
 VOCAB = 400
 BOMB_BYTES = 400_000_000
+BOMB_SHAPES = (1, 67_108_000), (67_108_000, 1)
 # For how many damaged artifacts there is one of another kind; bombs take long to decompress.
 ONE_IN = {"artifact": 1, "packed": 1, "sealed": 1, "archive": 1, "pickle": 10, "bomb": 100}
 
@@ -130,7 +134,7 @@ class Examples:
         self.run.record("data", {"files": self.checked[1]})
         steps = [{"kind": "train", "step": step, "loss": 5.5, "tokens_per_second": 9.0} for step in range(1, 20)]
         self.run.log_metrics(steps)
-        self.model = _quantized_model()
+        self.models = _quantized_model(), _trellis_model()
         self.originals = self._originals()
 
     def _train_state(self) -> None:
@@ -145,15 +149,13 @@ class Examples:
         path, run = self.path, self.run
         found: dict[str, list[bytes]] = {"artifact": []}
         for compressor in ("brotli", "lzma"):
-            container.save(path, self.model, compressor)
+            container.save(path, self.models[0], compressor)
             found["artifact"].append(path.read_bytes())
         found["archive"] = [public_format.byte_unshuffle(lzma.decompress(found["artifact"][1]))]
         with zipfile.ZipFile(io.BytesIO(found["archive"][0])) as archive:
             self.members = {name: archive.read(name) for name in archive.namelist()}
         found["pickle"] = [content for name, content in self.members.items() if name.endswith("data.pkl")]
-        packed = self.folder / "file.pgolf"
-        container.save(packed, self.model)
-        found["packed"] = found["sealed"] = [packed.read_bytes()]
+        found["packed"] = found["sealed"] = [container.content("file.pgolf", model) for model in self.models]
         save_checkpoint(path, self.state, self.config, CPU)
         found["checkpoint"] = [path.read_bytes()]
         self.checkpoint = load_tensors(path)
@@ -167,7 +169,11 @@ class Examples:
         return found
 
     def bombs(self) -> list[bytes]:
-        """Files of some 100 kB at most that decompress to `BOMB_BYTES`: brotli, xz, and an archive in an archive."""
+        """Files of some 100 kB at most that ask for too much memory.
+
+        Brotli, xz, and an archive in an archive decompress to `BOMB_BYTES`. Entropy-coded ones claim a row and a column
+        of nearly 2^26 codes.
+        """
         blocks = [bytes(BOMB_BYTES // 100)] * 100
         coders = brotli.Compressor(quality=3), lzma.LZMACompressor(preset=0)
         streams = [
@@ -178,13 +184,13 @@ class Examples:
         archive = zipfile.ZipFile(inside, "w", zipfile.ZIP_DEFLATED)
         with archive, archive.open("archive/data.pkl", "w") as file:
             file.writelines(blocks)
-        return [*streams, _packed(inside.getvalue())]
+        return [*streams, _packed(inside.getvalue()), *(_of_one_matrix(*shape) for shape in BOMB_SHAPES)]
 
     def read_artifact(self, content: bytes) -> bool:
         """Read a compressed artifact."""
         self.path.write_bytes(content)
         found = container.load(self.path)
-        return found.meta == self.model.meta and same(found.tensors, self.model.tensors)
+        return any(found.meta == model.meta and same(found.tensors, model.tensors) for model in self.models)
 
     def read_packed(self, content: bytes) -> bool:
         """Read an entropy-coded artifact."""
@@ -192,7 +198,7 @@ class Examples:
 
     def read_sealed(self, content: bytes) -> bool:
         """Read an entropy-coded artifact whose checksum is right, whatever it is of."""
-        self.read_artifact(content[:6] + struct.pack("<I", crc32(content[10:])) + content[10:])
+        self.read_artifact(_sealed(content))
         return True
 
     def read_archive(self, content: bytes) -> bool:
@@ -291,8 +297,22 @@ def _packed(archive: bytes) -> bytes:
     return brotli.compress(public_format.byte_shuffle(archive), quality=0)
 
 
+def _sealed(content: bytes) -> bytes:
+    return content[:6] + struct.pack("<I", crc32(content[10:])) + content[10:]
+
+
+def _of_one_matrix(rows: int, columns: int) -> bytes:
+    """An entropy-coded artifact that claims a matrix of this shape on a trellis, and has no words."""
+    content = {"meta": {"a": "trellis (8 states, 512 rows)"}, "entries": [["a" + CODES, "int16", [rows, columns]]]}
+    header = json.dumps(content).encode()
+    side = struct.pack("<I", len(header)) + header + bytes(rows)
+    block = lzma.compress(side, check=lzma.CHECK_NONE, preset=0)
+    head = packed_format.HEAD.pack(packed_format.MAGIC, 0, len(block), len(side), 0, 0, bytes(32))
+    return _sealed(head + block + np.full(LANES, LOWEST, "<u4").tobytes())
+
+
 def _quantized_model() -> QuantizedModel:
-    """A small artifact's content with tensors of every kind."""
+    """A small artifact's content with tensors of every kind of the public rule; of "d" residuals are coded."""
     generator = torch.Generator().manual_seed(0)
 
     def codes(*shape: int, low: int = -31, high: int = 32) -> torch.Tensor:
@@ -305,7 +325,26 @@ def _quantized_model() -> QuantizedModel:
     parts = (codes(16, 2, low=-2, high=2), scales(), codes(2, 24, low=-8, high=8), scales(3))
     tensors |= {"a" + key: part for key, part in zip(ASYMMETRIC_KEYS, parts, strict=True)}
     tensors |= {"c" + CODES: codes(4, 128), "c" + SCALE: scales(4)}
-    marks = {"a": "gptq (int6)+lqer_asym", "b": "passthrough (float16)", "c": "gptq (int6)+awq(1)"}
+    tensors |= {"d" + CODES: codes(64, 8), "d" + SCALE: scales(64)}
+    marks = {"a": "gptq (int6)+lqer_asym", "b": "passthrough (float16)", "c": "gptq (int6)+awq(1)", "d": "gptq (int8)"}
+    return QuantizedModel(tensors, marks)
+
+
+def _trellis_model() -> QuantizedModel:
+    """A small artifact's content as `record` writes it, on its trellis and on one of 8 states, with escapes."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, marks = {"b": torch.rand(7, generator=generator).half()}, {"b": PASSTHROUGH}
+    for name, states in (("tok_emb", 128), ("blocks.0.mlp.fc", 8)):
+        config = RunConfig.preset("record").replace(trellis_states=states, trellis_rows=32, gptq_passthrough_numel=0)
+        weight, inputs = (torch.randn(rows, 48, generator=generator) for rows in (40, 64))
+        weight[3, 5] = 100
+        sensitivities = Sensitivities(
+            {name + ".weight": 1 + torch.rand(40, generator=generator).double()}, torch.ones(40).double()
+        )
+        hessians = {name: inputs.T @ inputs}
+        matrices = rate.prepare({name + ".weight": weight}, hessians, sensitivities, config, CPU.device)
+        coded = rate.code(matrices, -2.0, config)
+        tensors, marks = tensors | coded.tensors, marks | coded.meta
     return QuantizedModel(tensors, marks)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
+from pgolf.common.files import FileError
 from tests import fuzz
 from tests.fuzz import KINDS, Examples, main
 
@@ -15,9 +18,22 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_refused(examples: Examples, kind: str) -> None:
-    count = {"artifact": 500, "archive": 500, "packed": 500, "sealed": 500, "bomb": 6}.get(kind, 100)
+    count = {"artifact": 500, "archive": 500, "packed": 500, "sealed": 500, "bomb": 8}.get(kind, 100)
     results = examples.try_kind(kind, count, seed=0)
     assert sum(results.values()) == count and results["refused"] > 0.7 * count
+
+
+def test_bombs_take_little_memory(examples: Examples) -> None:
+    tracemalloc.start()
+    try:
+        for content in examples.bombs()[-len(fuzz.BOMB_SHAPES) :]:
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            with pytest.raises(FileError, match="65,536 columns"):
+                examples.read_artifact(content)
+            assert tracemalloc.get_traced_memory()[1] - before < 200e6  # the rows' classes alone are 67 MB, twice
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

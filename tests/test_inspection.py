@@ -65,17 +65,29 @@ def test_a_public_artifact_has_scales_and_no_bytes_of_a_matrix() -> None:
 
 def test_histograms_count_every_code_of_a_class(tmp_path: Path) -> None:
     quantized = two_matrices()
-    histograms = inspect_artifact(saved(tmp_path, quantized)).histograms
+    found = inspect_artifact(saved(tmp_path, quantized))
+    histograms = found.histograms()
     codes = quantized.tensors["blocks.0.mlp.fc.weight.q"]
     assert histograms["mlp fc"] == {int(value): int((codes == value).sum()) for value in codes.unique()}
     assert sum(histograms["embedding"].values()) == 24 * 600
+    rows = {row["name"]: row["histogram"] for row in json.loads(found.as_json())["matrices"]}
+    assert rows["blocks.0.mlp.fc.weight"] == {str(code): count for code, count in histograms["mlp fc"].items()}
+    assert list(rows) == ["tok_emb.weight", "blocks.0.mlp.fc.weight"]
+
+
+def test_histograms_of_a_class_are_the_sums_of_its_matrices(tmp_path: Path) -> None:
+    found = inspect_artifact(saved(tmp_path, two_matrices()))
+    first, second = found.matrices
+    rows = [first._replace(kind="mlp fc", histogram={3: 1}), second._replace(histogram={-2: 4, 3: 2})]
+    assert list(found._replace(matrices=rows).histograms()["mlp fc"].items()) == [(-2, 4), (3, 3)]
 
 
 def test_sensitivities_and_code_are_of_the_run_s_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = saved(tmp_path, two_matrices())
     assert main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "without code: there is no train_gpt.py" in shown and "sensitivities: none beside it" in shown
+    assert f"without code: there is no train_gpt.py in {tmp_path}; --run-dir names another folder" in shown
+    assert f"sensitivities: none in {tmp_path};" in shown
     rows = {"tok_emb.weight": torch.rand(24).double(), "blocks.0.mlp.fc.weight": torch.rand(64).double()}
     head = torch.rand(24).double()
     torch.save({"rows": rows, "head": head}, tmp_path / "sensitivities.pt")
@@ -90,7 +102,13 @@ def test_sensitivities_and_code_are_of_the_run_s_folder(tmp_path: Path, capsys: 
     assert found["bytes"] == path.stat().st_size
     assert (found["code_bytes"], found["total_bytes"]) == (1000, found["bytes"] + 1000)
     assert main(["inspect", str(path)]) == 0
-    assert f"together: {found['total_bytes']:,} bytes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"together: {found['total_bytes']:,} bytes" in shown
+    elsewhere = path.rename(tmp_path.with_name(tmp_path.name + "-artifacts.pgolf"))  # as with artifact_dir
+    assert main(["inspect", str(elsewhere), "--run-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["inspect", str(elsewhere), "--run-dir", str(tmp_path / "none")]) == 2
+    assert f"there is no run folder {tmp_path / 'none'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -110,7 +128,7 @@ def test_sensitivities_of_another_model_are_an_error(tmp_path: Path, content: di
 
 
 def drawn(found: Inspection, path: Path) -> str:
-    write_artifact_plot(path, found.histograms, [row._asdict() for row in found.matrices])
+    write_artifact_plot(path, found.histograms(), [row._asdict() for row in found.matrices])
     return path.read_text()
 
 
@@ -126,5 +144,10 @@ def test_the_plot_is_an_svg_file_of_the_same_bytes(tmp_path: Path, capsys: pytes
     assert "bits of 2 matrices against their sensitivity" in text and "--one: #2563c9" in text and "#040404" not in text
     assert main(["inspect", str(path), "--plot", str(tmp_path / "plot.svg")]) == 0
     assert (tmp_path / "plot.svg").read_text() == plain
+    assert f"plot: {tmp_path / 'plot.svg'}\n" in capsys.readouterr().out
+    assert main(["inspect", str(path), "--json", "--plot"]) == 0
+    assert (tmp_path / "model.svg").read_text() == plain
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) and shown.err == f"plot: {tmp_path / 'model.svg'}\n"
     assert main(["inspect", str(path), "--plot", str(tmp_path / "plot.png")]) == 2
     assert "must end in .svg" in capsys.readouterr().err and not (tmp_path / "plot.png").exists()

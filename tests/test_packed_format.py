@@ -116,7 +116,11 @@ def side_of(blob: bytes) -> bytes:
         (b'["a.q","int16",[40,24]]', b'["a.q","int64",[40,24]]', "a.q is int64"),
         (b'["a.q","int16",[40,24]]', b'["a.q","int16",[4024]]', "no matrix of codes"),
         (b'["a.q","int16",[40,24]]', b'["a.q","int16",[-1,-9]]', "a.q is int16"),
-        (b'["a.row","int16",[40]]', b'["a.row","int16",[99999999999]]', "a.row is int16"),
+        (b'["a.q","int16",[40,24]]', b'["a.q","int16",[1,67108000]]', "at most 1,048,576 rows and 65,536 columns"),
+        (b'["a.q","int16",[40,24]]', b'["a.q","int16",[67108000,1]]', "at most 1,048,576 rows and 65,536 columns"),
+        (b'["a.row","int16",[40]]', b'["a.row","int16",[99999999999]]', "at most 67,108,864 numbers"),
+        (b'["b","float16",[7]]', b'["b","float16",[0,%s]]' % (b"9" * 30), "at most 67,108,864 numbers"),
+        (b'["a.row","int16",[40]]', b'["a.row","int16",[-40]]', r"a.row is int16 \[-40\]"),
         (b'["a.row",', b'["a.q",', "lists an entry twice"),
         (b"8 states", b"9 states", "no trellis of 9 states"),
         (b"8 states, 16 rows", b"4 states, 16 rows", "codes do not decode|another digest"),
@@ -137,6 +141,23 @@ def test_lengths_are_refused_before_memory_is_taken(blob: bytes) -> None:
         packed_format.unpack(resealed(blob, side_of(blob), 2**32 - 1))
     with pytest.raises(ArtifactError, match="another length than it claims"):
         packed_format.unpack(resealed(blob, bytes(10_000_000), 1000))
+
+
+@pytest.mark.parametrize("shape", [(1, 67_108_000), (67_108_000, 1), (9000, 9000)])
+def test_what_would_not_be_read_is_not_written(tmp_path: Path, shape: tuple[int, int], monkeypatch) -> None:
+    monkeypatch.setattr(packed_format, "row_classes", None)  # not reached
+    codes = torch.zeros(1, dtype=torch.int16).expand(shape)
+    with pytest.raises(ArtifactError, match=r"a\.q.*at most (67,108,864 numbers|.*65,536 columns)"):
+        packed_format.pack(QuantizedModel({"a.q": codes}, {"a": "trellis (8 states, 16 rows)"}))
+
+
+@pytest.mark.parametrize(("limit", "named"), [("MOST_HEADER_BYTES", "header"), ("MOST_SIDE_BYTES", "side block")])
+def test_long_headers_and_side_blocks_are_refused(blob: bytes, monkeypatch, limit: str, named: str) -> None:
+    monkeypatch.setattr(packed_format, limit, 100)
+    with pytest.raises(ArtifactError, match=f"its {named} claims [0-9]+ bytes, of at most 100"):
+        packed_format.unpack(blob)
+    with pytest.raises(ArtifactError, match=f"its {named} claims [0-9]+ bytes, of at most 100"):
+        packed_format.pack(model())
 
 
 def test_steps_beyond_reason_are_refused(tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ def content(path: str | os.PathLike, quantized: QuantizedModel, compressor: str 
 
 
 def load(path: str | os.PathLike) -> QuantizedModel:
-    """Read an artifact of any format. No code in it is run, and memory is bounded by its length.
+    """Read an artifact of any format. No code in it is run.
+
+    Whatever it claims, memory is bounded: by the limits of `packed_format`, or by what `public_format.deserialize`
+    decompresses at most.
 
     Raises ArtifactError, naming the file and the tensor, if the file is cut short, damaged or no artifact;
     FileNotFoundError if there is none; ImportError if it needs brotli and that is not installed.

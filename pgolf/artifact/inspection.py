@@ -1,12 +1,13 @@
 """What is in an artifact: classes of tensors, every matrix with its steps, bits and sensitivity, and bytes of the cap.
 
-Sensitivities and the program are read from the artifact's folder, which is the run's, where they are there.
+Sensitivities and the program are read from the run's folder, where they are there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from pgolf.artifact.quantized import CODES, COLUMN_STEP, ROW_STEP, SCALE, Quanti
 from pgolf.artifact.sizes import ArtifactSize, ClassSize, class_of, class_sizes, matrix_entropy
 from pgolf.artifact.steps import step_sizes
 from pgolf.common.files import FileError
-from pgolf.common.folder import RunFolder
+from pgolf.common.folder import RunFolder, RunFolderError
 from pgolf.common.progress import format_table
 from pgolf.common.tensors import TensorFileError, check_tensor, load_tensors
 
@@ -42,6 +43,7 @@ class MatrixRow(NamedTuple):
             tensors together.
         sensitivity: the loss's second derivative by an error of a weight, mean over its weights, nats a token; None
             where the run's folder has none.
+        histogram: how often each code occurs.
     """
 
     name: str
@@ -53,6 +55,7 @@ class MatrixRow(NamedTuple):
     entropy_bits: float
     spent_bits: float | None
     sensitivity: float | None
+    histogram: dict[int, int]
 
 
 class Inspection(NamedTuple):
@@ -60,19 +63,26 @@ class Inspection(NamedTuple):
 
     Attributes:
         weight_bytes: of the artifact's file.
-        code_bytes: of the program beside it; None if there is none.
+        run_dir: the run's folder, of the program and the sensitivities.
+        code_bytes: of the program; None if there is none.
         classes, matrices: the tables' rows.
-        histograms: by class of matrix, how often each code occurs.
     """
 
     weight_bytes: int
+    run_dir: Path
     code_bytes: int | None
     classes: list[ClassSize]
     matrices: list[MatrixRow]
-    histograms: dict[str, dict[int, int]]
+
+    def histograms(self) -> dict[str, dict[int, int]]:
+        """Return by class of matrix how often each code occurs."""
+        counts: dict[str, Counter[int]] = {}
+        for row in self.matrices:
+            counts.setdefault(row.kind, Counter()).update(row.histogram)
+        return {kind: dict(sorted(count.items())) for kind, count in counts.items()}
 
     def as_json(self) -> str:
-        """Return all but the histograms as a JSON object."""
+        """Return all but the folder as a JSON object."""
         size = ArtifactSize(self.weight_bytes, self.code_bytes or 0)
         content: dict[str, Any] = {
             "bytes": self.weight_bytes,
@@ -117,41 +127,43 @@ class Inspection(NamedTuple):
         of_which = f": codes {sum(spent):,.0f}, all else {self.weight_bytes - sum(spent):,.0f}" if spent else ""
         yield f"file: {self.weight_bytes:,} bytes{of_which}"
         size = ArtifactSize(self.weight_bytes, self.code_bytes or 0)
+        other = "; --run-dir names another folder"
         if self.code_bytes is None:
-            yield f"{size.share:.2%} of the cap, without code: there is no train_gpt.py beside it"
+            yield f"{size.share:.2%} of the cap, without code: there is no train_gpt.py in {self.run_dir}{other}"
         else:
             yield f"code: {self.code_bytes:,} bytes"
             left = f"{abs(size.margin_bytes):,} {'left' if size.margin_bytes >= 0 else 'too many'}"
             yield f"together: {size.total_bytes:,} bytes, {size.share:.2%} of the cap, {left}"
         if not any(row.sensitivity is not None for row in self.matrices):
-            yield "sensitivities: none beside it; `pgolf quantize` leaves them with quantizer=trellis"
+            yield f"sensitivities: none in {self.run_dir}; `pgolf quantize` leaves them with quantizer=trellis{other}"
 
 
-def inspect_artifact(path: str | os.PathLike) -> Inspection:
-    """Read an artifact's file, and the program and the sensitivities beside it.
+def inspect_artifact(path: str | os.PathLike, run_dir: str | Path | None = None) -> Inspection:
+    """Read an artifact's file, and the program and the sensitivities of the run's folder (default: the artifact's).
 
-    Raises ArtifactError as `load` does, and TensorFileError for sensitivities that are damaged or of another model.
+    Raises ArtifactError as `load` does, RunFolderError if there is no such folder, and TensorFileError for
+    sensitivities that are damaged or of another model.
     """
     path = Path(path)
-    quantized, folder = load(path), RunFolder(path.parent)
+    quantized, folder = load(path), RunFolder(path.parent if run_dir is None else run_dir)
+    if not folder.path.is_dir():
+        raise RunFolderError(f"there is no run folder {folder.path}")
     sensitivities: dict[str, float] = {}
     if folder.sensitivities.is_file():
         sensitivities = _sensitivities(folder.sensitivities, quantized)
     with path.open("rb") as file:
         packed = file.read(len(MAGIC)) == MAGIC
-    matrices: list[MatrixRow] = []
-    counts: dict[str, list[Tensor]] = {}
-    for name, how in quantized.meta.items():
-        if name + CODES in quantized.tensors:
-            row = _row(name, how, quantized, packed)._replace(sensitivity=sensitivities.get(name))
-            matrices.append(row)
-            counts.setdefault(row.kind, []).append(quantized.tensors[name + CODES].reshape(-1))
+    matrices = [
+        _row(name, how, quantized, packed)._replace(sensitivity=sensitivities.get(name))
+        for name, how in quantized.meta.items()
+        if name + CODES in quantized.tensors
+    ]
     return Inspection(
         path.stat().st_size,
+        folder.path,
         folder.program.stat().st_size if folder.program.is_file() else None,
         class_sizes(quantized),
         matrices,
-        {kind: _histogram(torch.cat(parts)) for kind, parts in counts.items()},
     )
 
 
@@ -168,7 +180,9 @@ def _row(name: str, how: str, quantized: QuantizedModel, packed: bool) -> Matrix
         residuals = torch.from_numpy(coded(name + CODES, quantized))
         spent = code_bits(residuals, trellised=is_trellised(how))[0] / codes.numel()
     entropy = matrix_entropy(codes, how)
-    return MatrixRow(name, class_of(name), how, codes.numel(), _range(rows), columns, entropy, spent, None)
+    values, counts = codes.int().unique(return_counts=True)
+    histogram = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return MatrixRow(name, class_of(name), how, codes.numel(), _range(rows), columns, entropy, spent, None, histogram)
 
 
 def _sensitivities(path: Path, quantized: QuantizedModel) -> dict[str, float]:
@@ -189,14 +203,9 @@ def _sensitivities(path: Path, quantized: QuantizedModel) -> dict[str, float]:
                 means[name] = float(total.mean()) / columns
     except FileError as error:
         raise TensorFileError(
-            f"{path} does not belong to the artifact beside it: {error}. Delete it, or run `pgolf quantize` again"
+            f"{path} does not belong to the artifact: {error}. Delete it, or run `pgolf quantize` again"
         ) from error
     return means
-
-
-def _histogram(codes: Tensor) -> dict[int, int]:
-    values, counts = codes.int().unique(return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _range(steps: Tensor) -> Range:

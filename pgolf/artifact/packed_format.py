@@ -19,7 +19,7 @@ import json
 import lzma
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -32,13 +32,22 @@ from pgolf.artifact.quantized import CODES, TRELLIS, ArtifactError, QuantizedMod
 
 MAGIC = b"pgolf\x01"
 HEAD = struct.Struct("<6sIIIII32s")
+# Limits of what a file of a few bytes can make a reader allocate. No model that fits the cap comes near them.
 MOST_NUMBERS = 1 << 26  # of all entries together
+MOST_ROWS = 1 << 20  # of a matrix of codes: a row takes a step of the decoders; vocabularies have at most 2^16
+MOST_COLUMNS = 1 << 16  # of a matrix of codes: a column takes dozens of bytes of the decoders, however few its codes
 MOST_SIDE_BYTES = 1 << 26
+MOST_HEADER_BYTES = 1 << 20  # as JSON, whose objects take 30 times as much
 DTYPES = {name: getattr(torch, name) for name in ("float16", "float32", "int8", "int16")}
+Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 def pack(quantized: QuantizedModel) -> bytes:
-    """Return the file's content. Raises ArtifactError for codes that are on no path of their trellis."""
+    """Return the file's content.
+
+    Raises ArtifactError for codes that are on no path of their trellis, and for a model beyond the limits of `unpack`.
+    """
+    _check_entries(_listed(quantized))
     digest = hashlib.sha256()
     codes = {name: coded(name, quantized) for name in quantized.tensors if name.endswith(CODES)}
     for name in codes:
@@ -59,15 +68,18 @@ def pack(quantized: QuantizedModel) -> bytes:
 
 
 def side_block(quantized: QuantizedModel, classes: Mapping[str, np.ndarray]) -> tuple[bytes, int]:
-    """Return the side block of a model whose codes have rows of these classes, and its length unpacked."""
-    header = [[name, str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in quantized.tensors.items()]
+    """Return the side block of a model whose codes have rows of these classes, and its length unpacked.
+
+    Raises ArtifactError for one that `unpack` would refuse for its length.
+    """
     residuals = [name for name in classes if has_residuals(name, quantized)]
     named = {"residuals": residuals} if residuals else {}
-    text = json.dumps({"meta": quantized.meta, "entries": header, **named}, separators=(",", ":")).encode()
+    text = json.dumps({"meta": quantized.meta, "entries": _listed(quantized), **named}, separators=(",", ":")).encode()
     parts = [
         classes[name].tobytes() if name in classes else _planes(x.numpy()) for name, x in quantized.tensors.items()
     ]
     unpacked = struct.pack("<I", len(text)) + text + b"".join(parts)
+    _check_lengths(len(text), len(unpacked))
     return lzma.compress(unpacked, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME), len(unpacked)
 
 
@@ -81,8 +93,7 @@ def unpack(blob: bytes) -> QuantizedModel:
         raise ArtifactError("its lengths do not add up: it is cut short, or followed by other data")
     if crc32(memoryview(blob)[10:]) != crc:
         raise ArtifactError("its checksum is wrong")
-    if unpacked > MOST_SIDE_BYTES:
-        raise ArtifactError(f"its side block claims {unpacked:,} bytes")
+    _check_lengths(0, unpacked)
     places = np.cumsum([HEAD.size, length, states, words, escapes])
     block, states_bytes, words_bytes, escapes_bytes = (blob[a:b] for a, b in zip(places[:-1], places[1:], strict=True))
     meta, entries, residuals, rest = _side(block, unpacked)
@@ -137,6 +148,36 @@ def _layout(name: str, shape: tuple[int, ...] | torch.Size, classes: np.ndarray,
     return Layout(shape[0], shape[1], classes, states, length)
 
 
+def _listed(quantized: QuantizedModel) -> list[Entry]:
+    """Return the entries of a model as its header lists them."""
+    return [(name, str(x.dtype).removeprefix("torch."), tuple(x.shape)) for name, x in quantized.tensors.items()]
+
+
+def _check_lengths(header: int, side: int) -> None:
+    """Raise ArtifactError for so many bytes of the header, or of the whole side block, that no file has them."""
+    for name, claimed, most in (("header", header, MOST_HEADER_BYTES), ("side block", side, MOST_SIDE_BYTES)):
+        if claimed > most:
+            raise ArtifactError(f"its {name} claims {claimed:,} bytes, of at most {most:,}")
+
+
+def _check_entries(entries: Sequence[Entry]) -> None:
+    """Raise ArtifactError for entries of an unknown dtype or beyond the limits, and for codes that are no matrix."""
+    numbers = 0
+    for name, dtype, shape in entries:
+        numbers += math.prod(max(n, 1) for n in shape)  # so that a 0 hides no dimension that is too large
+        if dtype not in DTYPES or min(shape, default=1) < 0:
+            raise ArtifactError(f"{name} is {dtype} {list(shape)}")
+        if numbers > MOST_NUMBERS:
+            most = f"{MOST_NUMBERS:,} numbers"
+            raise ArtifactError(f"{name} is {dtype} {list(shape)}: all entries together have at most {most}")
+        if name.endswith(CODES):
+            if len(shape) != 2 or not all(shape) or dtype not in ("int8", "int16"):
+                raise ArtifactError(f"{name} is no matrix of codes: {dtype} {list(shape)}")
+            if shape[0] > MOST_ROWS or shape[1] > MOST_COLUMNS:
+                most = f"{MOST_ROWS:,} rows and {MOST_COLUMNS:,} columns"
+                raise ArtifactError(f"{name} is {list(shape)}: a matrix of codes has at most {most}")
+
+
 def _planes(array: np.ndarray) -> bytes:
     """An array's bytes, the low ones of all numbers first: each plane is more alike than the numbers."""
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -144,7 +185,7 @@ def _planes(array: np.ndarray) -> bytes:
     return flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
 
 
-def _side(block: bytes, length: int) -> tuple[dict[str, str], list[tuple[str, str, tuple[int, ...]]], list[str], bytes]:
+def _side(block: bytes, length: int) -> tuple[dict[str, str], list[Entry], list[str], bytes]:
     """Return marks, entries, the names of those whose residuals are coded, and the bytes behind them.
 
     Raises ArtifactError for a block that is damaged.
@@ -157,6 +198,7 @@ def _side(block: bytes, length: int) -> tuple[dict[str, str], list[tuple[str, st
     if len(data) != length or not decoder.eof or decoder.unused_data or length < 4:
         raise ArtifactError("its side block has another length than it claims")
     (size,) = struct.unpack_from("<I", data)
+    _check_lengths(size, length)
     try:
         header = json.loads(data[4 : 4 + size])
         meta, listed, residuals = header["meta"], header["entries"], [*header.get("residuals", ())]
@@ -170,22 +212,15 @@ def _side(block: bytes, length: int) -> tuple[dict[str, str], list[tuple[str, st
     return meta, entries, residuals, data[4 + size :]
 
 
-def _entries(
-    meta: dict[str, str], entries: list[tuple[str, str, tuple[int, ...]]], data: bytes
-) -> tuple[dict[str, Tensor], dict[str, Layout]]:
+def _entries(meta: dict[str, str], entries: list[Entry], data: bytes) -> tuple[dict[str, Tensor], dict[str, Layout]]:
     """The tensors that are no codes, and the layouts of those that are, by name."""
+    _check_entries(entries)
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, Layout] = {}
-    place = numbers = 0
+    place = 0
     for name, dtype, shape in entries:
-        count = math.prod(shape)
-        numbers += count
-        if dtype not in DTYPES or min(shape, default=1) < 0 or numbers > MOST_NUMBERS:
-            raise ArtifactError(f"{name} is {dtype} {list(shape)}")
         is_codes = name.endswith(CODES)
-        if is_codes and (len(shape) != 2 or not count or dtype not in ("int8", "int16")):
-            raise ArtifactError(f"{name} is no matrix of codes: {dtype} {list(shape)}")
-        size = shape[0] if is_codes else count * DTYPES[dtype].itemsize
+        size = shape[0] if is_codes else math.prod(shape) * DTYPES[dtype].itemsize
         part = data[place : place + size]
         place += size
         if len(part) != size:
