@@ -50,7 +50,7 @@ def test_the_same_bytes_every_time_and_all_counted(program: Path, tmp_path: Path
     again = tmp_path / "other_name.py"
     assert export_program(again) == again.stat().st_size
     assert again.read_bytes() == program.read_bytes(), "the record's settings are the defaults"
-    assert len(program.read_bytes()) < 140_000, "the code's share of the cap"
+    assert len(program.read_bytes()) < 142_000, "the code's share of the cap"
     assert str(ROOT).encode() not in program.read_bytes()
 
 
