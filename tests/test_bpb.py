@@ -69,6 +69,11 @@ def test_bad_tables_and_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.model").write_text("this is no model")
     with pytest.raises(ValueError, match="text.model is not a SentencePiece model"):
         ByteTable.from_sentencepiece(tmp_path / "text.model")
+    train_tokenizer(["some words, and some more"], 275, tmp_path / "right.model")
+    content = (tmp_path / "right.model").read_bytes()
+    (tmp_path / "text.model").write_bytes(content.replace("▁".encode(), b"\xe2\xbe\x81"[::-1], 1))  # of no text
+    with pytest.raises(ValueError, match="text.model is not a SentencePiece model: 'utf-8' codec"):
+        ByteTable.from_sentencepiece(tmp_path / "text.model")
 
 
 def test_bits_per_byte() -> None:

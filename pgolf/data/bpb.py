@@ -151,8 +151,10 @@ def load_sentencepiece(path: str | os.PathLike) -> sentencepiece.SentencePiecePr
             "with `--variant sp8192_caseops`), or train one with `pgolf data tokenizer`"
         )
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
-    except (RuntimeError, OSError) as error:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        processor.id_to_piece(list(range(processor.vocab_size())))  # of a damaged file, pieces may be no text
+        return processor
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path} is not a SentencePiece model: {error}") from error
 
 
