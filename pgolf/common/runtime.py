@@ -146,7 +146,7 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         content, kinds = box[0]
         tensors = tensors or [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
-        for tensor in tensors:  # as they are: to pickle 140 MB takes seconds
+        for tensor in tensors:  # as they are: pickled, they take several times as long
             dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=0, group=self.control)
         return value if self.is_main else _with_tensors(content, tensors)
 
