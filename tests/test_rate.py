@@ -142,11 +142,37 @@ def test_ranks_share_the_sequences(model: GPT, sensitivities: Sensitivities, mon
         assert not torch.equal(halves[0].rows[name], value), name
 
 
+def level_of(matrices: dict[str, rate.Matrix], bits: float) -> float:
+    """The level at which codes are predicted to have so many bits each."""
+    return rate.Lengths(matrices).level(bits * sum(matrix.weight.numel() for matrix in matrices.values()))
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.5, 5.0])
+def test_lengths_are_those_of_the_codes(matrices: dict[str, rate.Matrix], bits: float) -> None:
+    lengths, level = rate.Lengths(matrices), level_of(matrices, bits)
+    count = sum(matrix.weight.numel() for matrix in matrices.values())
+    assert lengths.bits(level) == pytest.approx(bits * count, rel=1e-6)
+    coded = rate.code(matrices, level, CONFIG.replace(trellis_states=1))
+    assert 8 * packed_size(coded, CPU).codes == pytest.approx(bits * count, rel=0.04)
+    coarsest, finest = lengths.level(0.0), lengths.level(100.0 * count)
+    assert coarsest > level > finest and coarsest == lengths.level(1.0)
+    assert lengths.bits(coarsest) > 2 * count and lengths.bits(finest) < 7.1 * count
+
+
+def test_two_tries_find_the_bytes(tensors, matrices, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+    monkeypatch.setattr(rate, "code", lambda *given, code=rate.code: tries.append(given[1]) or code(*given))
+    for target in (140_000, 170_000, 200_000):
+        tries.clear()
+        rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, target)
+        assert len(tries) <= 2, target
+
+
 def test_rows_lose_alike(matrices: dict[str, rate.Matrix]) -> None:
     """Step² times sensitivity is one number for all rows of all matrices that are within the bounds."""
     costs = []
     for matrix in matrices.values():
-        exponents = rate.allocate(matrix, rate._first_level(matrices, 4.5))
+        exponents = rate.allocate(matrix, level_of(matrices, 4.5))
         deviation = (matrix.weight / step_sizes(matrix.column_exponent)).std(1)
         ratio = step_sizes(exponents) / deviation
         within = (ratio < 0.95 * rate.COARSEST) & (ratio > 1.05 * rate.FINEST)
@@ -189,7 +215,7 @@ def test_more_bytes_than_computed_are_quantised_away(tensors, matrices, tmp_path
 
 
 def test_targets_drawn_to_zero_have_shorter_codes(matrices) -> None:
-    level = rate._first_level(matrices, 3.0)
+    level = level_of(matrices, 3.0)
     plain, drawn = (rate.code(matrices, level, CONFIG.replace(trellis_shrink=s)) for s in (0.0, 1.0))
     sizes, energy = (
         [measure(coded) for coded in (plain, drawn)]
@@ -284,7 +310,7 @@ def test_codes_on_a_gpu(parts: dict[str, tuple]) -> None:
     tensors, codes = parts["tensors"], {}
     for device in ("cpu", "cuda"):
         matrices = rate.prepare(tensors, *parts["cpu"], GPU_CONFIG, torch.device(device))
-        codes[device] = rate.code(matrices, rate._first_level(matrices, 3.0), GPU_CONFIG)
+        codes[device] = rate.code(matrices, level_of(matrices, 3.0), GPU_CONFIG)
     for name, exact in codes["cpu"].tensors.items():
         found = codes["cuda"].tensors[name]
         assert (found != exact).float().mean() < (0.05 if name.endswith(".q") else 0.02), name

@@ -2,8 +2,9 @@
 
 The loss grows with the square of a row's step, and the bytes fall with the step's logarithm. So at the best allocation
 all rows lose equally per bit saved: step² times the row's sensitivity is the same for all (`allocate`). One number, the
-level, moves all steps. `quantize_by_rate` searches for the level at which the coded bytes meet their target. Codes lie
-on a trellis and are chosen as in GPTQ (`pgolf.kernels.trellis`).
+level, moves all steps. `quantize_by_rate` searches for the level at which the coded bytes meet their target: `Lengths`
+predicts them, a try says by how much it is wrong. Codes lie on a trellis and are chosen as in GPTQ
+(`pgolf.kernels.trellis`).
 
 An element's step is the product of its row's and its column's, each a whole power of 2^(1/16). Columns' steps are in
 inverse proportion to their pivots, so that all columns of a row add the same to the loss.
@@ -11,6 +12,7 @@ inverse proportion to their pivots, so that all columns of a row add the same to
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,8 +37,7 @@ FINEST = 2.0**-5  # smallest step in them: more than 7 bits a code gain nothing
 SLACK_BYTES = 4000  # by which an artifact may stay below its target
 ATTEMPTS = 12
 FITS = 4  # attempts of `quantize_to_fit`
-# GAUSSIAN_BITS = log2 √(2πe). A Gaussian code has that plus log2(standard deviation / step) bits if steps are small.
-GAUSSIAN_BITS = 2.047
+HALVINGS = 60  # of the range in which a level is searched
 
 
 class Matrix(NamedTuple):
@@ -112,10 +113,48 @@ def allocate(matrix: Matrix, level: float) -> Tensor:
 
     A level higher by one doubles all steps, except where `FINEST` or `COARSEST` bounds them.
     """
-    deviation = torch.log2((matrix.weight / step_sizes(matrix.column_exponent)).double().std(1).clamp_min(1e-12))
-    wanted = level - 0.5 * torch.log2(matrix.slope.clamp_min(1e-30))
-    wanted = torch.clamp(wanted, deviation + torch.tensor(FINEST).log2(), deviation + torch.tensor(COARSEST).log2())
-    return torch.round(OCTAVE * wanted).to(torch.int16)
+    return torch.round(OCTAVE * _bounded(_deviation(matrix), _best_step(matrix), level)).to(torch.int16)
+
+
+def _deviation(matrix: Matrix) -> Tensor:
+    """Return log2 of the rows' standard deviations in column steps, float64 [R]."""
+    return torch.log2((matrix.weight / step_sizes(matrix.column_exponent)).double().std(1).clamp_min(1e-12))
+
+
+def _best_step(matrix: Matrix) -> Tensor:
+    """Return log2 of the rows' best steps at level 0, float64 [R]."""
+    return -0.5 * torch.log2(matrix.slope.clamp_min(1e-30))
+
+
+def _bounded(deviation: Tensor, best_step: Tensor, level: float) -> Tensor:
+    """Return log2 of the rows' steps at a level."""
+    return torch.clamp(best_step + level, deviation + math.log2(FINEST), deviation + math.log2(COARSEST))
+
+
+class Lengths:
+    """How many bits the codes of all matrices take at a level, if rows are Gaussian.
+
+    A code of a row with standard deviation s and step d then has about ½ log2(2πe (s² / d² + 1/12)) bits.
+    """
+
+    def __init__(self, matrices: Mapping[str, Matrix]) -> None:
+        self.deviation = torch.cat([_deviation(matrix) for matrix in matrices.values()]).cpu()
+        self.best_step = torch.cat([_best_step(matrix) for matrix in matrices.values()]).cpu()
+        self.columns = torch.cat([torch.full((len(m.weight),), m.weight.size(1)) for m in matrices.values()])
+
+    def bits(self, level: float) -> float:
+        """Return the bits of all codes at a level."""
+        ratio = self.deviation - _bounded(self.deviation, self.best_step, level)
+        return float((self.columns * 0.5 * torch.log2(2 * math.pi * math.e * (torch.exp2(2 * ratio) + 1 / 12))).sum())
+
+    def level(self, bits: float) -> float:
+        """Return the level at which the codes have so many bits, or the finest or coarsest of all rows."""
+        low = float((self.deviation - self.best_step).min()) + math.log2(FINEST)
+        high = float((self.deviation - self.best_step).max()) + math.log2(COARSEST)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.bits(middle) > bits else (low, middle)
+        return (low + high) / 2
 
 
 def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> QuantizedModel:
@@ -179,27 +218,22 @@ def quantize_by_rate(
     Raises QuantizeError if the coarsest steps give more bytes than ``target``.
     """
     kept = {name: half(name, tensor) for name, tensor in tensors.items() if name not in matrices}
-    a_bit = sum(matrix.weight.numel() for matrix in matrices.values()) / 8  # bytes that a level higher by one saves
-    level, aim = _first_level(matrices, target / a_bit), target - SLACK_BYTES / 2
-    before: tuple[float, int] | None = None
+    lengths, aim = Lengths(matrices), target - SLACK_BYTES / 2
     best: tuple[int, QuantizedModel] | None = None
-    smallest, side = 1 << 60, None
+    smallest, side, more, level = 1 << 60, None, 0.0, math.nan
     for _ in range(ATTEMPTS):
+        before, level = level, lengths.level(8 * (aim - more))
+        if level == before:  # all rows are at their finest or coarsest step
+            break
         quantized = _in_order(tensors, kept, code(matrices, level, config))
         computed = packed_size(quantized, device, side)
         side, size = computed.side, computed.total
         smallest = min(smallest, size)
         if size <= target and (best is None or size > best[0]):
             best = size, quantized
-        settled = before is not None and before[1] == size  # all rows are at their finest or coarsest step
-        if settled or abs(size - aim) < SLACK_BYTES / 4:
+        if abs(size - aim) < SLACK_BYTES / 4:
             break
-        # Rows at their coarsest or finest step do not move: estimate the slope from the last two levels, within bounds.
-        slope = a_bit
-        if before is not None and before[0] != level:
-            slope = min(max((before[1] - size) / (level - before[0]), 0.1 * a_bit), 1.2 * a_bit)
-        before = level, size
-        level += min(max((size - aim) / slope, -4), 4)
+        more = size - lengths.bits(level) / 8
     if best is None:
         raise QuantizeError(
             f"the artifact does not fit {target:,} bytes: it takes {smallest:,} with steps of a standard deviation"
@@ -244,14 +278,3 @@ def _in_order(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor], coded: 
 
 
 _KEYS = (CODES, ROW_STEP, COLUMN_STEP)
-
-
-def _first_level(matrices: Mapping[str, Matrix], bits: float) -> float:
-    """Return the level at which Gaussian codes have ``bits`` bits each in the mean."""
-    total, numbers = 0.0, 0
-    for matrix in matrices.values():
-        deviation = (matrix.weight / step_sizes(matrix.column_exponent)).double().std(1).clamp_min(1e-12)
-        ideal = torch.log2(deviation) + 0.5 * torch.log2(matrix.slope.clamp_min(1e-30)) + GAUSSIAN_BITS
-        total += float(ideal.sum()) * matrix.weight.size(1)
-        numbers += matrix.weight.numel()
-    return total / max(numbers, 1) - bits
