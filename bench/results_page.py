@@ -120,7 +120,8 @@ def _headlines(results: Results) -> Iterator[list[str]]:
             first.setdefault(each["way"], each)
         theirs, ours = list(first.values())[0], list(first.values())[-1]
         figure = f"{ours['tax']:.4f} bpb at {ours['bytes'] / 1e6:.2f} MB; {theirs['way']} {theirs['tax']:.4f}"
-        yield row("Quantisation's tax", f"{figure} at {theirs['bytes'] / 1e6:.2f} MB", found["meta"])
+        what = f"Quantisation's tax on weights after {found['weights']['steps']:,} steps"
+        yield row(what, f"{figure} at {theirs['bytes'] / 1e6:.2f} MB", found["meta"])
     several = max(of_bench(results, "distributed").values(), key=lambda found: found["meta"]["date"], default=None)
     if several and lookup(part := parts_of(several).get("run"), "figures.bits_per_byte.ttt"):
         paths = "last_weights", "quantized", "ttt"

@@ -31,7 +31,7 @@ CONTROL_TENSORS = (
 READ_BY_QUANTIZER = {
     "trellis": (
         *("weight_bytes", "trellis_states", "trellis_rows", "trellis_shrink"),
-        *("sensitivity_sequences", "sensitivity_tokens"),
+        *("trellis_row_steps", "trellis_column_steps", "sensitivity_sequences", "sensitivity_tokens"),
     ),
     "gptq": (
         *("matrix_bits", "attn_bits", "mlp_bits", "embed_bits"),
@@ -253,6 +253,8 @@ class RunConfig:
     weight_bytes: int = _field(0, "bytes of the trellis artifact; 0: what the program leaves of the cap", low=0)
     trellis_states: int = _field(128, "states of the trellis; 1: none", choices=(1, 4, 8, 16, 32, 64, 128))
     trellis_rows: int = _field(512, "rows of a path through the trellis, a multiple of 16", low=16)
+    trellis_row_steps: bool = _field(True, "a step for every row, by its sensitivity; off: one for a matrix")
+    trellis_column_steps: bool = _field(True, "a step for every column, by its pivot; off: one for all")
     trellis_shrink: float = _field(
         0.0,
         "strength at which targets are drawn to 0 for shorter codes (rate-distortion optimised rounding); 1: best for "

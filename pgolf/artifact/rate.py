@@ -85,13 +85,18 @@ def prepare(
             factors[group] = _factor(name, hessian_for(name, weight, hessians, config))
         factor, order, dead = factors[group]
         logs = -torch.log2(factor.diagonal().double())  # of the pivots
-        exponent = torch.round(OCTAVE * (logs.mean() - logs)).to(torch.int16)
-        # A column's step over its pivot is the same for all columns: their loss has one common factor, 2^(2 mean).
-        slope = sensitivities.rows[name].to(device) / weight.size(1) * torch.exp2(2 * logs.mean())
+        if config.trellis_column_steps:
+            # A column's step over its pivot is the same for all columns: their loss has one common factor.
+            exponent, pivots = torch.round(OCTAVE * (logs.mean() - logs)).to(torch.int16), torch.exp2(2 * logs.mean())
+        else:
+            exponent, pivots = torch.zeros_like(order, dtype=torch.int16), torch.exp2(2 * logs).mean()
+        slope = sensitivities.rows[name].to(device) / weight.size(1) * pivots
         if group == "tok_emb":
-            head = sensitivities.head.to(device) / weight.size(1) * torch.exp2(2 * logs.mean())
+            head = sensitivities.head.to(device) / weight.size(1) * pivots
             inputs = sensitivities.rows["tok_emb.weight"].to(device) / weight.size(1)
             slope = head + inputs if name == "tok_emb.weight" else head
+        if not config.trellis_row_steps:
+            slope = slope.mean().expand_as(slope)
         weight = weight[:, order]
         weight[:, dead] = 0
         if not (torch.isfinite(slope).all() and torch.isfinite(factor).all()):
