@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from pgolf.artifact.quantize import half, hessian_for, rule_for
 from pgolf.artifact.quantized import CODES, COLUMN_STEP, PASSTHROUGH, ROW_STEP, QuantizedModel, QuantizeError
 from pgolf.artifact.sensitivity import Sensitivities
 from pgolf.artifact.steps import OCTAVE, step_sizes
+from pgolf.common.runtime import side_by_side
 from pgolf.config import RunConfig
 from pgolf.kernels.trellis import trellis_gptq
 from pgolf.model.second_moments import exact_float32_products, hessian_group
@@ -163,36 +165,42 @@ class Lengths:
 
 
 def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> QuantizedModel:
-    """Quantise all matrices at a level; those of one shape go through the kernel together."""
+    """Quantise all matrices at a level: of one shape by one call of the kernel, shapes beside one another."""
     shapes: dict[tuple[int, ...], list[str]] = {}
-    for name, matrix in matrices.items():
+    for name, matrix in sorted(matrices.items(), key=lambda item: -item[1].weight.size(1)):  # the longest begin
         shapes.setdefault(tuple(matrix.weight.shape), []).append(name)
-    states, length = config.trellis_states, config.trellis_rows
+    exponents = {name: allocate(matrix, level) for name, matrix in matrices.items()}
+    calls = [
+        partial(_codes, [matrices[n] for n in names], [exponents[n] for n in names], config)
+        for names in shapes.values()
+    ]
     tensors: dict[str, Tensor] = {}
     meta: dict[str, str] = {}
-    for names in shapes.values():
-        exponents = [allocate(matrices[name], level) for name in names]
-        with exact_float32_products():
-            codes = trellis_gptq(
-                torch.stack([matrices[name].weight for name in names]),
-                torch.stack([matrices[name].factor for name in names]),
-                torch.stack([step_sizes(exponent - (OCTAVE if states > 1 else 0)) for exponent in exponents]),
-                torch.stack([step_sizes(matrices[name].column_exponent) for name in names]),
-                states=states,
-                path_length=length,
-                shrink=torch.stack(
-                    [_shrink(matrices[name], e, config) for name, e in zip(names, exponents, strict=True)]
-                ),
-            )
-        for name, exponent, own in zip(names, exponents, codes, strict=True):
-            if not own.any() and matrices[name].weight.any():  # steps up to `COARSEST` leave some codes
+    for names, codes in zip(shapes.values(), side_by_side(calls), strict=True):
+        for name, own in zip(names, codes, strict=True):
+            matrix, exponent = matrices[name], exponents[name]
+            if not own.any() and matrix.weight.any():  # steps up to `COARSEST` leave some codes
                 raise QuantizeError(f"{name}: all of its codes are 0; its steps are {exponent.unique().tolist()[:8]}")
-            order = matrices[name].order
-            natural, columns = torch.empty_like(own), torch.empty_like(matrices[name].column_exponent)
-            natural[:, order], columns[order] = own, matrices[name].column_exponent
+            natural, columns = torch.empty_like(own), torch.empty_like(matrix.column_exponent)
+            natural[:, matrix.order], columns[matrix.order] = own, matrix.column_exponent
             tensors |= {name + CODES: natural.cpu(), name + ROW_STEP: exponent.cpu(), name + COLUMN_STEP: columns.cpu()}
-            meta[name] = f"trellis ({states} states, {length} rows)"
+            meta[name] = f"trellis ({config.trellis_states} states, {config.trellis_rows} rows)"
     return QuantizedModel(tensors, meta)
+
+
+def _codes(matrices: Sequence[Matrix], exponents: Sequence[Tensor], config: RunConfig) -> Tensor:
+    """Return the codes of matrices of one shape, int16 [matrices, R, C], in their order of columns."""
+    states = config.trellis_states
+    with exact_float32_products():
+        return trellis_gptq(
+            torch.stack([matrix.weight for matrix in matrices]),
+            torch.stack([matrix.factor for matrix in matrices]),
+            torch.stack([step_sizes(exponent - (OCTAVE if states > 1 else 0)) for exponent in exponents]),
+            torch.stack([step_sizes(matrix.column_exponent) for matrix in matrices]),
+            states=states,
+            path_length=config.trellis_rows,
+            shrink=torch.stack([_shrink(m, exponent, config) for m, exponent in zip(matrices, exponents, strict=True)]),
+        )
 
 
 def _shrink(matrix: Matrix, exponent: Tensor, config: RunConfig) -> Tensor:
