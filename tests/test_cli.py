@@ -25,8 +25,10 @@ from pgolf.artifact.quantize import dequantize_model
 from pgolf.audit import replay, sample
 from pgolf.audit import run as audit_stages
 from pgolf.audit.checks import CHECKS, Finding, check_scorer
+from pgolf.audit.program import Contained
 from pgolf.audit.reader import read_ledger
 from pgolf.cli import main
+from pgolf.common.files import read_json
 from pgolf.common.folder import RunFolder
 from pgolf.data.validation import validation_data
 from pgolf.model.gpt import GPT
@@ -272,10 +274,21 @@ def test_a_program_that_scores_another_artifact_has_another_score(
     name = next(name for name, tensor in artifact.tensors.items() if tensor.dtype.is_floating_point)
     artifact.tensors[name] *= 1.5
     container.save(other.path / "model.pgolf", artifact)
+    # Its program could be an older one, which does not know all settings of this package.
+    known = {name: value for name, value in read_json(other.config_file).items() if name != "trellis_shrink"}
+    other.config_file.write_text(json.dumps(known))
+    run, given = audit_stages.run_contained, []
+
+    def spy(script: Path, arguments: list, alone: Path, **more: int) -> Contained:
+        given.extend(read_json(alone / "run" / "config.json"))
+        return run(script, arguments, alone, **more)
+
+    monkeypatch.setattr("pgolf.audit.run.run_contained", spy)
     program = audit_stages._program
     monkeypatch.setattr("pgolf.audit.run._program", lambda _, *rest: program(other, *rest))
     assert main(["audit", "--run-dir", str(folder.path), "--json"]) == 1
     assert failing(json.loads(capsys.readouterr().out)) == {("same score", "the program")}
+    assert set(given) == set(known)
 
 
 def test_an_artifact_with_its_settings_alone_can_be_audited(

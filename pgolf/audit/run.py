@@ -272,6 +272,10 @@ def _program(
         run = RunFolder(alone / "run")
         own = settings.replace(data_dir="data", artifact_dir="")
         run.create(own, {})
+        # The program may be older than this package, and refuses settings that it does not know.
+        known = read_json(folder.config_file)
+        values = {name: value for name, value in read_json(run.config_file).items() if name in known}
+        write_aside(run.config_file, json.dumps(values, indent=1))
         shutil.copy(folder.artifact(config), run.artifact(own))
         tokenizer = tokenizer_path(alone / "data", config.vocab_size)
         shard = dataset_dir(alone / "data", config.vocab_size) / "fineweb_val_000000.bin"
