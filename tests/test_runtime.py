@@ -135,7 +135,7 @@ def test_calls_side_by_side_return_what_they_return_alone(device: str) -> None:
 
     alone = [chain(x) for x in given]
     for _ in range(3):
-        together = side_by_side([lambda x=x: chain(x) for x in given])
+        together = side_by_side([lambda x=x: chain(x) for x in given], torch.device(device))
         noise = [torch.randn(600, 600, device=device) for _ in range(5)]  # may not take the results' memory
         assert all(torch.equal(found, exact) for found, exact in zip(together, alone, strict=True))
         del noise

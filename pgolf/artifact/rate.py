@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.code_length import packed_size
-from pgolf.artifact.container import content
+from pgolf.artifact.container import MOST_EXPONENT, content
 from pgolf.artifact.gptq import inverse_factor
 from pgolf.artifact.quantize import half, hessian_for, rule_for
 from pgolf.artifact.quantized import CODES, COLUMN_STEP, PASSTHROUGH, ROW_STEP, QuantizedModel, QuantizeError
@@ -38,6 +38,7 @@ COARSEST = 1.0  # largest step in standard deviations of its row: half the state
 FINEST = 2.0**-5  # smallest step in them: more than 7 bits a code gain nothing
 SLACK_BYTES = 4000  # by which an artifact may stay below its target
 ATTEMPTS = 12
+NARROWEST = 2e-3  # interval of levels below which no further one is tried
 FITS = 4  # attempts of `quantize_to_fit`
 HALVINGS = 60  # of the range in which a level is searched
 
@@ -70,7 +71,7 @@ def prepare(
 ) -> dict[str, Matrix]:
     """Return what `allocate` and `code` need of every matrix that is quantised, by per-layer name.
 
-    Raises QuantizeError for a matrix without a Hessian or with numbers that are not finite.
+    Raises QuantizeError for a matrix without a Hessian or with numbers that are not finite, and where there is none.
     """
     factors: dict[str | None, tuple[Tensor, Tensor, Tensor]] = {}
     matrices = {}
@@ -95,6 +96,7 @@ def prepare(
         slope = sensitivities.rows[name].to(device) / weight.size(1) * pivots
         if group == "tok_emb":
             head = sensitivities.head.to(device) / weight.size(1) * pivots
+            # Of its errors as an input the plain size counts, taken to be step² / 12; GPTQ's are some 1.6 times that.
             inputs = sensitivities.rows["tok_emb.weight"].to(device) / weight.size(1)
             slope = head + inputs if name == "tok_emb.weight" else head
         if not config.trellis_row_steps:
@@ -104,6 +106,8 @@ def prepare(
         if not (torch.isfinite(slope).all() and torch.isfinite(factor).all()):
             raise QuantizeError(f"{name}: its Hessian's factor or its sensitivities are not finite")
         matrices[name] = Matrix(weight, factor, order, slope, exponent)
+    if not matrices:
+        raise QuantizeError("no tensor has enough numbers to be quantised: lower gptq_passthrough_numel")
     return matrices
 
 
@@ -120,7 +124,8 @@ def allocate(matrix: Matrix, level: float) -> Tensor:
 
     A level higher by one doubles all steps, except where `FINEST` or `COARSEST` bounds them.
     """
-    return torch.round(OCTAVE * _bounded(_deviation(matrix), _best_step(matrix), level)).to(torch.int16)
+    exponents = torch.round(OCTAVE * _bounded(_deviation(matrix), _best_step(matrix), level))
+    return exponents.clamp(-MOST_EXPONENT, MOST_EXPONENT).to(torch.int16)  # rows of zeros have no deviation
 
 
 def _deviation(matrix: Matrix) -> Tensor:
@@ -170,13 +175,14 @@ def code(matrices: Mapping[str, Matrix], level: float, config: RunConfig) -> Qua
     for name, matrix in sorted(matrices.items(), key=lambda item: -item[1].weight.size(1)):  # the longest begin
         shapes.setdefault(tuple(matrix.weight.shape), []).append(name)
     exponents = {name: allocate(matrix, level) for name, matrix in matrices.items()}
+    device = next(iter(matrices.values())).weight.device
     calls = [
         partial(_codes, [matrices[n] for n in names], [exponents[n] for n in names], config)
         for names in shapes.values()
     ]
     tensors: dict[str, Tensor] = {}
     meta: dict[str, str] = {}
-    for names, codes in zip(shapes.values(), side_by_side(calls), strict=True):
+    for names, codes in zip(shapes.values(), side_by_side(calls, device), strict=True):
         for name, own in zip(names, codes, strict=True):
             matrix, exponent = matrices[name], exponents[name]
             if not own.any() and matrix.weight.any():  # steps up to `COARSEST` leave some codes
@@ -199,18 +205,21 @@ def _codes(matrices: Sequence[Matrix], exponents: Sequence[Tensor], config: RunC
             torch.stack([step_sizes(matrix.column_exponent) for matrix in matrices]),
             states=states,
             path_length=config.trellis_rows,
-            shrink=torch.stack([_shrink(m, exponent, config) for m, exponent in zip(matrices, exponents, strict=True)]),
+            shrink=_shrink(matrices, exponents, config.trellis_shrink),
         )
 
 
-def _shrink(matrix: Matrix, exponent: Tensor, config: RunConfig) -> Tensor:
-    """Return the factors of a matrix's targets, float32 [R]: 1 / (1 + ``trellis_shrink`` step² / (12 variance)).
+def _shrink(matrices: Sequence[Matrix], exponents: Sequence[Tensor], strength: float) -> Tensor | None:
+    """Return the factors of matrices' targets, float32 [matrices, R]: 1 / (1 + strength step² / (12 variance)).
 
     Where all rows lose equally per bit, a bit is worth (ln 4) step² / 12 of squared error, and a Gaussian code u costs
     u² / (2 ln 2 variance) bits: (x - u)² + the price of u is least at this share of x.
     """
-    variance = (matrix.weight / step_sizes(matrix.column_exponent)).var(1).clamp_min(1e-24)
-    return 1 / (1 + config.trellis_shrink * step_sizes(exponent).square() / (12 * variance))
+    if strength == 0:
+        return None
+    variances = [(m.weight / step_sizes(m.column_exponent)).var(1).clamp_min(1e-24) for m in matrices]
+    steps = [step_sizes(exponent) for exponent in exponents]
+    return torch.stack([1 / (1 + strength * d.square() / (12 * v)) for d, v in zip(steps, variances, strict=True)])
 
 
 def quantize_by_rate(
@@ -222,7 +231,8 @@ def quantize_by_rate(
 ) -> QuantizedModel:
     """Quantise a model so that its artifact takes ``target`` bytes or up to `SLACK_BYTES` fewer.
 
-    A model that takes fewer bytes at its finest steps gets those. Bytes are those of `packed_size`.
+    A model that takes fewer bytes at its finest steps gets those. Where many rows share a step, as without
+    ``trellis_row_steps``, bytes fall in stairs, and it may be more fewer. Bytes are those of `packed_size`.
 
     Args:
         tensors: float32 weights by per-layer name; those that are no matrices are kept in float16.
@@ -234,10 +244,13 @@ def quantize_by_rate(
     lengths, aim = Lengths(matrices), target - SLACK_BYTES / 2
     best: tuple[int, QuantizedModel] | None = None
     smallest, side, more, level = 1 << 60, None, 0.0, math.nan
+    below, above = -math.inf, math.inf  # the coarsest level that gave too many bytes, the finest that gave too few
     for _ in range(ATTEMPTS):
         before, level = level, lengths.level(8 * (aim - more))
-        if level == before:  # all rows are at their finest or coarsest step
+        if level == before or above - below < NARROWEST:  # the steps cannot come nearer, as at their bounds
             break
+        if not below < level < above:  # bytes fall in stairs where many rows share a step
+            level = (below + above) / 2
         quantized = _in_order(tensors, kept, code(matrices, level, config))
         computed = packed_size(quantized, device, side)
         side, size = computed.side, computed.total
@@ -247,9 +260,10 @@ def quantize_by_rate(
         if abs(size - aim) < SLACK_BYTES / 4:
             break
         more = size - lengths.bits(level) / 8
+        below, above = (level, above) if size > aim else (below, level)
     if best is None:
         raise QuantizeError(
-            f"the artifact does not fit {target:,} bytes: it takes {smallest:,} with steps of a standard deviation"
+            f"the artifact does not fit {target:,} bytes: at the coarsest steps tried it takes {smallest:,}"
         )
     return best[1]
 

@@ -111,7 +111,15 @@ def _documents(tokens: Tensor, counter: ByteCounter, config: RunConfig) -> Docum
     if not config.case_coding:
         return Documents(stream, tokenizer.decode)
     sidecar = np.append(0, counter.of_stream(tokens).numpy())  # the first token is a BOS
-    return Documents(stream, lambda ids: case_coding.decode(tokenizer.decode(ids)), sidecar=sidecar)
+    return Documents(stream, lambda ids: _uncoded(tokenizer.decode(ids)), sidecar=sidecar)
+
+
+def _uncoded(code: str) -> str:
+    """Return the text of a code, without operators where the tokenizer's normalisation has changed what follows."""
+    try:
+        return case_coding.decode(code)
+    except ValueError:
+        return code.translate(dict.fromkeys(map(ord, case_coding.OPERATORS)))
 
 
 class _PlacedBytes(ByteCounter):
