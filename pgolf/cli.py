@@ -322,10 +322,14 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from pgolf.data.manifest import operators_place
     from pgolf.data.stage import check_data
 
     config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
-    print(format_table([(name.replace("_", " "), f"{count:,}") for name, count in check_data(config)[0].items()]))
+    rows = [(name.replace("_", " "), f"{count:,}") for name, count in check_data(config)[0].items()]
+    if config.case_coding:
+        rows.append(("case operators", operators_place(config.data_dir, config.vocab_size)))
+    print(format_table(rows))
     return 0
 
 

@@ -493,6 +493,8 @@ class TestVariants:
         assert all(record.replace(**settings) != record for name, settings in ttt_variants.VARIANTS.items() if settings)
         with pytest.raises(SystemExit):
             ttt_variants.main(["--run-dir", "x", "--variant", "nothing"])
+        with pytest.raises(SystemExit):
+            ttt_variants.main(["--run-dir", "x", "--variant", "own: ttt_chunk_sise=24"])
         assert "no variant 'nothing'" in capsys.readouterr().err
 
     def test_rows_are_written_as_they_come(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -525,7 +526,8 @@ def test_case_coded_data(
     assert f"{sum(len(text.encode()) for text in texts):,} bytes" in printed
     check = ["data", "check", "--set", f"data_dir={out}", "--set", "vocab_size=400"]
     assert main([*check, "--set", "case_coding=1"]) == 0
-    assert "val decoded bytes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "val decoded bytes" in shown and re.search(r"case operators +(before|after) the space", shown)
     assert "turn case coding on" in fails(check, capsys)
     assert "turn case coding on" in fails([*build, str(model), "--out", str(tmp_path / "x")], capsys)
     run = ["data", "--preset", "demo", "--run-dir"]
@@ -623,6 +625,19 @@ def test_what_quantisation_costs_is_measured(finished: RunFolder, tmp_path: Path
     assert results["bits_per_byte"] == pytest.approx(scores(finished.summary())["before"], abs=1e-6)
     assert min(results["times"].values()) > 0
     assert read(file)["rows"] == results["rows"]
+
+
+def test_scores_are_divided_by_the_original_text_s_bytes() -> None:
+    """Plain data count the bytes of the normalised text, of which there may be fewer."""
+    plain = {"preset": "record", "settings": {}, "name": "record", "ttt": {"nats": [6.0, 3.0], "bytes": [8.0, 4.0]}}
+    coded = plain | {"preset": "frontier", "name": "frontier", "ttt": {"nats": [5.0, 3.0], "bytes": [9.0, 4.0]}}
+    rows = score.compare({"record": plain, "frontier": coded})
+    assert [row["bits_per_byte"] * math.log(2) for row in rows] == pytest.approx([9 / 13, 8 / 13])
+    assert rows[1]["difference"] * math.log(2) == pytest.approx(-1 / 13)
+    assert score.compare({"record": plain})[0]["bits_per_byte"] * math.log(2) == pytest.approx(9 / 12)
+    fewer = plain | {"ttt": {"nats": [6.0], "bytes": [8.0]}}
+    with pytest.raises(ValueError, match="record was scored on 1 documents, and frontier on 2"):
+        score.compare({"frontier": coded, "record": fewer})
 
 
 def test_presets_are_compared_by_documents(

@@ -31,7 +31,7 @@ from pgolf.common.runtime import World, describe_environment
 from pgolf.config import RunConfig
 from pgolf.data import case_coding
 from pgolf.data.bpb import ByteCounter
-from pgolf.data.manifest import check_unchanged, recorded_dataset, sha256_of
+from pgolf.data.manifest import check_unchanged, operators_place, recorded_dataset, sha256_of
 from pgolf.data.shards import (
     ShardError,
     dataset_dir,
@@ -86,6 +86,12 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
     model = model_with(config, world, load_artifact(config, folder, world))
 
     findings = _data(documents, folder, config, counter, full)
+    if config.case_coding:
+        place = operators_place(config.data_dir, config.vocab_size)
+        evidence = (
+            f"case-coded, operators {place}; scores divide by the original text's bytes, which the sidecar states"
+        )
+        findings.append(Finding("case coding", "data", "validation split", NOTED, evidence))
     with _one_thread():
         found, by_ttt = _sample(_stages(model, settings, few_counter), few, folder, world)
         findings += found
