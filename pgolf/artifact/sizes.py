@@ -25,6 +25,7 @@ from pgolf.artifact.quantized import (
 from pgolf.config import ConfigError, RunConfig
 from pgolf.model.gpt import meta_model
 from pgolf.model.weights import unbank
+from pgolf.submission.export import exported_program
 
 LEAST_BITS = 1.8  # a weight at steps of a standard deviation: 2.05 of a Gaussian distribution, less of a longer-tailed
 MOST_BITS = 7.1  # at the finest steps
@@ -99,7 +100,9 @@ def expected_size(config: RunConfig) -> str:
             )
         if each > MOST_BITS:
             return f"the artifact will take less than {size:,} bytes: {weights:,} weights at their finest steps"
-        over = f", more than the cap of {CAP_BYTES:,}" if size > CAP_BYTES else ""
+        over = ""
+        if config.weight_bytes and (together := size + len(exported_program(config))) > CAP_BYTES:
+            over = f", with its program {together:,}, more than the cap of {CAP_BYTES:,}"
         return f"the artifact will take {size:,} bytes{program}{over}, {each:.2f} bits for each of {weights:,} weights"
     size = round(bits / 8 + 2 * kept)
     over = "" if size <= CAP_BYTES else f", more than the cap of {CAP_BYTES:,}: {SHRINK_FIELDS}"
