@@ -100,11 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench, chip = results["meta"]["bench"], results["meta"]["chip"]
         out = arguments.out or file.parent
         out.mkdir(parents=True, exist_ok=True)
-        path = out / f"{bench}.png"
-        if bench == "quantization":
+        if bench == "quantization":  # of several weights
+            path = out / f"{file.stem}.png"
             plot_quantization(results, path)
             print(path)
             continue
+        path = out / f"{bench}.png"
         panels = {case: entry["rows"] for case, entry in results["cases"].items()}
         main_ones = {case: panels[case] for case in MAIN_CASES.get(bench, ()) if case in panels}
         title = f"{bench} on one {chip}: median, in a CUDA graph (tick), at the ceilings (dashed)"

@@ -516,14 +516,18 @@ Seconds of scoring count from test-time training's first score on.
 
 def quantization(results: Results) -> Iterator[str]:
     """Write what quantisation costs by its bytes, and what it takes."""
-    for name, found in of_bench(results, "quantization").items():
-        weights = found["weights"]
-        yield f"""### Quantisation
+    measured = of_bench(results, "quantization")
+    if measured:
+        yield """### Quantisation
 
-`python -m bench.quantization --run-dir DIR --ttt --times` ({origin(name, found["meta"])}): weights after
-{weights["steps"]:,} steps, {found["bits_per_byte"]:.5f} bpb on {found["documents"]} documents. The tax is bpb over
-that, its error that of a bootstrap over documents. Bytes are those of a `.pgolf` file; lines from the second way on
-have one part more than the way before. [The plot](../bench/results/{name.rpartition("/")[0]}/quantization.png).
+`python -m bench.quantization --run-dir DIR --ttt --times`. The tax is bpb over that of the weights before quantisation,
+its error that of a bootstrap over documents. Bytes are those of a `.pgolf` file; lines from the second way on have one
+part more than the way before.
+"""
+    for name, found in measured.items():
+        weights = found["weights"]
+        yield f"""Weights after {weights["steps"]:,} steps, {found["bits_per_byte"]:.5f} bpb on {found["documents"]}
+documents ({origin(name, found["meta"])}; [plot](../bench/results/{name}.png)):
 """
         yield tabulate(
             found["rows"],
@@ -549,9 +553,10 @@ have one part more than the way before. [The plot](../bench/results/{name.rparti
 """
         if times := found["times"]:
             yield f"""Seconds: Hessians {times["hessians"]:.1f}, sensitivities {times["sensitivities"]:.1f}; the
-record's file is packed in {times["pack"]:.1f} and read in {times["unpack"]:.1f} on one core. PR #1874's file takes
-brotli {times["brotli"]:.0f} s and {times["brotli_bytes"]:,} bytes.
+record's file is packed in {times["pack"]:.1f} and read in {times["unpack"]:.1f} on one core.
 """
+            if times["brotli_bytes"]:
+                yield f"PR #1874's file takes brotli {times['brotli']:.0f} s and {times['brotli_bytes']:,} bytes.\n"
 
 
 def errors(results: Results) -> Iterator[str]:

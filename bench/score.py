@@ -34,6 +34,7 @@ from pgolf.common.folder import RunFolder
 from pgolf.common.progress import format_table, progress
 from pgolf.common.runtime import World, start_world
 from pgolf.config import PRESETS, RunConfig
+from pgolf.data.manifest import manifest_path, sha256_of
 from pgolf.data.validation import validation_data
 from pgolf.model.build import build_model, model_with
 from pgolf.model.weights import load_weights
@@ -61,6 +62,17 @@ def variant(text: str) -> Variant:
             f"{text!r} is neither a preset nor 'NAME: PRESET; SETTING=VALUE; ...'; presets: {', '.join(PRESETS)}"
         )
     return Variant(name.strip(), preset, dict(pair.split("=", 1) for pair in pairs if pair))
+
+
+def is_coded(entry: Mapping[str, Any]) -> bool:
+    """Return whether a variant, by its preset and settings, is on case-coded documents."""
+    return RunConfig.preset(entry["preset"]).replace(**entry["settings"]).case_coding
+
+
+def data_of(folder: Path) -> dict[str, str]:
+    """Return what tells one data folder from another: its name, and the hash of its manifest if it has one."""
+    manifest = manifest_path(folder)
+    return {"folder": folder.name, "manifest": sha256_of(manifest)[:16] if manifest.is_file() else ""}
 
 
 class Scored(NamedTuple):
@@ -105,12 +117,13 @@ def command(stage: str, chosen: Variant, folder: RunFolder, settings: Sequence[s
     return ["-m", "pgolf", stage, "--preset", chosen.preset, "--run-dir", str(folder.path), "--fresh", *options]
 
 
-def entry_of(chosen: Variant, earlier: Mapping[str, dict[str, Any]], run_dir: Path) -> dict[str, Any]:
+def entry_of(
+    chosen: Variant, earlier: Mapping[str, dict[str, Any]], run_dir: Path, data: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the variant's entry of an earlier call, if it is whole or its run is in the folder; else a new one."""
-    entry = earlier.get(chosen.name, {})
+    entry, new = earlier.get(chosen.name, {}), {**chosen._asdict(), "data": data}
     whole = {"train", "quantize", *STAGES} <= entry.keys() or RunFolder(run_dir / chosen.name).config_file.is_file()
-    same = all(entry.get(name) == value for name, value in chosen._asdict().items())
-    return entry if same and whole else chosen._asdict()
+    return entry if whole and all(entry.get(name) == value for name, value in new.items()) else new
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -132,22 +145,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     variants = arguments.variant or [variant("record"), variant("frontier")]
     if len({each.name for each in variants}) < len(variants):
         parser.error("two variants have one name: give one another, as in 'NAME: PRESET'")
-    folders = {False: arguments.data_dir, True: arguments.case_data_dir}
-    coded = {each.name: RunConfig.preset(each.preset).replace(**each.settings).case_coding for each in variants}
+    run_dir = arguments.run_dir.resolve()  # stages run in another folder
+    folders = {False: arguments.data_dir.resolve(), True: arguments.case_data_dir and arguments.case_data_dir.resolve()}
+    coded = {each.name: is_coded(each._asdict()) for each in variants}
     if without := [name for name, of in coded.items() if folders[of] is None]:
         parser.error(
             f"{', '.join(without)} needs case-coded documents: --case-data-dir DIR (docs/running.md makes them)"
         )
     device = default_device()
-    target = arguments.results or results_path(chip_name(device), "score") or arguments.run_dir / "score.json"
+    target = arguments.results or results_path(chip_name(device), "score") or run_dir / "score.json"
     settings = [f"max_wallclock_seconds={arguments.seconds:g}", *arguments.set]
     meta = {**describe("score", device, arguments.commit), "settings": settings}
-    meta["data"] = {name: folders[of].name for name, of in coded.items()}
     results: dict[str, Any] = {"meta": meta, "variants": {}}
-    same = {"trees", "settings", "data", "chip", "versions"}
+    same = {"trees", "settings", "chip", "versions"}
     if target.is_file() and (earlier := read(target)) and all(earlier["meta"].get(k) == meta[k] for k in same):
         results["variants"] = earlier["variants"]
-    process = Proof(target, meta, arguments.run_dir, limit=arguments.limit)
+    process = Proof(target, meta, run_dir, limit=arguments.limit)
 
     def do(entry: dict[str, Any], part: str, action: Callable[[], dict[str, Any]]) -> bool:
         """Do a part that is not done; False where no time is left for it."""
@@ -168,10 +181,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return True
 
     known = results["variants"]
-    own = {chosen.name: entry_of(chosen, known, arguments.run_dir) for chosen in variants}
+    own = {each.name: entry_of(each, known, run_dir, data_of(folders[coded[each.name]])) for each in variants}
     results["variants"] = own | {name: entry for name, entry in known.items() if name not in own}
     for chosen in variants:
-        entry, folder = results["variants"][chosen.name], RunFolder(arguments.run_dir / chosen.name)
+        entry, folder = results["variants"][chosen.name], RunFolder(run_dir / chosen.name)
 
         def run_stage(stage: str, chosen: Variant = chosen, folder: RunFolder = folder) -> dict[str, Any]:
             of_data = f"data_dir={folders[coded[chosen.name]]}"
@@ -198,17 +211,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def compare(variants: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each variant and stage that is scored: bits per byte, and the difference to the first's."""
+    """Return a row for each variant and stage that is scored: bits per byte, and the difference to the first's.
+
+    All are divided by the bytes of the original text, which case-coded documents have beside them; where none of the
+    variants is on these, by the bytes of the normalised text.
+    """
     rows = []
     first = next(iter(variants.values()), {})
+    scored = [
+        (is_coded(entry), entry[stage]["bytes"]) for entry in variants.values() for stage in STAGES if stage in entry
+    ]
+    counts = np.array(max(scored, key=lambda each: each[0])[1]) if scored else np.empty(0)
     for name, entry in variants.items():
         for stage in STAGES:
             if stage not in entry or stage not in first:
                 continue
-            nats, counts = np.array(entry[stage]["nats"]), np.array(entry[stage]["bytes"])
-            base = np.array(first[stage]["nats"])
-            if not np.array_equal(counts, first[stage]["bytes"]):
-                raise ValueError(f"{name} was scored on other documents than {first['name']}")
+            nats, base = np.array(entry[stage]["nats"]), np.array(first[stage]["nats"])
+            if not len(nats) == len(base) == len(counts):
+                raise ValueError(f"{name} was scored on {len(nats):,} documents, and {first['name']} on {len(base):,}")
             difference, error = paired_difference(nats, base, counts)
             bits = float(nats.sum() / np.log(2.0) / counts.sum())
             rows.append(

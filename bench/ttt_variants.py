@@ -24,7 +24,7 @@ from pgolf.artifact.weights import load_artifact
 from pgolf.common.folder import RunFolder
 from pgolf.common.progress import format_bytes, format_table, progress
 from pgolf.common.runtime import World, peak_memory_bytes, reset_peak_memory, start_world
-from pgolf.config import RunConfig
+from pgolf.config import FIELDS, RunConfig
 from pgolf.data.bpb import ByteCounter
 from pgolf.data.validation import validation_data
 from pgolf.model.build import build_model
@@ -94,7 +94,10 @@ def score(
 def _variant(text: str) -> tuple[str, dict[str, Any]]:
     name, given, settings = text.partition(":")
     if given:
-        return name.strip(), dict(pair.strip().split("=", 1) for pair in settings.split(";") if pair.strip())
+        pairs = [pair.strip().partition("=") for pair in settings.split(";") if pair.strip()]
+        if wrong := [setting for setting, equal, _ in pairs if not equal or setting not in FIELDS]:
+            raise argparse.ArgumentTypeError(f"NAME: SETTING=VALUE; ... names settings, and {wrong[0]!r} is none")
+        return name.strip(), {setting: value for setting, _, value in pairs}
     if name not in VARIANTS:
         raise argparse.ArgumentTypeError(
             f"no variant {name!r}; there are {'; '.join(VARIANTS)}, or NAME: SETTING=VALUE"

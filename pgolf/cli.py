@@ -139,13 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("artifact", type=Path, help="an artifact's file")
     inspect.add_argument("--json", action="store_true", help="print the tables and histograms of codes as JSON")
     inspect.add_argument(
-        "--plot",
-        type=Path,
-        nargs="?",
-        const=True,
-        metavar="PATH",
-        help="write histograms of codes, bits by sensitivity: .svg (default: beside the artifact)",
+        "--plot", action="store_true", help="draw histograms of codes, bits by sensitivity, beside the artifact: .svg"
     )
+    inspect.add_argument("--plot-file", type=Path, metavar="PATH", help="draw them there")
     inspect.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="folder of its program and sensitivities (default: the artifact's)"
     )
@@ -326,10 +322,14 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from pgolf.data.manifest import operators_place
     from pgolf.data.stage import check_data
 
     config = _config_from(arguments, RunConfig.preset(arguments.preset or "record"))
-    print(format_table([(name.replace("_", " "), f"{count:,}") for name, count in check_data(config)[0].items()]))
+    rows = [(name.replace("_", " "), f"{count:,}") for name, count in check_data(config)[0].items()]
+    if config.case_coding:
+        rows.append(("case operators", operators_place(config.data_dir, config.vocab_size)))
+    print(format_table(rows))
     return 0
 
 
@@ -338,10 +338,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     found = inspect_artifact(arguments.artifact, arguments.run_dir)
     print(found.as_json() if arguments.json else found.as_text())
-    if arguments.plot:
+    if arguments.plot or arguments.plot_file:
         from pgolf.report.page import write_artifact_plot
 
-        path = arguments.artifact.with_suffix(".svg") if arguments.plot is True else arguments.plot
+        path = arguments.plot_file or arguments.artifact.with_suffix(".svg")
         write_artifact_plot(path, found.histograms(), [row._asdict() for row in found.matrices])
         print(f"plot: {path}", file=sys.stderr if arguments.json else sys.stdout)
     return 0

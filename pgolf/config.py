@@ -31,7 +31,7 @@ CONTROL_TENSORS = (
 READ_BY_QUANTIZER = {
     "trellis": (
         *("weight_bytes", "trellis_states", "trellis_rows", "trellis_shrink"),
-        *("sensitivity_sequences", "sensitivity_tokens"),
+        *("trellis_row_steps", "trellis_column_steps", "sensitivity_sequences", "sensitivity_tokens"),
     ),
     "gptq": (
         *("matrix_bits", "attn_bits", "mlp_bits", "embed_bits"),
@@ -253,6 +253,10 @@ class RunConfig:
     weight_bytes: int = _field(0, "bytes of the trellis artifact; 0: what the program leaves of the cap", low=0)
     trellis_states: int = _field(128, "states of the trellis; 1: none", choices=(1, 4, 8, 16, 32, 64, 128))
     trellis_rows: int = _field(512, "rows of a path through the trellis, a multiple of 16", low=16)
+    trellis_row_steps: bool = _field(
+        True, "rows have steps of their own; off: one for a matrix, within each row's bounds"
+    )
+    trellis_column_steps: bool = _field(True, "a step for every column, by its pivot; off: one for all")
     trellis_shrink: float = _field(
         0.0,
         "strength at which targets are drawn to 0 for shorter codes (rate-distortion optimised rounding); 1: best for "
@@ -344,6 +348,7 @@ class RunConfig:
         0.0,
         "added to the logit of the token that followed the same context before (2.625 in #2135); 0: no tilt",
         low=0.0,
+        high=30.0,
     )
     ngram_tilt_order: int = _field(16, "tokens of the tilt's n-gram, the hinted one included", low=2)
     ngram_tilt_threshold: float = _field(
@@ -351,7 +356,7 @@ class RunConfig:
     )
     ngram_tilt_scope: str = _field(
         "document",
-        "text whose n-grams are counted: the target's document, or with ttt_order=stream the stream before it",
+        "text whose n-grams are counted: the target's document, or the stream before it, document by document",
         choices=("document", "stream"),
     )
     phased_ttt_enabled: bool = _field(True, "also train the base weights on scored documents, in phases")
@@ -440,12 +445,23 @@ class RunConfig:
             self.logit_softcap_negative == 0 or self.logit_softcap_negative >= 1e-6,
             f"logit_softcap_negative {self.logit_softcap_negative} must be 0 or at least 1e-06",
         )
+        alone = self.ttt_order == "stream" and self.ttt_batch_size == self.ttt_lanes == 1
         need(
-            self.ngram_tilt_scope == "document" or self.ttt_order == "stream" or not self.ngram_tilt_boost,
-            "ngram_tilt_scope=stream counts documents that are scored later with ttt_order=length; "
-            "set ttt_order=stream or ngram_tilt_scope=document",
+            self.ngram_tilt_scope == "document" or alone or not self.ngram_tilt_boost,
+            "ngram_tilt_scope=stream counts documents that are scored later, or at the same time, unless "
+            "ttt_order=stream, ttt_batch_size=1 and ttt_lanes=1; set these or ngram_tilt_scope=document",
         )
-        self.chunks_by_length()
+        longest = max([self.ttt_chunk_size, *(size for _, size in self.chunks_by_length())])
+        need(
+            not self.ttt_enabled or longest <= self.ttt_eval_seq_len,
+            f"ttt_chunk_size {longest} is longer than ttt_eval_seq_len {self.ttt_eval_seq_len}: "
+            "a chunk must fit into its own context",
+        )
+        need(
+            not (self.ttt_enabled and self.phased_ttt_enabled) or self.global_ttt_chunk_tokens >= self.eval_seq_len,
+            f"global_ttt_chunk_tokens {self.global_ttt_chunk_tokens} must hold a sequence of eval_seq_len "
+            f"{self.eval_seq_len} tokens, or nothing would be trained on",
+        )
         self.mixing_by_layer()
         self.segments_by_fraction()
 

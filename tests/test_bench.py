@@ -304,7 +304,7 @@ class TestKernelBenchmarks:
             results_files.write(tmp_path / f"{bench}.json", meta, cases={case: {"rows": rows} for case in cases})
         sizes = [{"way": way, "bytes": size, "tax": 0.1, "error": 0.01} for way in "ab" for size in (1e6, 2e6)]
         found = dict(weights={"steps": 3}, bits_per_byte=1.4, rows=sizes)
-        results_files.write(tmp_path / "q.json", {"bench": "quantization", "chip": "NVIDIA H100"}, **found)
+        results_files.write(tmp_path / "quantization.json", {"bench": "quantization", "chip": "NVIDIA H100"}, **found)
         files = [str(path) for path in tmp_path.iterdir()]
         for flags in ([], ["--all", "--out", str(tmp_path / "all")]):
             assert plots.main([*files, *flags]) == 0
@@ -493,6 +493,8 @@ class TestVariants:
         assert all(record.replace(**settings) != record for name, settings in ttt_variants.VARIANTS.items() if settings)
         with pytest.raises(SystemExit):
             ttt_variants.main(["--run-dir", "x", "--variant", "nothing"])
+        with pytest.raises(SystemExit):
+            ttt_variants.main(["--run-dir", "x", "--variant", "own: ttt_chunk_sise=24"])
         assert "no variant 'nothing'" in capsys.readouterr().err
 
     def test_rows_are_written_as_they_come(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -25,8 +26,10 @@ from pgolf.artifact.quantize import dequantize_model
 from pgolf.audit import replay, sample
 from pgolf.audit import run as audit_stages
 from pgolf.audit.checks import CHECKS, Finding, check_scorer
+from pgolf.audit.program import Contained
 from pgolf.audit.reader import read_ledger
 from pgolf.cli import main
+from pgolf.common.files import read_json
 from pgolf.common.folder import RunFolder
 from pgolf.data.validation import validation_data
 from pgolf.model.gpt import GPT
@@ -272,10 +275,21 @@ def test_a_program_that_scores_another_artifact_has_another_score(
     name = next(name for name, tensor in artifact.tensors.items() if tensor.dtype.is_floating_point)
     artifact.tensors[name] *= 1.5
     container.save(other.path / "model.pgolf", artifact)
+    # Its program could be an older one, which does not know all settings of this package.
+    known = {name: value for name, value in read_json(other.config_file).items() if name != "trellis_shrink"}
+    other.config_file.write_text(json.dumps(known))
+    run, given = audit_stages.run_contained, []
+
+    def spy(script: Path, arguments: list, alone: Path, **more: int) -> Contained:
+        given.extend(read_json(alone / "run" / "config.json"))
+        return run(script, arguments, alone, **more)
+
+    monkeypatch.setattr("pgolf.audit.run.run_contained", spy)
     program = audit_stages._program
     monkeypatch.setattr("pgolf.audit.run._program", lambda _, *rest: program(other, *rest))
     assert main(["audit", "--run-dir", str(folder.path), "--json"]) == 1
     assert failing(json.loads(capsys.readouterr().out)) == {("same score", "the program")}
+    assert set(given) == set(known)
 
 
 def test_an_artifact_with_its_settings_alone_can_be_audited(
@@ -512,7 +526,8 @@ def test_case_coded_data(
     assert f"{sum(len(text.encode()) for text in texts):,} bytes" in printed
     check = ["data", "check", "--set", f"data_dir={out}", "--set", "vocab_size=400"]
     assert main([*check, "--set", "case_coding=1"]) == 0
-    assert "val decoded bytes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "val decoded bytes" in shown and re.search(r"case operators +(before|after) the space", shown)
     assert "turn case coding on" in fails(check, capsys)
     assert "turn case coding on" in fails([*build, str(model), "--out", str(tmp_path / "x")], capsys)
     run = ["data", "--preset", "demo", "--run-dir"]
@@ -604,11 +619,25 @@ def test_what_quantisation_costs_is_measured(finished: RunFolder, tmp_path: Path
     assert all(row["tax"] != other["tax"] for row, other in zip(results["tuned"], results["rows"][::2], strict=True))
     ways = [quantization.PUBLIC, *found]
     assert [row["way"] for row in results["rows"]] == ways
-    assert [row["way"] for row in results["test_time_training"]] == [ways[0], ways[-1]]
+    adapted = [row["way"] for row in results["test_time_training"]]
+    assert adapted == [ways[0], way, f"{ways[0]}, tuned", f"{way}, tuned"]
     assert all(abs(row["tax"]) < 0.1 and row["error"] > 0 for row in results["rows"])
     assert results["bits_per_byte"] == pytest.approx(scores(finished.summary())["before"], abs=1e-6)
     assert min(results["times"].values()) > 0
     assert read(file)["rows"] == results["rows"]
+
+
+def test_scores_are_divided_by_the_original_text_s_bytes() -> None:
+    """Plain data count the bytes of the normalised text, of which there may be fewer."""
+    plain = {"preset": "record", "settings": {}, "name": "record", "ttt": {"nats": [6.0, 3.0], "bytes": [8.0, 4.0]}}
+    coded = plain | {"preset": "frontier", "name": "frontier", "ttt": {"nats": [5.0, 3.0], "bytes": [9.0, 4.0]}}
+    rows = score.compare({"record": plain, "frontier": coded})
+    assert [row["bits_per_byte"] * math.log(2) for row in rows] == pytest.approx([9 / 13, 8 / 13])
+    assert rows[1]["difference"] * math.log(2) == pytest.approx(-1 / 13)
+    assert score.compare({"record": plain})[0]["bits_per_byte"] * math.log(2) == pytest.approx(9 / 12)
+    fewer = plain | {"ttt": {"nats": [6.0], "bytes": [8.0]}}
+    with pytest.raises(ValueError, match="record was scored on 1 documents, and frontier on 2"):
+        score.compare({"frontier": coded, "record": fewer})
 
 
 def test_presets_are_compared_by_documents(

@@ -43,8 +43,12 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         convert(PUBLIC, tmp_path / "a.pgolf")
     with pytest.raises(ArtifactError, match="no place for codes on a trellis"):
         convert(tmp_path / "a.pgolf", tmp_path / "b.int6.ptz")
-    with pytest.raises(ArtifactError, match="must end in .pgolf or .int6.ptz"):
+    with pytest.raises(ArtifactError, match="must end in .pgolf, .int6.ptz or .safetensors"):
         convert(PUBLIC, tmp_path / "b.bin")
+    with pytest.raises(ArtifactError, match="holds weights, which have no codes"):
+        convert(tmp_path / "b.safetensors", tmp_path / "b.pgolf")
+    with pytest.raises(ArtifactError, match="--compressor is of .int6.ptz files"):
+        convert(PUBLIC, tmp_path / "b.pgolf", "lzma")
     imported = builtins.__import__
 
     def without(name: str, *rest: object) -> object:

@@ -142,12 +142,12 @@ def test_the_plot_is_an_svg_file_of_the_same_bytes(tmp_path: Path, capsys: pytes
     text = drawn(measured, tmp_path / "measured.svg")
     ElementTree.fromstring(text)
     assert "bits of 2 matrices against their sensitivity" in text and "--one: #2563c9" in text and "#040404" not in text
-    assert main(["inspect", str(path), "--plot", str(tmp_path / "plot.svg")]) == 0
+    assert main(["inspect", str(path), "--plot-file", str(tmp_path / "plot.svg")]) == 0
     assert (tmp_path / "plot.svg").read_text() == plain
     assert f"plot: {tmp_path / 'plot.svg'}\n" in capsys.readouterr().out
     assert main(["inspect", str(path), "--json", "--plot"]) == 0
     assert (tmp_path / "model.svg").read_text() == plain
     shown = capsys.readouterr()
     assert json.loads(shown.out) and shown.err == f"plot: {tmp_path / 'model.svg'}\n"
-    assert main(["inspect", str(path), "--plot", str(tmp_path / "plot.png")]) == 2
+    assert main(["inspect", str(path), "--plot-file", str(tmp_path / "plot.png")]) == 2
     assert "must end in .svg" in capsys.readouterr().err and not (tmp_path / "plot.png").exists()

@@ -75,5 +75,5 @@ def test_probable_and_improbable_hints_stay_finite() -> None:
 
 
 def test_counting_what_is_scored_later_is_refused() -> None:
-    with pytest.raises(ConfigError, match="set ttt_order=stream or ngram_tilt_scope=document"):
-        RunConfig(ngram_tilt_boost=1.0, ngram_tilt_scope="stream")
+    with pytest.raises(ConfigError, match="set these or ngram_tilt_scope=document"):
+        RunConfig(ngram_tilt_boost=1.0, ngram_tilt_scope="stream", ttt_order="stream")

@@ -15,9 +15,10 @@ from pgolf.artifact.hessians import collect_hessians
 from pgolf.artifact.quantize import dequantize_model
 from pgolf.artifact.quantized import CODES, QuantizeError
 from pgolf.artifact.sensitivity import Sensitivities, collect_sensitivities
+from pgolf.artifact.sizes import expected_size
 from pgolf.artifact.steps import OCTAVE, dequantize_codes, step_sizes
 from pgolf.common.runtime import World, start_world
-from pgolf.config import RunConfig
+from pgolf.config import ConfigError, RunConfig
 from pgolf.data.loader import Batch
 from pgolf.data.shards import BOS_ID
 from pgolf.kernels.linear_cross_entropy import softcapped
@@ -64,14 +65,20 @@ def tensors(model: GPT) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def matrices(tensors, sensitivities) -> dict[str, rate.Matrix]:
+def measured(tensors, sensitivities) -> tuple[dict[str, torch.Tensor], Sensitivities]:
+    """What `rate.prepare` takes beside the weights."""
     hessians = {}
     for name, tensor in tensors.items():
         group = rate.hessian_group(name)
         if tensor.ndim == 2 and group is not None and group not in hessians:
             x = torch.randn(512, tensor.size(1)) * (0.2 + torch.rand(tensor.size(1)))
             hessians[group] = x.T @ x
-    return rate.prepare(tensors, hessians, sensitivities, CONFIG, CPU)
+    return hessians, sensitivities
+
+
+@pytest.fixture(scope="module")
+def matrices(tensors, measured) -> dict[str, rate.Matrix]:
+    return rate.prepare(tensors, *measured, CONFIG, CPU)
 
 
 def test_steps_are_exact_powers() -> None:
@@ -142,11 +149,37 @@ def test_ranks_share_the_sequences(model: GPT, sensitivities: Sensitivities, mon
         assert not torch.equal(halves[0].rows[name], value), name
 
 
+def level_of(matrices: dict[str, rate.Matrix], bits: float) -> float:
+    """The level at which codes are predicted to have so many bits each."""
+    return rate.Lengths(matrices).level(bits * sum(matrix.weight.numel() for matrix in matrices.values()))
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.5, 5.0])
+def test_lengths_are_those_of_the_codes(matrices: dict[str, rate.Matrix], bits: float) -> None:
+    lengths, level = rate.Lengths(matrices), level_of(matrices, bits)
+    count = sum(matrix.weight.numel() for matrix in matrices.values())
+    assert lengths.bits(level) == pytest.approx(bits * count, rel=1e-6)
+    coded = rate.code(matrices, level, CONFIG.replace(trellis_states=1))
+    assert 8 * packed_size(coded, CPU).codes == pytest.approx(bits * count, rel=0.04)
+    coarsest, finest = lengths.level(0.0), lengths.level(100.0 * count)
+    assert coarsest > level > finest and coarsest == lengths.level(1.0)
+    assert lengths.bits(coarsest) > 2 * count and lengths.bits(finest) < 7.1 * count
+
+
+def test_two_tries_find_the_bytes(tensors, matrices, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+    monkeypatch.setattr(rate, "code", lambda *given, code=rate.code: tries.append(given[1]) or code(*given))
+    for target in (140_000, 170_000, 200_000):
+        tries.clear()
+        rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, target)
+        assert len(tries) <= 2, target
+
+
 def test_rows_lose_alike(matrices: dict[str, rate.Matrix]) -> None:
     """Step² times sensitivity is one number for all rows of all matrices that are within the bounds."""
     costs = []
     for matrix in matrices.values():
-        exponents = rate.allocate(matrix, rate._first_level(matrices, 4.5))
+        exponents = rate.allocate(matrix, level_of(matrices, 4.5))
         deviation = (matrix.weight / step_sizes(matrix.column_exponent)).std(1)
         ratio = step_sizes(exponents) / deviation
         within = (ratio < 0.95 * rate.COARSEST) & (ratio > 1.05 * rate.FINEST)
@@ -189,7 +222,7 @@ def test_more_bytes_than_computed_are_quantised_away(tensors, matrices, tmp_path
 
 
 def test_targets_drawn_to_zero_have_shorter_codes(matrices) -> None:
-    level = rate._first_level(matrices, 3.0)
+    level = level_of(matrices, 3.0)
     plain, drawn = (rate.code(matrices, level, CONFIG.replace(trellis_shrink=s)) for s in (0.0, 1.0))
     sizes, energy = (
         [measure(coded) for coded in (plain, drawn)]
@@ -206,8 +239,42 @@ def test_targets_drawn_to_zero_have_shorter_codes(matrices) -> None:
 def test_bounds_of_size(tensors, matrices) -> None:
     finest = rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, 5_000_000)
     assert 250_000 < packed_size(finest, CPU).total < 400_000
-    with pytest.raises(QuantizeError, match="does not fit 50,000 bytes: it takes [0-9,]+ with steps of a standard"):
+    with pytest.raises(QuantizeError, match="does not fit 50,000 bytes: at the coarsest steps tried it takes [0-9,]+"):
         rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, 50_000)
+
+
+def test_rows_of_zeros_stay_zeros(tensors, measured, tmp_path: Path) -> None:
+    name = "blocks.0.mlp.fc.weight"
+    tensors = tensors | {name: tensors[name].clone()}
+    tensors[name][3] = 0
+    matrices = rate.prepare(tensors, *measured, CONFIG, CPU)
+    save(tmp_path / "model.pgolf", rate.quantize_by_rate(tensors, matrices, CONFIG, CPU, 170_000))
+    weights = dequantize_model(load(tmp_path / "model.pgolf"), tensors)
+    assert weights[name][3].abs().max() < 1e-9  # a path through the trellis has odd codes
+
+
+def test_bytes_that_fall_in_stairs_are_met_from_below(tensors, measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix with one step: its bytes jump from exponent to exponent."""
+    config = CONFIG.replace(trellis_row_steps=False, trellis_column_steps=False)
+    name = "blocks.0.mlp.fc.weight"
+    matrices = {name: rate.prepare(tensors, *measured, config, CPU)[name]}
+    tries: list[float] = []
+    monkeypatch.setattr(rate, "code", lambda *given, code=rate.code: tries.append(given[1]) or code(*given))
+    monkeypatch.setattr(rate, "SLACK_BYTES", 40)  # fewer than an exponent changes
+    for target in (5000, 5050, 5100, 5150):
+        tries.clear()
+        quantized = rate.quantize_by_rate({name: tensors[name]}, matrices, config, CPU, target)
+        # An exponent is 72 bytes; of all but codes, the first try's bytes count.
+        assert abs(target - packed_size(quantized, CPU).total) < 150, tries
+        assert 1 < len(tries) < rate.ATTEMPTS
+
+
+def test_a_model_without_matrices_says_so(tensors, sensitivities) -> None:
+    small = {name: tensor for name, tensor in tensors.items() if tensor.numel() < 500}
+    with pytest.raises(QuantizeError, match="no tensor has enough numbers to be quantised"):
+        rate.prepare(small, {}, sensitivities, CONFIG, CPU)
+    with pytest.raises(ConfigError, match="no tensor has enough numbers to be quantised"):
+        expected_size(CONFIG.replace(gptq_passthrough_numel=10**8))
 
 
 def test_numbers_that_are_not_finite_are_named(tensors, sensitivities) -> None:
@@ -284,7 +351,7 @@ def test_codes_on_a_gpu(parts: dict[str, tuple]) -> None:
     tensors, codes = parts["tensors"], {}
     for device in ("cpu", "cuda"):
         matrices = rate.prepare(tensors, *parts["cpu"], GPU_CONFIG, torch.device(device))
-        codes[device] = rate.code(matrices, rate._first_level(matrices, 3.0), GPU_CONFIG)
+        codes[device] = rate.code(matrices, level_of(matrices, 3.0), GPU_CONFIG)
     for name, exact in codes["cpu"].tensors.items():
         found = codes["cuda"].tensors[name]
         assert (found != exact).float().mean() < (0.05 if name.endswith(".q") else 0.02), name

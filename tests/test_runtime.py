@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from pgolf.common.files import FileError
-from pgolf.common.runtime import World, start_world, stop_world
+from pgolf.common.runtime import World, side_by_side, start_world, stop_world
 from pgolf.config import RunConfig
+from tests.conftest import DEVICES
 from tests.processes import run_processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,3 +122,20 @@ def test_a_process_that_does_not_answer_ends_the_others(what: str) -> None:
     finally:
         second.send_signal(signal.SIGKILL)
         second.communicate()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_calls_side_by_side_return_what_they_return_alone(device: str) -> None:
+    given = [torch.randn(600, 600, device=device) for _ in range(5)]
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(200):
+            x = (x + 1).sin()
+        return x
+
+    alone = [chain(x) for x in given]
+    for _ in range(3):
+        together = side_by_side([lambda x=x: chain(x) for x in given], torch.device(device))
+        noise = [torch.randn(600, 600, device=device) for _ in range(5)]  # may not take the results' memory
+        assert all(torch.equal(found, exact) for found, exact in zip(together, alone, strict=True))
+        del noise

@@ -29,7 +29,7 @@ def test_stages_after_training_score_on_cuda_as_on_the_cpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pgolf.artifact.stage.export_program", lambda path, config: path.write_bytes(b"-"))
+    monkeypatch.setattr("pgolf.artifact.stage.exported_program", lambda config: b"-")
     trained = RunFolder(tmp_path / "trained")
     sizes = dict(model_dim=64, rope_dims=8, iterations=24, ema_decay=0.5, ttt_lora_lr=0.003, weight_bytes=140_000)
     assert main(["train", "--preset", "demo", "--run-dir", str(trained.path), *settings(data, **sizes)]) == 0

@@ -48,16 +48,17 @@ def packed_size(quantized: QuantizedModel, device: torch.device, side: int | Non
         side: the bytes of all but codes, if known; at other steps the same model has some hundred more or fewer. None
             compresses them, which takes a few tenths of a second.
     """
-    bits, classes = 0.0, {}
+    bits, widest, classes = 0.0, 0, {}
     for name in quantized.tensors:
         if name.endswith(CODES):
+            widest = max(widest, quantized.tensors[name].size(1))
             trellised = is_trellised(quantized.meta[name.removesuffix(CODES)])
             found, row_class = code_bits(torch.from_numpy(coded(name, quantized)).to(device), trellised=trellised)
             bits += found
             classes[name] = row_class
     if side is None:
         side = HEAD.size + len(side_block(quantized, classes)[0])
-    return PackedSize(round(4 * LANES + (bits - BITS_OF_A_STATE * LANES) / 8), side)
+    return PackedSize(round(4 * LANES + (bits - BITS_OF_A_STATE * min(LANES, widest)) / 8), side)
 
 
 def code_bits(codes: Tensor, *, trellised: bool) -> tuple[float, np.ndarray]:
@@ -86,6 +87,11 @@ def code_bits(codes: Tensor, *, trellised: bool) -> tuple[float, np.ndarray]:
 
 
 def _lengths(kind: int) -> Tensor:
-    """Return the bits of each symbol by class, float32 [classes, 2 REACH]; one without a frequency is an escape."""
+    """Return the bits of each symbol by class, float32 [classes, 2 REACH].
+
+    The first is an escape, behind which the code follows in 16 bits; so is one without a frequency.
+    """
     counts = torch.from_numpy(frequencies(kind).astype(np.int64))
-    return torch.where(counts > 0, PRECISION - counts.clamp_min(1).double().log2(), PRECISION + 16).float()
+    bits = PRECISION - counts.clamp_min(1).double().log2()
+    bits[:, 0] += 16
+    return torch.where(counts > 0, bits, bits[:, :1]).float()

@@ -35,20 +35,21 @@ from pgolf.common.files import FileError, write_aside
 from pgolf.common.tensors import check_tensor
 from pgolf.kernels.dequant import MAX_RANK
 
+COMPRESSOR = "brotli"  # of the public format
 MOST_EXPONENT = 512  # of steps, in sixteenths: 2^32
 PACKED, PUBLIC = ".pgolf", ".int6.ptz"
 
 __all__ = ["CAP_BYTES", "ArtifactError", "content", "load", "save"]
 
 
-def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "brotli") -> int:
+def save(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = COMPRESSOR) -> int:
     """Write the artifact atomically and return its size in bytes; see `content` for its formats and errors."""
     blob = content(path, quantized, compressor)
     write_aside(path, blob)
     return len(blob)
 
 
-def content(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = "brotli") -> bytes:
+def content(path: str | os.PathLike, quantized: QuantizedModel, compressor: str = COMPRESSOR) -> bytes:
     """Return what the artifact ``path`` would hold, in the format of its ending.
 
     Args:
@@ -61,7 +62,7 @@ def content(path: str | os.PathLike, quantized: QuantizedModel, compressor: str 
     if str(path).endswith(PACKED):
         return packed_format.pack(quantized)
     if not str(path).endswith(PUBLIC):
-        raise ArtifactError(f"{path} must end in {PACKED} or {PUBLIC}, which says its format")
+        raise ArtifactError(f"an artifact ends in {PACKED} or {PUBLIC}, which says its format, and not as {path}")
     if any(TRELLIS.fullmatch(how) for how in quantized.meta.values()):
         raise ArtifactError(f"{path}: the format {PUBLIC} has no place for codes on a trellis; write a {PACKED} file")
     return public_format.serialize(quantized, compressor)

@@ -21,6 +21,7 @@ MOST_COLUMNS = 1024  # with more, int64 could overflow
 RIDGE = 2  # times columns / rows: the ridge, as a multiple of the mean of S's diagonal
 FACTOR_BITS, ERROR_BITS = 14, 8  # fractional bits of L and of e
 LARGEST_FACTOR = 1 << 3 + FACTOR_BITS
+LARGEST_PREDICTION = 1 << 14
 PANEL = 32  # columns whose products with all earlier columns are computed at once
 
 
@@ -72,6 +73,7 @@ def _predictions(above: np.ndarray, lines: np.ndarray, *, given_codes: bool) -> 
         for j, p in enumerate(panel, start):
             p += factor[j, start:j] @ errors[start:j]  # with the fractional bits of both
             prediction = np.floor(p / (1 << FACTOR_BITS + ERROR_BITS) + 0.5)
+            prediction = np.clip(prediction, -LARGEST_PREDICTION, LARGEST_PREDICTION)  # residuals are int16
             code = lines[j] if given_codes else lines[j] + prediction
             errors[j] = code * (1 << ERROR_BITS) - np.floor(p / (1 << FACTOR_BITS))
             yield lines[j], prediction

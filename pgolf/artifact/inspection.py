@@ -116,7 +116,7 @@ class Inspection(NamedTuple):
         lines = [
             format_table(matrices, heads),
             "",
-            format_table(classes, ("class", "stored as", "tensors", "numbers", "bits/number", "bytes")),
+            format_table(classes, ("class", "stored as", "tensors", "numbers", "bits/number", "bytes at these")),
             "",
             *self._sums(),
         ]

@@ -39,10 +39,12 @@ class QuantizedModel:
     """The content of an artifact, on the CPU.
 
     Attributes:
-        tensors: for a quantised matrix NAME its codes ``NAME.q``, int8, and scales ``NAME.scale``, float16, and the
-            factors of its correction (``NAME.lqA_a`` …); for any other tensor ``NAME``, float16.
-        meta: for each NAME ``gptq (int6)``, ``gptq (int6)+lqer_asym``, ``gptq (int6)+lqer`` or
-            ``passthrough (float16)``. ``gptq (int6)+awq(0,5)`` has codes of 8 bits in the groups 0 and 5 of 64 columns.
+        tensors: for a quantised matrix NAME by PR #1874's rule its codes ``NAME.q``, int8, and scales ``NAME.scale``,
+            float16, and the factors of its correction (``NAME.lqA_a`` …); on a trellis its codes ``NAME.q``, int16, and
+            exponents of steps ``NAME.row`` and ``NAME.column``, int16; for any other tensor ``NAME``, float16.
+        meta: for each NAME ``gptq (int6)``, ``gptq (int6)+lqer_asym``, ``gptq (int6)+lqer``, ``trellis (128 states, 512
+            rows)`` or ``passthrough (float16)``. ``gptq (int6)+awq(0,5)`` has codes of 8 bits in the groups 0 and 5 of
+            64 columns.
     """
 
     tensors: dict[str, Tensor]

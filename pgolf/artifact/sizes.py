@@ -25,8 +25,10 @@ from pgolf.artifact.quantized import (
 from pgolf.config import ConfigError, RunConfig
 from pgolf.model.gpt import meta_model
 from pgolf.model.weights import unbank
+from pgolf.submission.export import exported_program
 
 LEAST_BITS = 1.8  # a weight at steps of a standard deviation: 2.05 of a Gaussian distribution, less of a longer-tailed
+MOST_BITS = 7.1  # at the finest steps
 SHRINK_FIELDS = (
     "lower weight_bytes; with quantizer=gptq raise embed_clip_sigmas, mlp_clip_sigmas or attn_clip_sigmas, or lower "
     "embed_bits or lqer_top_k"
@@ -73,7 +75,7 @@ def expected_size(config: RunConfig) -> str:
     With quantizer=trellis these are the bytes that are asked for. With quantizer=gptq they follow from the bits and
     clips: weights of a Gaussian distribution have codes of log2(largest code / clip √(2πe)) bits. Files are within 2 %.
 
-    Raises ConfigError if no steps of quantizer=trellis give so few bytes.
+    Raises ConfigError if no steps of quantizer=trellis give so few bytes, and if no tensor is quantised.
     """
     bits, weights, kept = 0.0, 0, 0
     for name, tensor in unbank(meta_model(config).state_dict(), config.num_layers).items():
@@ -84,6 +86,8 @@ def expected_size(config: RunConfig) -> str:
         # Their scales are float16, one a row.
         bits += tensor.numel() * math.log2(largest_code(rule.bits) / rule.clip_sigmas * math.sqrt(2 * math.pi * math.e))
         bits += 16 * tensor.size(0)
+    if not weights:
+        raise ConfigError("no tensor has enough numbers to be quantised: lower gptq_passthrough_numel")
     if config.quantizer == "trellis":
         size = config.weight_bytes or CAP_BYTES
         program = "" if config.weight_bytes else " with its program"
@@ -94,7 +98,11 @@ def expected_size(config: RunConfig) -> str:
                 f"{share}, and the coarsest steps take more than {LEAST_BITS:g}: choose a smaller model (num_layers, "
                 "model_dim, mlp_mult), or with weight_bytes an artifact over the cap"
             )
-        over = f", more than the cap of {CAP_BYTES:,}" if size > CAP_BYTES else ""
+        if each > MOST_BITS:
+            return f"the artifact will take less than {size:,} bytes: {weights:,} weights at their finest steps"
+        over = ""
+        if config.weight_bytes and (together := size + len(exported_program(config))) > CAP_BYTES:
+            over = f", with its program {together:,}, more than the cap of {CAP_BYTES:,}"
         return f"the artifact will take {size:,} bytes{program}{over}, {each:.2f} bits for each of {weights:,} weights"
     size = round(bits / 8 + 2 * kept)
     over = "" if size <= CAP_BYTES else f", more than the cap of {CAP_BYTES:,}: {SHRINK_FIELDS}"

@@ -27,7 +27,7 @@ from pgolf.data.shards import read_shard, shard_files
 from pgolf.model.build import model_with
 from pgolf.model.gpt import GPT
 from pgolf.model.weights import load_weights, unbank
-from pgolf.submission.export import export_program
+from pgolf.submission.export import exported_program
 
 SENSITIVITY_TOKENS = 10_000_000  # of the first training shard: where sequences come from, and tokens' frequencies
 
@@ -100,7 +100,7 @@ def _quantize_and_save(
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     begun = time.perf_counter()
-    code_bytes = export_program(folder.program, config)
+    code = exported_program(config)
     tensors, seconds = unbank(weights, config.num_layers), {"export_seconds": time.perf_counter() - begun}
     begun = time.perf_counter()
     if sensitivities is None:
@@ -113,15 +113,16 @@ def _quantize_and_save(
     else:
         matrices = prepare(tensors, hessians, sensitivities, config, world.device)
         seconds["prepare_seconds"] = time.perf_counter() - begun
-        target = config.weight_bytes or CAP_BYTES - code_bytes
+        target = config.weight_bytes or CAP_BYTES - len(code)
         fitted = quantize_to_fit(tensors, matrices, config, world.device, path, target)
         quantized, blob = fitted.quantized, fitted.blob
         seconds |= {"quantize_seconds": fitted.code_seconds, "compress_seconds": fitted.file_seconds}
     write_aside(path, blob)
+    write_aside(folder.program, code)
     return seconds | {
         "weight_bytes": len(blob),
-        "code_bytes": code_bytes,
-        "total_bytes": len(blob) + code_bytes,
+        "code_bytes": len(code),
+        "total_bytes": len(blob) + len(code),
         "cap_bytes": CAP_BYTES,
         "bytes_by_class": bytes_by_class(quantized),
         "lqer_tensors": [name for name, mark in quantized.meta.items() if "+lqer" in mark],

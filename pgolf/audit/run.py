@@ -31,7 +31,7 @@ from pgolf.common.runtime import World, describe_environment
 from pgolf.config import RunConfig
 from pgolf.data import case_coding
 from pgolf.data.bpb import ByteCounter
-from pgolf.data.manifest import check_unchanged, recorded_dataset, sha256_of
+from pgolf.data.manifest import check_unchanged, operators_place, recorded_dataset, sha256_of
 from pgolf.data.shards import (
     ShardError,
     dataset_dir,
@@ -86,6 +86,12 @@ def audit_run(folder: RunFolder, config: RunConfig, world: World, full: bool = F
     model = model_with(config, world, load_artifact(config, folder, world))
 
     findings = _data(documents, folder, config, counter, full)
+    if config.case_coding:
+        place = operators_place(config.data_dir, config.vocab_size)
+        evidence = (
+            f"case-coded, operators {place}; scores divide by the original text's bytes, which the sidecar states"
+        )
+        findings.append(Finding("case coding", "data", "validation split", NOTED, evidence))
     with _one_thread():
         found, by_ttt = _sample(_stages(model, settings, few_counter), few, folder, world)
         findings += found
@@ -111,7 +117,15 @@ def _documents(tokens: Tensor, counter: ByteCounter, config: RunConfig) -> Docum
     if not config.case_coding:
         return Documents(stream, tokenizer.decode)
     sidecar = np.append(0, counter.of_stream(tokens).numpy())  # the first token is a BOS
-    return Documents(stream, lambda ids: case_coding.decode(tokenizer.decode(ids)), sidecar=sidecar)
+    return Documents(stream, lambda ids: _uncoded(tokenizer.decode(ids)), sidecar=sidecar)
+
+
+def _uncoded(code: str) -> str:
+    """Return the text of a code, without operators where the tokenizer's normalisation has changed what follows."""
+    try:
+        return case_coding.decode(code)
+    except ValueError:
+        return code.translate(dict.fromkeys(map(ord, case_coding.OPERATORS)))
 
 
 class _PlacedBytes(ByteCounter):
@@ -272,6 +286,10 @@ def _program(
         run = RunFolder(alone / "run")
         own = settings.replace(data_dir="data", artifact_dir="")
         run.create(own, {})
+        # The program may be older than this package, and refuses settings that it does not know.
+        known = read_json(folder.config_file)
+        values = {name: value for name, value in read_json(run.config_file).items() if name in known}
+        write_aside(run.config_file, json.dumps(values, indent=1))
         shutil.copy(folder.artifact(config), run.artifact(own))
         tokenizer = tokenizer_path(alone / "data", config.vocab_size)
         shard = dataset_dir(alone / "data", config.vocab_size) / "fineweb_val_000000.bin"

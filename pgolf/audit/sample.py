@@ -41,5 +41,6 @@ def sample(documents: Documents, config: RunConfig) -> tuple[Documents, RunConfi
         phased_ttt_num_phases=min(config.phased_ttt_num_phases, 1),
         global_ttt_chunk_tokens=config.eval_seq_len,
         ttt_eval_batches="",
+        val_doc_fraction=1.0,
     )
     return Documents(stream, documents.decode, documents.bos, sidecar), settings

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -209,6 +210,31 @@ def _with_tensors(content: bytes, tensors: Sequence[torch.Tensor]) -> Any:
             return tensors[number]
 
     return Unpickler(io.BytesIO(content)).load()
+
+
+def side_by_side(calls: Sequence[Callable[[], torch.Tensor]], device: torch.device) -> list[torch.Tensor]:
+    """Call functions that return tensors of a device, on a GPU each on a stream of its own: their kernels run together.
+
+    What the functions read must have been made on the current stream, which waits for all of them in the end.
+    """
+    if device.type != "cuda":
+        return [call() for call in calls]
+    current = torch.cuda.current_stream(device)
+    streams, results = [_stream(device, number) for number in range(len(calls))], []
+    for call, stream in zip(calls, streams, strict=True):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            results.append(call())
+    for result, stream in zip(results, streams, strict=True):
+        current.wait_stream(stream)
+        result.record_stream(current)  # it was allocated on another, which may not take its memory back too early
+    return results
+
+
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """Return one stream for each number: memory freed on a stream is only used again on it."""
+    return torch.cuda.Stream(device)
 
 
 def start_world(config: RunConfig) -> World:

@@ -50,6 +50,12 @@ def recorded_dataset(data_dir: str | os.PathLike, vocab_size: int) -> dict[str, 
     return next((entry for entry in read_manifest(data_dir)["datasets"] if entry["name"] == name), {})
 
 
+def operators_place(data_dir: str | os.PathLike, vocab_size: int) -> str:
+    """Return in words where the operators of case-coded documents stand."""
+    before = recorded_dataset(data_dir, vocab_size).get("case_operators_before_space", False)
+    return "before the space of their word" if before else "after the space"
+
+
 def data_files(data_dir: str | os.PathLike, vocab_size: int, splits: Sequence[str] = SPLITS) -> dict[str, Path]:
     """Return the paths of the tokenizer, the splits' shards and the byte sidecars that there are, by name.
 

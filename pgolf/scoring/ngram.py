@@ -7,8 +7,8 @@ most often so far, if it did so at least in the share ``threshold`` of the conte
 
 so p' is a distribution again, and the loss is that of p less β [x_t = h_t] plus log Z_t. Targets without a hint keep
 their loss. Hints use only tokens before their target: those of its document, or those of the whole stream, which
-requires that documents are scored in the stream's order. Source: the token expert of parameter-golf #1514 and #2135,
-whose scope is the stream.
+requires that documents are scored one by one in the stream's order. Source: the token expert of parameter-golf #1514
+and #2135, whose scope is the stream.
 """
 
 from __future__ import annotations

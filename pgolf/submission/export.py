@@ -37,15 +37,20 @@ def export_program(path: str | os.PathLike, config: RunConfig | None = None) -> 
 
     Raises FileError if the file cannot be written.
     """
+    content = exported_program(config)
+    write_aside(path, content)
+    return len(content)
+
+
+def exported_program(config: RunConfig | None = None) -> bytes:
+    """Return the content of the program that `export_program` writes."""
     if UNPACKED_FROM.is_file():
         archive = UNPACKED_FROM.read_bytes()
     else:
         from pgolf.submission.sources import packed_package  # imported here because the exported program lacks it
 
         archive = packed_package()
-    content = program_content(program_settings(config), archive)
-    write_aside(path, content)
-    return len(content)
+    return program_content(program_settings(config), archive)
 
 
 def program_content(settings: dict[str, str], archive: bytes) -> bytes:

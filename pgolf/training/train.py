@@ -228,6 +228,8 @@ class _Trainer:
         state = self.state
         for name, total in state.snapshots.items():
             state.ema[name].lerp_(total / state.snapshot_count, self.config.swa_blend)
+        if self.config.swa_blend and not state.snapshot_count and self.tuning is None:
+            self._say("warning: no step began in the last swa_window_frac of training: swa_blend has no snapshots")
         if state.snapshot_count:
             self._say(f"{state.snapshot_count} snapshots are blended into the average")
         state.snapshots, state.snapshot_count = {}, 0

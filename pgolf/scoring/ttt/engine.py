@@ -91,17 +91,6 @@ def _check_settings(config: RunConfig, world_size: int) -> None:
             f"ttt_lanes {config.ttt_lanes} must be a multiple of the {world_size} processes, to which lanes are dealt; "
             "another number of lanes is another score"
         )
-    longest = max([config.ttt_chunk_size, *(size for _, size in config.chunks_by_length())])
-    if longest > config.ttt_eval_seq_len:
-        raise ValueError(
-            f"ttt_chunk_size {longest} is longer than ttt_eval_seq_len {config.ttt_eval_seq_len}: "
-            "a chunk must fit into its own context"
-        )
-    if config.phased_ttt_enabled and config.global_ttt_chunk_tokens < config.eval_seq_len:
-        raise ValueError(
-            f"global_ttt_chunk_tokens {config.global_ttt_chunk_tokens} must hold a sequence of eval_seq_len "
-            f"{config.eval_seq_len} tokens, or nothing would be trained on"
-        )
 
 
 @contextmanager
