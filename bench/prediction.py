@@ -28,6 +28,7 @@ EFFICIENCY = 0.94, 0.99
 # By which the share of the public tax may be off after ten minutes of training, of which it was not measured.
 SHARE_OFF = 0.8, 1.3
 PRESETS = "record", "frontier"
+OTHER_PRESETS = "public_1874", "demo"  # of which the budget knows the settings only
 SCORING_LIMIT = 600.0  # seconds
 AROUND_SCORING = 45.0  # 20 of evaluation without test-time training, 25 of reading, compiling and capturing
 SECONDS = "{:.1f} s".format
@@ -198,23 +199,34 @@ def budget(results: Results) -> str:
     quantized = [*of_bench(results, "quantization").values()][0]
     finest, next_finest = [row for row in quantized["rows"] if row["way"] == quantized["rows"][-1]["way"]][:2]
     slope = (next_finest["tax"] - finest["tax"]) / (finest["bytes"] - next_finest["bytes"])
+    configs = [RunConfig.preset(name) for name in (*PRESETS, *OTHER_PRESETS)]
+    clocks = [f"{config.max_wallclock_seconds - config.gptq_reserve_seconds:.0f} s" for config in configs]
+    others = ["–"] * len(OTHER_PRESETS)
+    calibrating, writing = ([cell(seconds, SECONDS) for seconds in each] for each in (calibrated, written))
     return table(
-        ["", "of", "record", "frontier", "one more brings"],
+        ["", "of", *PRESETS, *OTHER_PRESETS, "one more brings"],
         [
+            ["training", "600 s", *clocks, f"{longer - now:+.1e} bpb a second"],
             [
-                "training",
-                "600 s",
-                f"{CLOCK_SECONDS:.0f} s",
-                f"{CLOCK_SECONDS:.0f} s",
-                f"{longer - now:+.1e} bpb a second",
+                "calibration, which reads training data",
+                "in these",
+                *calibrating,
+                *others,
+                "–",
             ],
-            ["calibration, which reads training data", "in these", *(cell(part, SECONDS) for part in calibrated), "–"],
-            ["quantising and writing the artifact", "–", *(cell(part, SECONDS) for part in written), "–"],
-            ["scoring at test time", "600 s", f"{scoring:.0f} s", frontier, worth],
-            ["left of it, less evaluation, reading, compiling and capturing", "", *spare, ""],
-            ["bytes", "16,000,000", "all", "all", f"{-1e3 * slope:+.1e} bpb a kilobyte"],
+            ["quantising and writing the artifact", "–", *writing, *others, "–"],
+            ["scoring at test time", "600 s", f"{scoring:.0f} s", frontier, *others, worth],
+            ["left of it, less evaluation, reading, compiling and capturing", "", *spare, *others, ""],
+            ["bytes", "16,000,000", *map(aim_of, configs), f"{-1e3 * slope:+.1e} bpb a kilobyte"],
         ],
     )
+
+
+def aim_of(config: RunConfig) -> str:
+    """Say how many bytes a configuration's artifact is quantised to."""
+    if config.quantizer == "gptq":
+        return "no aim"
+    return f"{config.weight_bytes:,} and the program" if config.weight_bytes else "all"
 
 
 def section(results: Results) -> str:

@@ -552,7 +552,12 @@ documents ({origin(name, found["meta"])}; [plot](../bench/results/{name}.png)):
 {row["way"]} is {row["tax"]:.5f} ± {row["error"]:.5f}.
 """
         if times := found["times"]:
-            yield f"""Seconds: Hessians {times["hessians"]:.1f}, sensitivities {times["sensitivities"]:.1f}; the
+            begun = f"Hessians {times['hessians']:.1f}, sensitivities {times['sensitivities']:.1f}"
+            if "prepare" in times:
+                codes = next(row["seconds"] for row in found["rows"] if row["way"] == found["rows"][-1]["way"])
+                whole = times["hessians"] + times["sensitivities"] + times["prepare"] + codes
+                begun += f", factors {times['prepare']:.1f}, record's steps and codes {codes:.1f}: {whole:.1f} in all"
+            yield f"""Seconds: {begun}; the
 record's file is packed in {times["pack"]:.1f} and read in {times["unpack"]:.1f} on one core.
 """
             if times["brotli_bytes"]:
