@@ -24,6 +24,7 @@ from bench.results_sections import (
     cell,
     commit,
     compare,
+    judged_quantization,
     lookup,
     of_bench,
     parts_of,
@@ -114,18 +115,16 @@ def _headlines(results: Results) -> Iterator[list[str]]:
     if mix := lookup(parts, "test_time_training.figures.mix"):
         figure = f"{mix['tokens_per_s']:,.0f} tokens/s"
         yield row("Test-time training, FineWeb's mix of lengths", figure, parts["test_time_training"]["meta"])
-    taxes, measured = [], {}
-    for found in of_bench(results, "quantization").values():
-        if not found["test_time_training"]:  # measured for its seconds
-            continue
+    taxes = []
+    for found in judged_quantization(results).values():
         first: dict[str, Mapping[str, Any]] = {}
         for each in found["rows"]:
             first.setdefault(each["way"], each)
         theirs, ours = list(first.values())[0], list(first.values())[-1]
-        taxes.append(f"{ours['tax']:.4f} ({theirs['tax']:.4f}) bpb after {found['weights']['steps']:,} steps")
-        measured = found["meta"]
-    if taxes:
-        yield row(f"Quantisation's tax ({theirs['way']}), 15.9 MB", "; ".join(taxes), measured)
+        figure = f"{ours['tax']:.4f} ({theirs['tax']:.4f}) bpb after {found['weights']['steps']:,} steps"
+        taxes.append(row(f"Quantisation's tax ({theirs['way']}), 15.9 MB", figure, found["meta"]))
+    if taxes:  # one line, with every chip and commit
+        yield ["; ".join(dict.fromkeys(column)) for column in zip(*taxes, strict=True)]
     several = max(of_bench(results, "distributed").values(), key=lambda found: found["meta"]["date"], default=None)
     if several and lookup(part := parts_of(several).get("run"), "figures.bits_per_byte.ttt"):
         paths = "last_weights", "quantized", "ttt"

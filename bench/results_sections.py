@@ -225,6 +225,14 @@ is ours over that line's, in tokens a second of the same call. With several GPUs
         )
 
 
+def judged_quantization(results: Results) -> dict[str, Mapping[str, Any]]:
+    """Select the results of `bench.quantization` that also have the tax after test-time training.
+
+    Without it a call was made for its seconds, and the weights may be of no training that came to its end.
+    """
+    return {name: found for name, found in of_bench(results, "quantization").items() if found["test_time_training"]}
+
+
 def by_provider(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Sort the rows of a training step by provider, then case."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -552,12 +560,12 @@ documents ({origin(name, found["meta"])}; [plot](../bench/results/{name}.png)):
 {row["way"]} is {row["tax"]:.5f} ± {row["error"]:.5f}.
 """
         if times := found["times"]:
-            begun = f"Hessians {times['hessians']:.1f}, sensitivities {times['sensitivities']:.1f}"
+            parts = f"Hessians {times['hessians']:.1f}, sensitivities {times['sensitivities']:.1f}"
             if "prepare" in times:
                 codes = next(row["seconds"] for row in found["rows"] if row["way"] == found["rows"][-1]["way"])
                 whole = times["hessians"] + times["sensitivities"] + times["prepare"] + codes
-                begun += f", factors {times['prepare']:.1f}, record's steps and codes {codes:.1f}: {whole:.1f} in all"
-            yield f"""Seconds: {begun}; the
+                parts += f", factors {times['prepare']:.1f}, record's steps and codes {codes:.1f}: {whole:.1f} in all"
+            yield f"""Seconds: {parts}; the
 record's file is packed in {times["pack"]:.1f} and read in {times["unpack"]:.1f} on one core.
 """
             if times["brotli_bytes"]:

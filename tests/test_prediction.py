@@ -8,7 +8,8 @@ import pytest
 
 from bench import prediction
 from bench.results_files import RESULTS, read_all
-from pgolf.config import RunConfig
+from bench.results_sections import judged_quantization
+from pgolf.config import PRESETS, RunConfig
 
 
 def test_the_law_goes_through_the_published_points() -> None:
@@ -45,6 +46,23 @@ def test_the_budget_says_what_one_more_brings() -> None:
     assert -1e-4 < worth[0] < -1e-5 and -1e-5 < worth[1] < -1e-7
 
 
-def test_without_results_there_is_none() -> None:
+def test_the_budget_has_every_preset() -> None:
+    header, _, *rows = prediction.budget(read_all(RESULTS)).splitlines()
+    assert set(PRESETS) <= {cell.strip() for cell in header.split("|")}
+    assert {row.count("|") for row in rows if row} == {header.count("|")}
+
+
+def test_the_tax_ranges_over_all_weights_that_were_judged() -> None:
+    results = read_all(RESULTS)
+    shares = [prediction.tax_share(found) for found in judged_quantization(results).values()]
+    contributions, _, _ = prediction.predict(results, "record")
+    tax = next(each for each in contributions if "the public rule's tax" in each.what)
+    found = [1 + each / prediction.PUBLIC_TAX for each in (tax.best, tax.worst)]
+    assert found == pytest.approx([min(shares), max(shares)])
+
+
+@pytest.mark.parametrize("without", [None, "quantization"])
+def test_without_results_there_is_none(without: str | None) -> None:
+    found = {name: each for name, each in read_all(RESULTS).items() if each["meta"]["bench"] != without}
     with pytest.raises(LookupError):
-        prediction.predict({}, "record")
+        prediction.predict(found if without else {}, "record")
